@@ -1,0 +1,35 @@
+# `make demo` and `make test` set up everything they need themselves (scripts/bootstrap.sh).
+.PHONY: help demo test lint bench setup clean
+.DEFAULT_GOAL := help
+
+BIN := .venv/bin
+# Where mkfs.ext4, losetup and mount.fuse3 live is not in every user's PATH.
+export PATH := $(PATH):/usr/sbin:/sbin
+
+help:
+	@echo "make demo   stubs of a real tree, filled on demand and checked byte for byte"
+	@echo "make test   formatting, lint, types and all tests"
+	@echo "make lint   formatting, lint and types only"
+	@echo "make bench  fusehsm, the real kernel and bindfs side by side (ARGS=--quick for a short run)"
+	@echo "make clean  remove the virtual environment and caches"
+
+demo: setup
+	$(BIN)/python -m examples.demo $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m bench.run $(ARGS)
+
+setup:
+	@scripts/bootstrap.sh
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

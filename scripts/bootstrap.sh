@@ -1,0 +1,123 @@
+#!/bin/bash
+# Sets up everything that `make test`, `make demo` and `make bench` need: system packages (Debian, Ubuntu), /dev/fuse, and a
+# virtual environment in .venv. Quick when there is nothing to do. Says in one line what it cannot do itself.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export LC_ALL=C.UTF-8 DEBIAN_FRONTEND=noninteractive DEBCONF_NOWARNINGS=yes
+PATH=$PATH:/usr/sbin:/sbin # mkfs.ext4 and losetup are not in every user's PATH
+
+OLDEST=11 # Python 3.11
+VENV=.venv
+STAMP=$VENV/fusehsm-setup
+
+say() { echo "setup: $*" >&2; }
+fail() { say "$*"; exit 1; }
+# Package indexes and proxies may be private, and their addresses may hold passwords: none belongs in a log.
+without_addresses() { sed -E "s#[a-z+]+://[^ '\")]+#(address)#g; s#host='[^']*'#host=(address)#g; s#[^ ]+@[^ ]+:[0-9]+#(address)#g"; }
+
+is_root() { [ "$(id -u)" = 0 ]; }
+as_root() { # runs a command as root; fails where nobody could answer sudo's question
+    if is_root; then "$@"
+    elif ! command -v sudo > /dev/null; then return 1
+    elif sudo -n true 2> /dev/null; then sudo --preserve-env=DEBIAN_FRONTEND,DEBCONF_NOWARNINGS,LC_ALL "$@"
+    elif [ -t 0 ] && [ -t 2 ]; then say "sudo for: $*"; sudo --preserve-env=DEBIAN_FRONTEND,DEBCONF_NOWARNINGS,LC_ALL "$@"
+    else return 1
+    fi
+}
+
+APT_UPDATED=no
+apt_update() {
+    [ $APT_UPDATED = yes ] && return
+    as_root apt-get -qq update 2>&1 | without_addresses >&2 || return 1
+    APT_UPDATED=yes
+}
+install_packages() { # why, packages
+    local why=$1; shift
+    local by_hand="sudo apt-get install $*"
+    command -v apt-get > /dev/null || fail "missing: $why; install what Debian calls $* and try again"
+    as_root true || fail "missing: $why; run: $by_hand"
+    say "installing $*"
+    apt_update || fail "apt-get update failed; mend the package sources, then run: $by_hand"
+    as_root apt-get -qq -y -o Dpkg::Use-Pty=0 install --no-install-recommends "$@" 2>&1 > /dev/null | without_addresses >&2 ||
+        fail "apt-get could not install these packages; run: $by_hand"
+}
+
+python_is_new_enough() { "$1" -c "import sys; raise SystemExit(sys.version_info < (3, $OLDEST))" 2> /dev/null; }
+find_python() {
+    local name path
+    for name in ${PYTHON:-} python3 python3.13 python3.12 python3.11 python3.14; do
+        path=$(command -v "$name") || continue
+        python_is_new_enough "$path" && { echo "$path"; return 0; }
+    done
+    return 1
+}
+install_python() {
+    local minor
+    command -v apt-get > /dev/null && as_root true && apt_update ||
+        fail "no Python 3.$OLDEST or later: none of python3, python3.11, python3.12, python3.13; install one (sudo apt-get install python3.11 python3.11-venv python3.11-dev) or set PYTHON=/path/to/it"
+    if ! command -v python3 > /dev/null; then
+        install_packages "Python" python3
+        find_python > /dev/null && return
+    fi
+    for minor in 13 12 11; do
+        if [ -n "$(apt-cache search --names-only "^python3\.$minor-venv\$")" ]; then
+            install_packages "Python 3.$OLDEST or later" "python3.$minor" "python3.$minor-venv" "python3.$minor-dev"
+            return
+        fi
+    done
+    fail "no Python 3.$OLDEST or later here or in the package sources; install one and set PYTHON=/path/to/it"
+}
+
+python=$(find_python) || { install_python; hash -r; python=$(find_python); } || fail "no Python 3.$OLDEST or later; install one and set PYTHON=/path/to/it"
+
+# What is missing, asked by use and not by package name: another distribution, or a Python of one's own, will do as well.
+missing_packages() {
+    # venv, ensurepip and headers belong to the interpreter, wherever it came from.
+    local version package
+    version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    package=python$version
+    case $(readlink -f "$python") in /usr/bin/*) ;; *) package=python3 ;; esac
+    "$python" -c 'import venv, ensurepip' 2> /dev/null || echo "$package-venv"
+    [ -e "$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] || echo "$package-dev"
+    command -v gcc > /dev/null || echo gcc
+    [ -e /usr/include/stdio.h ] || echo libc6-dev
+    if ! command -v pkg-config > /dev/null; then echo pkg-config libfuse3-dev
+    elif ! pkg-config --exists fuse3; then echo libfuse3-dev
+    fi
+    command -v fusermount3 > /dev/null || echo fuse3
+    command -v mkfs.ext4 > /dev/null || echo e2fsprogs
+    command -v losetup > /dev/null && command -v umount > /dev/null || echo mount
+    command -v setfacl > /dev/null || echo acl
+    command -v setfattr > /dev/null || echo attr
+    command -v setcap > /dev/null || echo libcap2-bin
+    command -v bindfs > /dev/null || echo bindfs
+    [ -e /dev/fuse ] || command -v modprobe > /dev/null || echo kmod
+}
+mapfile -t missing < <(missing_packages | tr ' ' '\n')
+if [ ${#missing[@]} -gt 0 ]; then
+    install_packages "${missing[*]}" "${missing[@]}"
+    hash -r
+fi
+
+# Minimal images lack it, and fusermount3 unmounts nothing without it.
+[ -e /etc/mtab ] || as_root ln -s ../proc/self/mounts /etc/mtab || say "/etc/mtab: missing; ordinary users cannot unmount; as root: ln -s ../proc/self/mounts /etc/mtab"
+
+if [ ! -e /dev/fuse ]; then
+    as_root modprobe fuse 2> /dev/null || true
+    [ -e /dev/fuse ] || say "/dev/fuse: missing, and modprobe fuse did not bring it; mounting will fail (in a container: start it with --device /dev/fuse --cap-add SYS_ADMIN)"
+fi
+
+# Made again only when this changes: the interpreter, the dependencies, the place (scripts in a venv hold absolute paths).
+wanted=$({ "$python" -c 'import sys; print(sys.version, sys.base_prefix)'; pwd; cat pyproject.toml scripts/bootstrap.sh; } | sha256sum)
+if [ "$(cat $STAMP 2> /dev/null)" != "$wanted" ]; then
+    say "making $VENV (a minute or two, once)"
+    rm -f $STAMP
+    "$python" -m venv --clear $VENV
+    log=$VENV/setup.log
+    if ! $VENV/bin/python -m pip install --quiet --disable-pip-version-check --no-input -e '.[test]' > $log 2>&1; then
+        tail -n 15 $log | without_addresses >&2
+        fail "pip could not install the dependencies (above); check the network or the package index, then run make again"
+    fi
+    rm -f $log
+    echo "$wanted" > $STAMP
+fi
