@@ -1,0 +1,203 @@
+"""What an accessor did, and which events of a dialect that makes, in order. Who wants other events changes this file.
+
+Sources: facts measured on Linux 6.18 (mainline dialect), the series' patches 02, 03, 06 and 13 (patch-v2).
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Final
+
+from fusehsm.abi import FAN_ACCESS_PERM, FAN_OPEN_EXEC_PERM, FAN_OPEN_PERM, LINUX_6_14, Dialect, mask_names
+
+_U64: Final = 0xFFFF_FFFF_FFFF_FFFF
+
+
+class AccessKind(enum.Enum):
+    """What kind of thing an accessor does to a file."""
+
+    OPEN = enum.auto()
+    READ = enum.auto()
+    WRITE = enum.auto()
+    TRUNCATE = enum.auto()
+    FALLOCATE = enum.auto()
+    #: A mapping's whole range, at mmap() or, where that cannot be seen, at its first fault.
+    MAP = enum.auto()
+    #: One faulting page or range.
+    FAULT = enum.auto()
+    #: A page-cache fill that nothing else explains: read-ahead, fadvise, an unarmed file.
+    FILL = enum.auto()
+    READ_DIRECTORY = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """One access, with the numbers of the accessor's own call, in bytes.
+
+    ``offset`` is, by kind: READ, WRITE, FALLOCATE: where the call starts (O_APPEND: the file position, not the end of
+    file); TRUNCATE: the new size; MAP, FAULT, FILL: the range's start; READ_DIRECTORY: the directory's position.
+    ``writable``: OPEN: opened for writing; MAP, FAULT: a shared and writable mapping. ``exec``: OPEN by execve(2).
+    ``paged``: READ: served through the page cache (sendfile), whole pages of which are then there for everybody.
+    ``pid`` is the process, ``tid`` the thread.
+    """
+
+    kind: AccessKind
+    offset: int = 0
+    count: int = 0
+    pid: int = 0
+    tid: int = 0
+    writable: bool = False
+    exec: bool = False
+    directory: bool = False
+    paged: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EventShape:
+    """One event to be asked: one bit of a mask, and the range in bytes (None: an event without a range record).
+
+    ``needs_arming``: False for events that do not depend on what was watched when the file was opened: those of open()
+    itself, of truncation (by path), and of page-cache fills.
+    """
+
+    mask: int
+    offset: int | None
+    count: int | None
+    needs_arming: bool = field(default=True, compare=False)
+
+
+class Armed(enum.Enum):
+    """Which events an open file makes, settled when it was opened."""
+
+    NO = enum.auto()
+    #: Pre-content events, but never ACCESS_PERM.
+    PRE = enum.auto()
+    ALL = enum.auto()
+
+
+_OPEN_PERM: Final = EventShape(FAN_OPEN_PERM, None, None, needs_arming=False)
+_OPEN_EXEC_PERM: Final = EventShape(FAN_OPEN_EXEC_PERM, None, None, needs_arming=False)
+_ACCESS_PERM: Final = EventShape(FAN_ACCESS_PERM, None, None)
+
+
+def align_outward(offset: int, count: int, page_size: int) -> tuple[int, int]:
+    """(offset, count) widened to whole pages as ``fsnotify_pre_content`` does it, in 64-bit unsigned arithmetic.
+
+    A count of 0 stays 0 on a page's first byte and becomes one page anywhere else (measured: pread of 0 bytes at 0 and
+    at 100; truncation to a page multiple and to anything else). Not clipped to the end of file.
+    """
+    start = offset & -page_size
+    end = offset + count + page_size - 1 & -page_size
+    return start & _U64, end - start & _U64
+
+
+def shapes(access: Access, dialect: Dialect, page_size: int) -> tuple[EventShape, ...]:
+    """The events that this access makes, in the kernel's order; each is asked only of groups whose marks hear it.
+
+    The first denial ends the sequence. FILL always gives PRE_ACCESS over whole pages, in every dialect: no byte may
+    enter the page cache unless an event covered it. ``page_size`` in bytes.
+    """
+    match access.kind:
+        case AccessKind.OPEN:
+            return _open_shapes(access, dialect)
+        case AccessKind.READ:
+            pre_access = _ranged(dialect.pre_access, access, dialect, page_size)
+            return (pre_access, _ACCESS_PERM) if dialect.pre_content_first else (_ACCESS_PERM, pre_access)
+        case AccessKind.WRITE | AccessKind.FALLOCATE:
+            return (_ranged(dialect.write_bit, access, dialect, page_size),)
+        case AccessKind.TRUNCATE:
+            return _truncate_shapes(access, dialect, page_size)
+        case AccessKind.MAP:
+            # mmap() makes no ACCESS_PERM (measured).
+            return (_ranged(dialect.pre_access, access, dialect, page_size),) if dialect.map_event else ()
+        case AccessKind.FAULT:
+            return _fault_shapes(access, dialect, page_size)
+        case AccessKind.FILL:
+            return (_fill_shape(access, dialect, page_size),)
+        case AccessKind.READ_DIRECTORY:
+            if not dialect.directory_events:
+                return (_ACCESS_PERM,)
+            # iterate_dir() names no count: fsnotify_file_perm() passes the position and 0.
+            return (_ACCESS_PERM, EventShape(dialect.pre_access, access.offset, 0))
+
+
+def _ranged(bit: int, access: Access, dialect: Dialect, page_size: int) -> EventShape:
+    if not dialect.aligns_ranges and not access.paged:
+        return EventShape(bit, access.offset, access.count)
+    return EventShape(bit, *align_outward(access.offset, access.count, page_size))
+
+
+def _open_shapes(access: Access, dialect: Dialect) -> tuple[EventShape, ...]:
+    asked = (_OPEN_EXEC_PERM, _OPEN_PERM) if access.exec else (_OPEN_PERM,)
+    if not dialect.open_event:
+        return asked
+    # Patch 03: after any truncation, a chance to fill the whole file: range 0+0.
+    bit = dialect.write_bit if access.writable else dialect.pre_access
+    return (*asked, EventShape(bit, 0, 0, needs_arming=False))
+
+
+def _truncate_shapes(access: Access, dialect: Dialect, page_size: int) -> tuple[EventShape, ...]:
+    if not dialect.truncate_event:
+        return ()
+    # do_truncate() names the new size and a count of 0: one page, or nothing at a page's first byte.
+    offset, count = align_outward(access.offset, 0, page_size)
+    return (EventShape(dialect.write_bit, offset, count, needs_arming=False),)
+
+
+def _fault_shapes(access: Access, dialect: Dialect, page_size: int) -> tuple[EventShape, ...]:
+    if dialect.map_event:
+        return ()
+    if not dialect.fault_event:
+        # Neither mmap() nor the fault has an event of its own here, yet its bytes enter the page cache.
+        return (_fill_shape(access, dialect, page_size),)
+    # Patch 13 asks for the page that faulted, ACCESS_PERM too when it is read (as posted).
+    offset, count = align_outward(access.offset, access.count, page_size)
+    if access.writable:
+        return (EventShape(dialect.write_bit, offset, count),)
+    return (_ACCESS_PERM, EventShape(dialect.pre_access, offset, count))
+
+
+def _fill_shape(access: Access, dialect: Dialect, page_size: int) -> EventShape:
+    offset, count = align_outward(access.offset, access.count, page_size)
+    return EventShape(dialect.pre_access, offset, count, needs_arming=False)
+
+
+def arm(watched_mask: int, dialect: Dialect) -> Armed:
+    """How a file is armed that is opened while the marks on it, of all groups together, watch for this mask.
+
+    Measured on 6.18: ACCESS_PERM (of a CONTENT or PRE_CONTENT group) arms for both kinds, PRE_ACCESS for itself only,
+    OPEN_PERM and OPEN_EXEC_PERM for nothing.
+    """
+    if not dialect.arms_at_open or watched_mask & FAN_ACCESS_PERM:
+        return Armed.ALL
+    return Armed.PRE if watched_mask & dialect.pre_content else Armed.NO
+
+
+def heard_when(shape: EventShape, armed: Armed, dialect: Dialect) -> bool:
+    """Whether a file armed thus makes this event at all."""
+    if armed is Armed.ALL or not shape.needs_arming or not dialect.arms_at_open:
+        return True
+    return armed is Armed.PRE and shape.mask & dialect.pre_content != 0
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What a handler is given: one event that waits for its return.
+
+    ``fd`` is open on the file (fill through it: that makes no events), ``path`` is the accessor's, ``offset`` and
+    ``count`` are bytes, None for an event without a range.
+    """
+
+    mask: int
+    pid: int
+    fd: int
+    path: str
+    offset: int | None
+    count: int | None
+    dialect: Dialect = field(default=LINUX_6_14, repr=False)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the mask's bits, without FAN_."""
+        return mask_names(self.mask, self.dialect)

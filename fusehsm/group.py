@@ -1,0 +1,358 @@
+"""One emulated fanotify group: its queue, the events that wait for a response, overflow and close.
+
+Sources: fanotify(7); ``fsnotify_insert_event``, ``fanotify_read``, ``process_access_response`` and ``fanotify_release`` of
+the kernel; all of it measured on 6.18. Nothing here waits and nothing does I/O: files are opened by callbacks.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import os
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from typing import Final
+
+from fusehsm.abi import (
+    FAN_CLASS_CONTENT,
+    FAN_CLASS_PRE_CONTENT,
+    FAN_EVENT_METADATA_LEN,
+    FAN_NOFD,
+    FAN_Q_OVERFLOW,
+    FAN_REPORT_FD_ERROR,
+    FAN_REPORT_FID_BITS,
+    FAN_REPORT_MNT,
+    FAN_REPORT_PIDFD,
+    FAN_REPORT_TID,
+    FAN_UNLIMITED_QUEUE,
+    Dialect,
+    encode_event,
+    event_length,
+)
+from fusehsm.events import EventShape
+from fusehsm.marks import MarkTable
+from fusehsm.rules import check_init, parse_response
+
+#: sysctl fs.fanotify.max_queued_events
+MAX_QUEUED_EVENTS: Final = 16384
+
+_OVERFLOW_SHAPE: Final = EventShape(FAN_Q_OVERFLOW, None, None)
+
+
+class PendingState(enum.Enum):
+    """Where an event stands."""
+
+    QUEUED = enum.auto()
+    #: Read, its accessor waits for the response.
+    OUTSTANDING = enum.auto()
+    #: A notification or an overflow that has been read: there is nothing to answer.
+    DELIVERED = enum.auto()
+    ANSWERED = enum.auto()
+    #: Its accessor waits no more.
+    WITHDRAWN = enum.auto()
+
+
+class Pending:
+    """One event of one group, from put() to its answer. ``target`` is whatever the caller of put() said; ``errno`` is
+    the answer, 0 for allowed; ``created`` seconds of the group's clock; ``fd`` the event fd's number once read."""
+
+    __slots__ = (
+        "created",
+        "errno",
+        "fd",
+        "on_answer",
+        "path",
+        "permission",
+        "pid",
+        "shape",
+        "state",
+        "target",
+        "tid",
+    )
+
+    def __init__(
+        self,
+        shape: EventShape,
+        pid: int,
+        tid: int,
+        target: object,
+        path: bytes,
+        permission: bool,
+        created: float,
+    ) -> None:
+        self.shape = shape
+        self.pid = pid
+        self.tid = tid
+        self.target = target
+        self.path = path
+        self.permission = permission
+        self.created = created
+        self.state = PendingState.QUEUED
+        self.errno = 0
+        self.fd: int | None = None
+        #: Called once, when the event is answered: never after it was withdrawn or its group was closed.
+        self.on_answer: Callable[[Pending], None] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Pending {self.shape} pid {self.pid} {self.path!r} {self.state.name}>"
+
+
+class Group:
+    """One fanotify group. Not to be used by two threads at once."""
+
+    def __init__(
+        self,
+        flags: int,
+        event_f_flags: int,
+        dialect: Dialect,
+        *,
+        max_queued_events: int = MAX_QUEUED_EVENTS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Raises OSError EINVAL as fanotify_init(2) does; EOPNOTSUPP for a group that reports by file handle or mounts."""
+        check_init(flags, event_f_flags)
+        if flags & (FAN_REPORT_FID_BITS | FAN_REPORT_MNT):
+            message = f"fanotify_init flags {flags:#x}: groups with FAN_REPORT_*FID or FAN_REPORT_MNT are not emulated"
+            raise OSError(errno.EOPNOTSUPP, message)
+        self.flags = flags
+        self.event_f_flags = event_f_flags
+        self.dialect = dialect
+        self.marks = MarkTable(dialect)
+        #: 2 FAN_CLASS_PRE_CONTENT, 1 FAN_CLASS_CONTENT, 0 FAN_CLASS_NOTIF: the higher is asked first.
+        self.priority = 2 if flags & FAN_CLASS_PRE_CONTENT else 1 if flags & FAN_CLASS_CONTENT else 0
+        #: Called whenever an event has been queued.
+        self.on_readable: Callable[[], None] | None = None
+        self.closed = False
+        self._max_queued = None if flags & FAN_UNLIMITED_QUEUE else max_queued_events
+        self._clock = clock
+        # Keyed by the event itself: an accessor that is killed takes its event out of the middle.
+        self._queue: OrderedDict[Pending, None] = OrderedDict()
+        self._overflow: Pending | None = None
+        self._outstanding: dict[Pending, None] = {}
+        # Event fds by number. A number that was closed and reused has several events, in the order read.
+        self._by_fd: dict[int, deque[Pending]] = {}
+        self._counts = dict.fromkeys(
+            ("queued", "allowed", "denied", "withdrawn", "overflowed", "unopened"), 0
+        )
+
+    # The accessor's side
+
+    def put(
+        self, shape: EventShape, *, pid: int, tid: int, target: object, path: bytes, permission: bool = True
+    ) -> Pending | None:
+        """Queue an event. ``permission`` False: a notification (the place to merge equal ones, as the kernel does).
+
+        None: the queue is full or the group closed; the access is allowed, and an overflow event tells the listener.
+        """
+        if self.closed:
+            return None
+        if self._max_queued is not None and len(self._queue) >= self._max_queued:
+            self._put_overflow()
+            return None
+        pending = Pending(shape, pid, tid, target, path, permission, self._clock())
+        self._queue[pending] = None
+        self._counts["queued"] += 1
+        if self.on_readable is not None:
+            self.on_readable()
+        return pending
+
+    def _put_overflow(self) -> None:
+        self._counts["overflowed"] += 1
+        if self._overflow is not None:
+            return
+        # One more than the queue may hold; it is the only event without a file.
+        self._overflow = Pending(_OVERFLOW_SHAPE, 0, 0, None, b"", False, self._clock())
+        self._queue[self._overflow] = None
+        if self.on_readable is not None:
+            self.on_readable()
+
+    def withdraw(self, pending: Pending) -> None:
+        """The accessor waits no more (it was killed, or timed out); nothing if it was answered already.
+
+        A queued event vanishes. One that was read can still be answered once, which then does nothing.
+        """
+        if pending.state is PendingState.QUEUED:
+            self._queue.pop(pending, None)
+        elif pending.state is not PendingState.OUTSTANDING:
+            return
+        pending.state = PendingState.WITHDRAWN
+        self._counts["withdrawn"] += 1
+
+    # The listener's side
+
+    @property
+    def queued_events(self) -> int:
+        """How many events wait to be read."""
+        return len(self._queue)
+
+    @property
+    def queued_bytes(self) -> int:
+        """What ioctl(FIONREAD) says: 24 bytes an event, whatever its real length (measured)."""
+        return FAN_EVENT_METADATA_LEN * len(self._queue)
+
+    @property
+    def outstanding_events(self) -> int:
+        """How many events have been read and not answered."""
+        return len(self._outstanding)
+
+    @property
+    def statistics(self) -> dict[str, int]:
+        """Counts since the group was made."""
+        return dict(self._counts)
+
+    def reported_pid(self, pending: Pending) -> int:
+        """What stands in the event's pid field: the process id, with FAN_REPORT_TID the thread's."""
+        return pending.tid if self.flags & FAN_REPORT_TID else pending.pid
+
+    def length(self, pending: Pending) -> int:
+        """Bytes of the event as read() gives it."""
+        has_pidfd = bool(self.flags & FAN_REPORT_PIDFD)
+        return event_length(self.dialect, has_range=pending.shape.offset is not None, has_pidfd=has_pidfd)
+
+    def take(self) -> Pending | None:
+        """The next event, None when there is none. A permission event is outstanding from then on."""
+        if not self._queue:
+            return None
+        pending = self._queue.popitem(last=False)[0]
+        if pending.permission:
+            pending.state = PendingState.OUTSTANDING
+            self._outstanding[pending] = None
+        else:
+            pending.state = PendingState.DELIVERED
+            if pending is self._overflow:
+                self._overflow = None
+        return pending
+
+    def answer(self, pending: Pending, error: int) -> None:
+        """Allow (0) or deny (an errno) an outstanding event; its ``on_answer`` is called. Raises OSError ENOENT when it is
+        not outstanding: not read yet, answered already."""
+        if pending not in self._outstanding:
+            raise OSError(errno.ENOENT, "fanotify response: no such event is waiting for one")
+        self._release(pending)
+        self._finish(pending, error)
+
+    def _release(self, pending: Pending) -> None:
+        del self._outstanding[pending]
+        if pending.fd is None:
+            return
+        same_number = self._by_fd[pending.fd]
+        same_number.remove(pending)
+        if not same_number:
+            del self._by_fd[pending.fd]
+
+    def _finish(self, pending: Pending, error: int) -> None:
+        if pending.state is PendingState.WITHDRAWN:
+            return
+        pending.state = PendingState.ANSWERED
+        pending.errno = error
+        self._counts["denied" if error else "allowed"] += 1
+        if pending.on_answer is not None:
+            pending.on_answer(pending)
+
+    def read(
+        self,
+        size: int,
+        open_fd: Callable[[Pending], int],
+        open_pidfd: Callable[[Pending], int] | None = None,
+    ) -> bytes:
+        """read(2) of the group: as many whole events as fit into ``size`` bytes.
+
+        ``open_fd`` opens an event's file for the listener and ``open_pidfd`` (for FAN_REPORT_PIDFD) its process; either
+        may raise OSError. An event whose file cannot be opened is denied with EPERM: with FAN_REPORT_FD_ERROR it is
+        delivered with -errno for an fd, without, it is dropped and ends the read.
+
+        Raises BlockingIOError when nothing is queued, OSError EINVAL when the first event does not fit (it stays), and
+        the errno of ``open_fd`` when the first event's file cannot be opened.
+        """
+        data = bytearray()
+        while self._queue:
+            upcoming = next(iter(self._queue))
+            if self.length(upcoming) > size - len(data):
+                if data:
+                    break
+                raise OSError(
+                    errno.EINVAL, f"fanotify read of {size} bytes: the next event has {self.length(upcoming)}"
+                )
+            pending = self.take()
+            assert pending is not None
+            try:
+                data += self._deliver(pending, open_fd, open_pidfd)
+            except OSError:
+                if data:
+                    break
+                raise
+        if not data:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return bytes(data)
+
+    def _deliver(
+        self,
+        pending: Pending,
+        open_fd: Callable[[Pending], int],
+        open_pidfd: Callable[[Pending], int] | None,
+    ) -> bytes:
+        tells_errors = bool(self.flags & FAN_REPORT_FD_ERROR)
+        if pending.shape.mask & FAN_Q_OVERFLOW:
+            fd = -errno.EBADF if tells_errors else FAN_NOFD
+        else:
+            try:
+                fd = open_fd(pending)
+            except OSError as error:
+                if pending.permission:
+                    self._release(pending)
+                    self._counts["unopened"] += 1
+                    self._finish(pending, errno.EPERM)
+                if not tells_errors:
+                    raise
+                fd = -(error.errno or errno.EIO)
+            else:
+                if pending.permission:
+                    pending.fd = fd
+                    self._by_fd.setdefault(fd, deque()).append(pending)
+        shape = pending.shape
+        range_ = None if shape.offset is None or shape.count is None else (shape.offset, shape.count)
+        pidfd = self._pidfd(pending, open_pidfd, tells_errors) if self.flags & FAN_REPORT_PIDFD else None
+        return encode_event(
+            self.dialect, shape.mask, fd, self.reported_pid(pending), range_=range_, pidfd=pidfd
+        )
+
+    def _pidfd(
+        self, pending: Pending, open_pidfd: Callable[[Pending], int] | None, tells_errors: bool
+    ) -> int:
+        # The process may be dead by now, or not visible for the reader: -1, or the reason.
+        if pending.pid and open_pidfd is not None:
+            try:
+                return open_pidfd(pending)
+            except OSError as error:
+                return -(error.errno or errno.ESRCH) if tells_errors else FAN_NOFD
+        return -errno.ESRCH if tells_errors else FAN_NOFD
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """write(2) of one response; returns the bytes taken. Raises OSError EINVAL for a bad response (the event goes on
+        waiting) and ENOENT for an fd that no outstanding event has."""
+        response = parse_response(data, self.flags, self.dialect)
+        if not response.probe:
+            waiting = self._by_fd.get(response.fd)
+            if not waiting:
+                raise OSError(
+                    errno.ENOENT, f"fanotify response: no event with fd {response.fd} is waiting for one"
+                )
+            self.answer(waiting[0], response.decision_errno)
+        return response.length
+
+    def close(self) -> list[Pending]:
+        """The last descriptor is closed, or the listener died: marks and queue go.
+
+        Returns every permission event that still had an accessor waiting, first those that had been read; the kernel
+        allows them, here the caller decides. Their ``on_answer`` is not called. Closing twice gives an empty list.
+        """
+        self.closed = True
+        unanswered = [pending for pending in self._outstanding if pending.state is PendingState.OUTSTANDING]
+        unanswered += [pending for pending in self._queue if pending.permission]
+        self._outstanding.clear()
+        self._by_fd.clear()
+        self._queue.clear()
+        self._overflow = None
+        self.marks.clear()
+        return unanswered

@@ -1,0 +1,350 @@
+"""The marks of one group: does it hear this event about this inode?
+
+The rules are those of ``fanotify_group_event_mask``, ``fsnotify_effective_ignore_mask`` and
+``fanotify_may_update_existing_mark``, each compared with 6.18. A mount mark and a filesystem mark are distinct objects,
+and both cover everything here: a mount of ours is one mount of one filesystem.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Final
+
+from fusehsm.abi import (
+    FAN_EVENT_FLAGS,
+    FAN_EVENT_ON_CHILD,
+    FAN_MARK_ADD,
+    FAN_MARK_EVICTABLE,
+    FAN_MARK_FILESYSTEM,
+    FAN_MARK_IGNORE,
+    FAN_MARK_IGNORE_BITS,
+    FAN_MARK_IGNORED_MASK,
+    FAN_MARK_IGNORED_SURV_MODIFY,
+    FAN_MARK_INODE,
+    FAN_MARK_MOUNT,
+    FAN_MARK_TYPE_MASK,
+    FAN_ONDIR,
+    LINUX_6_14,
+    Dialect,
+    mask_names,
+)
+
+_ALL_BITS: Final = 0xFFFF_FFFF
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What an event is about. ``parents``: every known directory that has a name of it (a file with several names: an
+    event does not tell which was used)."""
+
+    inode: int
+    parents: tuple[int, ...]
+    is_dir: bool
+
+
+@dataclass(slots=True)
+class _Mark:
+    """One object's mark (kernel: ``struct fsnotify_mark``)."""
+
+    mask: int = 0
+    ignore_mask: int = 0
+    #: FAN_MARK_IGNORED_SURV_MODIFY: the ignore mask outlives a write.
+    survives_modify: bool = False
+    #: FAN_MARK_IGNORE was used: the ignore mask has event flags of its own.
+    own_ignore_flags: bool = False
+    evictable: bool = False
+
+    def heard(self, is_dir: bool, on_child: bool) -> int:
+        """The events that this mark asks for, about a directory or not, on the object itself or a child of it."""
+        if (is_dir and not self.mask & FAN_ONDIR) or (on_child and not self.mask & FAN_EVENT_ON_CHILD):
+            return 0
+        return self.mask
+
+    def ignored(self, is_dir: bool, on_child: bool) -> int:
+        """The events that this mark keeps from its group."""
+        flags = self.ignore_mask
+        if not self.own_ignore_flags:
+            # FAN_MARK_IGNORED_MASK: always on directories; on children if the mark itself watches children.
+            flags = FAN_ONDIR | self.mask & FAN_EVENT_ON_CHILD
+        if (is_dir and not flags & FAN_ONDIR) or (on_child and not flags & FAN_EVENT_ON_CHILD):
+            return 0
+        return self.ignore_mask
+
+    @property
+    def interest(self) -> int:
+        """What the kernel takes the object to be watched for: ignored events too (``fsnotify_calc_mask``)."""
+        return self.mask | self.ignore_mask
+
+    @property
+    def ends_with_write(self) -> bool:
+        """Whether a write takes its ignore mask away."""
+        return self.ignore_mask != 0 and not self.survives_modify
+
+    @property
+    def flags(self) -> int:
+        """The mark flags as /proc/PID/fdinfo shows them (mflags)."""
+        return (
+            (FAN_MARK_IGNORED_SURV_MODIFY if self.survives_modify else 0)
+            | (FAN_MARK_EVICTABLE if self.evictable else 0)
+            | (FAN_MARK_IGNORE if self.own_ignore_flags else 0)
+        )
+
+
+def _end_ignoring(mark: _Mark) -> None:
+    if not mark.survives_modify:
+        mark.ignore_mask = 0
+
+
+class MarkTable:
+    """All marks of one group. Inode numbers are the mount's own. Not to be used by two threads at once."""
+
+    def __init__(self, dialect: Dialect = LINUX_6_14) -> None:
+        self.dialect = dialect
+        self._inodes: dict[int, _Mark] = {}
+        self._mount: _Mark | None = None
+        self._filesystem: _Mark | None = None
+        # What mount and filesystem marks say, worked out once a change: index by is_dir.
+        self._wide_heard = (0, 0)
+        self._wide_ignored = (0, 0)
+        self._wide_watched = 0
+        self._any_ends_with_write = False
+
+    @property
+    def empty(self) -> bool:
+        """Whether the group has no mark at all."""
+        return not self._inodes and self._mount is None and self._filesystem is None
+
+    def copy(self) -> MarkTable:
+        """A table of its own with the same marks."""
+        twin = MarkTable(self.dialect)
+        twin._inodes = {inode: replace(mark) for inode, mark in self._inodes.items()}
+        twin._mount = self._mount and replace(self._mount)
+        twin._filesystem = self._filesystem and replace(self._filesystem)
+        twin._refresh()
+        return twin
+
+    def modify(
+        self, flags: int, mask: int, inode: int | None, *, opened_for_write: bool, is_dir: bool = True
+    ) -> None:
+        """FAN_MARK_ADD or FAN_MARK_REMOVE, with arguments that :func:`fusehsm.rules.check_mark` has passed.
+
+        ``inode``: what an inode mark is for (ignored for mount and filesystem marks); ``opened_for_write``: any open
+        file of it may write; ``is_dir`` False: FAN_EVENT_ON_CHILD is dropped, as the kernel does for anything but a
+        directory. Raises OSError ENOENT (nothing to remove) or EEXIST (the mark cannot be changed thus).
+        """
+        mark_type = flags & FAN_MARK_TYPE_MASK
+        # The event flags that cannot be set here; unlike others, they do not keep a mark when all else is removed.
+        unsettable = 0
+        if mark_type != FAN_MARK_INODE or not is_dir:
+            unsettable = FAN_EVENT_ON_CHILD
+        elif flags & FAN_MARK_IGNORED_MASK:
+            unsettable = FAN_EVENT_FLAGS
+        mask &= ~unsettable
+        if flags & FAN_MARK_IGNORED_MASK:
+            mask &= ~FAN_EVENT_FLAGS
+        if flags & FAN_MARK_ADD:
+            self._add(flags, mask, mark_type, inode, opened_for_write)
+        else:
+            self._remove(flags, mask, mark_type, inode, unsettable)
+        self._refresh()
+
+    def _add(self, flags: int, mask: int, mark_type: int, inode: int | None, opened_for_write: bool) -> None:
+        ignore = flags & FAN_MARK_IGNORE_BITS
+        survives = bool(flags & FAN_MARK_IGNORED_SURV_MODIFY)
+        if ignore and not survives and mark_type == FAN_MARK_INODE and opened_for_write:
+            # The next write would clear it: the kernel says yes and makes no mark.
+            return
+        mark = self._find(mark_type, inode)
+        evictable = bool(flags & FAN_MARK_EVICTABLE)
+        if mark is None:
+            mark = _Mark(evictable=evictable)
+            self._check_update(mark, flags, mask)
+            self._put(mark_type, inode, mark)
+        else:
+            self._check_update(mark, flags, mask)
+        if ignore:
+            mark.ignore_mask |= mask
+            mark.own_ignore_flags |= ignore == FAN_MARK_IGNORE
+            mark.survives_modify |= survives
+        else:
+            mark.mask |= mask
+        mark.evictable &= evictable
+
+    def _check_update(self, mark: _Mark, flags: int, mask: int) -> None:
+        if flags & FAN_MARK_EVICTABLE and not mark.evictable:
+            raise OSError(errno.EEXIST, "fanotify_mark: a mark that stays cannot become FAN_MARK_EVICTABLE")
+        if flags & FAN_MARK_IGNORED_MASK and mark.own_ignore_flags:
+            raise OSError(
+                errno.EEXIST, "fanotify_mark: a FAN_MARK_IGNORE mark cannot take FAN_MARK_IGNORED_MASK"
+            )
+        if flags & FAN_MARK_IGNORE and not flags & FAN_MARK_IGNORED_SURV_MODIFY and mark.survives_modify:
+            message = "fanotify_mark: FAN_MARK_IGNORE needs FAN_MARK_IGNORED_SURV_MODIFY, as the mark has it"
+            raise OSError(errno.EEXIST, message)
+        united = mask | mark.mask
+        if not self.dialect.directory_events and united & self.dialect.pre_content and united & FAN_ONDIR:
+            raise OSError(errno.EEXIST, "fanotify_mark: FAN_PRE_ACCESS and FAN_ONDIR cannot meet on one mark")
+
+    def _remove(self, flags: int, mask: int, mark_type: int, inode: int | None, unsettable: int) -> None:
+        mark = self._find(mark_type, inode)
+        if mark is None:
+            raise OSError(errno.ENOENT, "fanotify_mark: no such mark to remove")
+        if flags & FAN_MARK_IGNORE_BITS:
+            mark.ignore_mask &= ~mask
+        else:
+            mark.mask &= ~mask
+        if not (mark.mask | mark.ignore_mask) & ~unsettable:
+            self._put(mark_type, inode, None)
+
+    def _find(self, mark_type: int, inode: int | None) -> _Mark | None:
+        if mark_type == FAN_MARK_MOUNT:
+            return self._mount
+        if mark_type == FAN_MARK_FILESYSTEM:
+            return self._filesystem
+        assert inode is not None
+        return self._inodes.get(inode)
+
+    def _put(self, mark_type: int, inode: int | None, mark: _Mark | None) -> None:
+        if mark_type == FAN_MARK_MOUNT:
+            self._mount = mark
+        elif mark_type == FAN_MARK_FILESYSTEM:
+            self._filesystem = mark
+        else:
+            assert inode is not None
+            if mark is None:
+                del self._inodes[inode]
+            else:
+                self._inodes[inode] = mark
+
+    def _wide(self) -> Iterator[_Mark]:
+        if self._mount is not None:
+            yield self._mount
+        if self._filesystem is not None:
+            yield self._filesystem
+
+    def _refresh(self) -> None:
+        heard = [0, 0]
+        ignored = [0, 0]
+        watched = 0
+        for mark in self._wide():
+            for is_dir in (False, True):
+                heard[is_dir] |= mark.heard(is_dir, on_child=False)
+                ignored[is_dir] |= mark.ignored(is_dir, on_child=False)
+            watched |= mark.interest
+        self._wide_heard = heard[0], heard[1]
+        self._wide_ignored = ignored[0], ignored[1]
+        self._wide_watched = watched
+        self._any_ends_with_write = any(mark.ends_with_write for _, _, mark in self._all())
+
+    def flush(self, flags: int) -> None:
+        """FAN_MARK_FLUSH: away with all marks of the one type that the flags name."""
+        mark_type = flags & FAN_MARK_TYPE_MASK
+        if mark_type == FAN_MARK_INODE:
+            self._inodes.clear()
+        else:
+            self._put(mark_type, None, None)
+        self._refresh()
+
+    def clear(self) -> None:
+        """Away with all marks: the group is closed."""
+        self._inodes.clear()
+        self._mount = self._filesystem = None
+        self._refresh()
+
+    def hears(self, mask_bit: int, subject: Subject) -> bool:
+        """Whether the group is to be told of this event (one bit of a mask; notifications' bits too) about the subject.
+
+        The masks of all its marks that cover the subject are united, then what any of them ignores is taken off.
+        """
+        is_dir = subject.is_dir
+        heard = self._wide_heard[is_dir]
+        ignored = self._wide_ignored[is_dir]
+        if self._inodes:
+            mark = self._inodes.get(subject.inode)
+            if mark is not None:
+                heard |= mark.heard(is_dir, on_child=False)
+                ignored |= mark.ignored(is_dir, on_child=False)
+            child_heard, child_ignored = self._from_parents(subject)
+            heard |= child_heard
+            ignored |= child_ignored
+        return heard & mask_bit & ~ignored != 0
+
+    def _from_parents(self, subject: Subject) -> tuple[int, int]:
+        # Any parent may have been the way here, so one that watches is enough, and an event is dropped only if every
+        # parent ignores it: better one event too many than a byte that nobody was asked about.
+        heard = 0
+        ignored = _ALL_BITS if subject.parents else 0
+        for parent in subject.parents:
+            mark = self._inodes.get(parent)
+            if mark is None:
+                ignored = 0
+                continue
+            heard |= mark.heard(subject.is_dir, on_child=True)
+            ignored &= mark.ignored(subject.is_dir, on_child=True)
+        return heard, ignored
+
+    def watched(self, subject: Subject) -> int:
+        """The united mask of all marks on the subject, for arming it at open().
+
+        An ignore mark takes nothing off; what it ignores counts as watched, and arms (measured on 6.18). FAN_ONDIR is not
+        looked at (kernel: ``file_set_fsnotify_mode_from_watchers``).
+        """
+        mask = self._wide_watched
+        if self._inodes:
+            mark = self._inodes.get(subject.inode)
+            if mark is not None:
+                mask |= mark.interest
+            for parent in subject.parents:
+                mark = self._inodes.get(parent)
+                if mark is not None and mark.interest & FAN_EVENT_ON_CHILD:
+                    mask |= mark.interest
+        return mask & ~FAN_EVENT_FLAGS
+
+    def modified(self, inode: int, parents: tuple[int, ...] = ()) -> bool:
+        """Somebody wrote to the inode, truncated it or reserved space in it: ignore masks without
+        FAN_MARK_IGNORED_SURV_MODIFY that cover it are gone; returns False when there are none in the whole table.
+
+        Those of mount and filesystem marks, too, and of a parent that watches its children (measured on 6.18, where truncation
+        spares the mount mark: the kernel's event of it has no path. Here it goes too: one event more, never one less).
+        """
+        if not self._any_ends_with_write:
+            return False
+        for mark in self._wide():
+            _end_ignoring(mark)
+        own = self._inodes.get(inode)
+        if own is not None:
+            _end_ignoring(own)
+        for parent in parents:
+            mark_of_parent = self._inodes.get(parent)
+            if mark_of_parent is not None and mark_of_parent.interest & FAN_EVENT_ON_CHILD:
+                _end_ignoring(mark_of_parent)
+        self._refresh()
+        return True
+
+    def forget(self, inode: int) -> None:
+        """The inode is gone, its mark with it."""
+        self._inodes.pop(inode, None)
+
+    def describe(self) -> list[dict[str, object]]:
+        """Every mark as a JSON-able object, in a stable order; numbers as /proc/PID/fdinfo of a kernel group shows them."""
+        return [
+            {
+                "type": kind,
+                "inode": inode,
+                "flags": mark.flags,
+                "mask": mark.mask,
+                "ignored_mask": mark.ignore_mask,
+                "events": mask_names(mark.mask, self.dialect),
+                "ignored_events": mask_names(mark.ignore_mask, self.dialect),
+            }
+            for kind, inode, mark in self._all()
+        ]
+
+    def _all(self) -> Iterator[tuple[str, int | None, _Mark]]:
+        if self._filesystem is not None:
+            yield "filesystem", None, self._filesystem
+        if self._mount is not None:
+            yield "mount", None, self._mount
+        for inode in sorted(self._inodes):
+            yield "inode", inode, self._inodes[inode]
