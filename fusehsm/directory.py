@@ -1,0 +1,107 @@
+"""Reading a directory of the backing: entries with attributes, at offsets that stay good while names come and go."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Final
+
+from fusehsm import filesystem_calls as syscalls
+from fusehsm.nodes import Node, NodeTable
+
+_BUFFER_SIZE: Final = 32768  # bytes, as glibc's readdir(3)
+
+
+@dataclass(frozen=True, slots=True)
+class DirectoryEntry:
+    """One name. `next_offset` is where reading goes on after it.
+
+    An entry that cannot be examined (EACCES in a directory that may be read but not searched) has a `status` of mode 0,
+    which makes the kernel list the name and remember nothing, and a `node` that stands for no file.
+    """
+
+    name: bytes
+    node: Node
+    status: os.stat_result
+    next_offset: int
+
+
+class DirectoryStream:
+    """An open directory.
+
+    Offsets are the backing's own (d_off of getdents64(2)), which filesystems keep stable against creation and removal
+    for the sake of NFS and of telldir(3); reading on from where the last call stopped does not seek at all.
+    """
+
+    def __init__(self, node: Node, fd: int, table: NodeTable) -> None:
+        self.node = node
+        self.fd = fd
+        self._table = table
+        self._entries: list[tuple[bytes, int, int, int]] = []
+        self._index = 0
+        self._offset = 0
+
+    def close(self) -> None:
+        """Close the directory."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def synchronise(self, data_only: bool) -> None:
+        """fsync(2) or fdatasync(2) of the directory."""
+        (os.fdatasync if data_only else os.fsync)(self.fd)
+
+    def entries(self, offset: int) -> Generator[DirectoryEntry, None, None]:
+        """The entries from `offset` (0 or a `next_offset`) on, "." and ".." left out, names that vanish skipped.
+
+        An entry counts as a lookup of its node only once `Overlay.remember` was called with it; one that was not (it
+        did not fit into the reply) is dropped when the iteration goes on or is closed, and comes again next time.
+        """
+        self._seek(offset)
+        buffer = ctypes.create_string_buffer(_BUFFER_SIZE)
+        while True:
+            if self._index >= len(self._entries):
+                self._entries = syscalls.directory_entries(self.fd, buffer)
+                self._index = 0
+                if not self._entries:
+                    return
+            name, _, _, next_offset = self._entries[self._index]
+            if name not in (b".", b".."):
+                entry = self._examine(name, next_offset)
+                if entry is not None:
+                    try:
+                        yield entry
+                    finally:
+                        self._table.collect(entry.node)
+            self._index += 1
+            self._offset = next_offset
+
+    def _seek(self, offset: int) -> None:
+        if offset == 0:
+            # rewinddir(3): what is buffered may be old.
+            os.lseek(self.fd, 0, os.SEEK_SET)
+            self._entries, self._index, self._offset = [], 0, 0
+            return
+        if offset == self._offset:
+            return
+        for index in range(self._index, len(self._entries)):
+            if self._entries[index][3] == offset:
+                self._index, self._offset = index + 1, offset
+                return
+        os.lseek(self.fd, offset, os.SEEK_SET)
+        self._entries, self._index, self._offset = [], 0, offset
+
+    def _examine(self, name: bytes, next_offset: int) -> DirectoryEntry | None:
+        try:
+            status = os.stat(name, dir_fd=self.fd, follow_symlinks=False)
+            node = self._table.enter(status, self.node, name, self.fd)
+        except FileNotFoundError:
+            return None
+        except OSError:
+            return DirectoryEntry(name, self._table.unreadable, _NO_STATUS, next_offset)
+        return DirectoryEntry(name, node, status, next_offset)
+
+
+_NO_STATUS: Final = os.stat_result((0,) * 10 + (0.0,) * 3 + (0,) * 3 + (0, 0, 0))

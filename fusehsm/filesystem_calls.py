@@ -1,0 +1,221 @@
+"""System calls that Python's os module lacks: one small function each, raising OSError.
+
+Everything here works on file descriptors and bytes; nothing is remembered between calls except whether the
+running kernel has a call at all, which the callers keep. Foreign calls that only touch kernel memory go through
+PyDLL (no release of the interpreter lock: it costs more than the call), those that may wait for a disk through CDLL.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+# openat2(2), linux/openat2.h
+RESOLVE_NO_MAGICLINKS: Final = 0x02
+RESOLVE_NO_SYMLINKS: Final = 0x04
+RESOLVE_BENEATH: Final = 0x08
+
+# renameat2(2), linux/fs.h
+RENAME_NOREPLACE: Final = 1
+RENAME_EXCHANGE: Final = 2
+RENAME_WHITEOUT: Final = 4
+
+# utimensat(2)
+UTIME_NOW: Final = (1 << 30) - 1
+UTIME_OMIT: Final = (1 << 30) - 2
+
+OVERLAYFS_SUPER_MAGIC: Final = 0x794C7630  # linux/magic.h
+
+_AT_FDCWD: Final = -100
+_AT_SYMLINK_NOFOLLOW: Final = 0x100
+_AT_EMPTY_PATH: Final = 0x1000
+_STATX_BTIME: Final = 0x800
+_STATX_BTIME_OFFSET: Final = 0x50
+_SYS_OPENAT2: Final = 437  # the same number on every architecture
+_CAPABILITY_VERSION_3: Final = 0x20080522
+_NANOSECONDS: Final = 1_000_000_000
+
+_libc: Final[Any] = ctypes.CDLL(None, use_errno=True)
+_fast_libc: Final[Any] = ctypes.PyDLL(None, use_errno=True)
+
+_syscall: Final[Any] = _libc.syscall
+_syscall.restype = ctypes.c_long
+_renameat2: Final[Any] = _libc.renameat2
+_renameat2.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
+_utimensat: Final[Any] = _libc.utimensat
+_utimensat.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int]
+_statx: Final[Any] = _fast_libc.statx
+_statx.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p]
+_name_to_handle_at: Final[Any] = _fast_libc.name_to_handle_at
+_name_to_handle_at.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
+_getdents64: Final[Any] = _libc.getdents64
+_getdents64.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
+_getdents64.restype = ctypes.c_ssize_t
+_fstatfs: Final[Any] = _libc.fstatfs
+_fstatfs.argtypes = [ctypes.c_int, ctypes.c_void_p]
+_setfsuid: Final[Any] = _fast_libc.setfsuid
+_setfsuid.argtypes = [ctypes.c_uint32]
+_setfsgid: Final[Any] = _fast_libc.setfsgid
+_setfsgid.argtypes = [ctypes.c_uint32]
+_capget: Final[Any] = _fast_libc.capget
+_capget.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+_capset: Final[Any] = _fast_libc.capset
+_capset.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+
+
+def _error(path: bytes | None = None) -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, os.strerror(number), path)
+
+
+def openat2(dir_fd: int, path: bytes, flags: int, resolve: int) -> int:
+    """Open `path` under `dir_fd` with openat2(2) and return the descriptor. ENOSYS before Linux 5.6."""
+    how = struct.pack("=QQQ", flags, 0, resolve)
+    fd: int = _syscall(_SYS_OPENAT2, dir_fd, path, how, ctypes.c_size_t(len(how)))
+    if fd < 0:
+        raise _error(path)
+    return fd
+
+
+def have_openat2() -> bool:
+    """Is openat2(2) there? Old kernels say ENOSYS, old container seccomp filters EPERM."""
+    try:
+        os.close(openat2(_AT_FDCWD, b"/", os.O_PATH | os.O_CLOEXEC, 0))
+    except OSError:
+        return False
+    return True
+
+
+def rename(old_dir_fd: int, old: bytes, new_dir_fd: int, new: bytes, flags: int) -> None:
+    """renameat2(2): `flags` is RENAME_NOREPLACE, RENAME_EXCHANGE or 0."""
+    if _renameat2(old_dir_fd, old, new_dir_fd, new, flags) < 0:
+        raise _error(old)
+
+
+def set_times(path: bytes | int, atime_ns: int | None, mtime_ns: int | None, *, now: int) -> None:
+    """utimensat(2) on a path that is followed, or on a descriptor. Times in nanoseconds since 1970; None leaves
+    a time alone, the value `now` asks the kernel for its own present time (which needs write permission only)."""
+    times = b"".join(_timespec(value, now) for value in (atime_ns, mtime_ns))
+    fd, name = (path, None) if isinstance(path, int) else (_AT_FDCWD, path)
+    if _utimensat(fd, name, times, 0) < 0:
+        raise _error(name)
+
+
+def _timespec(value: int | None, now: int) -> bytes:
+    if value is None:
+        return struct.pack("=qq", 0, UTIME_OMIT)
+    if value == now:
+        return struct.pack("=qq", 0, UTIME_NOW)
+    return struct.pack("=qq", *divmod(value, _NANOSECONDS))
+
+
+def birth_time(dir_fd: int, name: bytes) -> bytes | None:
+    """The creation time of `name` (not followed) as statx(2)'s 12 bytes; None where the filesystem keeps none."""
+    buffer = ctypes.create_string_buffer(256)
+    if _statx(dir_fd, name, _AT_SYMLINK_NOFOLLOW | _AT_EMPTY_PATH, _STATX_BTIME, buffer) < 0:
+        raise _error(name)
+    (mask,) = struct.unpack_from("=I", buffer)
+    if not mask & _STATX_BTIME:
+        return None
+    return buffer.raw[_STATX_BTIME_OFFSET : _STATX_BTIME_OFFSET + 12]
+
+
+class FileHandles:
+    """name_to_handle_at(2) with one buffer for all calls (so: one thread at a time).
+
+    The size field of the buffer is left at what the last call needed, which saves filling it in; a filesystem
+    that needs more says EOVERFLOW and how much.
+    """
+
+    _LARGEST: Final = 128  # MAX_HANDLE_SZ
+
+    def __init__(self) -> None:
+        self._buffer = (ctypes.c_char * (8 + self._LARGEST))()
+        self._mount_id = ctypes.c_int()
+        self._address = ctypes.addressof(self._buffer)
+        self._mount_id_address = ctypes.addressof(self._mount_id)
+        self._size = ctypes.c_uint32.from_buffer(self._buffer)
+        self._bytes = memoryview(self._buffer).cast("B")
+
+    def read(self, dir_fd: int, name: bytes) -> memoryview:
+        """Type and bytes of `name`'s handle, valid until the next call; `name` is not followed, b"" is dir_fd itself.
+
+        EOPNOTSUPP where the filesystem has no handles. No privilege is needed.
+        """
+        flags = 0 if name else _AT_EMPTY_PATH
+        if _name_to_handle_at(dir_fd, name, self._address, self._mount_id_address, flags) < 0:
+            if ctypes.get_errno() != errno.EOVERFLOW:
+                raise _error(name)
+            if self._size.value > self._LARGEST:
+                self._size.value = self._LARGEST
+            if _name_to_handle_at(dir_fd, name, self._address, self._mount_id_address, flags) < 0:
+                raise _error(name)
+        return self._bytes[4 : 8 + self._size.value]
+
+
+_DIRENT: Final = struct.Struct("=QqHB")  # d_ino, d_off, d_reclen, d_type; the name follows, NUL-terminated
+
+
+def directory_entries(fd: int, buffer: ctypes.Array[ctypes.c_char]) -> list[tuple[bytes, int, int, int]]:
+    """getdents64(2): the next entries as (name, S_IFMT bits or 0, inode number, offset of the entry after).
+
+    An empty list at the end of the directory.
+    """
+    length: int = _getdents64(fd, buffer, len(buffer))
+    if length < 0:
+        raise _error()
+    data = ctypes.string_at(buffer, length)
+    entries = []
+    position = 0
+    while position < length:
+        inode, offset, record_length, kind = _DIRENT.unpack_from(data, position)
+        name_at = position + _DIRENT.size
+        entries.append((data[name_at : data.index(b"\0", name_at)], kind << 12, inode, offset))
+        position += record_length
+    return entries
+
+
+def filesystem_type(fd: int) -> int:
+    """f_type of fstatfs(2)."""
+    buffer = ctypes.create_string_buffer(256)
+    if _fstatfs(fd, buffer) < 0:
+        raise _error()
+    (kind,) = struct.unpack_from("@l", buffer)
+    return int(kind) & 0xFFFFFFFF
+
+
+@contextmanager
+def filesystem_identity(uid: int, gid: int) -> Iterator[None]:
+    """Make filesystem objects as `uid` and `gid`, in this thread only, keeping every capability (credentials(7)).
+
+    setfsuid(2) away from 0 drops the filesystem capabilities from the effective set; they are put back at once,
+    so that permission checks stay the server's own (the accessor's were made by his kernel, with his groups).
+    PermissionError where the process may not change its ids.
+    """
+    header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
+    capabilities = ctypes.create_string_buffer(24)
+    if _capget(header, capabilities) < 0:
+        raise _error()
+    old_gid = _setfsgid(gid)
+    old_uid = _setfsuid(uid)
+    try:
+        # setfsuid tells failure only by a second call's answer; -1 changes nothing.
+        if (
+            _setfsuid(0xFFFFFFFF) != ctypes.c_int(uid).value
+            or _setfsgid(0xFFFFFFFF) != ctypes.c_int(gid).value
+        ):
+            raise PermissionError(errno.EPERM, "this process may not create files for other users")
+        if uid != old_uid and _capset(header, capabilities) < 0:
+            raise _error()
+        yield
+    finally:
+        _setfsuid(ctypes.c_uint32(old_uid).value)
+        _setfsgid(ctypes.c_uint32(old_gid).value)
+        # Back at fsuid 0 the kernel raises the filesystem capabilities again from the permitted set; one that was
+        # not effective before must not stay.
+        _capset(header, capabilities)

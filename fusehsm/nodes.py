@@ -1,0 +1,387 @@
+"""Nodes: which inode of the backing the kernel means by a node id, and by which names it can be reached.
+
+A node holds no descriptor. It knows its (parent, name) links, newest first, and the (device, inode number) that
+must be found at their end.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from fusehsm import filesystem_calls as syscalls
+
+ROOT_ID: Final = 1
+
+# Node ids. The root's device shows its own inode numbers; every other device gets a range of its own above bit 62,
+# and what fits neither (numbers of 48 bits and more on those, 0 and 1, 2**62 and more) is numbered in the last range.
+_OWN_LIMIT: Final = 1 << 62
+_DEVICE_SHIFT: Final = 48
+_DEVICE_INODE_LIMIT: Final = 1 << _DEVICE_SHIFT
+_LAST_DEVICE_INDEX: Final = (1 << 14) - 1
+
+# One object for each kind instead of one a node.
+_KINDS: Final = {
+    kind: kind
+    for kind in (
+        stat.S_IFREG,
+        stat.S_IFDIR,
+        stat.S_IFLNK,
+        stat.S_IFIFO,
+        stat.S_IFSOCK,
+        stat.S_IFCHR,
+        stat.S_IFBLK,
+    )
+}
+
+
+class Device:
+    """A device (st_dev) seen under the source."""
+
+    __slots__ = ("generation_of", "index", "number")
+
+    def __init__(self, number: int, index: int) -> None:
+        self.number = number
+        self.index = index
+        self.generation_of: Callable[[int, bytes], int] | None = None  # chosen at the first node
+
+
+class Node:
+    """One inode of the backing that the kernel (or a mark, or a handle) knows.
+
+    `id`: the FUSE node id, shown as st_ino. `generation`: differs when an inode number was reused. `kind`: S_IFMT
+    bits. `lookups`: references the kernel holds, plus the overlay's users'. `children`: known links in this directory.
+    `linked`: False once the last known name was removed through the mount; `parent` and `name` then say what it was.
+    """
+
+    __slots__ = (
+        "children",
+        "device",
+        "generation",
+        "id",
+        "inode",
+        "kind",
+        "linked",
+        "lookups",
+        "more_links",
+        "name",
+        "parent",
+    )
+
+    def __init__(
+        self,
+        node_id: int,
+        device: Device,
+        inode: int,
+        generation: int,
+        kind: int,
+        parent: Node | None,
+        name: bytes,
+    ) -> None:
+        self.id = node_id
+        self.device = device
+        self.inode = inode
+        self.generation = generation
+        self.kind = _KINDS.get(kind, kind)
+        self.parent = parent
+        self.name = name
+        self.more_links: list[tuple[Node, bytes]] | None = None  # hard links beyond (parent, name)
+        self.lookups = 0
+        self.children = 0
+        self.linked = True
+
+    def __repr__(self) -> str:
+        return f"<Node {self.id} {self.name!r}{'' if self.linked else ' unlinked'}>"
+
+    @property
+    def is_dir(self) -> bool:
+        return self.kind == stat.S_IFDIR
+
+    @property
+    def is_regular(self) -> bool:
+        return self.kind == stat.S_IFREG
+
+    def links(self) -> tuple[tuple[Node, bytes], ...]:
+        """All known (directory, name) pairs, newest first; none for the root and for an unlinked node."""
+        if self.parent is None or not self.linked:
+            return ()
+        if self.more_links is None:
+            return ((self.parent, self.name),)
+        return ((self.parent, self.name), *self.more_links)
+
+    def parents(self) -> tuple[int, ...]:
+        """Node ids of the directories it is known in (of an unlinked node: the last one), each once."""
+        if self.parent is None:
+            return ()
+        if self.more_links is None:
+            return (self.parent.id,)
+        return tuple(dict.fromkeys([self.parent.id, *(parent.id for parent, _ in self.more_links)]))
+
+    def matches(self, status: os.stat_result) -> bool:
+        """Is `status` this inode's?"""
+        return (
+            status.st_ino == self.inode
+            and status.st_dev == self.device.number
+            and status.st_mode & 0o170000 == self.kind
+        )
+
+
+class NodeTable:
+    """All known nodes by id. `on_removed` is called with each node that leaves (also one whose number was reused),
+    `on_reused` with (old, new) in the latter case."""
+
+    def __init__(self, root_status: os.stat_result, on_removed: Callable[[Node], None]) -> None:
+        self._nodes: dict[int, Node] = {}
+        self._devices: dict[int, Device] = {}
+        self._numbered: dict[tuple[int, int], int] = {}
+        self._next_numbered = 0
+        self._on_removed = on_removed
+        self.on_reused: Callable[[Node, Node], None] | None = None
+        self._handles = syscalls.FileHandles()
+        self._own = self._device(root_status.st_dev)
+        self._root_inode = root_status.st_ino
+        self.root = Node(ROOT_ID, self._own, root_status.st_ino, 0, stat.S_IFDIR, None, b"")
+        self.root.lookups = 1
+        self._nodes[ROOT_ID] = self.root
+        # What a directory lists but nobody may examine; no request ever names it.
+        unreadable_id = _OWN_LIMIT | _LAST_DEVICE_INDEX << _DEVICE_SHIFT | (_DEVICE_INODE_LIMIT - 1)
+        self.unreadable = Node(unreadable_id, self._own, 0, 0, 0, None, b"")
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(list(self._nodes.values()))
+
+    def get(self, node_id: int) -> Node | None:
+        return self._nodes.get(node_id)
+
+    def known(self, status: os.stat_result) -> Node | None:
+        """The node of that inode, if there is one."""
+        node_id = self._id_of(status.st_dev, status.st_ino)
+        return None if node_id is None else self._nodes.get(node_id)
+
+    def enter(self, status: os.stat_result, parent: Node, name: bytes, dir_fd: int) -> Node:
+        """The node of the inode that `status` describes, found as `name` in `parent` (open as `dir_fd`).
+
+        Makes it when unknown, with `lookups` 0, adds the link, and notices a reused inode number.
+        """
+        device = self._devices.get(status.st_dev)
+        if device is None:
+            device = self._device(status.st_dev)
+        inode = status.st_ino
+        node_id = inode
+        if device is not self._own or not 1 < inode < _OWN_LIMIT or inode == self._root_inode:
+            node_id = self._mapped_id(device, inode)
+        node = self._nodes.get(node_id)
+        if node is None:
+            kind = status.st_mode & 0o170000
+            node = Node(node_id, device, inode, self._generation(device, dir_fd, name), kind, parent, name)
+            parent.children += 1
+            self._nodes[node_id] = node
+            return node
+        if node is self.root:
+            return node
+        if node.kind != status.st_mode & 0o170000 or node.generation != self._generation(
+            device, dir_fd, name
+        ):
+            return self._replace(node, status, parent, name, dir_fd)
+        if node.parent is not parent or node.name != name or not node.linked:
+            self.add_link(node, parent, name)
+        return node
+
+    def _replace(self, old: Node, status: os.stat_result, parent: Node, name: bytes, dir_fd: int) -> Node:
+        """The inode number seems reused. The name may also have changed between the stat and the handle, so look
+        again, through one descriptor."""
+        fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
+        try:
+            now = os.fstat(fd)
+            generation = self._generation(old.device, fd, b"")
+        finally:
+            os.close(fd)
+        if (now.st_dev, now.st_ino) != (status.st_dev, status.st_ino):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), name)
+        if generation == old.generation and stat.S_IFMT(now.st_mode) == old.kind:
+            self.add_link(old, parent, name)
+            return old
+        new = Node(old.id, old.device, old.inode, generation, now.st_mode & 0o170000, parent, name)
+        # The kernel counts both incarnations' lookups under the one id, and forgets them under it.
+        new.lookups = old.lookups
+        parent.children += 1
+        self._nodes[new.id] = new
+        old.lookups = 0
+        self._on_removed(old)
+        self._let_go(old)
+        old.linked = False
+        if self.on_reused is not None:
+            self.on_reused(old, new)
+        return new
+
+    # links
+
+    def add_link(self, node: Node, parent: Node, name: bytes) -> None:
+        """`node` was seen as `name` in `parent`: make that the first link. A directory has only one."""
+        if node.parent is None:
+            return
+        if node.linked and node.parent is parent and node.name == name:
+            return
+        parent.children += 1
+        if node.kind == stat.S_IFDIR:
+            self._break_loop(node, parent)
+        if not node.linked or node.kind == stat.S_IFDIR:
+            former = node.parent
+            node.parent, node.name, node.linked, node.more_links = parent, name, True, None
+            self._child_gone(former)
+            return
+        others = [(node.parent, node.name), *(node.more_links or ())]
+        kept = [link for link in others if not (link[0] is parent and link[1] == name)]
+        node.parent, node.name, node.more_links = parent, name, kept or None
+        if len(kept) != len(others):
+            parent.children -= 1
+
+    def _break_loop(self, node: Node, parent: Node) -> None:
+        """`node` was just seen in `parent`. If names remembered from before say that `parent` lies below `node`, someone
+        has moved directories behind the mount; whichever of them hung in `node` is somewhere else now, unknown where."""
+        below: Node | None = parent
+        while below is not None:
+            if below.parent is node:
+                below.parent, below.linked = self.root, False
+                node.children -= 1
+                self.root.children += 1
+                return
+            below = below.parent
+
+    def drop_link(self, node: Node, parent: Node, name: bytes) -> None:
+        """`name` in `parent` is `node` no more. The last known link is kept as a memory, and `linked` is False."""
+        if node.parent is None or not node.linked:
+            return
+        if node.parent is parent and node.name == name:
+            if node.more_links is None:
+                node.linked = False
+                return
+            node.parent, node.name = node.more_links[0]
+            node.more_links = node.more_links[1:] or None
+        elif node.more_links is not None:
+            kept = [link for link in node.more_links if not (link[0] is parent and link[1] == name)]
+            if len(kept) == len(node.more_links):
+                return
+            node.more_links = kept or None
+        else:
+            return
+        self._child_gone(parent)
+
+    # lifetime
+
+    def forget(self, node: Node, count: int) -> None:
+        """Take `count` from its lookups; at zero, and with no known children, it leaves the table."""
+        node.lookups = max(0, node.lookups - count)
+        self.collect(node)
+
+    def collect(self, node: Node) -> None:
+        """Drop `node`, and then its parents, where nothing refers to them any more."""
+        waiting = [node]
+        while waiting:
+            node = waiting.pop()
+            if (
+                node.lookups > 0
+                or node.children > 0
+                or node.parent is None
+                or self._nodes.get(node.id) is not node
+            ):
+                continue
+            del self._nodes[node.id]
+            self._numbered.pop((node.device.number, node.inode), None)
+            self._on_removed(node)
+            waiting.extend(self._take_links(node))
+
+    def _let_go(self, node: Node) -> None:
+        for parent in self._take_links(node):
+            self.collect(parent)
+
+    @staticmethod
+    def _take_links(node: Node) -> list[Node]:
+        parents = [parent for parent, _ in node.more_links or ()]
+        if node.parent is not None:
+            parents.append(node.parent)
+        node.more_links = None
+        for parent in parents:
+            parent.children -= 1
+        return parents
+
+    def _child_gone(self, parent: Node) -> None:
+        parent.children -= 1
+        if parent.children == 0 and parent.lookups == 0:
+            self.collect(parent)
+
+    # identity
+
+    def _device(self, number: int) -> Device:
+        device = Device(number, len(self._devices))
+        self._devices[number] = device
+        return device
+
+    def _id_of(self, device_number: int, inode: int) -> int | None:
+        device = self._devices.get(device_number)
+        if device is None:
+            return None
+        if device is self._own and 1 < inode < _OWN_LIMIT and inode != self._root_inode:
+            return inode
+        if device is self._own and inode == self._root_inode:
+            return ROOT_ID
+        if device is not self._own and inode < _DEVICE_INODE_LIMIT and device.index < _LAST_DEVICE_INDEX:
+            return _OWN_LIMIT | device.index << _DEVICE_SHIFT | inode
+        return self._numbered.get((device_number, inode))
+
+    def _mapped_id(self, device: Device, inode: int) -> int:
+        node_id = self._id_of(device.number, inode)
+        if node_id is None:
+            node_id = _OWN_LIMIT | _LAST_DEVICE_INDEX << _DEVICE_SHIFT | self._next_numbered
+            self._next_numbered += 1
+            self._numbered[device.number, inode] = node_id
+        return node_id
+
+    # generations
+
+    def _generation(self, device: Device, dir_fd: int, name: bytes) -> int:
+        source = device.generation_of
+        if source is None:
+            source = device.generation_of = self._choose_generation(dir_fd, name)
+        return source(dir_fd, name)
+
+    def _choose_generation(self, dir_fd: int, name: bytes) -> Callable[[int, bytes], int]:
+        """How this device tells two files that had one inode number after the other apart.
+
+        The file handle carries the inode's generation on every filesystem that can be exported (measured: ext4,
+        tmpfs, overlayfs with nfs_export). Else the birth time, except on overlayfs, where copy-up changes it.
+        """
+        try:
+            self._handles.read(dir_fd, name)
+            return self._handle_generation
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM):
+                raise
+        fd = (
+            os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd) if name else os.dup(dir_fd)
+        )
+        try:
+            if syscalls.filesystem_type(fd) == syscalls.OVERLAYFS_SUPER_MAGIC:
+                return _no_generation
+        finally:
+            os.close(fd)
+        return _no_generation if syscalls.birth_time(dir_fd, name) is None else _birth_generation
+
+    def _handle_generation(self, dir_fd: int, name: bytes) -> int:
+        # A CRC of 32 bits tells any two values of a 32-bit field apart when the rest is the same.
+        return zlib.crc32(self._handles.read(dir_fd, name))
+
+
+def _birth_generation(dir_fd: int, name: bytes) -> int:
+    return zlib.crc32(syscalls.birth_time(dir_fd, name) or b"")
+
+
+def _no_generation(dir_fd: int, name: bytes) -> int:
+    return 0

@@ -1,0 +1,282 @@
+"""How a node is reached on the backing: from the source's root, by name, never through a symbolic link.
+
+Whatever is found at the end of the names must be the very inode the node stands for; anything else is ESTALE, upon which
+the kernel looks the names up again. So no rename and no symlink planted in the backing leads outside or to another file.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Final
+
+from fusehsm import filesystem_calls as syscalls
+from fusehsm.nodes import Node, NodeTable
+
+_PATH_LIMIT: Final = 4095  # PATH_MAX counts the final NUL
+_RESOLVE: Final = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS
+_DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_ANYTHING: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+
+# What opening a chain of names says when one of them has gone or became something else.
+_GONE: Final = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV, errno.ESTALE, errno.EAGAIN))
+
+
+def stale(name: bytes | None = None) -> OSError:
+    """The error that makes the kernel look a name up again."""
+    return OSError(errno.ESTALE, os.strerror(errno.ESTALE), name)
+
+
+class Reach:
+    """Descriptors of directories, and of files whose names are gone; all bounded.
+
+    `directories`: how many directory descriptors are kept. `pins`: how many removed but still known files keep a
+    descriptor (O_PATH). `trust_seconds`: how long a kept directory is taken to be where it was; after that its names
+    are walked again. A directory that moved within the backing meanwhile is still the same directory.
+    """
+
+    def __init__(self, source: str | bytes, *, directories: int, pins: int, trust_seconds: float) -> None:
+        if not os.path.isdir("/proc/self/fd"):
+            raise OSError(
+                errno.ENOENT,
+                "/proc is not mounted, and files are reached through /proc/self/fd: mount it",
+                "/proc",
+            )
+        self.root_fd = os.open(source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._limit = max(4, directories)
+        self._pin_limit = max(1, pins)
+        self._trust_seconds = trust_seconds
+        self._beneath = syscalls.have_openat2()
+        # Most recently used last: node -> (descriptor, monotonic seconds when its names were last walked).
+        self._directories: OrderedDict[Node, tuple[int, float]] = OrderedDict()
+        self._pins: OrderedDict[Node, int] = OrderedDict()
+        self.table = NodeTable(os.fstat(self.root_fd), self.release)
+        self._root = self.table.root
+        self.open_fd_of: Callable[[Node], int | None] | None = None
+        """Who else may hold a descriptor of a node without a name (the open files); it stays the provider's."""
+
+    def close(self) -> None:
+        """Close every descriptor."""
+        for fd, _ in self._directories.values():
+            os.close(fd)
+        self._directories.clear()
+        for fd in self._pins.values():
+            os.close(fd)
+        self._pins.clear()
+        if self.root_fd >= 0:
+            os.close(self.root_fd)
+            self.root_fd = -1
+
+    def release(self, node: Node) -> None:
+        """Close what is kept for `node`."""
+        kept = self._directories.pop(node, None)
+        if kept is not None:
+            os.close(kept[0])
+        pin = self._pins.pop(node, None)
+        if pin is not None:
+            os.close(pin)
+
+    # directories
+
+    def directory_fd(self, node: Node) -> int:
+        """A descriptor (O_PATH) of that directory, good until the next call. ESTALE when it is not there any more."""
+        kept = self._directories.get(node)
+        if kept is not None and time.monotonic() - kept[1] < self._trust_seconds:
+            self._directories.move_to_end(node)
+            return kept[0]
+        if node is self._root:
+            return self.root_fd
+        if node.kind != stat.S_IFDIR:
+            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), node.name)
+        return self._open_directory(node, kept)
+
+    def _open_directory(self, node: Node, kept: tuple[int, float] | None) -> int:
+        if not node.linked:
+            pin = self._pins.get(node)
+            if pin is None:
+                raise stale(node.name)
+            return pin
+        now = time.monotonic()
+        names = [node.name]
+        base = self.root_fd
+        above = node.parent
+        while above is not None and above is not self._root:
+            kept_above = self._directories.get(above)
+            if kept_above is not None and now - kept_above[1] < self._trust_seconds:
+                base = kept_above[0]
+                break
+            if not above.linked:
+                raise stale(above.name)
+            names.append(above.name)
+            above = above.parent
+        names.reverse()
+        try:
+            fd = self._walk(base, names)
+        except OSError as error:
+            if error.errno in _GONE:
+                raise stale(node.name) from None
+            raise
+        if not node.matches(os.fstat(fd)):
+            os.close(fd)
+            raise stale(node.name)
+        if kept is not None:
+            # The same directory: whoever still uses the older descriptor may go on.
+            os.close(fd)
+            fd = kept[0]
+        self._directories[node] = (fd, now)
+        self._directories.move_to_end(node)
+        if len(self._directories) > self._limit:
+            _, (oldest, _) = self._directories.popitem(last=False)
+            os.close(oldest)
+        return fd
+
+    def _walk(self, base: int, names: list[bytes]) -> int:
+        """Open the directory at the end of `names` below `base`, in pieces of at most PATH_MAX."""
+        if not self._beneath:
+            return _open_names(base, names)
+        path = b"/".join(names)
+        if len(path) <= _PATH_LIMIT:
+            return self._openat2(base, path)
+        fd = -1
+        start = 0
+        try:
+            while start < len(names):
+                end, length = start, -1
+                while end < len(names) and length + 1 + len(names[end]) <= _PATH_LIMIT:
+                    length += 1 + len(names[end])
+                    end += 1
+                below = self._openat2(base if fd < 0 else fd, b"/".join(names[start:end]))
+                if fd >= 0:
+                    os.close(fd)
+                fd = below
+                start = end
+        except BaseException:
+            if fd >= 0:
+                os.close(fd)
+            raise
+        return fd
+
+    def _openat2(self, base: int, path: bytes) -> int:
+        while True:
+            try:
+                return syscalls.openat2(base, path, _DIRECTORY, _RESOLVE)
+            except OSError as error:
+                self._make_room(error, base)
+
+    def open(self, path: bytes, flags: int, mode: int = 0, *, dir_fd: int | None = None) -> int:
+        """open(2), giving kept directories back when descriptors have run out."""
+        while True:
+            try:
+                return os.open(path, flags, mode, dir_fd=dir_fd)
+            except OSError as error:
+                self._make_room(error, dir_fd)
+
+    def _duplicate(self, fd: int) -> int:
+        while True:
+            try:
+                return os.dup(fd)
+            except OSError as error:
+                self._make_room(error, fd)
+
+    def _make_room(self, error: OSError, in_use: int | None) -> None:
+        """Close half of the kept directories, the most recently used never; raise any error but EMFILE, and that one too
+        when there is nothing left to close."""
+        oldest = list(self._directories.items())[: len(self._directories) // 2]
+        unused = [(node, fd) for node, (fd, _) in oldest if fd != in_use]
+        if error.errno != errno.EMFILE or not unused:
+            raise error
+        for node, fd in unused:
+            del self._directories[node]
+            os.close(fd)
+
+    # any node
+
+    def status(self, node: Node) -> os.stat_result:
+        """lstat(2) of the node. ESTALE when nothing leads to it any more."""
+        if node is self._root:
+            return os.fstat(self.root_fd)
+        for parent, name in node.links():
+            try:
+                status = os.stat(name, dir_fd=self.directory_fd(parent), follow_symlinks=False)
+            except OSError as error:
+                if error.errno not in _GONE:
+                    raise
+            else:
+                if node.matches(status):
+                    return status
+            self._forget_link(node, parent, name)
+        fd = self._nameless_fd(node)
+        if fd is None:
+            raise stale(node.name)
+        return os.fstat(fd)
+
+    def path_fd(self, node: Node) -> int:
+        """A new descriptor (O_PATH, or a duplicate of an open one) of exactly this inode, for the caller to close.
+
+        ESTALE when nothing leads to it any more.
+        """
+        if node.kind == stat.S_IFDIR:
+            return self._duplicate(self.directory_fd(node))
+        for parent, name in node.links():
+            try:
+                fd = self.open(name, _ANYTHING, dir_fd=self.directory_fd(parent))
+            except OSError as error:
+                if error.errno not in _GONE:
+                    raise
+            else:
+                if node.matches(os.fstat(fd)):
+                    return fd
+                os.close(fd)
+            self._forget_link(node, parent, name)
+        kept = self._nameless_fd(node)
+        if kept is None:
+            raise stale(node.name)
+        return self._duplicate(kept)
+
+    def _forget_link(self, node: Node, parent: Node, name: bytes) -> None:
+        # The only link stays: the name may come back, and parents and paths are told from it.
+        if node.more_links is not None:
+            self.table.drop_link(node, parent, name)
+
+    def _nameless_fd(self, node: Node) -> int | None:
+        fd = self._pins.get(node)
+        if fd is None and self.open_fd_of is not None:
+            fd = self.open_fd_of(node)
+            if fd is not None and not node.matches(os.fstat(fd)):
+                return None
+        return fd
+
+    # removal
+
+    def pin(self, node: Node, fd: int) -> None:
+        """Keep `fd` (O_PATH) as the way to a node whose last known name has just gone."""
+        before = self._pins.pop(node, None)
+        if before is not None:
+            os.close(before)
+        self._pins[node] = fd
+        if len(self._pins) > self._pin_limit:
+            _, oldest = self._pins.popitem(last=False)
+            os.close(oldest)
+
+    def unpin(self, node: Node) -> None:
+        """The node has a name again."""
+        fd = self._pins.pop(node, None)
+        if fd is not None:
+            os.close(fd)
+
+
+def _open_names(base: int, names: list[bytes]) -> int:
+    """The walk where openat2(2) is missing: component by component."""
+    fd = -1
+    for name in names:
+        try:
+            below = os.open(name, _DIRECTORY, dir_fd=base if fd < 0 else fd)
+        finally:
+            if fd >= 0:
+                os.close(fd)
+        fd = below
+    return fd
