@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import enum
 import errno
-import os
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -32,7 +31,7 @@ from fusehsm.abi import (
 )
 from fusehsm.events import EventShape
 from fusehsm.marks import MarkTable
-from fusehsm.rules import check_init, parse_response
+from fusehsm.rules import check_init, fill_buffer, parse_response
 
 #: sysctl fs.fanotify.max_queued_events
 MAX_QUEUED_EVENTS: Final = 16384
@@ -266,24 +265,15 @@ class Group:
         the errno of ``open_fd`` when the first event's file cannot be opened.
         """
         data = bytearray()
-        while self._queue:
-            upcoming = next(iter(self._queue))
-            if self.length(upcoming) > size - len(data):
-                if data:
-                    break
-                raise OSError(
-                    errno.EINVAL, f"fanotify read of {size} bytes: the next event has {self.length(upcoming)}"
-                )
+        for _ in range(fill_buffer(map(self.length, self._queue), size)):
             pending = self.take()
             assert pending is not None
             try:
                 data += self._deliver(pending, open_fd, open_pidfd)
             except OSError:
-                if data:
-                    break
-                raise
-        if not data:
-            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+                if not data:
+                    raise
+                break
         return bytes(data)
 
     def _deliver(

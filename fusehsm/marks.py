@@ -92,11 +92,6 @@ class _Mark:
         )
 
 
-def _end_ignoring(mark: _Mark) -> None:
-    if not mark.survives_modify:
-        mark.ignore_mask = 0
-
-
 class MarkTable:
     """All marks of one group. Inode numbers are the mount's own. Not to be used by two threads at once."""
 
@@ -303,24 +298,27 @@ class MarkTable:
 
     def modified(self, inode: int, parents: tuple[int, ...] = ()) -> bool:
         """Somebody wrote to the inode, truncated it or reserved space in it: ignore masks without
-        FAN_MARK_IGNORED_SURV_MODIFY that cover it are gone; returns False when there are none in the whole table.
+        FAN_MARK_IGNORED_SURV_MODIFY that cover it are gone. Whether there were any: then more is heard than before.
 
         Those of mount and filesystem marks, too, and of a parent that watches its children (measured on 6.18, where truncation
         spares the mount mark: the kernel's event of it has no path. Here it goes too: one event more, never one less).
         """
         if not self._any_ends_with_write:
             return False
-        for mark in self._wide():
-            _end_ignoring(mark)
+        covering = list(self._wide())
         own = self._inodes.get(inode)
         if own is not None:
-            _end_ignoring(own)
+            covering.append(own)
         for parent in parents:
-            mark_of_parent = self._inodes.get(parent)
-            if mark_of_parent is not None and mark_of_parent.interest & FAN_EVENT_ON_CHILD:
-                _end_ignoring(mark_of_parent)
-        self._refresh()
-        return True
+            mark = self._inodes.get(parent)
+            if mark is not None and mark.interest & FAN_EVENT_ON_CHILD:
+                covering.append(mark)
+        ending = [mark for mark in covering if mark.ends_with_write]
+        for mark in ending:
+            mark.ignore_mask = 0
+        if ending:
+            self._refresh()
+        return bool(ending)
 
     def forget(self, inode: int) -> None:
         """The inode is gone, its mark with it."""

@@ -1,0 +1,53 @@
+"""A small ext4 of our own in a sparse file: a filesystem where the real kernel makes pre-content events."""
+
+import contextlib
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.requirements import require, require_root
+
+_PATIENCE = 60.0  # seconds for one command
+
+
+def _tool(name: str) -> str:
+    # What makes and mounts filesystems is often not in the PATH of a test run.
+    found = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin:/usr/bin:/bin")
+    require(found is not None, f"needs {name}")
+    assert found is not None
+    return found
+
+
+def _run(*command: str) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=False)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(command)}: exit code {result.returncode}: {result.stderr.strip()}")
+
+
+@contextlib.contextmanager
+def ext4_image(path: Path | str, size_mb: int = 64) -> Iterator[Path]:
+    """Make `path` (a directory, created) the root of a new ext4 of that many MiB, in the sparse file `path`.img.
+
+    Unmounts at the end whatever happened, lazily if something still uses it; the loop device goes with its last user.
+    """
+    require_root()
+    make_filesystem, mount, unmount = _tool("mkfs.ext4"), _tool("mount"), _tool("umount")
+    mount_point = Path(path)
+    image = mount_point.with_name(mount_point.name + ".img")
+    mount_point.mkdir(parents=True, exist_ok=True)
+    with image.open("xb") as file:
+        file.truncate(size_mb << 20)
+    try:
+        _run(make_filesystem, "-q", "-F", "-m", "0", "-E", "lazy_itable_init=1,nodiscard", str(image))
+        _run(mount, "-t", "ext4", "-o", "loop", str(image), str(mount_point))
+        try:
+            yield mount_point
+        finally:
+            plain = subprocess.run(
+                [unmount, str(mount_point)], capture_output=True, timeout=_PATIENCE, check=False
+            )
+            if plain.returncode:
+                _run(unmount, "-l", str(mount_point))
+    finally:
+        image.unlink(missing_ok=True)

@@ -1,0 +1,37 @@
+"""What a test needs of the machine. Elsewhere than in CI a lack skips it; in CI it is a failure: no silent holes there."""
+
+import os
+import re
+
+import pytest
+
+_PRE_CONTENT_KERNEL = (6, 14)
+
+
+def require(condition: bool, reason: str) -> None:
+    """Go on if the condition holds; else skip with this reason, or fail with it where the environment has CI set."""
+    if condition:
+        return
+    if os.environ.get("CI"):
+        pytest.fail(f"in CI nothing may be skipped, but here: {reason}", pytrace=False)
+    pytest.skip(reason)
+
+
+def kernel_version() -> tuple[int, int]:
+    """(major, minor) of the running kernel."""
+    match = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    assert match is not None, os.uname().release
+    return int(match[1]), int(match[2])
+
+
+def require_root() -> None:
+    """Mounts, loop devices and pre-content groups need it."""
+    require(os.geteuid() == 0, "needs root")
+
+
+def require_pre_content_kernel() -> None:
+    """A kernel that has pre-content events, and the rights to use them."""
+    require_root()
+    require(
+        kernel_version() >= _PRE_CONTENT_KERNEL, f"needs Linux 6.14 or later, this is {os.uname().release}"
+    )
