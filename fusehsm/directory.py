@@ -53,8 +53,8 @@ class DirectoryStream:
         """fsync(2) or fdatasync(2) of the directory."""
         (os.fdatasync if data_only else os.fsync)(self.fd)
 
-    def entries(self, offset: int) -> Generator[DirectoryEntry, None, None]:
-        """The entries from `offset` (0 or a `next_offset`) on, "." and ".." left out, names that vanish skipped.
+    def entries(self, offset: int, *, dots: bool = False) -> Generator[DirectoryEntry, None, None]:
+        """The entries from `offset` (0 or a `next_offset`) on, names that vanish skipped, "." and ".." only with `dots`.
 
         An entry counts as a lookup of its node only once `Overlay.remember` was called with it; one that was not (it
         did not fit into the reply) is dropped when the iteration goes on or is closed, and comes again next time.
@@ -68,8 +68,9 @@ class DirectoryStream:
                 if not self._entries:
                     return
             name, _, _, next_offset = self._entries[self._index]
-            if name not in (b".", b".."):
-                entry = self._examine(name, next_offset)
+            is_dot = name in (b".", b"..")
+            if dots or not is_dot:
+                entry = self._dot(name, next_offset) if is_dot else self._examine(name, next_offset)
                 if entry is not None:
                     try:
                         yield entry
@@ -92,6 +93,13 @@ class DirectoryStream:
                 return
         os.lseek(self.fd, offset, os.SEEK_SET)
         self._entries, self._index, self._offset = [], 0, offset
+
+    def _dot(self, name: bytes, next_offset: int) -> DirectoryEntry:
+        """ "." or "..". Of these the kernel takes number and kind for getdents64(2), and neither attributes nor a reference
+        (fuse_direntplus_link() in the kernel)."""
+        parent = self.node.parent
+        node = self.node if name == b"." or parent is None else parent
+        return DirectoryEntry(name, node, os.fstat(self.fd), next_offset)
 
     def _examine(self, name: bytes, next_offset: int) -> DirectoryEntry | None:
         try:

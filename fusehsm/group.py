@@ -122,6 +122,8 @@ class Group:
         self.priority = 2 if flags & FAN_CLASS_PRE_CONTENT else 1 if flags & FAN_CLASS_CONTENT else 0
         #: Called whenever an event has been queued.
         self.on_readable: Callable[[], None] | None = None
+        #: The process that owns it, 0 when nobody has said.
+        self.listener_pid = 0
         self.closed = False
         self._max_queued = None if flags & FAN_UNLIMITED_QUEUE else max_queued_events
         self._clock = clock

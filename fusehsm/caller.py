@@ -1,0 +1,372 @@
+"""Who is accessing, and in which system call: what /proc/<tid>/ says about a thread that waits for us.
+
+FUSE tells a server the range of a request, not of the system call behind it: large transfers arrive in pieces, sendfile(2) arrives as
+whole pages, O_APPEND arrives at the end of the file. While the request is unanswered the accessor's thread is blocked in that system
+call, so /proc/<tid>/syscall (proc(5)) still holds its number and arguments. Everything here returns None where /proc does not tell:
+the thread is gone, is running, or may not be looked at (Yama, another user's process); the caller then falls back to the request's own
+range.
+"""
+
+import contextlib
+import mmap
+import os
+import platform
+import struct
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+PAGE_FAULT = -1  # Call.number of a thread that is blocked outside any system call
+_MEMORY_POINTER = struct.Struct("=q")
+_IOVEC = struct.Struct("=QQ")
+_IOV_MAX = 1024
+# import_iovec() cuts a vector's sum to this before anybody is asked; a plain buffer is cut later (measured on 6.18).
+_MAX_RW_COUNT = 0x7FFFFFFF & -mmap.PAGESIZE
+_RWF_APPEND = 0x10
+_SIGKILL_BIT = 1 << 8
+# Signals whose default action ends the process (signal(7)): everything but the ones that are ignored, stop or continue by default.
+_NOT_FATAL_BY_DEFAULT = sum(1 << (number - 1) for number in (17, 18, 19, 20, 21, 22, 23, 28))
+
+
+@dataclass(frozen=True, slots=True)
+class _Numbers:
+    """System call numbers of one architecture (its unistd.h)."""
+
+    read: int
+    pread64: int
+    readv: int
+    preadv: int
+    preadv2: int
+    write: int
+    pwrite64: int
+    writev: int
+    pwritev: int
+    pwritev2: int
+    sendfile: int
+    splice: int
+    copy_file_range: int
+    fadvise64: int
+    readahead: int
+
+
+_NUMBERS = {
+    "x86_64": _Numbers(0, 17, 19, 295, 327, 1, 18, 20, 296, 328, 40, 275, 326, 221, 187),
+    "aarch64": _Numbers(63, 67, 65, 69, 286, 64, 68, 66, 70, 287, 71, 76, 285, 223, 213),
+}
+_HERE = _NUMBERS.get(platform.machine())
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The system call that a thread is blocked in; equal as long as it is the same call (`stack_pointer` included).
+
+    `number` is PAGE_FAULT when the thread is blocked outside a system call; it then has no arguments.
+    """
+
+    tid: int
+    number: int
+    arguments: tuple[int, ...]
+    stack_pointer: int
+    program_counter: int
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """One side of a call that moves bytes from or to a file.
+
+    `offset` in bytes, None when the call uses the file position; `count` in bytes; `paged` when the kernel serves it through the page
+    cache whatever the open file says (sendfile, splice, copy_file_range); `appends` when this one call writes at the end of the file
+    (RWF_APPEND); `source` is the side (descriptor, offset) whose end of file cuts `count` (copy_file_range).
+    """
+
+    descriptor: int
+    offset: int | None
+    count: int
+    paged: bool
+    appends: bool = False
+    source: tuple[int, int | None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Descriptor:
+    """What /proc/<tid>/fdinfo says of an open file: `position` in bytes, `flags` of open(2), `inode` (None before Linux 5.14)."""
+
+    position: int
+    flags: int
+    inode: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """A mapped file range of a process: addresses, and the file's `offset` and `length` in bytes."""
+
+    start: int
+    offset: int
+    length: int
+    writable: bool
+    shared: bool
+
+
+def _read_proc(path: str, size: int = 4096) -> bytes | None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return os.read(descriptor, size)
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+
+
+def _status_field(text: bytes, name: bytes, base: int) -> int | None:
+    start = text.find(b"\n" + name + b":")
+    if start < 0:
+        return None
+    end = text.find(b"\n", start + 1)
+    return int(text[start + len(name) + 2 : end], base)
+
+
+def process_of(tid: int) -> int:
+    """The process id (thread group id) of a thread; the thread's own id when it cannot be told any more."""
+    text = _read_proc(f"/proc/{tid}/status")
+    process = _status_field(text, b"Tgid", 10) if text else None
+    return process if process is not None else tid
+
+
+def threads_of(pid: int) -> list[int]:
+    """The threads of a process; empty when it is gone."""
+    try:
+        return [int(name) for name in os.listdir(f"/proc/{pid}/task")]
+    except OSError:
+        return []
+
+
+def is_being_killed(tid: int) -> bool:
+    """Whether a fatal signal is pending on a thread: it waits for our answer only to die.
+
+    A signal that the process handles does not count: a thread that waits for fanotify's answer goes on waiting then (facts measured on
+    6.18), and so does one that waits for FUSE.
+    """
+    text = _read_proc(f"/proc/{tid}/status")
+    if not text:
+        return False
+    pending = (_status_field(text, b"SigPnd", 16) or 0) | (_status_field(text, b"ShdPnd", 16) or 0)
+    if not pending:
+        return False
+    if pending & _SIGKILL_BIT:
+        return True
+    held_back = 0
+    for name in (b"SigBlk", b"SigIgn", b"SigCgt"):
+        held_back |= _status_field(text, name, 16) or 0
+    return bool(pending & ~held_back & ~_NOT_FATAL_BY_DEFAULT)
+
+
+def calls_finished(pid: int, tid: int) -> int | None:
+    """How many reading and writing calls a thread has finished: tells a call that goes on from the same call made again."""
+    text = _read_proc(f"/proc/{pid}/task/{tid}/io")
+    reads = _status_field(text, b"syscr", 10) if text else None
+    writes = _status_field(text, b"syscw", 10) if text else None
+    return None if reads is None or writes is None else reads + writes
+
+
+class CallReader:
+    """Reads /proc/<tid>/syscall, keeping up to `limit` of those files open: reopening costs more than reading."""
+
+    def __init__(self, limit: int = 64) -> None:
+        self._limit = limit
+        self._descriptors: OrderedDict[int, int] = OrderedDict()
+
+    def read(self, tid: int) -> Call | None:
+        """The call that `tid` is blocked in; None when it runs, is gone, or may not be looked at."""
+        descriptor = self._descriptors.get(tid)
+        if descriptor is None:
+            try:
+                descriptor = os.open(f"/proc/{tid}/syscall", os.O_RDONLY | os.O_CLOEXEC)
+            except OSError:
+                return None
+            self._descriptors[tid] = descriptor
+            if len(self._descriptors) > self._limit:
+                os.close(self._descriptors.popitem(last=False)[1])
+        else:
+            self._descriptors.move_to_end(tid)
+        try:
+            words = os.pread(descriptor, 256, 0).split()
+        except OSError:
+            # The thread has died (its number may be another's already), or has become somebody else's by execve.
+            del self._descriptors[tid]
+            os.close(descriptor)
+            return None
+        if len(words) == 9:
+            numbers = [int(word, 16) for word in words[1:]]
+            return Call(tid, int(words[0]), tuple(numbers[:6]), numbers[6], numbers[7])
+        if len(words) == 3:
+            return Call(tid, PAGE_FAULT, (), int(words[1], 16), int(words[2], 16))
+        return None
+
+    def close(self) -> None:
+        """Close every file kept open."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+
+def _memory(tid: int, address: int, size: int) -> bytes | None:
+    try:
+        descriptor = os.open(f"/proc/{tid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        data = os.pread(descriptor, size, address)
+    except (OSError, OverflowError):
+        return None
+    finally:
+        os.close(descriptor)
+    return data if len(data) == size else None
+
+
+def _vector_count(tid: int, address: int, entries: int) -> int | None:
+    if not 0 < entries <= _IOV_MAX:
+        return None
+    data = _memory(tid, address, entries * _IOVEC.size)
+    return None if data is None else min(sum(length for _, length in _IOVEC.iter_unpack(data)), _MAX_RW_COUNT)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _pointed_offset(tid: int, pointer: int) -> tuple[bool, int | None]:
+    """(known, offset) of an `off_t *` argument: a null pointer means the file position."""
+    if pointer == 0:
+        return True, None
+    data = _memory(tid, pointer, _MEMORY_POINTER.size)
+    return (False, None) if data is None else (True, _MEMORY_POINTER.unpack(data)[0])
+
+
+def _pointed(call: Call, descriptor: int, pointer: int, count: int) -> Transfer | None:
+    known, offset = _pointed_offset(call.tid, pointer)
+    return Transfer(descriptor, offset, count, paged=True) if known else None
+
+
+def _vectored(call: Call, offset: int | None, flags: int = 0) -> Transfer | None:
+    descriptor, address, entries = call.arguments[:3]
+    count = _vector_count(call.tid, address, entries)
+    appends = bool(flags & _RWF_APPEND)
+    return None if count is None else Transfer(descriptor, offset, count, paged=False, appends=appends)
+
+
+def _copied(call: Call, *, target: bool) -> Transfer | None:
+    """One side of copy_file_range(2)."""
+    source, source_pointer, destination, destination_pointer, count = call.arguments[:5]
+    known, offset = _pointed_offset(call.tid, source_pointer)
+    if not known:
+        return None
+    whence = (source, offset)
+    if target:
+        source = destination
+        known, offset = _pointed_offset(call.tid, destination_pointer)
+    return Transfer(source, offset, count, paged=True, source=whence) if known else None
+
+
+def _plain(call: Call, numbers: tuple[int, int, int, int, int]) -> Transfer | None:
+    """The transfer of read(2), pread(2), readv(2), preadv(2), preadv2(2), or of their writing twins, given as `numbers`."""
+    scalar, scalar_at, vector, vector_at, vector_at_flags = numbers
+    number, arguments = call.number, call.arguments
+    if number == scalar:
+        return Transfer(arguments[0], None, arguments[2], paged=False)
+    if number == scalar_at:
+        return Transfer(arguments[0], _signed(arguments[3]), arguments[2], paged=False)
+    if number == vector:
+        return _vectored(call, None)
+    if number == vector_at:
+        return _vectored(call, _signed(arguments[3]))
+    if number == vector_at_flags:
+        offset = _signed(arguments[3])
+        return _vectored(call, None if offset == -1 else offset, arguments[5])
+    return None
+
+
+def reading(call: Call) -> Transfer | None:
+    """The file range that `call` reads, or None when it is not a call that reads a file.
+
+    May read the accessor's memory (vectors, pointed-to offsets), never its files.
+    """
+    if _HERE is None or call.number == PAGE_FAULT:
+        return None
+    here, arguments = _HERE, call.arguments
+    if call.number == here.sendfile:
+        return _pointed(call, arguments[1], arguments[2], arguments[3])
+    if call.number == here.splice:
+        return _pointed(call, arguments[0], arguments[1], arguments[4])
+    if call.number == here.copy_file_range:
+        return _copied(call, target=False)
+    return _plain(call, (here.read, here.pread64, here.readv, here.preadv, here.preadv2))
+
+
+def writing(call: Call) -> Transfer | None:
+    """The file range that `call` writes, or None when it is not a call that writes a file."""
+    if _HERE is None or call.number == PAGE_FAULT:
+        return None
+    here, arguments = _HERE, call.arguments
+    if call.number == here.sendfile:
+        return Transfer(arguments[0], None, arguments[3], paged=True)
+    if call.number == here.splice:
+        return _pointed(call, arguments[2], arguments[3], arguments[4])
+    if call.number == here.copy_file_range:
+        return _copied(call, target=True)
+    return _plain(call, (here.write, here.pwrite64, here.writev, here.pwritev, here.pwritev2))
+
+
+def is_advice(call: Call) -> bool:
+    """Whether `call` only asks the kernel to read ahead: posix_fadvise(2), readahead(2)."""
+    return _HERE is not None and call.number in (_HERE.fadvise64, _HERE.readahead)
+
+
+def descriptor_of(tid: int, descriptor: int) -> Descriptor | None:
+    """What an open file of the accessor is; its inode number tells whether it is the file that a request names."""
+    text = _read_proc(f"/proc/{tid}/fdinfo/{descriptor}")
+    if not text:
+        return None
+    fields: dict[bytes, bytes] = {}
+    for line in text.splitlines():
+        name, _, value = line.partition(b":")
+        fields[name] = value.strip()
+    try:
+        inode = int(fields[b"ino"]) if b"ino" in fields else None
+        return Descriptor(int(fields[b"pos"]), int(fields[b"flags"], 8), inode)
+    except (KeyError, ValueError):
+        return None
+
+
+def descriptor_path(tid: int, descriptor: int) -> bytes | None:
+    """The name by which the accessor opened its file, as the kernel knows it; does not touch the file."""
+    with contextlib.suppress(OSError):
+        return os.readlink(f"/proc/{tid}/fd/{descriptor}".encode())
+    return None
+
+
+def mappings_of(pid: int, device: tuple[int, int], inode: int) -> list[Mapping]:
+    """The mappings of one file in a process, by the (major, minor) and inode number that the kernel shows for it.
+
+    Can block while the accessor holds its mmap lock: call it off the event loop and with a deadline.
+    """
+    wanted = f"{device[0]:02x}:{device[1]:02x} {inode}".encode()
+    found = []
+    for line in _lines_of(f"/proc/{pid}/maps"):
+        if wanted not in line:
+            continue
+        addresses, rights, offset, shown_device, shown_inode = line.split(None, 5)[:5]
+        if shown_device + b" " + shown_inode != wanted:
+            continue
+        start, end = (int(address, 16) for address in addresses.split(b"-"))
+        found.append(Mapping(start, int(offset, 16), end - start, b"w" in rights, b"s" in rights))
+    return found
+
+
+def _lines_of(path: str) -> Iterator[bytes]:
+    try:
+        with open(path, "rb") as lines:
+            yield from lines
+    except OSError:
+        return
