@@ -1,0 +1,48 @@
+"""fusehsm: Linux fanotify pre-content events on any kernel, by a FUSE overlay.
+
+The handler API: `open_group` a path, `serve` its events with a function of one `Event`; see README.md. The modules below are the emulator itself.
+"""
+
+from typing import TYPE_CHECKING
+
+from fusehsm.abi import FAN_ACCESS_PERM as ACCESS_PERM
+from fusehsm.abi import FAN_OPEN_EXEC_PERM as OPEN_EXEC_PERM
+from fusehsm.abi import FAN_OPEN_PERM as OPEN_PERM
+from fusehsm.abi import LINUX_6_14
+from fusehsm.version import VERSION as __version__
+
+if TYPE_CHECKING:
+    from fusehsm.backends.base import Group
+    from fusehsm.backends.opening import open_group
+    from fusehsm.events import Event
+    from fusehsm.handler import serve
+
+PRE_ACCESS = LINUX_6_14.pre_access
+
+__all__ = [
+    "ACCESS_PERM",
+    "OPEN_EXEC_PERM",
+    "OPEN_PERM",
+    "PRE_ACCESS",
+    "Event",
+    "Group",
+    "__version__",
+    "open_group",
+    "serve",
+]
+
+_HOMES = {
+    "Event": "fusehsm.events",
+    "Group": "fusehsm.backends.base",
+    "open_group": "fusehsm.backends.opening",
+    "serve": "fusehsm.handler",
+}
+
+
+def __getattr__(name: str) -> object:
+    # On demand (PEP 562): the event loop's import would otherwise cost every command a tenth of a second.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,120 @@
+"""The face of a fanotify group, whoever carries its events: what listeners, the handler API and the supervisor are written against.
+
+Two levels. `mark`, `read`, `write` are fanotify's own calls with the kernel's byte layouts and errors. `take_events` and `answer` are the
+same thing in values; a backend that has no bytes to begin with (inprocess.py) overrides them and saves the detour.
+"""
+
+import abc
+import errno
+import os
+import types
+from typing import Self
+
+from fusehsm.abi import (
+    FAN_ALLOW,
+    FAN_CLASS_PRE_CONTENT,
+    FAN_DENY,
+    FAN_REPORT_PIDFD,
+    Dialect,
+    RawEvent,
+    decode_events,
+    deny_errno,
+    encode_response,
+    event_length,
+)
+from fusehsm.events import Event
+from fusehsm.syscalls import AT_FDCWD
+
+__all__ = ["AT_FDCWD", "Group"]
+
+
+class Group(abc.ABC):
+    """An open fanotify group. Nothing here ever blocks the calling thread: read() raises BlockingIOError on an empty queue.
+
+    Attributes: `flags` and `event_f_flags` as given to fanotify_init(2) (with FAN_NONBLOCK), `dialect` of its masks and events.
+    """
+
+    def __init__(self, flags: int, event_f_flags: int, dialect: Dialect) -> None:
+        self.flags = flags
+        self.event_f_flags = event_f_flags
+        self.dialect = dialect
+        self._denies_with_errno = bool(flags & FAN_CLASS_PRE_CONTENT)
+        self._largest_event = event_length(dialect, has_range=True, has_pidfd=bool(flags & FAN_REPORT_PIDFD))
+        self.permission_events = dialect.permission
+
+    @abc.abstractmethod
+    def fileno(self) -> int:
+        """One descriptor that polls readable exactly when read() would not raise BlockingIOError."""
+
+    @abc.abstractmethod
+    async def mark(
+        self, flags: int, mask: int, dirfd: int = AT_FDCWD, path: str | bytes | None = None
+    ) -> None:
+        """fanotify_mark(2). Raises OSError with the kernel's errno; marks stand when it returns."""
+
+    @abc.abstractmethod
+    def read(self, size: int) -> bytes:
+        """read(2): as many whole events as fit into `size` bytes, each with a descriptor of its own that is now the caller's.
+
+        Raises BlockingIOError when nothing is queued; OSError EINVAL when the first event does not fit; the errno of opening the first
+        event's file when that failed (its accessor was denied with EPERM); ENOTCONN when the emulated mount is gone.
+        """
+
+    @abc.abstractmethod
+    def write(self, data: bytes) -> int:
+        """write(2) of one response; the number of bytes taken. Raises OSError EINVAL or ENOENT as the kernel does."""
+
+    @abc.abstractmethod
+    def event_path(self, raw_event: RawEvent) -> str:
+        """The accessor's path of an event that read() returned and that is not answered yet; never raises."""
+
+    @abc.abstractmethod
+    async def wait_readable(self) -> None:
+        """Return when read() would not raise BlockingIOError; a checkpoint. One task at a time. Raises trio.ClosedResourceError when the
+        group is closed, also meanwhile."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Close the group: its marks go, and what it has not answered is allowed (fanotify(7)). Closing twice does nothing."""
+
+    def take_events(self) -> list[Event]:
+        """The next event as a value (two, where two short ones are queued); raises what read() raises."""
+        events = []
+        for raw in decode_events(self.dialect, self.read(self._largest_event)):
+            if raw.pidfd is not None and raw.pidfd >= 0:
+                os.close(raw.pidfd)
+            path = self.event_path(raw) if raw.fd >= 0 else ""
+            events.append(Event(raw.mask, raw.pid, raw.fd, path, raw.offset, raw.count, self.dialect))
+        return events
+
+    def answer(self, event: Event, error: int) -> None:
+        """Allow an event's access (`error` 0) or deny it with one of the dialect's errnos. Raises OSError as write() does.
+
+        A group below FAN_CLASS_PRE_CONTENT cannot name an errno: whatever it denies fails with EPERM.
+        """
+        if not error:
+            response = FAN_ALLOW
+        elif self._denies_with_errno:
+            response = deny_errno(error)
+        else:
+            response = FAN_DENY
+        self.write(encode_response(event.fd, response))
+
+    def checked_errno(self, error: int) -> int:
+        """What answering with `error` makes the access fail with. Raises OSError EINVAL where write() of that response would."""
+        if error and not self._denies_with_errno:
+            return errno.EPERM
+        if error and error not in self.dialect.deny_errnos:
+            raise OSError(errno.EINVAL, f"errno {error} cannot be denied with")
+        return error
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: types.TracebackType | None,
+    ) -> None:
+        self.close()

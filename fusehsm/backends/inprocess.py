@@ -1,0 +1,236 @@
+"""A group in the mount's own process, for its handler: no socket, no bytes, the mount's own event loop."""
+
+import errno
+import os
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager, suppress
+
+import trio
+
+from fusehsm import group, rules
+from fusehsm.abi import (
+    FAN_CLASS_PRE_CONTENT,
+    FAN_CLOEXEC,
+    FAN_MARK_ADD,
+    FAN_MARK_FLUSH,
+    FAN_MARK_MOUNT,
+    FAN_NOFD,
+    FAN_NONBLOCK,
+    FAN_Q_OVERFLOW,
+    FAN_REPORT_FD_ERROR,
+    FAN_UNLIMITED_MARKS,
+    FAN_UNLIMITED_QUEUE,
+    Dialect,
+    RawEvent,
+    parse_mask,
+)
+from fusehsm.backends.base import AT_FDCWD, Group
+from fusehsm.backends.lookup import look_up
+from fusehsm.events import Event
+from fusehsm.gate_face import GateFace
+from fusehsm.group import Pending
+from fusehsm.handler import Handler, serve
+
+_ROOT_NODE = 1
+_FLAGS = FAN_CLASS_PRE_CONTENT | FAN_CLOEXEC | FAN_UNLIMITED_QUEUE | FAN_UNLIMITED_MARKS
+_EVENT_F_FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_LARGEFILE
+
+
+async def serve_in_process(
+    gate: GateFace,
+    handler: Handler,
+    *,
+    limit: int = 64,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve the whole mount with a handler, in the mount's default dialect, until cancelled; started once every access is asked."""
+    async with open_in_process(gate) as group_:
+        task_status.started()
+        await serve(group_, handler, limit=limit)
+
+
+@asynccontextmanager
+async def open_in_process(
+    gate: GateFace,
+    mask: int | Iterable[str] | None = None,
+    *,
+    dialect: Dialect | None = None,
+    flags: int = _FLAGS,
+    event_f_flags: int = _EVENT_F_FLAGS,
+) -> AsyncIterator["InProcessGroup"]:
+    """A group whose one mark covers the whole mount. `mask` is an int, or names without FAN_, or None for all pre-content events of the
+    dialect, which defaults to the mount's."""
+    async with InProcessGroup(gate, flags, event_f_flags, dialect or gate.default_dialect) as group_:
+        if mask is not None and not isinstance(mask, int):
+            mask = parse_mask(mask, group_.dialect)
+        await group_.mark_whole_mount(mask)
+        yield group_
+
+
+class InProcessGroup(Group):
+    """A group of the gate in this process. For the gate's own event loop only."""
+
+    def __init__(self, gate: GateFace, flags: int, event_f_flags: int, dialect: Dialect) -> None:
+        super().__init__(flags | FAN_NONBLOCK, event_f_flags, dialect)
+        self._gate = gate
+        self._group = group.Group(self.flags, event_f_flags, dialect)
+        self._taken: dict[int, Pending] = {}  # what has been taken as a value, by its descriptor
+        self._paths: dict[int, bytes] = {}  # of what has been read as bytes
+        self._readers = trio.lowlevel.ParkingLot()
+        self._eventfd: int | None = None
+        self._closed = False
+        self._group.listener_pid = os.getpid()
+        self._group.on_readable = self._wake
+        gate.add_group(self._group)
+
+    def fileno(self) -> int:
+        """An eventfd, made at the first call."""
+        if self._eventfd is None:
+            self._eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self._show_readable()
+        return self._eventfd
+
+    async def mark_whole_mount(self, mask: int | None) -> None:
+        """Mark the mount for `mask`, or for all pre-content events."""
+        root = self._gate.overlay.node(_ROOT_NODE)
+        flags = FAN_MARK_ADD | FAN_MARK_MOUNT
+        await self._gate.mark(self._group, flags, self.dialect.pre_access if mask is None else mask, root)
+        if mask is None and self.dialect.pre_modify:
+            # No path is named here, so the rule that a directory's path cannot set FAN_PRE_MODIFY has nothing to apply to.
+            self._group.marks.modify(flags, self.dialect.pre_modify, None, opened_for_write=False)
+
+    async def mark(
+        self, flags: int, mask: int, dirfd: int = AT_FDCWD, path: str | bytes | None = None
+    ) -> None:
+        """fanotify_mark(2). Additional error: EXDEV for a path that is not on the mount."""
+        rules.check_mark(self.flags, self.dialect, flags, mask, None)
+        if flags & FAN_MARK_FLUSH:
+            await self._gate.mark(self._group, flags, mask, None)
+            return
+        # In threads: it is this event loop that answers what they ask the mount.
+        found = await trio.to_thread.run_sync(look_up, flags, dirfd, path)
+        try:
+            own = (await trio.to_thread.run_sync(os.stat, self._gate.destination)).st_dev
+            if found.device != (os.major(own), os.minor(own)):
+                where = "the descriptor" if path is None else os.fsdecode(path)
+                raise OSError(
+                    errno.EXDEV, f"{where}: not on the fusehsm mount {self._gate.destination} of this group"
+                )
+            await self._gate.mark(self._group, flags, mask, self._gate.overlay.node(found.inode))
+        finally:
+            # In a thread too: close(2) of a mount's file may send it a request.
+            await trio.to_thread.run_sync(os.close, found.descriptor)
+
+    def read(self, size: int) -> bytes:
+        self._check_open()
+        try:
+            return self._group.read(size, self._open_for_read, lambda pending: os.pidfd_open(pending.pid))
+        finally:
+            self._show_readable()
+
+    def write(self, data: bytes) -> int:
+        self._check_open()
+        response = rules.parse_response(data, self.flags, self.dialect)
+        pending = None if response.probe else self._taken.pop(response.fd, None)
+        if pending is None:
+            return self._group.write(data)
+        self._group.answer(pending, response.decision_errno)
+        return response.length
+
+    def event_path(self, raw_event: RawEvent) -> str:
+        pending = self._taken.get(raw_event.fd)
+        path = self._paths.get(raw_event.fd, b"") if pending is None else pending.path
+        return os.fsdecode(path)
+
+    async def wait_readable(self) -> None:
+        if self._closed:
+            raise trio.ClosedResourceError
+        if self._group.queued_events:
+            await trio.lowlevel.checkpoint()
+            return
+        await self._readers.park()
+        if self._closed:
+            raise trio.ClosedResourceError
+
+    def take_events(self) -> list[Event]:
+        self._check_open()
+        pending = self._group.take()
+        self._show_readable()
+        if pending is None:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        shape = pending.shape
+        if shape.mask & FAN_Q_OVERFLOW:
+            return [Event(shape.mask, 0, FAN_NOFD, "", None, None, self.dialect)]
+        try:
+            fd = self._open(pending)
+        except OSError as error:
+            if pending.permission:
+                self._group.answer(pending, errno.EPERM)
+            if not self.flags & FAN_REPORT_FD_ERROR:
+                raise
+            fd = -(error.errno or errno.EIO)
+        else:
+            if pending.permission:
+                self._taken[fd] = pending
+        path = os.fsdecode(pending.path)
+        return [
+            Event(
+                shape.mask,
+                self._group.reported_pid(pending),
+                fd,
+                path,
+                shape.offset,
+                shape.count,
+                self.dialect,
+            )
+        ]
+
+    def answer(self, event: Event, error: int) -> None:
+        pending = self._taken.get(event.fd)
+        if pending is None:
+            super().answer(event, error)
+            return
+        error = self.checked_errno(error)
+        del self._taken[event.fd]
+        self._group.answer(pending, error)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._group.on_readable = None
+        self._gate.remove_group(self._group)
+        self._taken.clear()
+        self._readers.unpark_all()
+        if self._eventfd is not None:
+            os.close(self._eventfd)
+            self._eventfd = None
+
+    def _wake(self) -> None:
+        if self._readers:
+            self._readers.unpark()
+        self._show_readable()
+
+    def _show_readable(self) -> None:
+        if self._eventfd is None:
+            return
+        if self._group.queued_events:
+            os.eventfd_write(self._eventfd, 1)
+        else:
+            with suppress(BlockingIOError):
+                os.eventfd_read(self._eventfd)
+
+    def _open(self, pending: Pending) -> int:
+        fd = self._gate.open_event_fd(self._group, pending)
+        if not self.event_f_flags & os.O_CLOEXEC:
+            os.set_inheritable(fd, True)
+        return fd
+
+    def _open_for_read(self, pending: Pending) -> int:
+        fd = self._open(pending)
+        self._paths[fd] = pending.path
+        return fd
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise OSError(errno.EBADF, "the group is closed")

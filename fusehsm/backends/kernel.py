@@ -1,0 +1,59 @@
+"""The real thing: a group of the running kernel (fanotify_init(2), fanotify_mark(2))."""
+
+import os
+
+import trio
+
+from fusehsm import syscalls
+from fusehsm.abi import FAN_NONBLOCK, LINUX_6_14, Dialect, RawEvent
+from fusehsm.backends.base import AT_FDCWD, Group
+
+
+class KernelGroup(Group):
+    """A group of the running kernel; FAN_NONBLOCK is always added, because a task must not block its event loop.
+
+    `dialect` is what that kernel speaks: it decides how events are read, not what the kernel does.
+    Raises OSError as fanotify_init(2): EPERM without CAP_SYS_ADMIN, EMFILE beyond fs.fanotify.max_user_groups.
+    """
+
+    def __init__(self, flags: int, event_f_flags: int, dialect: Dialect = LINUX_6_14) -> None:
+        super().__init__(flags | FAN_NONBLOCK, event_f_flags, dialect)
+        self._fd = syscalls.fanotify_init(self.flags, event_f_flags)
+
+    def fileno(self) -> int:
+        """The group's descriptor; -1 once closed."""
+        return self._fd
+
+    async def mark(
+        self, flags: int, mask: int, dirfd: int = AT_FDCWD, path: str | bytes | None = None
+    ) -> None:
+        # Looking the path up may wait for a filesystem's server, which may live in this very event loop.
+        encoded = None if path is None else os.fsencode(path)
+        await trio.to_thread.run_sync(syscalls.fanotify_mark, self._fd, flags, mask, dirfd, encoded)
+
+    def read(self, size: int) -> bytes:
+        return os.read(self._fd, size)
+
+    def write(self, data: bytes) -> int:
+        return os.write(self._fd, data)
+
+    def event_path(self, raw_event: RawEvent) -> str:
+        """The path in the accessor's mount, " (deleted)" appended when it has none left; the link itself where it is too long to tell."""
+        link = f"/proc/self/fd/{raw_event.fd}"
+        try:
+            return os.readlink(link)
+        except OSError:
+            return link
+
+    async def wait_readable(self) -> None:
+        if self._fd < 0:
+            raise trio.ClosedResourceError
+        await trio.lowlevel.wait_readable(self._fd)
+
+    def close(self) -> None:
+        if self._fd < 0:
+            return
+        if trio.lowlevel.in_trio_run():
+            trio.lowlevel.notify_closing(self._fd)
+        os.close(self._fd)
+        self._fd = -1

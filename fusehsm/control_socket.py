@@ -1,0 +1,188 @@
+"""Where a mount and the processes that talk to it meet: a socket named after the mount's device number, in a directory of its owner's."""
+
+import contextlib
+import errno
+import os
+import re
+import socket
+import stat
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from fusehsm.mountinfo import Mount
+
+_BACKLOG = 128
+_CREDENTIALS = struct.Struct("=iII")
+_SOCKET_NAME = re.compile(r"\d+:\d+")
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who is at the other end of a socket, as it was when they connected (SO_PEERCRED, unix(7))."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
+def peer_of(connection: socket.socket) -> Peer:
+    """The process at the other end of a unix socket."""
+    return Peer(
+        *_CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    )
+
+
+def directories(uid: int) -> list[str]:
+    """Where the sockets of that user's mounts may be, the preferred place first."""
+    places = [f"/run/user/{uid}/fusehsm"]
+    own = os.environ.get("XDG_RUNTIME_DIR", "")
+    if uid == os.getuid() and own.startswith("/"):
+        places.insert(0, os.path.join(own, "fusehsm"))
+    if uid == 0:
+        places.insert(0, "/run/fusehsm")
+    else:
+        # For users without a session of their own (su, cron, containers): their XDG directory is not there.
+        places.append(f"/tmp/fusehsm-{uid}")
+    return list(dict.fromkeys(places))
+
+
+@contextmanager
+def listening(device: tuple[int, int], places: Sequence[str] | None = None) -> Iterator[socket.socket]:
+    """A listening, non-blocking socket for the mount of that device number; its name is gone afterwards. `places` are the directories
+    to try, by default those of this user.
+
+    A name that is already there is stale, because a device number belongs to one mount at a time: it is replaced. Raises OSError with
+    one line when there is no place for it.
+    """
+    name = _name(device)
+    directory = _open_own_directory(directories(os.getuid()) if places is None else places)
+    try:
+        _sweep(directory)
+        listener = socket.socket(
+            socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+        )
+        with listener:
+            # Under another name until it listens: a client that finds a socket must be able to connect to it.
+            unborn = f".{name}.{os.getpid()}"
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(unborn, dir_fd=directory)
+            listener.bind(f"/proc/self/fd/{directory}/{unborn}")
+            listener.listen(_BACKLOG)
+            os.rename(unborn, name, src_dir_fd=directory, dst_dir_fd=directory)
+            identity = os.stat(name, dir_fd=directory).st_ino
+            try:
+                yield listener
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    if os.stat(name, dir_fd=directory).st_ino == identity:
+                        os.unlink(name, dir_fd=directory)
+    finally:
+        os.close(directory)
+
+
+def connect(mount: Mount, places: Sequence[str] | None = None) -> socket.socket:
+    """A connection to the server of a mount; blocks while the server has too many to accept. `places` are the directories to try, by
+    default those of the mount's owner.
+
+    Raises OSError with one line: ENOTCONN where nobody serves the mount, EACCES where its sockets are out of this user's reach.
+    """
+    if places is None:
+        places = directories(mount.owner_uid)
+    point = mount.mount_point
+    refused = False
+    for place in places:
+        try:
+            directory = _open_directory(place, {mount.owner_uid, 0})
+        except FileNotFoundError:
+            continue
+        except PermissionError as error:
+            if error.filename is None:
+                raise
+            message = f"{point}: only root and its owner, user {mount.owner_uid}, may listen to it"
+            raise PermissionError(errno.EACCES, message) from None
+        try:
+            connection = _connect(f"/proc/self/fd/{directory}/{_name(mount.device)}")
+        except FileNotFoundError:
+            continue
+        except ConnectionRefusedError:
+            refused = True
+            continue
+        finally:
+            os.close(directory)
+        if peer_of(connection).uid not in (mount.owner_uid, 0):
+            connection.close()
+            raise PermissionError(errno.EACCES, f"{point}: its control socket belongs to somebody else")
+        return connection
+    if refused:
+        raise OSError(errno.ENOTCONN, f"{point}: its daemon is gone; `fusehsm umount {point}` cleans up")
+    raise OSError(
+        errno.ENOTCONN,
+        f"{point}: no control socket in {' or '.join(places)}; was it mounted with another XDG_RUNTIME_DIR?",
+    )
+
+
+def _connect(address: str, *, blocking: bool = True) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    try:
+        connection.setblocking(blocking)
+        connection.connect(address)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _name(device: tuple[int, int]) -> str:
+    return f"{device[0]}:{device[1]}"
+
+
+def _open_own_directory(places: Sequence[str]) -> int:
+    uid = os.getuid()
+    problems: list[str] = []
+    for place in places:
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(place, 0o700)
+            return _open_directory(place, {uid})
+        except OSError as error:
+            problems.append(error.strerror or "" if error.filename is None else f"{place}: {error.strerror}")
+    raise OSError(
+        errno.ENOENT,
+        f"no place for the control socket ({'; '.join(problems)}): set XDG_RUNTIME_DIR to a directory of yours",
+    )
+
+
+def _open_directory(place: str, owners: set[int]) -> int:
+    """A descriptor of a directory that nobody but its owner can have put anything into."""
+    directory = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    status = os.fstat(directory)
+    if status.st_uid not in owners or stat.S_IMODE(status.st_mode) & 0o077:
+        os.close(directory)
+        raise PermissionError(errno.EACCES, f"{place}: must belong to user {min(owners)} with mode 0700")
+    return directory
+
+
+def sweep() -> None:
+    """Unlink this user's sockets that nobody listens on any more: a server that was killed could not."""
+    for place in directories(os.getuid()):
+        with contextlib.suppress(OSError):
+            directory = _open_directory(place, {os.getuid()})
+            try:
+                _sweep(directory)
+            finally:
+                os.close(directory)
+
+
+def _sweep(directory: int) -> None:
+    """Unlink the sockets that nobody listens on any more."""
+    for name in os.listdir(directory):
+        if _SOCKET_NAME.fullmatch(name):
+            try:
+                _connect(f"/proc/self/fd/{directory}/{name}", blocking=False).close()
+            except ConnectionRefusedError:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name, dir_fd=directory)
+            except OSError:
+                pass  # busy, or gone meanwhile

@@ -1,0 +1,42 @@
+"""What a gate is to those who own groups: the control socket's server, and handlers in the mount's own process."""
+
+from typing import Any, Protocol
+
+from fusehsm.abi import Dialect
+from fusehsm.group import Group, Pending
+
+
+class Nodes(Protocol):
+    """The nodes of a mount, by the number that the kernel and st_ino know them by."""
+
+    def node(self, node_id: int, /) -> Any:
+        """The node of that number. Raises OSError ESTALE when it is not known."""
+
+
+class GateFace(Protocol):
+    """A gate (gate.py) as seen from its listeners' side."""
+
+    destination: str
+    default_dialect: Dialect
+
+    @property
+    def overlay(self) -> Nodes:
+        """Its nodes."""
+
+    def add_group(self, group: Group) -> None:
+        """Ask this group from now on about what its marks cover."""
+
+    def remove_group(self, group: Group) -> None:
+        """Close a group; what it has not answered is decided without it."""
+
+    async def mark(self, group: Group, flags: int, mask: int, node: Any) -> None:
+        """fanotify_mark(2) on a node (None with FAN_MARK_FLUSH); raises OSError as the kernel does."""
+
+    def open_event_fd(self, group: Group, pending: Pending, /) -> int:
+        """A new descriptor of an event's file, by the group's event_f_flags. Raises OSError."""
+
+    def status(self) -> dict[str, object]:
+        """The mount's state as JSON-able values."""
+
+    def release_held(self) -> int:
+        """Let go what --unattended hold has parked; returns how many accesses."""

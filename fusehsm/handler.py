@@ -1,0 +1,265 @@
+"""The handler API: one function called for every access, allowing it by returning and denying it by raising OSError.
+
+How an event costs little: whichever worker finds an event handles it itself, in the same task, and only when the handler first suspends
+is another worker woken (or made) to watch the group meanwhile. A handler that never suspends thus costs no task switch at all.
+"""
+
+import errno
+import inspect
+import logging
+import os
+import threading
+import types
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from typing import Any, NoReturn, TypeVar, cast
+
+import trio
+
+from fusehsm.abi import FAN_Q_OVERFLOW
+from fusehsm.backends.base import Group
+from fusehsm.events import Event
+
+AsyncHandler = Callable[[Event], Coroutine[Any, Any, None]]
+Handler = AsyncHandler | Callable[[Event], Awaitable[None] | None]
+
+_log = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
+
+# What read() raises when the group is of no more use. Every other errno tells of one event whose file could not be opened, which the
+# group has denied already.
+_GROUP_IS_GONE = frozenset((errno.EBADF, errno.EINVAL, errno.ENOTCONN))
+
+
+async def serve(group: Group, handler: Handler, *, limit: int = 64) -> None:
+    """Call `handler(event)` for every event of `group`, at most `limit` at once, until cancelled.
+
+    A coroutine function runs as a task, anything else in a thread. Returning allows the access. Raising OSError with one of the errnos
+    that fanotify can deny with (EPERM, EIO, EAGAIN, EBUSY, ETXTBSY, ENOSPC, EDQUOT) denies with it; every other exception denies with
+    EIO and is logged. The event's descriptor belongs to serve, which closes it when the handler is done. Events that want no answer
+    are handed over too; what the handler makes of them counts for nothing.
+
+    Cancelling denies with EIO what has been read and not answered. A thread cannot be cancelled: it is left to end by itself, and its
+    descriptor stays open until then. Raises OSError when the group is closed or its mount is gone, ValueError for a limit below 1.
+    """
+    if limit < 1:
+        raise ValueError(f"limit={limit}: at least one handler must be allowed to run")
+    server: _Server | None = None
+    try:
+        async with trio.open_nursery() as nursery:
+            server = _Server(group, handler, limit, nursery)
+            server.start_worker()
+    finally:
+        if server is not None:
+            server.deny_the_rest()
+    if server.failure is not None:
+        raise server.failure
+
+
+class _Server:
+    def __init__(self, group: Group, handler: Handler, limit: int, nursery: trio.Nursery) -> None:
+        self._group = group
+        self._handler = handler
+        self._limit = limit
+        self._nursery = nursery
+        self._handle = self._handle_as_task if _is_coroutine_function(handler) else self._handle_in_thread
+        self._threads = trio.CapacityLimiter(limit)
+        self._workers = 0
+        self._idle = trio.lowlevel.ParkingLot()
+        # The worker that waits for the group's next event, or handles one and has not suspended yet.
+        self._watcher: object | None = None
+        self._taken: deque[Event] = deque()
+        self.failure: OSError | None = None  # why the group is of no more use
+
+    def start_worker(self) -> None:
+        self._workers += 1
+        self._nursery.start_soon(self._work)
+
+    def deny_the_rest(self) -> None:
+        for event in self._taken:
+            self._finish(event, errno.EIO)
+        self._taken.clear()
+
+    async def _work(self) -> None:
+        worker = object()
+        while True:
+            while self._watcher is not worker:
+                if self._watcher is None:
+                    self._watcher = worker
+                else:
+                    await self._idle.park()
+            event = await self._next_event()
+            if event.fd < 0:
+                _report_lost(event)
+            else:
+                await self._handle(event)
+
+    async def _next_event(self) -> Event:
+        while not self._taken:
+            try:
+                await self._group.wait_readable()
+                self._taken.extend(self._group.take_events())
+            except BlockingIOError:
+                pass  # another reader of the group had it, or its accessor was killed
+            except trio.ClosedResourceError:
+                await self._end(OSError(errno.EBADF, "the group is closed"))
+            except OSError as error:
+                if error.errno in _GROUP_IS_GONE:
+                    await self._end(error)
+                _log.warning(
+                    "an access was denied: its file cannot be opened for the listener: %s",
+                    os.strerror(error.errno or 0),
+                )
+        return self._taken.popleft()
+
+    async def _end(self, failure: OSError) -> NoReturn:
+        self.failure = failure
+        self._nursery.cancel_scope.cancel()
+        await trio.sleep_forever()
+        raise AssertionError  # not reached: the scope is cancelled
+
+    def _let_another_watch(self) -> None:
+        self._watcher = None
+        if self._idle:
+            self._idle.unpark()
+        elif self._workers < self._limit:
+            self.start_worker()
+
+    async def _handle_as_task(self, event: Event) -> None:
+        error = errno.EIO
+        try:
+            coroutine = cast(AsyncHandler, self._handler)(event)
+            await _noting_suspension(coroutine, self._let_another_watch)
+            error = 0
+        except Exception as exception:
+            error = _errno_of(exception, event)
+        finally:
+            self._finish(event, error)
+
+    async def _handle_in_thread(self, event: Event) -> None:
+        descriptor = _SharedDescriptor(event.fd)
+
+        def call() -> tuple[Awaitable[None] | None]:
+            if not descriptor.hold():
+                return (None,)  # cancelled before this thread came to run
+            try:
+                return (self._handler(event),)  # in a tuple: trio refuses a thread that returns a coroutine
+            finally:
+                descriptor.release()
+
+        error = errno.EIO
+        self._let_another_watch()
+        try:
+            (result,) = await trio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=self._threads)
+            if inspect.isawaitable(result):
+                await result  # a plain function around a coroutine function
+            error = 0
+        except Exception as exception:
+            error = _errno_of(exception, event)
+        finally:
+            self._finish(event, error, descriptor.release)
+
+    def _finish(self, event: Event, error: int, close: Callable[[], None] | None = None) -> None:
+        """Close the event's descriptor, then answer.
+
+        In this order because an accessor that executes the file gets ETXTBSY while a writable descriptor is left (measured on 6.18), and
+        because close(2) may be what tells that the content did not reach its disk. Nothing is read from the group in between, so the
+        number cannot name another event yet.
+        """
+        try:
+            if close is None:
+                os.close(event.fd)
+            else:
+                close()
+        except OSError as failure:
+            # EBADF: the handler has closed it, which is not its business but harms nobody.
+            if failure.errno != errno.EBADF and not error:
+                error = _errno_of(failure, event)
+        if not event.mask & self._group.permission_events:
+            return
+        try:
+            self._group.answer(event, error)
+        except OSError as failure:
+            if failure.errno not in _GROUP_IS_GONE:  # which the next read tells
+                _log.warning("%s: the answer was not taken: %s", event.path, failure.strerror)
+
+
+class _SharedDescriptor:
+    """A descriptor that its last holder closes: a cancelled serve may let go of it before the handler's thread does."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._holders = 1
+        self._lock = threading.Lock()
+
+    def hold(self) -> bool:
+        """One holder more; False when there is none any more and the descriptor is closed."""
+        with self._lock:
+            if not self._holders:
+                return False
+            self._holders += 1
+            return True
+
+    def release(self) -> None:
+        """One holder fewer. Raises OSError as close(2) for the last one."""
+        with self._lock:
+            self._holders -= 1
+            last = not self._holders
+        if last:
+            os.close(self._descriptor)
+
+
+@types.coroutine
+def _noting_suspension(
+    coroutine: Coroutine[Any, Any, _Result], note: Callable[[], None]
+) -> Generator[Any, Any, _Result]:
+    """Await `coroutine`, calling `note` when it suspends for the first time (and never when it does not)."""
+    try:
+        trap = coroutine.send(None)
+    except StopIteration as stop:
+        return cast(_Result, stop.value)
+    note()
+    # What `yield from` does (PEP 380), begun in the middle.
+    while True:
+        try:
+            value = yield trap
+        except GeneratorExit:
+            coroutine.close()
+            raise
+        except BaseException as exception:
+            try:
+                trap = coroutine.throw(exception)
+            except StopIteration as stop:
+                return cast(_Result, stop.value)
+        else:
+            try:
+                trap = coroutine.send(value)
+            except StopIteration as stop:
+                return cast(_Result, stop.value)
+
+
+def _is_coroutine_function(handler: Handler) -> bool:
+    return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(type(handler).__call__)
+
+
+def _errno_of(exception: Exception, event: Event) -> int:
+    """What to deny with for what a handler raised; logs all that is not a plain denial."""
+    cause = exception
+    while isinstance(cause, ExceptionGroup) and len(cause.exceptions) == 1:
+        cause = cause.exceptions[0]  # a nursery inside the handler wraps what its one task raised
+    if isinstance(cause, OSError) and cause.errno in event.dialect.deny_errnos:
+        return cause.errno
+    consequence = ", so the access is denied with EIO" if event.mask & event.dialect.permission else ""
+    _log.error("%s: the handler failed%s", event.path, consequence, exc_info=exception)
+    return errno.EIO
+
+
+def _report_lost(event: Event) -> None:
+    if event.mask & FAN_Q_OVERFLOW:
+        _log.warning(
+            "the event queue overflowed: accesses were allowed without asking (FAN_UNLIMITED_QUEUE avoids it)"
+        )
+    else:
+        _log.warning(
+            "an access was denied: its file cannot be opened for the listener: %s", os.strerror(-event.fd)
+        )

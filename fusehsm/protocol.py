@@ -1,0 +1,169 @@
+"""The language of the control socket (SOCK_SEQPACKET): what other processes and a mount say to each other.
+
+A connection carries requests and their replies, as JSON, one at a time. The reply to a hello brings the event socket along, which carries
+nothing but events one way and feedback (answers and credit) the other, so that it is readable exactly when events wait.
+
+An event travels as fanotify's own bytes, its file's descriptor beside it as SCM_RIGHTS; the record's fd field holds the server's number of
+the event, by which it is answered, until the receiver puts the descriptor's number there. The accessor's path follows the record, unless
+it is longer than LARGEST_PATH.
+"""
+
+import errno
+import json
+import struct
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+VERSION: Final = 1
+CREDIT: Final = 64  # events that may lie unread in a client's event socket
+
+LARGEST_REQUEST: Final = 16 * 1024  # bytes
+LARGEST_REPLY_PART: Final = 32 * 1024
+LARGEST_PATH: Final = 32 * 1024
+LARGEST_EVENT_MESSAGE: Final = LARGEST_PATH + 1024
+
+_MORE, _LAST = b"+", b"."
+
+_FEEDBACK = struct.Struct("=Ii I")
+FEEDBACK_SIZE: Final = _FEEDBACK.size
+_EVENT_LENGTH = struct.Struct("=I")
+
+
+# What a client says on the event socket: ANSWER (event number, errno or 0) or MORE_CREDIT (0, number of events read meanwhile). Plain
+# numbers, because every event comes by here.
+ANSWER: Final = 1
+MORE_CREDIT: Final = 2
+
+
+def encode_feedback(kind: int, event_number: int, value: int) -> bytes:
+    """One message on the event socket, client to server."""
+    return _FEEDBACK.pack(kind, event_number, value)
+
+
+def decode_feedback(data: bytes) -> tuple[int, int, int]:
+    """The reverse; ValueError for what is no feedback."""
+    try:
+        kind, event_number, value = _FEEDBACK.unpack(data)
+    except struct.error:
+        raise ValueError(f"feedback of {len(data)} bytes") from None
+    if kind not in (ANSWER, MORE_CREDIT):
+        raise ValueError(f"feedback of kind {kind}")
+    return kind, event_number, value
+
+
+def event_message_split(message: bytearray | bytes) -> int:
+    """Where in a message the event ends and the path begins."""
+    (length,) = _EVENT_LENGTH.unpack_from(message)
+    return int(length)
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """Make a group: fanotify_init(2)'s flags, and a dialect's name or None for the mount's. Answered with Welcome and the event socket."""
+
+    version: int
+    flags: int
+    event_f_flags: int
+    dialect: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """The reply to Hello: the group's dialect, and the mount point that its paths begin with."""
+
+    dialect: str
+    destination: str
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """fanotify_mark(2) on a node that the client has looked up itself (st_dev, st_ino); inode None with FAN_MARK_FLUSH."""
+
+    flags: int
+    mask: int
+    major: int
+    minor: int
+    inode: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What the mount and its listeners are doing; answered with gate.status()."""
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Let go what --unattended hold has parked; answered with {"released": count}."""
+
+
+# Further requests (evict, pin) belong here, and in server.py's table.
+Request = Hello | Mark | Status | Release
+_REQUESTS: dict[str, type[Request]] = {"hello": Hello, "mark": Mark, "status": Status, "release": Release}
+_NAMES = {kind: name for name, kind in _REQUESTS.items()}
+_OPTIONAL = {"dialect": str, "inode": int}
+
+
+def encode_request(request: Request) -> bytes:
+    """A request's message."""
+    return json.dumps({"request": _NAMES[type(request)], **asdict(request)}).encode()
+
+
+def decode_request(data: bytes) -> Request:
+    """The reverse; ValueError, in words for its sender, for anything that encode_request does not make."""
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError):
+        raise ValueError("the request is not JSON") from None
+    if not isinstance(fields, dict):
+        raise ValueError("the request is not a JSON object")
+    name = fields.pop("request", None)
+    kind = _REQUESTS.get(name) if isinstance(name, str) else None
+    if kind is None:
+        raise ValueError(f"unknown request {str(name)[:40]!r}; this server knows {', '.join(_REQUESTS)}")
+    if fields.keys() != set(kind.__dataclass_fields__):
+        raise ValueError(f"{name}: its fields are {', '.join(kind.__dataclass_fields__) or 'none'}")
+    for field, value in fields.items():
+        _check_field(field, value)
+    return kind(**fields)
+
+
+def _check_field(field: str, value: object) -> None:
+    if value is None and field in _OPTIONAL:
+        return
+    wanted = _OPTIONAL.get(field, int)
+    if type(value) is not wanted or (isinstance(value, int) and not 0 <= value < 1 << 64):
+        raise ValueError(f"{field}: bad value")
+
+
+def encode_result(result: dict[str, Any]) -> list[bytes]:
+    """The messages that make up a reply to a request that succeeded."""
+    return _parts({"result": result})
+
+
+def encode_failure(error: OSError) -> list[bytes]:
+    """The messages that make up a reply to a request that failed."""
+    return _parts({"errno": error.errno or errno.EIO, "message": error.strerror or str(error)})
+
+
+def _parts(reply: dict[str, Any]) -> list[bytes]:
+    data = json.dumps(reply).encode()
+    parts = [data[start : start + LARGEST_REPLY_PART] for start in range(0, len(data), LARGEST_REPLY_PART)]
+    return [_MORE + part for part in parts[:-1]] + [_LAST + parts[-1]]
+
+
+def is_last_part(part: bytes) -> bool:
+    """Whether a reply is complete with this message. ValueError for what is no part of a reply."""
+    if part[:1] not in (_MORE, _LAST):
+        raise ValueError("not a part of a reply")
+    return part[:1] == _LAST
+
+
+def decode_reply(parts: list[bytes]) -> dict[str, Any]:
+    """A reply's result; raises the OSError that it tells of, ValueError for rubbish."""
+    reply = json.loads(b"".join(part[1:] for part in parts))
+    if "errno" in reply:
+        raise OSError(int(reply["errno"]), str(reply["message"]))
+    result = reply["result"]
+    if not isinstance(result, dict):
+        raise ValueError("a reply without a result")
+    return result

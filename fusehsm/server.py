@@ -1,0 +1,376 @@
+"""The mount's end of the control socket: groups for other processes.
+
+Whatever a client does (rubbish, floods, never reading, dying half-way), it is answered with an error or disconnected, and nobody else
+waits for it: every send is non-blocking, every client is read a bounded number of messages at a time.
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any, Final
+
+import trio
+
+from fusehsm import control_socket, protocol
+from fusehsm.abi import (
+    DIALECTS,
+    FAN_CLASS_PRE_CONTENT,
+    FAN_MARK_FLUSH,
+    FAN_NOFD,
+    FAN_Q_OVERFLOW,
+    FAN_REPORT_FD_ERROR,
+    FAN_REPORT_PIDFD,
+    encode_event,
+)
+from fusehsm.gate_face import GateFace
+from fusehsm.group import Group, Pending
+from fusehsm.protocol import CREDIT, Hello, Mark, Release, Request, Status, Welcome
+
+MOST_GROUPS: Final = 128  # as fs.fanotify.max_user_groups
+MOST_CONNECTIONS: Final = 256
+
+_FEEDBACK_AT_ONCE = 64  # messages read from one client before others get their turn
+_DESCRIPTOR_SHORTAGE = 0.1  # seconds to wait when no connection can be accepted
+_IN_FLIGHT_SHORTAGE = (
+    0.01  # seconds to wait when too many descriptors are on their way to clients (ETOOMANYREFS, unix(7))
+)
+_LARGEST_NUMBER = 0x7FFF_FFFF
+
+_log = logging.getLogger(__name__)
+
+
+async def serve_control(
+    gate: GateFace,
+    device: tuple[int, int],
+    *,
+    places: Sequence[str] | None = None,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve the control socket of the mount with that (major, minor) until cancelled; started once clients can connect. `places` are the
+    directories to try for it, by default those of this user.
+
+    Raises OSError with one line when there is no place for the socket.
+    """
+    with control_socket.listening(device, places) as listener:
+        async with trio.open_nursery() as nursery:
+            task_status.started()
+            await _Server(gate, device, {0, os.getuid()}).accept(listener, nursery)
+
+
+class _Server:
+    """What the sessions of one mount share."""
+
+    def __init__(self, gate: GateFace, device: tuple[int, int], allowed_uids: set[int]) -> None:
+        self.gate = gate
+        self.device = device
+        self.groups = 0
+        self._allowed_uids = allowed_uids
+        self._connections = 0
+
+    async def accept(self, listener: socket.socket, nursery: trio.Nursery) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(listener)
+            try:
+                connection, _ = listener.accept()
+            except (BlockingIOError, ConnectionError):
+                continue
+            except OSError as error:
+                _log.warning("control socket: no connection can be accepted: %s", error.strerror)
+                await trio.sleep(_DESCRIPTOR_SHORTAGE)
+                continue
+            peer = control_socket.peer_of(connection)
+            if peer.uid not in self._allowed_uids or self._connections >= MOST_CONNECTIONS:
+                connection.close()
+                continue
+            connection.setblocking(False)
+            nursery.start_soon(self._serve, connection, peer.pid)
+
+    async def _serve(self, connection: socket.socket, pid: int) -> None:
+        self._connections += 1
+        session = _Session(self, connection, pid)
+        try:
+            await session.run()
+        except Exception:
+            # A mistake of ours costs this client its group, and nobody else anything.
+            _log.exception("control socket: the session of process %d failed", pid)
+        finally:
+            session.close()
+            self._connections -= 1
+
+
+class _Session:
+    """One client: its requests, and its group once it has said hello."""
+
+    def __init__(self, server: _Server, connection: socket.socket, pid: int) -> None:
+        self._server = server
+        self._pid = pid
+        self._gate = server.gate
+        self._connection = connection
+        self._channel: _EventChannel | None = None
+
+    async def run(self) -> None:
+        """Serve until the client goes, which either of its sockets may tell, or breaks the protocol."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            with contextlib.suppress(ConnectionError):
+                await self._serve_requests()
+            nursery.cancel_scope.cancel()
+
+    def close(self) -> None:
+        if self._channel is not None:
+            self._channel.close()
+            self._gate.remove_group(self._channel.group)
+            self._server.groups -= 1
+        self._connection.close()
+
+    async def _serve_requests(self) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(self._connection)
+            try:
+                message = self._connection.recv(protocol.LARGEST_REQUEST + 1)
+            except BlockingIOError:
+                continue
+            if not message or len(message) > protocol.LARGEST_REQUEST:
+                return
+            descriptors: list[int] = []
+            try:
+                result = await self._perform(protocol.decode_request(message), descriptors)
+                parts = protocol.encode_result(result)
+            except ValueError as error:
+                parts = protocol.encode_failure(OSError(errno.EPROTO, str(error)))
+            except OSError as error:
+                parts = protocol.encode_failure(error)
+            try:
+                await self._reply(parts, descriptors)
+            finally:
+                for descriptor in descriptors:
+                    os.close(descriptor)
+
+    async def _reply(self, parts: list[bytes], descriptors: list[int]) -> None:
+        for position, part in enumerate(parts):
+            ancillary = _rights(descriptors if position == len(parts) - 1 else [])
+            while True:
+                try:
+                    self._connection.sendmsg([part], ancillary)
+                    break
+                except BlockingIOError:
+                    await trio.lowlevel.wait_writable(self._connection)
+
+    async def _perform(self, request: Request, descriptors: list[int]) -> dict[str, Any]:
+        match request:
+            case Hello():
+                welcome, descriptor = self._hello(request)
+                descriptors.append(descriptor)
+                return asdict(welcome)
+            case Mark():
+                await self._mark(request)
+                return {}
+            case Status():
+                return self._gate.status()
+            case Release():
+                return {"released": self._gate.release_held()}
+
+    def _hello(self, hello: Hello) -> tuple[Welcome, int]:
+        if hello.version != protocol.VERSION:
+            message = f"the mount speaks version {protocol.VERSION} of the control protocol, this program {hello.version}"
+            raise OSError(errno.EPROTO, f"{message}: update the older one")
+        if self._channel is not None:
+            raise OSError(errno.EBUSY, "one group a connection")
+        if self._server.groups >= MOST_GROUPS:
+            raise OSError(errno.EMFILE, f"{self._gate.destination}: {MOST_GROUPS} groups already; close some")
+        name = hello.dialect or self._gate.default_dialect.name
+        if name not in DIALECTS:
+            raise OSError(errno.EINVAL, f"unknown dialect {name[:40]!r}: choose one of {', '.join(DIALECTS)}")
+        group = Group(hello.flags, hello.event_f_flags, DIALECTS[name])
+        group.listener_pid = self._pid
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        self._channel = _EventChannel(self._gate, group, ours, self._nursery.cancel_scope.cancel)
+        self._server.groups += 1
+        self._gate.add_group(group)
+        self._nursery.start_soon(self._listen, self._channel)
+        self._nursery.start_soon(self._channel.send_the_stuck)
+        return Welcome(name, self._gate.destination), theirs.detach()
+
+    async def _listen(self, channel: "_EventChannel") -> None:
+        with contextlib.suppress(ConnectionError):
+            await channel.listen()
+        self._nursery.cancel_scope.cancel()
+
+    async def _mark(self, mark: Mark) -> None:
+        if self._channel is None:
+            raise OSError(errno.EBADF, "no group on this connection")
+        if mark.flags & FAN_MARK_FLUSH:
+            await self._gate.mark(self._channel.group, mark.flags, mark.mask, None)
+            return
+        if (mark.major, mark.minor) != self._server.device:
+            raise OSError(errno.EXDEV, f"not on the fusehsm mount {self._gate.destination} of this group")
+        if mark.inode is None:
+            raise OSError(errno.EINVAL, "a mark needs an inode")
+        node = self._gate.overlay.node(mark.inode)
+        await self._gate.mark(self._channel.group, mark.flags, mark.mask, node)
+
+
+class _EventChannel:
+    """Carries a group's events to its client and the answers back."""
+
+    def __init__(
+        self, gate: GateFace, group: Group, channel: socket.socket, disconnect: Callable[[], None]
+    ) -> None:
+        self.group = group
+        self._disconnect = disconnect
+        self._gate = gate
+        self._socket = channel
+        self._credit = CREDIT
+        self._numbers = _numbers()
+        self._waiting: dict[int, Pending] = {}  # permission events by the number that the client answers with
+        self._errnos = (
+            {0, *group.dialect.deny_errnos} if group.flags & FAN_CLASS_PRE_CONTENT else {0, errno.EPERM}
+        )
+        self._stuck: tuple[list[bytes], list[int]] | None = (
+            None  # the message, and its descriptors, that found no room
+        )
+        self._is_stuck = trio.Event()
+        self._open = True
+        self._token = trio.lowlevel.current_trio_token()
+        group.on_readable = self.push
+
+    def push(self) -> None:
+        """Send what is queued, as far as credit and room reach. Never blocks, and answers nothing before it returns, because the accessor
+        is not ready to hear an answer while its event is being queued."""
+        while self._credit and self._stuck is None and self._open:
+            pending = self.group.take()
+            if pending is None:
+                return
+            prepared = self._prepare(pending)
+            if prepared is None:
+                continue
+            self._credit -= 1
+            if not self._transmit(*prepared):
+                self._stuck = prepared
+                self._is_stuck.set()
+
+    def _prepare(self, pending: Pending) -> tuple[list[bytes], list[int]] | None:
+        """The message of an event and its descriptors; None for one that is dropped because its file cannot be opened."""
+        descriptors: list[int] = []
+        if pending.shape.mask & FAN_Q_OVERFLOW:
+            fd = FAN_NOFD
+        else:
+            fd = next(self._numbers)
+            try:
+                descriptors.append(self._gate.open_event_fd(self.group, pending))
+            except OSError as error:
+                if pending.permission:
+                    self._token.run_sync_soon(self._answer, pending, errno.EPERM)
+                if not self.group.flags & FAN_REPORT_FD_ERROR:
+                    return None
+                fd = -(error.errno or errno.EIO)
+            else:
+                if pending.permission:
+                    self._waiting[fd] = pending
+        pidfd = self._pidfd(pending, descriptors) if self.group.flags & FAN_REPORT_PIDFD else None
+        shape = pending.shape
+        range_ = None if shape.offset is None or shape.count is None else (shape.offset, shape.count)
+        pid = self.group.reported_pid(pending)
+        event = encode_event(self.group.dialect, shape.mask, fd, pid, range_=range_, pidfd=pidfd)
+        return [event, pending.path if len(pending.path) <= protocol.LARGEST_PATH else b""], descriptors
+
+    def _pidfd(self, pending: Pending, descriptors: list[int]) -> int:
+        """What stands in the pidfd record: 0 for "the last descriptor of the message", else FAN_NOPIDFD or why there is none."""
+        error = errno.ESRCH
+        if pending.pid:
+            try:
+                descriptors.append(os.pidfd_open(pending.pid))
+                return 0
+            except OSError as failure:
+                error = failure.errno or errno.ESRCH
+        return -error if self.group.flags & FAN_REPORT_FD_ERROR else FAN_NOFD
+
+    def _transmit(self, buffers: list[bytes], descriptors: list[int]) -> bool:
+        """Send a message and close our copies of its descriptors; False when there is no room for it now."""
+        try:
+            self._socket.sendmsg(buffers, _rights(descriptors))
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno == errno.ETOOMANYREFS:
+                return False
+            # The client has gone, or reads no more: then it owes an answer to nothing.
+            self._open = False
+            self._disconnect()
+        for descriptor in descriptors:
+            os.close(descriptor)
+        return True
+
+    async def send_the_stuck(self) -> None:
+        """Wait for room whenever a message found none."""
+        while True:
+            await self._is_stuck.wait()
+            self._is_stuck = trio.Event()
+            assert self._stuck is not None
+            while True:
+                await trio.lowlevel.wait_writable(self._socket)
+                if self._transmit(*self._stuck):
+                    break
+                await trio.sleep(_IN_FLIGHT_SHORTAGE)
+            self._stuck = None
+            self.push()
+
+    async def listen(self) -> None:
+        """Take answers and credit until the client goes or breaks the protocol."""
+        while True:
+            await trio.lowlevel.wait_readable(self._socket)
+            for _ in range(_FEEDBACK_AT_ONCE):
+                try:
+                    message = self._socket.recv(protocol.FEEDBACK_SIZE + 1)
+                except BlockingIOError:
+                    break
+                if not message or not self._take(message):
+                    return
+                if not self._waiting:
+                    break  # most likely no more is to come, and to ask in vain costs
+
+    def _take(self, message: bytes) -> bool:
+        try:
+            kind, number, value = protocol.decode_feedback(message)
+        except ValueError:
+            return False
+        if kind == protocol.MORE_CREDIT:
+            self._credit = min(CREDIT, self._credit + value)
+            self.push()
+        elif value in self._errnos:
+            # Anything else has not passed the client's own checks: as for a bad write(2), the event goes on waiting.
+            pending = self._waiting.pop(number, None)
+            if pending is not None:
+                self._answer(pending, value)
+        return True
+
+    def _answer(self, pending: Pending, error: int) -> None:
+        if not self.group.closed:
+            self.group.answer(pending, error)
+
+    def close(self) -> None:
+        self._open = False
+        self.group.on_readable = None
+        if self._stuck is not None:
+            for descriptor in self._stuck[1]:
+                os.close(descriptor)
+            self._stuck = None
+        self._socket.close()
+
+
+def _numbers() -> Iterator[int]:
+    """Numbers for events: positive, and not used again before two thousand million others."""
+    while True:
+        yield from range(1, _LARGEST_NUMBER)
+
+
+def _rights(descriptors: list[int]) -> list[tuple[int, int, bytes]]:
+    if not descriptors:
+        return []
+    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"={len(descriptors)}i", *descriptors))]

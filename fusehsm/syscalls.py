@@ -1,0 +1,50 @@
+"""fanotify_init(2), fanotify_mark(2), mount(2), umount2(2): one small function each, raising OSError with the kernel's errno."""
+
+import ctypes
+import os
+from typing import Any, Final
+
+AT_FDCWD: Final = -100
+
+MS_BIND: Final = 0x1000  # mount(2)
+MS_REC: Final = 0x4000
+MNT_DETACH: Final = 2  # umount2(2)
+
+_libc: Final[Any] = ctypes.CDLL(None, use_errno=True)
+_fanotify_init: Final[Any] = _libc.fanotify_init
+_fanotify_init.argtypes = [ctypes.c_uint, ctypes.c_uint]
+_fanotify_mark: Final[Any] = _libc.fanotify_mark
+_fanotify_mark.argtypes = [ctypes.c_int, ctypes.c_uint, ctypes.c_uint64, ctypes.c_int, ctypes.c_char_p]
+_mount: Final[Any] = _libc.mount
+_mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
+_umount2: Final[Any] = _libc.umount2
+_umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
+
+
+def _check(result: int, path: bytes | None = None) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), path)
+    return result
+
+
+def fanotify_init(flags: int, event_f_flags: int) -> int:
+    """fanotify_init(2): the new group's descriptor."""
+    return _check(_fanotify_init(flags, event_f_flags))
+
+
+def fanotify_mark(fd: int, flags: int, mask: int, dirfd: int = AT_FDCWD, path: bytes | None = None) -> None:
+    """fanotify_mark(2); `path` None means what `dirfd` refers to."""
+    _check(_fanotify_mark(fd, flags, mask, dirfd, path), path)
+
+
+def mount(
+    source: bytes, target: bytes, filesystem_type: bytes | None, flags: int, data: bytes | None = None
+) -> None:
+    """mount(2)."""
+    _check(_mount(source, target, filesystem_type, flags, data), target)
+
+
+def umount2(target: bytes, flags: int) -> None:
+    """umount2(2)."""
+    _check(_umount2(target, flags), target)
