@@ -1,0 +1,1 @@
+"""What carries FUSE requests to the gate: one module per FUSE library."""

@@ -1,0 +1,66 @@
+"""The FUSE control filesystem: settings of a connection that only the kernel's own files can change."""
+
+import ctypes
+import logging
+import os
+from contextlib import suppress
+
+log = logging.getLogger(__name__)
+
+CONNECTIONS = "/sys/fs/fuse/connections"
+MOST_BACKGROUND = 65535  # the largest that the kernel stores
+
+_libc = ctypes.CDLL(None, use_errno=True)
+# The same numbers on every architecture (include/uapi/asm-generic/unistd.h).
+_SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 430, 431, 432
+_FSOPEN_CLOEXEC, _FSMOUNT_CLOEXEC = 1, 1
+_FSCONFIG_CMD_CREATE = 6
+
+
+def raise_background_limit(device: tuple[int, int]) -> None:
+    """Let any number of page-cache fills wait at once: with the kernel's default of 12, twelve that wait for a listener would stop all others.
+
+    Needs root, or the control filesystem mounted and the kernel's leave; best effort.
+    """
+    connection = device[0] << 20 | device[1]
+    for directory in _control_directories():
+        try:
+            for name in ("max_background", "congestion_threshold"):
+                path = f"{connection}/{name}"
+                descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC, dir_fd=directory)
+                try:
+                    os.write(descriptor, str(MOST_BACKGROUND).encode())
+                finally:
+                    os.close(descriptor)
+            return
+        except OSError:
+            continue
+        finally:
+            os.close(directory)
+    log.info("at most 12 page-cache fills can wait at once: the FUSE control filesystem is closed to us")
+
+
+def _control_directories() -> "list[int]":
+    """Descriptors of the control filesystem's root: where it is mounted, else a private instance without a mount point."""
+    found = []
+    with suppress(OSError):
+        found.append(os.open(CONNECTIONS, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+    with suppress(OSError):
+        found.append(_private_instance())
+    return found
+
+
+def _private_instance() -> int:
+    context = _checked(_libc.syscall(_SYS_FSOPEN, b"fusectl", _FSOPEN_CLOEXEC))
+    try:
+        _checked(_libc.syscall(_SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0))
+        return _checked(_libc.syscall(_SYS_FSMOUNT, context, _FSMOUNT_CLOEXEC, 0))
+    finally:
+        os.close(context)
+
+
+def _checked(result: int) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result

@@ -1,0 +1,370 @@
+"""The groups of one mount: who is asked about an access, in which order, and what holds when nobody answers."""
+
+import errno
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import trio
+
+from fusehsm import caller
+from fusehsm.abi import FAN_ACCESS_PERM, FAN_OPEN_PERM, Dialect, mask_names
+from fusehsm.events import Access, Armed, EventShape, arm, heard_when, shapes
+from fusehsm.group import Group, Pending
+from fusehsm.marks import MarkTable, Subject
+from fusehsm.unattended import EventTimeout, Unattended, UnattendedPolicy
+
+PRE_CONTENT = 2  # Group.priority of FAN_CLASS_PRE_CONTENT
+# How often waiting accessors are looked at for a fatal signal; seconds.
+_KILL_WATCH_INTERVAL = 0.25
+_ORPHANED = -1  # the verdict of a group that closed instead of answering
+_STRONGER = {Armed.NO: 0, Armed.PRE: 1, Armed.ALL: 2}
+
+
+@dataclass(slots=True, eq=False)
+class Waiter:
+    """An accessor that is waiting: for the answer of `group`, or parked for any group to come (`group` None)."""
+
+    access: Access
+    shape: EventShape
+    path: bytes
+    group: Group | None
+    since: float = field(default_factory=time.monotonic)
+    settled: trio.Event = field(default_factory=trio.Event)
+    verdict: int = 0
+    answered: bool = False
+
+    def settle(self, verdict: int) -> None:
+        """End the wait with 0, an errno, or _ORPHANED; the first verdict counts."""
+        if not self.settled.is_set():
+            self.verdict = verdict
+            self.settled.set()
+
+
+def _is_pre_content(shape: EventShape, dialect: Dialect) -> bool:
+    return bool(shape.mask & (dialect.pre_access | dialect.pre_modify))
+
+
+class Listeners:
+    """The groups of a mount, asked in the kernel's order: PRE_CONTENT, then CONTENT, then NOTIF; the first denial ends it.
+
+    `dialect` is the mount's default, used where no group stands; `path_of` gives the accessor's path of a node.
+    """
+
+    def __init__(
+        self,
+        dialect: Dialect,
+        page_size: int,
+        path_of: Callable[[object], bytes],
+        unattended: UnattendedPolicy,
+        event_timeout: EventTimeout | None,
+    ) -> None:
+        self.dialect = dialect
+        self.groups: list[Group] = []
+        self._page_size = page_size
+        self._path_of = path_of
+        self._unattended = unattended
+        self._event_timeout = event_timeout
+        self._waiters: dict[int, Waiter] = {}
+        self._dead_marks: list[MarkTable] = []
+        # The groups that have had a mark. One without has only just been made: nobody is asked yet, so the policy still holds.
+        self._attending: set[Group] = set()
+        self._ever_attended = False
+        self._own_pid = os.getpid()
+        self._refresh()
+
+    def _refresh(self) -> None:
+        self.groups.sort(key=lambda group: -group.priority)
+        self._standing = any(group.priority == PRE_CONTENT for group in self._attending)
+        dialects = {group.dialect.name: group.dialect for group in self.groups}
+        for marks in self._dead_marks:
+            dialects.setdefault(marks.dialect.name, marks.dialect)
+        if not self._standing and self._unattended.action is not Unattended.ALLOW:
+            dialects.setdefault(self.dialect.name, self.dialect)
+        self.dialects: Sequence[Dialect] = tuple(dialects.values())
+        # Nothing to ask anybody: the hot path of a mount without listeners.
+        self.idle = not self.dialects
+        self.asks_unarmed = any(not dialect.arms_at_open for dialect in self.dialects)
+
+    def add(self, group: Group) -> None:
+        """A new group stands."""
+        self.groups.append(group)
+        self._refresh()
+
+    def remove(self, group: Group) -> None:
+        """A group's last descriptor is closed: its marks go, and what it owed is settled by --unattended."""
+        if group not in self.groups:
+            return
+        self.groups.remove(group)
+        self._attending.discard(group)
+        action = self._unattended.action if group.priority == PRE_CONTENT else Unattended.ALLOW
+        if action is Unattended.HOLD and not group.marks.empty:
+            self._remember(group)
+        self._refresh()
+        group.close()
+        verdict = self._owed_by(group)
+        for waiter in [waiter for waiter in self._waiters.values() if waiter.group is group]:
+            waiter.settle(verdict)
+
+    def _owed_by(self, group: Group) -> int:
+        """What the accesses get that a closed group has not answered."""
+        if group.priority != PRE_CONTENT:
+            return 0
+        match self._unattended.action:
+            case Unattended.ALLOW:
+                return 0
+            case Unattended.DENY:
+                return self._unattended.errno
+            case Unattended.HOLD:
+                return _ORPHANED
+
+    def _remember(self, group: Group) -> None:
+        marks = group.marks
+        known = [dead.describe() for dead in self._dead_marks]
+        if marks.describe() not in known:
+            self._dead_marks.append(marks.copy())
+
+    def marks_changed(self) -> None:
+        """Marks were added or removed: whoever is parked may now have somebody to ask."""
+        self._attending.update(group for group in self.groups if not group.marks.empty)
+        self._ever_attended |= any(group.priority == PRE_CONTENT for group in self._attending)
+        self._refresh()
+        for waiter in list(self._waiters.values()):
+            if waiter.group is None:
+                waiter.settle(_ORPHANED)
+
+    def release(self) -> int:
+        """Let go every parked access and forget the marks of dead groups; returns how many were let go."""
+        self._dead_marks.clear()
+        self._refresh()
+        parked = [waiter for waiter in self._waiters.values() if waiter.group is None]
+        for waiter in parked:
+            waiter.settle(0)
+        return len(parked)
+
+    def watches(self, subject: Subject) -> bool:
+        """Whether any mark, or the policy for unattended accesses, covers the subject."""
+        if self.idle:
+            return False
+        return self._unattended_watch(subject) or any(group.marks.watched(subject) for group in self.groups)
+
+    def _unattended_watch(self, subject: Subject) -> bool:
+        action = self._unattended.action
+        if action is Unattended.ALLOW:
+            return False
+        if action is Unattended.DENY:
+            return not self._standing
+        return not self._ever_attended or any(marks.watched(subject) for marks in self._dead_marks)
+
+    def armed(self, subject: Subject) -> Armed:
+        """How a file is armed that is opened now (the kernel decides this at open, facts measured on 6.18)."""
+        armed = arm(0, self.dialect)
+        if self._unattended.action is not Unattended.ALLOW and armed is Armed.NO:
+            # A listener may come later, and what this file reads then must be asked for.
+            armed = Armed.PRE
+        watched: dict[str, int] = {}
+        for group in self.groups:
+            watched[group.dialect.name] = watched.get(group.dialect.name, 0) | group.marks.watched(subject)
+        for dialect in self.dialects:
+            armed = max(armed, arm(watched.get(dialect.name, 0), dialect), key=_STRONGER.__getitem__)
+        return armed
+
+    def asks_at_open(self, subject: Subject) -> bool:
+        """Whether any mark covers the opening of the subject, which may then be denied."""
+        return any(
+            group.marks.watched(subject)
+            & (FAN_OPEN_PERM | (group.dialect.pre_content if group.dialect.open_event else 0))
+            for group in self.groups
+        )
+
+    def hears_content(self, subject: Subject) -> bool:
+        """Whether a read of the subject would be asked for now; not so where ignore marks make it resident."""
+        if self._unattended_watch(subject):
+            return True
+        for group in self.groups:
+            dialect = group.dialect
+            for bit in (dialect.pre_access, dialect.pre_modify, FAN_ACCESS_PERM):
+                if bit and group.marks.hears(bit, subject):
+                    return True
+        return False
+
+    async def ask(
+        self, access: Access, subject: Subject, node: object, *, armed: Armed, only: int = 0
+    ) -> bool:
+        """Ask everybody who hears the events of `access`; returns whether a listener has allowed a pre-content event of it.
+
+        That a listener died, or that its queue was full, may let the access pass; it does not count as allowed.
+
+        `only` restricts it to those event bits (0: all). Raises OSError with the listener's errno when it is denied, EINTR when the
+        accessor is being killed, EDEADLK when it is this very process.
+        """
+        held = False
+        left: EventShape | None = None
+        while True:
+            allowed = heard = orphaned = False
+            for dialect, shape in self._shapes(access, armed, only):
+                verdict, answered = await self._ask_groups(shape, access, subject, node, dialect)
+                heard |= answered
+                allowed |= answered and _is_pre_content(shape, dialect)
+                if verdict == _ORPHANED:
+                    orphaned, left = True, shape
+                    break
+                if verdict:
+                    raise OSError(verdict, os.strerror(verdict))
+            if not (held or allowed or orphaned):
+                # In no dialect is there anybody for it.
+                for dialect, shape in self._shapes(access, armed, only):
+                    if not _is_pre_content(shape, dialect):
+                        continue
+                    verdict = await self._ask_nobody(shape, access, subject, node, dialect)
+                    if verdict == _ORPHANED:
+                        orphaned, left = True, shape
+                        break
+                    if verdict:
+                        raise OSError(verdict, os.strerror(verdict))
+            if held and not (heard or orphaned or self.attended(subject)):
+                # What was parked, or left behind by a dead listener, waits until a group answers for it or it is released.
+                assert left is not None
+                verdict = await self._park(left, access, node)
+                if verdict == 0:
+                    return False
+                if verdict != _ORPHANED:
+                    raise OSError(verdict, os.strerror(verdict))
+            elif not orphaned:
+                return allowed
+            held = True
+
+    def _shapes(self, access: Access, armed: Armed, only: int) -> Sequence[tuple[Dialect, EventShape]]:
+        return [
+            (dialect, shape)
+            for dialect in self.dialects
+            for shape in shapes(access, dialect, self._page_size)
+            if (not only or shape.mask & only) and heard_when(shape, armed, dialect)
+        ]
+
+    async def _ask_groups(
+        self, shape: EventShape, access: Access, subject: Subject, node: object, dialect: Dialect
+    ) -> tuple[int, bool]:
+        """The verdict of all groups that hear the event, and whether any of them has given it."""
+        answered = False
+        for group in [g for g in self.groups if g.dialect is dialect and g.marks.hears(shape.mask, subject)]:
+            verdict, by_listener = await self._ask_group(group, shape, access, node)
+            if verdict:
+                return verdict, by_listener
+            answered |= by_listener
+        return 0, answered
+
+    async def _ask_group(
+        self, group: Group, shape: EventShape, access: Access, node: object
+    ) -> tuple[int, bool]:
+        if access.pid == self._own_pid:
+            return errno.EDEADLK, True
+        if group.closed:
+            return self._owed_by(group), False
+        path = self._path_of(node)
+        pending = group.put(shape, pid=access.pid, tid=access.tid or access.pid, target=node, path=path)
+        if pending is None:
+            return 0, False
+        waiter = Waiter(access, shape, path, group)
+
+        def answered(pending: Pending) -> None:
+            waiter.answered = True
+            waiter.settle(pending.errno)
+
+        pending.on_answer = answered
+        try:
+            await self._wait(waiter)
+        finally:
+            group.withdraw(pending)
+        return waiter.verdict, waiter.answered
+
+    def attended(self, subject: Subject) -> bool:
+        """Whether a living listener is asked for the subject's content, if perhaps by other events than a dead one's (another dialect)."""
+        return any(
+            group.priority == PRE_CONTENT
+            and (
+                group.marks.hears(group.dialect.pre_access, subject)
+                or (group.dialect.pre_modify and group.marks.hears(group.dialect.pre_modify, subject))
+            )
+            for group in self.groups
+        )
+
+    async def _ask_nobody(
+        self, shape: EventShape, access: Access, subject: Subject, node: object, dialect: Dialect
+    ) -> int:
+        """No group has answered for the event: the policy's verdict; 0 lets it pass, _ORPHANED asks again."""
+        match self._unattended.action:
+            case Unattended.ALLOW:
+                return 0
+            case Unattended.DENY:
+                return 0 if self._standing else self._unattended.errno
+        if self.attended(subject):
+            return 0
+        held = not self._ever_attended or any(
+            marks.dialect is dialect and marks.hears(shape.mask, subject) for marks in self._dead_marks
+        )
+        return await self._park(shape, access, node) if held else 0
+
+    async def _park(self, shape: EventShape, access: Access, node: object) -> int:
+        if access.pid == self._own_pid:
+            return errno.EDEADLK
+        waiter = Waiter(access, shape, self._path_of(node), None)
+        await self._wait(waiter)
+        return waiter.verdict
+
+    async def _wait(self, waiter: Waiter) -> None:
+        key = id(waiter)
+        self._waiters[key] = waiter
+        try:
+            if self._event_timeout is None:
+                await waiter.settled.wait()
+                return
+            with trio.move_on_after(self._event_timeout.seconds):
+                await waiter.settled.wait()
+            waiter.settle(self._event_timeout.errno)
+        finally:
+            del self._waiters[key]
+
+    async def watch_for_kills(self) -> None:
+        """Answer EINTR for accessors that are being killed: until then they cannot die. Runs as long as the mount."""
+        while True:
+            await trio.sleep(_KILL_WATCH_INTERVAL)
+            for waiter in list(self._waiters.values()):
+                if waiter.access.tid and caller.is_being_killed(waiter.access.tid):
+                    waiter.settle(errno.EINTR)
+                    await trio.lowlevel.checkpoint()
+
+    def abandon(self) -> None:
+        """The mount ends: every waiting access fails with EIO."""
+        for waiter in list(self._waiters.values()):
+            waiter.settle(errno.EIO)
+
+    def describe(self) -> list[dict[str, object]]:
+        """The groups in the order in which they are asked, as JSON-able objects."""
+        return [
+            {
+                "class": {PRE_CONTENT: "PRE_CONTENT", 1: "CONTENT", 0: "NOTIF"}[group.priority],
+                "abi": group.dialect.name,
+                "pid": group.listener_pid,
+                "marks": group.marks.describe(),
+                "statistics": group.statistics,
+            }
+            for group in self.groups
+        ]
+
+    def waiting(self) -> Iterator[dict[str, object]]:
+        """Who waits, on whom, for how long: one JSON-able object each."""
+        now = time.monotonic()
+        for waiter in list(self._waiters.values()):
+            yield {
+                "pid": waiter.access.pid,
+                "path": os.fsdecode(waiter.path),
+                "event": mask_names(
+                    waiter.shape.mask, waiter.group.dialect if waiter.group else self.dialect
+                ),
+                "offset": waiter.shape.offset,
+                "count": waiter.shape.count,
+                "seconds": now - waiter.since,
+                "group": None if waiter.group is None else self.groups.index(waiter.group),
+            }
