@@ -1,0 +1,1 @@
+"""The benchmark: fusehsm, the real kernel and bindfs side by side."""

@@ -1,0 +1,127 @@
+"""The benchmark: fusehsm beside the real kernel and bindfs, interleaved, with the project's targets.
+
+    python bench/run.py [--only a,b] [--quick] [--json PATH]
+
+Root is needed for the kernel's rows and for cold caches; what is left out is said at the end. Exit code 0 whether or not
+targets are met, 1 where something could not be measured at all.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+
+if __name__ == "__main__":  # run as a script: make the packages beside this directory importable
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from bench.parts import FULL, PARTS, QUICK, Note, Sizes
+from bench.report import Quantity, as_json, table_of, targets_of, verdicts
+from bench.scene import Scene, SceneError
+
+RESULTS = Path(__file__).resolve().parent / "results"
+IMAGE = 12 << 30  # bytes; sparse
+WIDTH = 150  # columns of the tables where no terminal says how many there are
+BUSY = 0.5  # load average beyond which others' work shows in the figures
+
+
+def arguments() -> argparse.Namespace:
+    """What the command line says."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "--only", default=",".join(PARTS), help="parts to run, for instance a,c (default: all)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="small sizes: does it work, rather than how fast is it"
+    )
+    parser.add_argument("--repetitions", type=int, help="how often everything is measured (default: 5)")
+    parser.add_argument(
+        "--json", help="where the JSON goes; - is standard output (default: bench/results/DATE.json)"
+    )
+    chosen = parser.parse_args()
+    chosen.parts = [part.strip() for part in chosen.only.split(",")]
+    for part in chosen.parts:
+        if part not in PARTS:
+            parser.error(f"--only {part}: no such part; there are {', '.join(PARTS)}")
+    if chosen.repetitions is not None and chosen.repetitions < 1:
+        parser.error("--repetitions: at least 1")
+    return chosen
+
+
+def measure(scene: Scene, parts: list[str], sizes: Sizes, note: Note) -> Iterator[Quantity]:
+    """Run the parts."""
+    for part in parts:
+        yield from PARTS[part](scene, sizes, partial(note_of, note, part))
+
+
+def note_of(note: Note, part: str, text: str) -> None:
+    """Say what is being measured."""
+    note(f"({part}) {text}")
+
+
+def what_is_left_out(scene: Scene) -> list[str]:
+    """One line for everything that this machine or user cannot measure."""
+    lines = []
+    if not scene.is_root:
+        lines.append("the real kernel and cold caches: run as root")
+    elif not scene.has_kernel:
+        lines.append("the real kernel: no pre-content events here; needs Linux 6.14 or later")
+    if not scene.has_bindfs:
+        lines.append("bindfs: not found; apt-get install bindfs")
+    return lines
+
+
+def main() -> int:
+    """Run the benchmark and print what came out."""
+    chosen = arguments()
+    sizes = QUICK if chosen.quick else FULL
+    if chosen.repetitions is not None:
+        sizes = replace(sizes, repetitions=chosen.repetitions)
+    console = Console(stderr=chosen.json == "-", width=None if sys.stdout.isatty() else WIDTH)
+    load = os.getloadavg()[0]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that nothing is left behind then either
+    quantities: list[Quantity] = []
+    failure = ""
+    try:
+        with Scene(IMAGE) as scene, console.status("preparing") as status:
+            left_out = what_is_left_out(scene)
+            for quantity in measure(scene, chosen.parts, sizes, status.update):
+                quantities.append(quantity)
+                console.print(table_of([quantity], sizes.repetitions))
+    except SceneError as error:
+        failure = str(error)
+    except KeyboardInterrupt:
+        failure = "interrupted"
+    if failure:
+        print(f"bench: {failure}", file=sys.stderr)
+        return 1
+    console.print(table_of(quantities, sizes.repetitions))
+    found = [verdict for quantity in quantities for verdict in verdicts(quantity)]
+    if found:
+        console.print(targets_of(found))
+    for line in left_out:
+        console.print(f"Left out: {line}.")
+    if load > BUSY:
+        console.print(
+            f"The machine was busy with something else (load {load:.1f}): do not trust the figures."
+        )
+    text = json.dumps(as_json(quantities, left_out, sizes.repetitions, load), indent=1)
+    if chosen.json == "-":
+        print(text)
+    else:
+        path = Path(chosen.json or RESULTS / f"{datetime.now(UTC):%Y-%m-%dT%H-%M-%S}.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n", encoding="utf-8")
+        console.print(f"Every value: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,298 @@
+"""What the measurements stand on: an ext4 image, compiled helpers, mounts and listeners, all removed at the end."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+ROOT = Path(__file__).resolve().parent.parent
+HANDLER = "bench.handlers:allow"
+PATIENCE = 1200  # seconds that one accessor may take
+
+Process = subprocess.Popen[bytes]
+
+
+class SceneError(Exception):
+    """Something that the benchmark needs is missing or failed; one line that says what."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What bench/accessor.c measured: nanoseconds in all, operations, the median operation's nanoseconds, bytes read."""
+
+    total: int
+    operations: int
+    median: int
+    size: int
+
+    @property
+    def microseconds(self) -> float:
+        """Microseconds an operation, on average."""
+        return self.total / self.operations / 1000
+
+    @property
+    def mebibytes_per_second(self) -> float:
+        """Throughput."""
+        return self.size / (1 << 20) / (self.total / 1e9)
+
+
+class Scene:
+    """A place to measure in. As root its files lie on an ext4 image of their own, else in the temporary directory."""
+
+    def __init__(self, image_size: int) -> None:
+        """`image_size`: bytes of the image, which is sparse."""
+        self._image_size = image_size
+        self._stack = contextlib.ExitStack()
+        self.is_root = os.geteuid() == 0
+        self.has_bindfs = shutil.which("bindfs") is not None
+        self.has_kernel = False  # a kernel whose ext4 makes pre-content events, and the right to listen
+
+    def __enter__(self) -> Self:
+        try:
+            directory = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="fusehsm-bench-"))
+            self.work = Path(os.path.realpath(directory))
+            self._stack.callback(self._unmount_all)
+            self.files = self.work / "files"
+            self.files.mkdir()
+            for name in ("accessor", "listener"):
+                run(
+                    os.environ.get("CC", "cc"),
+                    "-O2",
+                    "-o",
+                    str(self.work / name),
+                    str(ROOT / "bench" / f"{name}.c"),
+                )
+            if self.is_root:
+                self._mount_image()
+                self.has_kernel = self._kernel_has_pre_content()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def measure(self, directory: Path, *arguments: str) -> Timing:
+        """Run bench/accessor.c with `directory` as its working directory."""
+        output = run(str(self.work / "accessor"), *arguments, directory=directory)
+        total, operations, median, size = (int(word) for word in output.split())
+        return Timing(total, operations, median, size)
+
+    def drop_caches(self) -> None:
+        """Empty the kernel's page, dentry and inode caches (root only)."""
+        os.sync()
+        Path("/proc/sys/vm/drop_caches").write_text("3", encoding="ascii")
+
+    def _mount_image(self) -> None:
+        image = self.work / "image"
+        with open(image, "wb") as file:
+            file.truncate(self._image_size)
+        run("mkfs.ext4", "-q", "-F", "-N", "400000", str(image))
+        run("mount", "-o", "loop", str(image), str(self.files))
+
+    def _kernel_has_pre_content(self) -> bool:
+        probe = self.files / "probe"
+        probe.touch()
+        with Stage(self) as stage, contextlib.suppress(SceneError):
+            stage.listen_in_c(probe)
+            return True
+        return False
+
+    def _unmount_all(self) -> None:
+        for point in reversed(mounts_under(self.work)):
+            lazily = ["umount", "-l"] if self.is_root else ["fusermount3", "-u", "-z"]
+            subprocess.run([*lazily, point], check=False)
+
+
+class Stage:
+    """The mounts and listeners of one measurement; they end, the last one first, when it is left."""
+
+    def __init__(self, scene: Scene) -> None:
+        self._scene = scene
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def mount(self, source: Path, *options: str) -> tuple[Path, int]:
+        """Mount fusehsm on `source`; the mount point and the server's process id."""
+        point = self._new_directory()
+        command = [
+            sys.executable,
+            "-m",
+            "fusehsm",
+            "mount",
+            str(source),
+            str(point),
+            "--foreground",
+            *options,
+        ]
+        daemon = self._start(command, stderr=subprocess.PIPE)
+        assert daemon.stderr is not None
+        self._wait_for_ready(daemon, daemon.stderr)
+        return point, daemon.pid
+
+    def bindfs(self, source: Path, *options: str) -> tuple[Path, int]:
+        """Mount bindfs on `source`; the mount point and the server's process id."""
+        point = self._new_directory()
+        daemon = self._start(["bindfs", "-f", "--no-allow-other", *options, str(source), str(point)])
+        while not mounts_under(point):
+            if daemon.poll() is not None:
+                raise SceneError(f"bindfs on {source}: exit {daemon.returncode}")
+            time.sleep(0.02)
+        return point, daemon.pid
+
+    def listen(self, path: Path, backend: str) -> None:
+        """Start a Python listener on the real kernel ("kernel") or on a mount of ours ("fuse")."""
+        self._start_listener([sys.executable, "-m", "bench.listen", str(path), backend])
+
+    def listen_in_c(self, path: Path) -> None:
+        """Start bench/listener.c on one file. SceneError where the kernel has no pre-content events."""
+        self._start_listener([str(self._scene.work / "listener"), str(path)])
+
+    def _new_directory(self) -> Path:
+        return Path(tempfile.mkdtemp(prefix="mount-", dir=self._scene.work))
+
+    def _start(self, command: list[str], *, stderr: int | None = None) -> Process:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "XDG_RUNTIME_DIR": str(self._scene.work)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            start_new_session=True,
+        )
+        self._stack.callback(end, process)
+        return process
+
+    def _start_listener(self, command: list[str]) -> None:
+        listener = self._start(command)
+        assert listener.stdout is not None
+        self._wait_for_ready(listener, listener.stdout)
+
+    def _wait_for_ready(self, process: Process, stream: IO[bytes]) -> None:
+        said = []
+        for line in stream:
+            if line == b"ready\n":
+                break
+            said.append(line.decode(errors="replace"))
+        else:
+            raise SceneError(f"{process.args!r}: exit {process.wait()}: {''.join(said).strip()}")
+        threading.Thread(target=drain, args=(stream,), daemon=True).start()
+
+
+def drain(stream: IO[bytes]) -> None:
+    """Pass on whatever else a process says, so that it never waits for us."""
+    with contextlib.suppress(ValueError, OSError):  # closed at the process's end
+        for line in stream:
+            sys.stderr.write(line.decode(errors="replace"))
+
+
+def run(*arguments: str, directory: Path | None = None) -> str:
+    """A program's output; SceneError where it is missing, fails or does not end."""
+    try:
+        done = subprocess.run(
+            arguments,
+            cwd=directory,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=True,
+            stdin=subprocess.DEVNULL,
+        )
+    except FileNotFoundError:
+        raise SceneError(f"{arguments[0]}: not found") from None
+    except subprocess.TimeoutExpired:
+        raise SceneError(f"{' '.join(arguments)}: no end after {PATIENCE} s") from None
+    except subprocess.CalledProcessError as error:
+        raise SceneError(f"{' '.join(arguments)}: exit {error.returncode}: {error.stderr.strip()}") from None
+    return done.stdout
+
+
+def end(process: Process) -> None:
+    """Terminate a process, kill it where that does not help, and reap it."""
+    process.terminate()
+    try:
+        process.wait(timeout=60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    for stream in (process.stdout, process.stderr):
+        if stream is not None:
+            stream.close()
+
+
+def mounts_under(directory: Path) -> list[str]:
+    """The mount points at and below `directory`, oldest first; asks the mount table, which cannot block."""
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
+        points = [line.split(" ")[4] for line in table]
+    return [point for point in points if point == str(directory) or point.startswith(f"{directory}/")]
+
+
+def resident_bytes(pid: int) -> int:
+    """A process's resident memory."""
+    for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    raise SceneError(f"/proc/{pid}/status: no VmRSS: the process is gone")
+
+
+def make_tree(directory: Path, files: int, *, in_one_directory: int, size: int) -> list[str]:
+    """Make `files` files of `size` bytes; their paths relative to `directory`."""
+    content = os.urandom(size)
+    paths = []
+    for number in range(files):
+        path = f"d{number // in_one_directory:04d}/f{number % in_one_directory:04d}"
+        if number % in_one_directory == 0:
+            (directory / path).parent.mkdir(parents=True)
+        with open(directory / path, "wb") as file:
+            file.write(content)
+        paths.append(path)
+    return paths
+
+
+def make_file(path: Path, size: int) -> Path:
+    """Make a file of random bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        for start in range(0, size, 1 << 20):
+            file.write(os.urandom(min(1 << 20, size - start)))
+    return path
+
+
+@contextlib.contextmanager
+def stopwatch() -> Iterator[list[float]]:
+    """A list to which the seconds that the block took are appended."""
+    seconds: list[float] = []
+    start = time.monotonic()
+    yield seconds
+    seconds.append(time.monotonic() - start)
+
+
+@contextlib.contextmanager
+def placed_on(cores: set[int] | None) -> Iterator[None]:
+    """Everything started in the block runs on these cores only; None: on whichever the scheduler likes."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores or before)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)

@@ -1,0 +1,1 @@
+"""Programs that use fusehsm: a mirror handler and the demonstration that runs on it."""

@@ -1,0 +1,242 @@
+"""The `fusehsm` command: words into calls, exceptions into one line and an exit code. Thin on purpose.
+
+Exit codes: 0 done, 1 failed, 2 bad usage. Every command imports what it needs when it runs, so that none waits for another's imports.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="fusehsm",
+    help="Linux fanotify pre-content events on any kernel: a FUSE overlay that asks a listener before content is touched.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+FAILED, BAD_USAGE = 1, 2
+_INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C has ended
+
+
+class UsageError(ValueError):
+    """The command line makes no sense; one line that lists the choices."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; `arguments` without the program's name. Returns the exit code."""
+    try:
+        result = app(
+            args=None if arguments is None else list(arguments), prog_name="fusehsm", standalone_mode=False
+        )
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except ValueError as error:
+        return _complain(error, BAD_USAGE)
+    except BrokenPipeError:
+        # Whoever read our output has gone. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except OSError as error:
+        return _complain(_os_error_line(error), FAILED)
+    except (KeyboardInterrupt, typer.Abort):
+        return _INTERRUPTED
+    except Exception as error:
+        if hasattr(error, "format_message"):  # typer's own: a bad option, a missing argument
+            context = getattr(error, "ctx", None)
+            mend = f"see {context.command_path} --help" if context is not None else "see fusehsm --help"
+            return _complain(f"{error.format_message().rstrip('.')}; {mend}", BAD_USAGE)
+        if _is_one_line(error):
+            return _complain(error, FAILED)
+        raise
+
+
+def _complain(what: object, code: int) -> int:
+    print(f"fusehsm: {' '.join(str(what).split())}", file=sys.stderr, flush=True)
+    return code
+
+
+def _os_error_line(error: OSError) -> str:
+    message = error.strerror or str(error)
+    # Ours are whole lines already; the system's have the file beside them.
+    return message if error.filename is None else f"{os.fsdecode(error.filename)}: {message}"
+
+
+def _is_one_line(error: Exception) -> bool:
+    from fusehsm.mount_options import MountError
+
+    return isinstance(error, MountError)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from fusehsm.version import VERSION
+
+        print(f"fusehsm {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def _every_command(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Options of `fusehsm` itself; the docstring shown is the application's."""
+
+
+@app.command()
+def mount(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="The directory with the files (the backing).")],
+    destination: Annotated[
+        str, typer.Argument(metavar="DST", help="Where to mount the overlay; may be SRC.")
+    ],
+    foreground: Annotated[
+        bool, typer.Option("-f", "--foreground", help="Stay; print `ready` on stderr when the mount answers.")
+    ] = False,
+    options: Annotated[
+        list[str] | None, typer.Option("-o", metavar="OPTS", help="FUSE mount options, separated by commas.")
+    ] = None,
+    abi: Annotated[
+        str, typer.Option(help="Dialect of the events: linux-6.14, patch-v2 or patch-v1.")
+    ] = "linux-6.14",
+    events: Annotated[str, typer.Option(help="exact, first-access or auto.")] = "auto",
+    engine: Annotated[str, typer.Option(help="What carries the FUSE requests: pyfuse3 or auto.")] = "auto",
+    handler: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE:CALLABLE", help="A handler to run in the mount's own process."),
+    ] = None,
+    unattended: Annotated[
+        str | None,
+        typer.Option(
+            metavar="POLICY",
+            help="What happens while nobody listens: allow (default), deny[=ERRNO] (default with --handler) or hold.",
+        ),
+    ] = None,
+    event_timeout: Annotated[
+        str | None,
+        typer.Option(metavar="SECONDS[=ERRNO]", help="Refuse what is not answered by then (default: never)."),
+    ] = None,
+    allow_other: Annotated[
+        bool, typer.Option("--allow-other", help="Let other users in, as file modes allow.")
+    ] = False,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            help="private (SRC changes only through the mount; default when SRC is DST) or shared (default otherwise)."
+        ),
+    ] = None,
+    log_file: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Where the server logs (default: the system's log, with -f stderr)."
+        ),
+    ] = None,
+) -> int:
+    """Overlay SRC at DST and make events of what is done there. Returns when the mount answers."""
+    from fusehsm.mount import mount as do_mount
+    from fusehsm.mount_options import MountOptions
+
+    return do_mount(
+        MountOptions(
+            source=source,
+            destination=destination,
+            foreground=foreground,
+            options=tuple(options or ()),
+            abi=abi,
+            events=events,
+            engine=engine,
+            handler=handler,
+            unattended=unattended,
+            event_timeout=event_timeout,
+            allow_other=allow_other,
+            cache=cache,
+            log_file=log_file,
+        )
+    )
+
+
+@app.command()
+def umount(destination: Annotated[str, typer.Argument(metavar="DST", help="The mount point.")]) -> None:
+    """Unmount and wait for the daemon."""
+    from fusehsm.mount import unmount
+
+    unmount(destination)
+
+
+@app.command()
+def trace(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="What to watch.")],
+    mask: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="Events by name (default: the dialect's pre-content events)."),
+    ] = None,
+    mark: Annotated[
+        str, typer.Option(help="What the mark covers: inode, children, mount or filesystem.")
+    ] = "mount",
+    deny: Annotated[
+        str | None, typer.Option(metavar="ERRNO", help="Deny what --match matches with this errno.")
+    ] = None,
+    match: Annotated[
+        str | None,
+        typer.Option(metavar="GLOB", help="What --deny denies, by full path (default: everything)."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    backend: Annotated[str, typer.Option(help="Where events come from: auto, kernel or fuse.")] = "auto",
+    count: Annotated[int | None, typer.Option(metavar="N", help="End after so many events.", min=1)] = None,
+    abi: Annotated[str | None, typer.Option(help="Dialect (default: the mount's).")] = None,
+) -> int:
+    """Listen and print events; prints `ready` on stderr once its marks stand. Allows what it does not deny."""
+    from fusehsm.trace import TraceOptions
+    from fusehsm.trace import trace as do_trace
+
+    return do_trace(
+        TraceOptions(
+            path=path,
+            mask=None if mask is None else tuple(mask.split(",")),
+            mark=mark,
+            deny=deny,
+            match=match,
+            json=json,
+            backend=backend,
+            count=count,
+            abi=abi,
+        )
+    )
+
+
+@app.command()
+def status(
+    path: Annotated[
+        str | None, typer.Argument(metavar="[PATH]", help="A path on a mount (default: all mounts).")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="JSON: a list with one object a mount.")] = False,
+    release: Annotated[
+        bool, typer.Option("--release", help="Let go what --unattended hold has parked.")
+    ] = False,
+) -> int:
+    """Mounts, their groups, and who waits, on which listener, for how long."""
+    from fusehsm.status import status as do_status
+
+    return do_status(path, as_json=json, release=release)
+
+
+@app.command()
+def doctor(
+    path: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[PATH]", help="A directory whose file system to try (default: the temporary one)."
+        ),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="JSON: an object with a list of checks.")] = False,
+) -> int:
+    """What this machine can do, what is missing, and the command that mends it. Exit code 1 if nothing can be mounted."""
+    from fusehsm.doctor import doctor as do_doctor
+
+    return do_doctor(path, as_json=json)

@@ -1,0 +1,217 @@
+"""Where the emulator differs from a real kernel (Linux 6.14 and later), and on which side it errs. None is silent.
+
+One list, from which the README's table is made and against which `fusehsm conform` will judge; each entry names the test that shows it.
+Run this module to print the table.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """One difference. `name` is short and stays; `difference`, `reason` and `safe` are sentences; `test` is in tests/test_divergences.py."""
+
+    name: str
+    difference: str
+    reason: str
+    safe: str
+    test: str
+
+
+DIVERGENCES: Final = (
+    Divergence(
+        name="holes are data",
+        difference="SEEK_DATA and SEEK_HOLE find no holes.",
+        reason="On a real kernel `cp` of a stub skips its holes: no event, a copy full of zeros.",
+        safe="Copies ask for everything.",
+        test="test_holes_are_data",
+    ),
+    Divergence(
+        name="mappings ask when touched",
+        difference="A mapping's event comes at its first page fault, not at mmap(2); denied, it is SIGBUS and not an error of mmap(2).",
+        reason="FUSE tells its server nothing of mmap(2).",
+        safe="Nothing is seen that was not asked for; what is mapped and never touched is never fetched.",
+        test="test_mappings_ask_when_touched",
+    ),
+    Divergence(
+        name="read-ahead asks",
+        difference="posix_fadvise(2), readahead(2) and the kernel's own read-ahead make events.",
+        reason="They fill the page cache, from which later reads and mappings are served without asking anybody.",
+        safe="More is asked than needed.",
+        test="test_read_ahead_asks",
+    ),
+    Divergence(
+        name="files opened before the mark",
+        difference="Through a descriptor opened before any mark stood, reads that fill the page cache make events.",
+        reason="A real kernel asks nothing there; a cached page would outlive the descriptor and show a stub's zeros to others.",
+        safe="More is asked.",
+        test="test_files_opened_before_the_mark",
+    ),
+    Divergence(
+        name="empty reads and writes",
+        difference="read(2) and write(2) of 0 bytes make no event.",
+        reason="They do not reach a FUSE server.",
+        safe="No content is touched.",
+        test="test_empty_reads_and_writes",
+    ),
+    Divergence(
+        name="fallocate",
+        difference="fallocate(2) fails with EOPNOTSUPP; posix_fallocate(3) writes instead.",
+        reason="pyfuse3 has no handler for it.",
+        safe="Nothing happens without an event.",
+        test="test_fallocate",
+    ),
+    Divergence(
+        name="RWF_NOWAIT",
+        difference="preadv2(2) with RWF_NOWAIT fails with EOPNOTSUPP; a real kernel makes its event and blocks.",
+        reason="FUSE refuses it before its server hears of it.",
+        safe="Callers fall back to an ordinary read, which asks.",
+        test="test_rwf_nowait",
+    ),
+    Divergence(
+        name="shared mappings (exact)",
+        difference="With --events exact, mmap(2) with MAP_SHARED fails with ENODEV.",
+        reason="Direct I/O files can be mapped shared from Linux 6.6 on, if asked for in a way that pyfuse3 cannot.",
+        safe="An error instead of a mapping; --events first-access has them.",
+        test="test_shared_mappings_in_exact_mode",
+    ),
+    Divergence(
+        name="first-access events",
+        difference="With --events first-access, events are for what enters the page cache, widened by read-ahead; what is there already makes none.",
+        reason="The price of shared mappings and of reads at the page cache's speed.",
+        safe="Every byte has been asked for before it is cached.",
+        test="test_first_access_events",
+    ),
+    Divergence(
+        name="permission events (first-access)",
+        difference="With --events first-access, OPEN_PERM, OPEN_EXEC_PERM and ACCESS_PERM are refused with EOPNOTSUPP.",
+        reason="Reads from the page cache do not reach a FUSE server, so not all would be heard.",
+        safe="An error instead of events that are missing.",
+        test="test_permission_events_in_first_access_mode",
+    ),
+    Divergence(
+        name="plain notifications",
+        difference="OPEN, ACCESS, MODIFY and CLOSE can be marked and never come.",
+        reason="The emulator is for permission events; the kernel's own fanotify and inotify notify on FUSE mounts as on any other.",
+        safe="Nothing waits for a notification.",
+        test="test_plain_notifications",
+    ),
+    Divergence(
+        name="pid",
+        difference="An event's pid is that of the process that opened the file, also when another one it was handed to reads.",
+        reason="pyfuse3 hides who makes a READ or WRITE request.",
+        safe="What is asked, and its range, are the same.",
+        test="test_pid_is_the_openers",
+    ),
+    Divergence(
+        name="mount marks",
+        difference="A mark on the mount and a mark on the file system are heard by each other's accesses.",
+        reason="All accesses come through one mount, whatever it is bound to elsewhere.",
+        safe="More is asked.",
+        test="test_mount_marks_cover_bind_mounts",
+    ),
+    Divergence(
+        name="hard links and marks on directories",
+        difference="A mark on a directory's children hears a hard-linked file's accesses by its other names too, once the name there is known.",
+        reason="FUSE names the file that is opened, not the name.",
+        safe="More is asked.",
+        test="test_hard_links_and_marks_on_directories",
+    ),
+    Divergence(
+        name="pages in the cache",
+        difference="mmap(2), sendfile(2), splice(2) and copy_file_range(2) of bytes that are in the page cache make no event.",
+        reason="The kernel serves them without its FUSE server. Every open(2) of a watched file empties its page cache (exact).",
+        safe="An allowed event covered those bytes when they came in.",
+        test="test_pages_in_the_cache",
+    ),
+    Divergence(
+        name="calls that fail",
+        difference="Calls that fail for their arguments make no event: a bad buffer, a mapping that is not permitted.",
+        reason="FUSE refuses them before its server hears of it; a real kernel asks first.",
+        safe="No content is touched.",
+        test="test_calls_that_fail",
+    ),
+    Divergence(
+        name="O_TMPFILE",
+        difference="open(2) with O_TMPFILE fails with EOPNOTSUPP.",
+        reason="pyfuse3 has no handler for it.",
+        safe="Nothing happens without an event; callers make a file with a name instead.",
+        test="test_unnamed_files",
+    ),
+    Divergence(
+        name="paths of hard links",
+        difference="The event's path is the name of the file that was looked up last, not the one that was used.",
+        reason="FUSE names the file that is opened, not the name, and names that the kernel remembers are not looked up again.",
+        safe="The same file.",
+        test="test_paths_of_hard_links",
+    ),
+    Divergence(
+        name="writers of one file",
+        difference="While a write waits for its answer, other writes and truncations of that file wait too, and are asked for after it.",
+        reason="FUSE holds the inode's lock while it writes; parallel writes are to be asked for in a way that pyfuse3 cannot.",
+        safe="The same events, one after the other; reads do not wait.",
+        test="test_writers_of_one_file",
+    ),
+    Divergence(
+        name="killed before it is read",
+        difference="An event whose accessor has been killed is read by its listener all the same; an answer to it is taken and does nothing.",
+        reason="Events travel to their listeners ahead of being read.",
+        safe="At most a fetch that nobody waits for.",
+        test="test_killed_before_it_is_read",
+    ),
+    Divergence(
+        name="the event descriptor's path",
+        difference="readlink(2) of an event's descriptor gives the path under SRC; `event.path` is the accessor's.",
+        reason="Filling through the mount would ask the listener about itself. With SRC = DST both are the same.",
+        safe="The same file.",
+        test="test_the_event_descriptors_path",
+    ),
+    Divergence(
+        name="blocks of stubs",
+        difference="A watched file without any block on disk shows one block of 512 bytes.",
+        reason="`tar -S` takes a file of no blocks for empty of data and stores zeros without reading it.",
+        safe="Archives ask for everything; `du` is off by half a KiB for an untouched stub.",
+        test="test_blocks_of_stubs",
+    ),
+    Divergence(
+        name="page cache (patch-v1, patch-v2)",
+        difference="sendfile(2) and splice(2) ask for whole pages; a fault in a writable shared mapping asks for PRE_ACCESS besides PRE_MODIFY.",
+        reason="Those versions ask for exactly the accessor's bytes, or only for PRE_MODIFY, and the rest of the page would be cached unasked.",
+        safe="More is asked.",
+        test="test_page_cache_in_the_old_dialects",
+    ),
+    Divergence(
+        name="killed with a passed descriptor",
+        difference="A killed process that reads through a descriptor which another process opened stays until its event is answered.",
+        reason="As for pid: who it is cannot be known, so its death is not noticed.",
+        safe="It gets no content; --event-timeout bounds the wait.",
+        test="test_killed_with_a_passed_descriptor",
+    ),
+    Divergence(
+        name="RENAME_WHITEOUT",
+        difference="renameat2(2) with RENAME_WHITEOUT fails with EINVAL.",
+        reason="A whiteout is a device node, for overlayfs below; FUSE file systems do not make them.",
+        safe="Nothing happens.",
+        test="test_rename_whiteout",
+    ),
+    Divergence(
+        name="program start",
+        difference="execve(2) makes as many events as pages are read, with other ranges than the kernel's per mapped segment.",
+        reason="As for mappings: segments ask when touched.",
+        safe="Every byte is asked for before it runs.",
+        test="test_program_start",
+    ),
+)
+
+
+def markdown_table() -> str:
+    """The table for the README."""
+    rows = [f"| {entry.name} | {entry.difference} | {entry.reason} | {entry.safe} |" for entry in DIVERGENCES]
+    return "\n".join(
+        ["| what | how it differs | why | on the safe side, because |", "| --- | --- | --- | --- |", *rows]
+    )
+
+
+if __name__ == "__main__":
+    print(markdown_table())

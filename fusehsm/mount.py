@@ -1,0 +1,347 @@
+"""A mount's life: options, checks, mounting, serving, signals, daemonising, unmounting."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import logging.handlers
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+from fusehsm import control_socket, fusectl, mountinfo, syscalls
+from fusehsm.abi import DIALECTS
+from fusehsm.mount_options import MountError, MountOptions, Plan, checked
+
+if TYPE_CHECKING:
+    import trio
+
+    from fusehsm.gate import Gate
+
+log = logging.getLogger(__name__)
+
+_READY = b"ready\n"
+_SYSLOG = "/dev/log"
+_START_DEADLINE = 60.0  # seconds until the mount must answer
+_END_DEADLINE = 30.0  # seconds for the daemon to end after unmounting
+
+
+def mount(options: MountOptions) -> int:
+    """Mount; returns the exit code when the mount has ended (foreground) or answers (daemon). Raises MountError, ValueError for bad usage."""
+    plan = checked(options)
+    if plan.exact:
+        print(
+            "fusehsm: note: with --events exact, mmap(MAP_SHARED) of a watched file fails with ENODEV; --events first-access allows it",
+            file=sys.stderr,
+        )
+    _start_logging(options)
+    if options.foreground:
+        _serve(options, plan, lambda: print("ready", file=sys.stderr, flush=True))
+        return 0
+    return _daemonise(options, plan)
+
+
+def _start_logging(options: MountOptions) -> None:
+    """Where the server's words go: to --log-file, else in the foreground to stderr, and as a daemon to the system's log."""
+    handler: logging.Handler
+    if options.log_file is not None:
+        try:
+            handler = logging.FileHandler(options.log_file, encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            raise MountError(
+                f"{options.log_file}: {error.strerror}; give a --log-file that you may write"
+            ) from None
+        handler.setFormatter(logging.Formatter("%(asctime)s fusehsm[%(process)d]: %(message)s"))
+    elif options.foreground:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("fusehsm: %(message)s"))
+    elif os.path.exists(_SYSLOG):
+        handler = logging.handlers.SysLogHandler(_SYSLOG)
+        handler.setFormatter(logging.Formatter("fusehsm[%(process)d]: %(message)s"))
+    else:
+        handler = logging.NullHandler()
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+# Serving
+
+
+def _daemonise(options: MountOptions, plan: Plan) -> int:
+    reader, writer = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        _run_daemon(options, plan, writer)
+    os.close(writer)
+    try:
+        message = _wait_for_start(reader, child)
+    finally:
+        os.close(reader)
+    if message == _READY:
+        return 0
+    text = message.decode(errors="replace").strip()
+    raise MountError(
+        text or f"{options.destination}: the server ended without a word; try again with --foreground"
+    )
+
+
+def _wait_for_start(reader: int, child: int) -> bytes:
+    deadline = time.monotonic() + _START_DEADLINE
+    message = b""
+    while not message.endswith(b"\n"):
+        readable, _, _ = select.select([reader], [], [], max(0.0, deadline - time.monotonic()))
+        if not readable:
+            os.kill(child, signal.SIGKILL)
+            raise MountError(
+                f"the mount did not answer within {_START_DEADLINE:.0f} s and was given up; try again with --foreground"
+            )
+        piece = os.read(reader, 65536)
+        if not piece:
+            break
+        message += piece
+    return message
+
+
+def _run_daemon(options: MountOptions, plan: Plan, writer: int) -> None:
+    """The daemon's whole life; never returns."""
+    code = 1
+    try:
+        os.setsid()
+        os.umask(0o022)
+        null = os.open(os.devnull, os.O_RDWR)
+        for standard in (0, 1, 2):
+            os.dup2(null, standard)
+        os.chdir("/")
+
+        def ready() -> None:
+            with suppress(OSError):
+                os.write(writer, _READY)
+            os.close(writer)
+
+        _serve(options, plan, ready)
+        code = 0
+    except (MountError, ValueError) as error:
+        os.write(writer, f"{error}\n".encode(errors="surrogateescape"))
+    except BaseException as error:
+        log.exception("the mount's server failed")
+        with suppress(OSError):
+            os.write(
+                writer,
+                f"{options.destination}: {type(error).__name__}: {error}; try again with --foreground\n".encode(),
+            )
+    finally:
+        os._exit(code)
+
+
+def _serve(options: MountOptions, plan: Plan, ready: Callable[[], None]) -> None:
+    """Mount and serve until unmounted. Raises MountError when it cannot be mounted."""
+    from fusehsm.engines import pyfuse3 as engine
+    from fusehsm.gate import Gate
+    from fusehsm.overlay import Overlay
+
+    open_limit = _raise_open_limit()
+    try:
+        overlay = Overlay(plan.source)
+    except OSError as error:
+        raise MountError(f"{plan.source}: {error.strerror}; SRC must be a directory you may read") from None
+    gate = Gate(
+        overlay,
+        destination=plan.destination,
+        exact=plan.exact,
+        dialect=DIALECTS[options.abi],
+        unattended=plan.unattended,
+        event_timeout=plan.event_timeout,
+        page_size=resource.getpagesize(),
+        open_limit=open_limit // 2,
+    )
+    with _captured_stderr() as complaint:
+        try:
+            engine.mount(
+                engine.Operations(gate, private=plan.private), plan.destination, set(plan.fuse_options)
+            )
+        except RuntimeError as error:
+            reason = complaint().strip().splitlines()
+            raise MountError(
+                f"{plan.destination}: {reason[-1] if reason else error}; see fusehsm doctor"
+            ) from None
+    unmounted = False
+    try:
+        device = _device_of(plan.destination)
+        gate.mounted(device, engine.KernelCaches(device))
+        fusectl.raise_background_limit(device)
+        unmounted = _run(gate, plan, device, ready)
+    finally:
+        gate.close()
+        engine.close(unmount=not unmounted)
+        overlay.close()
+
+
+def _run(gate: Gate, plan: Plan, device: tuple[int, int], ready: Callable[[], None]) -> bool:
+    """The event loop; returns whether the filesystem has been unmounted already."""
+    import trio
+
+    from fusehsm.backends.inprocess import serve_in_process
+    from fusehsm.engines import pyfuse3 as engine
+    from fusehsm.self_access import Watchdog, refuse_calls
+    from fusehsm.server import serve_control
+
+    async def on_signals(*, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+            task_status.started()
+            async for _ in signals:
+                engine.stop()
+                return
+
+    async def announce() -> None:
+        await trio.to_thread.run_sync(os.statvfs, plan.destination)
+        ready()
+
+    async def main() -> bool:
+        stopped_by_signal = True
+        async with trio.open_nursery() as nursery:
+            await nursery.start(on_signals)
+            await nursery.start(serve_control, gate, device)
+            nursery.start_soon(gate.listeners.watch_for_kills)
+            if plan.handler is not None:
+                await nursery.start(serve_in_process, gate, plan.handler)
+            nursery.start_soon(announce)
+            await engine.serve()
+            stopped_by_signal = mountinfo_has(device)
+            gate.listeners.abandon()
+            nursery.cancel_scope.cancel()
+        return not stopped_by_signal
+
+    try:
+        if plan.handler is None:
+            return trio.run(main)
+        refuse_calls(plan.destination, threading.get_ident())
+        with Watchdog():
+            return trio.run(main)
+    except ExceptionGroup as group:
+        cause: Exception = group
+        while isinstance(cause, ExceptionGroup) and len(cause.exceptions) == 1:
+            cause = cause.exceptions[0]
+        if isinstance(cause, OSError):
+            raise MountError(f"{plan.destination}: {cause.strerror or cause}") from group
+        raise
+
+
+def mountinfo_has(device: tuple[int, int]) -> bool:
+    """Whether a filesystem with this (major, minor) is mounted here."""
+    return any(mount_.device == device for mount_ in mountinfo.read_mounts())
+
+
+def _raise_open_limit() -> int:
+    """Let this process hold as many descriptors as it may; returns that number."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY:
+        hard = 1 << 20
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        return hard
+    return soft
+
+
+def _device_of(destination: str) -> tuple[int, int]:
+    """The (major, minor) of what was mounted last on `destination`; asks nobody, least of all the mount."""
+    found = [m.device for m in mountinfo.read_mounts() if m.mount_point == destination and m.is_fusehsm]
+    if not found:
+        raise MountError(f"{destination}: mounted, but not in /proc/self/mountinfo; see fusehsm doctor")
+    return found[-1]
+
+
+@contextmanager
+def _captured_stderr() -> Iterator[Callable[[], str]]:
+    """libfuse says on stderr why a mount failed: catch it, to say it in our one line."""
+    with tempfile.TemporaryFile() as catch:
+        sys.stderr.flush()
+        saved = os.dup(2)
+        os.dup2(catch.fileno(), 2)
+
+        def text() -> str:
+            catch.seek(0)
+            return catch.read().decode(errors="replace")
+
+        try:
+            yield text
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
+# Unmounting
+
+
+def unmount(path: str) -> None:
+    """Unmount a fusehsm mount and wait for its daemon. Raises MountError."""
+    mount_ = _find(path)
+    daemon = _daemon_pid(mount_)
+    # Nobody serves a mount whose daemon was killed: what is still open there only gets errors, and must not keep the mount.
+    _unmount(path, mount_.mount_point, lazily=daemon is None)
+    if daemon is not None:
+        _wait_for_end(daemon, path)
+    else:
+        control_socket.sweep()
+
+
+def _daemon_pid(mount_: mountinfo.Mount) -> int | None:
+    try:
+        with control_socket.connect(mount_) as connection:
+            return control_socket.peer_of(connection).pid
+    except OSError:
+        return None
+
+
+def _find(path: str) -> mountinfo.Mount:
+    # Not realpath: it would ask the mount itself, which may not answer.
+    absolute = os.path.abspath(path)
+    resolved = os.path.join(os.path.realpath(os.path.dirname(absolute)), os.path.basename(absolute))
+    found = [m for m in mountinfo.read_mounts() if m.mount_point in (absolute, resolved) and m.is_fusehsm]
+    if not found:
+        raise MountError(f"{path}: not a fusehsm mount; fusehsm status lists them")
+    return found[-1]
+
+
+def _unmount(path: str, mount_point: str, *, lazily: bool) -> None:
+    if os.geteuid() != 0:
+        command = ["fusermount3", "-u", *(["-z"] if lazily else []), "--", mount_point]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise MountError(
+                f"{path}: {done.stderr.strip() or 'fusermount3 failed'}; close what is open there and try again"
+            )
+        return
+    try:
+        syscalls.umount2(os.fsencode(mount_point), syscalls.MNT_DETACH if lazily else 0)
+    except OSError as error:
+        mend = (
+            "close what is open there (fuser -vm shows it) and try again"
+            if error.errno == errno.EBUSY
+            else "see fusehsm doctor"
+        )
+        raise MountError(f"{path}: {error.strerror}; {mend}") from None
+
+
+def _wait_for_end(pid: int, path: str) -> None:
+    try:
+        descriptor = os.pidfd_open(pid)
+    except OSError:
+        return
+    try:
+        if not select.select([descriptor], [], [], _END_DEADLINE)[0]:
+            raise MountError(
+                f"{path}: unmounted, but its server (process {pid}) has not ended; it may be writing, else kill it"
+            )
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,191 @@
+"""What a user asks of `fusehsm mount`, checked: everything that can be wrong is said before anything is mounted."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import stat
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from fusehsm import mountinfo
+from fusehsm.abi import DIALECTS
+from fusehsm.unattended import EventTimeout, UnattendedPolicy
+
+if TYPE_CHECKING:
+    from fusehsm.handler import Handler
+
+ENGINES = ("pyfuse3", "auto")
+EVENT_MODES = ("exact", "first-access", "auto")
+CACHES = ("private", "shared")
+
+
+class MountError(Exception):
+    """One line for the user: thing: cause; mend."""
+
+
+@dataclass(frozen=True, slots=True)
+class MountOptions:
+    """The command line of `fusehsm mount`; None where the user said nothing."""
+
+    source: str
+    destination: str
+    foreground: bool = False
+    options: tuple[str, ...] = ()
+    abi: str = "linux-6.14"
+    events: str = "auto"
+    engine: str = "auto"
+    handler: str | None = None
+    unattended: str | None = None
+    event_timeout: str | None = None
+    allow_other: bool = False
+    cache: str | None = None
+    log_file: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the options mean on this machine, checked."""
+
+    source: str
+    destination: str
+    exact: bool
+    private: bool
+    handler: Handler | None
+    unattended: UnattendedPolicy
+    event_timeout: EventTimeout | None
+    fuse_options: frozenset[str]
+
+
+def checked(options: MountOptions) -> Plan:
+    """The plan. Raises MountError for what this machine lacks, ValueError for bad usage; each is one line."""
+    if options.abi not in DIALECTS:
+        raise ValueError(f"--abi {options.abi}: not a dialect; choose {', '.join(DIALECTS)}")
+    for name, value, choices in (
+        ("--events", options.events, EVENT_MODES),
+        ("--engine", options.engine, ENGINES),
+        ("--cache", options.cache or "private", CACHES),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} {value}: not known; choose {', '.join(choices)}")
+    default_policy = "deny=EIO" if options.handler else "allow"
+    unattended = UnattendedPolicy.parse(options.unattended or default_policy)
+    event_timeout = EventTimeout.parse(options.event_timeout) if options.event_timeout else None
+    source, destination = _directories(options.source, options.destination)
+    _check_fuse(options)
+    in_place = source == destination
+    return Plan(
+        source=source,
+        destination=destination,
+        # With pyfuse3 a direct_io file cannot be mapped shared (it cannot ask for DIRECT_IO_ALLOW_MMAP), so auto means first-access.
+        exact=options.events == "exact",
+        private=options.cache == "private" or (options.cache is None and in_place),
+        handler=_import_handler(options.handler) if options.handler else None,
+        unattended=unattended,
+        event_timeout=event_timeout,
+        fuse_options=_fuse_options(options, source),
+    )
+
+
+def _directories(source: str, destination: str) -> tuple[str, str]:
+    for what, path in (("SRC", source), ("DST", destination)):
+        try:
+            is_directory = stat.S_ISDIR(os.stat(path).st_mode)
+            os.statvfs(path)  # a dead mount's attributes may be cached, this is not
+        except FileNotFoundError:
+            raise MountError(f"{path}: {what} does not exist; create it with mkdir -p") from None
+        except OSError as error:
+            if error.errno == errno.ENOTCONN:
+                raise MountError(
+                    f"{path}: a mount whose server has died is here; run fusehsm umount {path}"
+                ) from None
+            raise MountError(f"{path}: {error.strerror}; {what} must be a directory you may enter") from None
+        if not is_directory:
+            raise MountError(f"{path}: {what} is not a directory; give a directory")
+    if not os.access(source, os.R_OK | os.X_OK):
+        raise MountError(f"{source}: {os.strerror(errno.EACCES)}; SRC must be a directory you may read")
+    real_source, real_destination = os.path.realpath(source), os.path.realpath(destination)
+    for mount_ in mountinfo.read_mounts():
+        if mount_.is_fusehsm and mount_.mount_point == real_destination:
+            raise MountError(
+                f"{destination}: already a fusehsm mount; run fusehsm umount {destination} first"
+            )
+    if real_source != real_destination:
+        inside = os.path.commonpath((real_source, real_destination))
+        if inside == real_source:
+            raise MountError(
+                f"{destination}: DST lies inside SRC {source}; mount SRC on itself or use a DST outside of it"
+            )
+        if inside == real_destination:
+            raise MountError(
+                f"{source}: SRC lies inside DST {destination}, which would hide it; use a DST outside of it"
+            )
+    return real_source, real_destination
+
+
+def _check_fuse(options: MountOptions) -> None:
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
+            mend = "run modprobe fuse as root"
+        elif error.errno == errno.EACCES:
+            mend = "run chmod 666 /dev/fuse as root"
+        else:
+            mend = "see fusehsm doctor"
+        raise MountError(f"/dev/fuse: {error.strerror}; {mend}") from None
+    if os.geteuid() != 0:
+        _check_rights(options)
+
+
+def _check_rights(options: MountOptions) -> None:
+    """What an ordinary user needs beside the device."""
+    if not any(os.access(os.path.join(folder, "fusermount3"), os.X_OK) for folder in os.get_exec_path()):
+        raise MountError("fusermount3: not found; install the package fuse3")
+    if not os.access(options.destination, os.W_OK):
+        raise MountError(
+            f"{options.destination}: you may not write to it; an ordinary user mounts only on his own directories"
+        )
+    if options.allow_other and not _user_allow_other():
+        raise MountError(
+            "--allow-other: /etc/fuse.conf does not allow it; put the line user_allow_other there"
+        )
+
+
+def _user_allow_other() -> bool:
+    with suppress(OSError):
+        return any(
+            line.strip() == "user_allow_other" for line in Path("/etc/fuse.conf").read_text().splitlines()
+        )
+    return False
+
+
+def _fuse_options(options: MountOptions, source: str) -> frozenset[str]:
+    # A comma would end the option, and pyfuse3 takes ASCII only: such a source is not shown in the list of mounts.
+    shown = source if source.isascii() and not set(source) & set(",\\") else "fusehsm"
+    given = {word for option in options.options for word in option.split(",") if word}
+    chosen = given | {"default_permissions", "subtype=fusehsm", f"fsname={shown}"}
+    return frozenset(chosen | ({"allow_other"} if options.allow_other else set()))
+
+
+def _import_handler(name: str) -> Handler:
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise ValueError(f"--handler {name}: not MODULE:CALLABLE; examples.mirror:handler is one")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: object = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (Exception, SystemExit) as error:
+        raise MountError(
+            f"--handler {name}: cannot be imported ({type(error).__name__}: {error}); run from its directory or set PYTHONPATH"
+        ) from None
+    if not callable(found):
+        raise MountError(f"--handler {name}: not callable; name a function")
+    return cast("Handler", found)

@@ -1,0 +1,103 @@
+"""`fusehsm status`: the mounts of this machine, their groups, and who waits."""
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import trio
+
+from fusehsm.backends.connection import request
+from fusehsm.mountinfo import Mount, mount_of, read_mounts
+from fusehsm.protocol import Release, Request, Status
+
+# A server that does not answer within this many seconds is stuck or stopped.
+_PATIENCE = 3.0
+
+
+def status(path: str | None, *, as_json: bool, release: bool) -> int:
+    """Print the state of the mount that `path` is on, or of all; let go what is parked there first with `release`.
+
+    Returns the exit code: 1 when a mount did not answer. Raises OSError with one line when `path` is on no fusehsm mount.
+    """
+    mounts = list(_all_mounts()) if path is None else [_mount_at(path)]
+    found = [_describe(mount, release=release) for mount in mounts]
+    if as_json:
+        print(json.dumps(found, indent=2), flush=True)
+    elif not found:
+        print("no fusehsm mounts")
+    else:
+        for mount in found:
+            print("\n".join(_as_text(mount)).encode(errors="surrogateescape").decode(errors="replace"))
+    return 1 if any("error" in mount for mount in found) else 0
+
+
+def _all_mounts() -> Iterator[Mount]:
+    return (mount for mount in read_mounts() if mount.is_fusehsm)
+
+
+def _mount_at(path: str) -> Mount:
+    # By name first: looking the path up would wait for a server that may be what is stuck.
+    name = os.path.abspath(path)
+    above = [
+        mount
+        for mount in read_mounts()
+        if name == mount.mount_point or name.startswith(mount.mount_point.rstrip("/") + "/")
+    ]
+    best = max(above, key=lambda mount: len(mount.mount_point), default=None)
+    if best is None or not best.is_fusehsm:
+        best = mount_of(path)
+    if not best.is_fusehsm:
+        raise OSError(errno.EINVAL, f"{path}: not on a fusehsm mount; `fusehsm status` lists them")
+    return best
+
+
+def _describe(mount: Mount, *, release: bool) -> dict[str, Any]:
+    description: dict[str, Any] = {
+        "destination": mount.mount_point,
+        "source": mount.source,
+        "device": f"{mount.device[0]}:{mount.device[1]}",
+        "owner_uid": mount.owner_uid,
+    }
+    try:
+        if release:
+            description |= trio.run(_ask, mount, Release())
+        description |= trio.run(_ask, mount, Status())
+    except OSError as error:
+        message = error.strerror or str(error)
+        if error.errno == errno.ENOTCONN and "fusehsm umount" not in message:
+            # A dead daemon's socket may have been cleared away by the next mount.
+            message += f"; if its daemon is gone, `fusehsm umount {mount.mount_point}` cleans up"
+        description["error"] = message
+    return description
+
+
+async def _ask(mount: Mount, question: Request) -> dict[str, Any]:
+    with trio.move_on_after(_PATIENCE):
+        return await request(mount, question)
+    point = mount.mount_point
+    raise OSError(
+        errno.ETIMEDOUT,
+        f"{point}: its daemon does not answer; if it is stuck, kill it and `fusehsm umount {point}`",
+    )
+
+
+def _as_text(mount: dict[str, Any]) -> Iterator[str]:
+    yield f"{mount['destination']} (from {mount['source']})"
+    if "error" in mount:
+        yield f"  {mount['error']}"
+        return
+    yield f"  events {mount['events']}, abi {mount['abi']}, {mount['nodes']} nodes, {mount['open_files']} open files"
+    if "released" in mount:
+        yield f"  released: {mount['released']}"
+    for index, group in enumerate(mount["groups"]):
+        listener = f", process {group['pid']}" if group.get("pid") else ""
+        yield f"  group {index}: {group['class']}, abi {group['abi']}, {len(group['marks'])} marks{listener}"
+    if not mount["groups"]:
+        yield "  no groups: nobody listens"
+    for waiter in mount["waiting"]:
+        span = "" if waiter["offset"] is None else f" {waiter['offset']}+{waiter['count']}"
+        on = "for a group to come" if waiter["group"] is None else f"on group {waiter['group']}"
+        event = "|".join(waiter["event"])
+        yield f"  waiting {waiter['seconds']:.1f} s {on}: process {waiter['pid']}, {event}{span} {waiter['path']}"

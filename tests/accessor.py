@@ -1,0 +1,201 @@
+"""Accessors: processes of their own that touch files for a test, and can be given up on when they wait for ever.
+
+    accessor.call("pread", descriptor, 100, 0)      an operation of accessor_worker.py, or else of the module os
+    accessor.call(lambda path: os.stat(path).st_size, path)    any function without closures; it sees os, mmap, errno, ...
+    call = accessor.start("read_file", path)        without waiting: call.done, call.result(), await call.wait()
+
+A worker is forked from a small process that imports little: making one costs about 2 ms.
+"""
+
+import marshal
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Self
+
+import trio
+
+from tests.accessor_worker import FORK, NUMBER, STATUS
+
+PATIENCE = 60.0  # seconds after which an accessor is given up on; no test waits for it to pass
+
+
+class AccessorTimeout(Exception):
+    """The accessor did not come back in time; it has been killed."""
+
+
+class AccessorDied(Exception):
+    """The accessor ended in the middle of a call; `signal` is what killed it, or 0."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name if number else "it exited")
+        self.signal = number
+
+
+class Zygote:
+    """The process that accessors are forked from."""
+
+    def __init__(self) -> None:
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-S",
+                    str(Path(__file__).with_name("accessor_worker.py")),
+                    str(theirs.fileno()),
+                ],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+    def fork(self, descriptor: int, uid: int, gid: int) -> tuple[int, int]:
+        """A worker on that connection; its pid and a pidfd."""
+        socket.send_fds(self._control, [FORK.pack(b"f", uid, gid)], [descriptor])
+        message, descriptors, _, _ = socket.recv_fds(self._control, 64, 1)
+        (pid,) = NUMBER.unpack(message)
+        return pid, descriptors[0]
+
+    def status(self, pid: int) -> int:
+        """The wait status of a worker that has ended."""
+        self._control.send(STATUS.pack(b"s", pid))
+        (status,) = NUMBER.unpack(self._control.recv(64))
+        return int(status)
+
+    def close(self) -> None:
+        """End it, and with it every worker."""
+        self._control.close()
+        try:
+            self._process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
+
+class Call:
+    """One operation that an accessor is at."""
+
+    def __init__(self, accessor: "Accessor", connection: Connection) -> None:
+        self._accessor = accessor
+        self._connection = connection
+        self._outcome: tuple[bool, Any] | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether result() would not wait."""
+        return self._outcome is not None or self._connection.poll(0)
+
+    def result(self, timeout: float = PATIENCE) -> Any:
+        """What the operation returned, or raises what it raised; AccessorTimeout, AccessorDied."""
+        if self._outcome is None and not self._connection.poll(timeout):
+            self._accessor.kill()
+            raise AccessorTimeout(f"no result within {timeout:g} s")
+        self.collect()
+        assert self._outcome is not None
+        succeeded, value = self._outcome
+        if succeeded:
+            return value
+        raise value
+
+    async def wait(self, timeout: float = PATIENCE) -> Any:
+        """result(), for tests that are an event loop."""
+        if not self.done:
+            with trio.move_on_after(timeout):
+                await trio.lowlevel.wait_readable(self._connection.fileno())
+        return self.result(0)
+
+    def collect(self) -> None:
+        """Take the outcome off the connection, which must be there."""
+        if self._outcome is not None:
+            return
+        try:
+            self._outcome = self._connection.recv()
+        except (EOFError, ConnectionResetError):
+            self._outcome = (False, AccessorDied(self._accessor.wait_exit()))
+
+
+class Accessor:
+    """A process that does to files what it is told, one call at a time. `uid` and `gid` make it another user's."""
+
+    def __init__(self, zygote: Zygote, *, uid: int = -1, gid: int = -1) -> None:
+        self._zygote = zygote
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            self.pid, self._pidfd = zygote.fork(theirs.fileno(), uid, gid)
+        self._connection = Connection(ours.detach())
+        self._signal: int | None = None
+        self._call: Call | None = None
+
+    def start(self, operation: str | Callable[..., Any], *arguments: Any) -> Call:
+        """Begin an operation and do not wait for it."""
+        if self._call is not None:
+            assert self._call.done, "an accessor is at one call at a time"
+            self._call.collect()
+        name, code, defaults = (
+            (operation, None, None) if isinstance(operation, str) else (None, *_pack(operation))
+        )
+        self._connection.send((name, code, defaults, arguments))
+        self._call = Call(self, self._connection)
+        return self._call
+
+    def call(self, operation: str | Callable[..., Any], *arguments: Any, timeout: float = PATIENCE) -> Any:
+        """Do an operation and return its result, or raise what it raises."""
+        return self.start(operation, *arguments).result(timeout)
+
+    async def run(
+        self, operation: str | Callable[..., Any], *arguments: Any, timeout: float = PATIENCE
+    ) -> Any:
+        """call(), for tests that are an event loop."""
+        return await self.start(operation, *arguments).wait(timeout)
+
+    def signal(self, number: int) -> None:
+        """Send it a signal."""
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, number)
+
+    def kill(self) -> None:
+        """SIGKILL; it may not be able to die before what it waits for is answered."""
+        self.signal(signal.SIGKILL)
+
+    def exited(self, timeout: float = 0) -> bool:
+        """Whether it has ended, or does within `timeout` seconds."""
+        return self._signal is not None or bool(select.select([self._pidfd], [], [], timeout)[0])
+
+    def wait_exit(self, timeout: float = PATIENCE) -> int:
+        """Wait for its end; the signal that killed it, or 0. Raises AccessorTimeout."""
+        if self._signal is None:
+            if not self.exited(timeout):
+                raise AccessorTimeout(f"not dead within {timeout:g} s")
+            status = self._zygote.status(self.pid)
+            self._signal = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+        return self._signal
+
+    def close(self) -> None:
+        """End it, whatever it is at; a worker that cannot die is left to the end of its mount."""
+        self._connection.close()
+        self.kill()
+        if self.exited(1):
+            self.wait_exit()
+        os.close(self._pidfd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _pack(function: Callable[..., Any]) -> tuple[bytes, tuple[Any, ...] | None]:
+    assert isinstance(function, types.FunctionType), "a function or lambda"
+    assert not function.__closure__, (
+        "a function that travels cannot use variables of the test around it: pass them"
+    )
+    return marshal.dumps(function.__code__), function.__defaults__

@@ -1,0 +1,196 @@
+"""The far side of accessor.py: a process that forks others, which do to files what they are told. Standard library only, to fork fast.
+
+Run with the descriptor number of a socket to the tests. Everything ends when that socket does.
+"""
+
+import ctypes
+import errno
+import fcntl
+import marshal
+import mmap
+import os
+import resource
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1
+FORK = struct.Struct(
+    "=cii"
+)  # b"f", uid, gid (-1: as we are); a descriptor of the worker's connection comes along
+STATUS = struct.Struct("=ci4x")  # b"s", pid of a worker that has ended
+NUMBER = struct.Struct("=i")
+
+
+# Operations, beside those of the module os that are asked for by name
+
+
+def pread(descriptor: int, size: int, offset: int) -> bytes:
+    """One pread(2), however much that returns."""
+    return os.pread(descriptor, size, offset)
+
+
+def read_file(path: str) -> bytes:
+    """The whole of a file, in read(2)s of 1 MiB."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        pieces = []
+        while piece := os.read(descriptor, 1 << 20):
+            pieces.append(piece)
+        return b"".join(pieces)
+    finally:
+        os.close(descriptor)
+
+
+def pread_path(path: str, size: int, offset: int) -> bytes:
+    """open(2) for reading, one pread(2), close(2)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return os.pread(descriptor, size, offset)
+    finally:
+        os.close(descriptor)
+
+
+def pwrite_path(path: str, data: bytes, offset: int) -> int:
+    """open(2) for writing, one pwrite(2), close(2)."""
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        return os.pwrite(descriptor, data, offset)
+    finally:
+        os.close(descriptor)
+
+
+_MAPPINGS: dict[int, mmap.mmap] = {}
+
+
+def map_file(
+    descriptor: int, length: int, offset: int = 0, shared: bool = False, writable: bool = False
+) -> int:
+    """mmap(2); the number by which `touch` and `unmap` know the mapping."""
+    flags = mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE
+    protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+    mapping = mmap.mmap(descriptor, length, flags=flags, prot=protection, offset=offset)
+    number = max(_MAPPINGS, default=0) + 1
+    _MAPPINGS[number] = mapping
+    return number
+
+
+def touch(number: int, offset: int, size: int = 1) -> bytes:
+    """What a mapping shows there; a fault that is denied kills this process with SIGBUS."""
+    return _MAPPINGS[number][offset : offset + size]
+
+
+def put(number: int, offset: int, data: bytes) -> None:
+    """Write through a mapping."""
+    _MAPPINGS[number][offset : offset + len(data)] = data
+
+
+def unmap(number: int) -> None:
+    """munmap(2)."""
+    _MAPPINGS.pop(number).close()
+
+
+def execute(path: str, *arguments: str) -> tuple[int, bytes]:
+    """Run a program in a child: its exit status as subprocess has it (negative: the signal), and its output. Raises execve(2)'s OSError."""
+    done = subprocess.run([path, *arguments], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, check=False)
+    return done.returncode, done.stdout
+
+
+def thread_id() -> int:
+    """gettid(2)."""
+    return threading.get_native_id()
+
+
+_NAMES: dict[str, Any] = {
+    "os": os,
+    "errno": errno,
+    "fcntl": fcntl,
+    "mmap": mmap,
+    "signal": signal,
+    "socket": socket,
+    "stat": stat,
+    "subprocess": subprocess,
+    "sys": sys,
+    "threading": threading,
+    "time": time,
+    "resource": resource,
+    "ctypes": ctypes,
+    "struct": struct,
+}
+
+
+def _operation(name: str | None, code: bytes | None, defaults: tuple[Any, ...] | None) -> Callable[..., Any]:
+    if code is not None:
+        return types.FunctionType(
+            marshal.loads(code), {**_NAMES, "__builtins__": __builtins__}, argdefs=defaults
+        )
+    assert name is not None
+    found = globals().get(name)
+    operation: Callable[..., Any] = found if isinstance(found, types.FunctionType) else getattr(os, name)
+    return operation
+
+
+def _work(connection: Connection, uid: int, gid: int) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if gid >= 0:
+        os.setgroups([])
+        os.setresgid(gid, gid, gid)
+    if uid >= 0:
+        os.setresuid(uid, uid, uid)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # setuid(2) has cleared it
+    # Ctrl-C's own way to end a process: with a handler installed it would wait for the answer instead.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    while True:
+        try:
+            name, code, defaults, arguments = connection.recv()
+        except (EOFError, OSError):
+            return
+        outcome: tuple[bool, Any]
+        try:
+            outcome = (True, _operation(name, code, defaults)(*arguments))
+        except BaseException as error:
+            outcome = (False, error)
+        try:
+            connection.send(outcome)
+        except (OSError, EOFError):
+            return
+        except Exception as error:
+            connection.send((False, TypeError(f"{outcome[1]!r} cannot be sent back: {error}")))
+
+
+def main() -> None:
+    """Fork workers as asked until the tests have gone."""
+    control = socket.socket(fileno=int(sys.argv[1]))
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(control, 64, 1)
+        if not message:
+            return
+        if message[:1] == b"s":
+            _, pid = STATUS.unpack(message)
+            control.send(NUMBER.pack(os.waitpid(pid, 0)[1]))
+            continue
+        _, uid, gid = FORK.unpack(message)
+        pid = os.fork()
+        if pid == 0:
+            control.close()
+            try:
+                _work(Connection(descriptors[0]), uid, gid)
+            finally:
+                os._exit(0)
+        os.close(descriptors[0])
+        pidfd = os.pidfd_open(pid)
+        socket.send_fds(control, [NUMBER.pack(pid)], [pidfd])
+        os.close(pidfd)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,299 @@
+"""What tests stand on: an ext4 image, mounts, accessors; nothing skipped silently; nothing left behind."""
+
+import itertools
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import harness
+from tests.accessor import Accessor, Zygote
+from tests.harness import Mount
+from tests.loop_ext4 import ext4_image
+from tests.posix_trees import WATCHED, State, Tree, allowing_everything, expect_same
+from tests.requirements import require_pre_content_kernel
+from tests.worlds import World
+
+# A test that takes longer loses its mounts' daemons, so that it fails instead of hanging; none comes near it.
+LONGEST_TEST = 180.0  # seconds
+
+MakeMount = Callable[..., Mount]
+MakeAccessor = Callable[..., Accessor]
+
+
+# Skips and leftovers
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """In CI a test that cannot run has failed."""
+    outcome: Any = yield
+    report = outcome.get_result()
+    if report.skipped and os.environ.get("CI") and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.longrepr = f"{item.nodeid}: in CI nothing may be skipped: {reason}"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let every temporary file lie where leftovers are looked for, reachable by other users."""
+    directory = Path(tempfile.mkdtemp(prefix="fusehsm-tests-"))
+    directory.chmod(0o755)
+    config.stash[_DIRECTORY] = directory
+    tempfile.tempdir = str(directory)
+    os.environ["TMPDIR"] = str(directory)
+
+
+_DIRECTORY = pytest.StashKey[Path]()
+_LEFT = pytest.StashKey[list[str]]()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail when the session leaves anything behind, and remove it."""
+    directory = session.config.stash[_DIRECTORY]
+    left = harness.leftovers(directory)
+    for leftover in left:
+        leftover.remove()
+    session.config.stash[_LEFT] = [leftover.what for leftover in left]
+    if left:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    harness.remove_tree(directory)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Say what was left behind."""
+    for what in config.stash.get(_LEFT, []):
+        terminalreporter.write_line(f"LEFT BEHIND: {what}", red=True)
+
+
+# Places
+
+
+@pytest.fixture(scope="session")
+def session_directory(pytestconfig: pytest.Config) -> Path:
+    """A directory that every user may enter, and that goes with the session."""
+    return pytestconfig.stash[_DIRECTORY]
+
+
+@pytest.fixture(scope="session")
+def ext4(session_directory: Path) -> Iterator[Path]:
+    """The root of an ext4 image of 1 GiB (sparse), mounted for the session. Needs root."""
+    with ext4_image(session_directory / "ext4", 1024) as root:
+        yield root
+
+
+@pytest.fixture(scope="session")
+def kernel_events(ext4: Path) -> Path:
+    """`ext4`, on a kernel that makes pre-content events there."""
+    require_pre_content_kernel()
+    return ext4
+
+
+@pytest.fixture(scope="session")
+def numbers() -> Iterator[int]:
+    """For names that do not repeat in a session."""
+    return itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def places(
+    session_directory: Path, numbers: Iterator[int], request: pytest.FixtureRequest
+) -> Callable[[str], Path]:
+    """Makes a new empty directory: on the ext4 image as root, else in the session's directory; its name begins with the word given."""
+    root = request.getfixturevalue("ext4") if os.geteuid() == 0 else session_directory
+
+    def make(word: str) -> Path:
+        place: Path = root / f"{word}-{next(numbers)}"
+        place.mkdir()
+        return place
+
+    return make
+
+
+@pytest.fixture
+def backing(places: Callable[[str], Path]) -> Path:
+    """A new directory to be a mount's SRC."""
+    return places("backing")
+
+
+@pytest.fixture
+def mount_point(session_directory: Path, numbers: Iterator[int]) -> Path:
+    """A new empty directory to be a mount's DST."""
+    return _new_mount_point(session_directory, numbers)
+
+
+def _new_mount_point(session_directory: Path, numbers: Iterator[int]) -> Path:
+    place = session_directory / f"mount-{next(numbers)}"
+    place.mkdir()
+    return place
+
+
+# Mounts
+
+
+@pytest.fixture(scope="session")
+def fuse() -> None:
+    """For tests that mount in their own way: /dev/fuse is usable."""
+    harness.require_fuse()
+
+
+def _mount_maker(
+    stack: ExitStack, places: Callable[[str], Path], session_directory: Path, numbers: Iterator[int]
+) -> MakeMount:
+    def make(*arguments: str, source: Path | None = None, path: Path | None = None, **more: Any) -> Mount:
+        source = source or places("backing")
+        path = path or _new_mount_point(session_directory, numbers)
+        return stack.enter_context(Mount(source, path, *arguments, **more))
+
+    return make
+
+
+@pytest.fixture
+def make_mount(
+    fuse: None, places: Callable[[str], Path], session_directory: Path, numbers: Iterator[int]
+) -> Iterator[MakeMount]:
+    """make_mount(*arguments, source=..., path=..., cwd=..., env=..., uid=...) -> Mount that answers; all go with the test."""
+    with ExitStack() as stack:
+        yield _mount_maker(stack, places, session_directory, numbers)
+
+
+@pytest.fixture(scope="module")
+def make_shared_mount(
+    fuse: None, places: Callable[[str], Path], session_directory: Path, numbers: Iterator[int]
+) -> Iterator[MakeMount]:
+    """make_mount, for mounts that a module's tests share."""
+    with ExitStack() as stack:
+        yield _mount_maker(stack, places, session_directory, numbers)
+
+
+@pytest.fixture(scope="module")
+def mounted(make_shared_mount: MakeMount, request: pytest.FixtureRequest) -> Mount:
+    """One mount for a module's tests; indirect parameters are the arguments of `fusehsm mount`: [("--events", "exact"), ...]."""
+    arguments: tuple[str, ...] = getattr(request, "param", ())
+    return make_shared_mount(*arguments)
+
+
+# The two worlds of one expectation
+
+
+@pytest.fixture(scope="module", params=["kernel", "emulator"])
+def whole_world(request: pytest.FixtureRequest) -> World:
+    """The real kernel's events on ext4, then `fusehsm mount --events exact`."""
+    if request.param == "kernel":
+        root: Path = request.getfixturevalue("kernel_events")
+        place = request.getfixturevalue("places")("kernel")
+        assert place.is_relative_to(root)
+        return World("kernel", place, place)
+    mount: Mount = request.getfixturevalue("make_shared_mount")("--events", "exact", "--allow-other")
+    return World("emulator", mount.source, mount.path, mount.pid)
+
+
+@pytest.fixture
+def world(whole_world: World, numbers: Iterator[int]) -> World:
+    """Both worlds, one after the other: an empty directory for the test in each."""
+    return whole_world.inside(f"test-{next(numbers)}")
+
+
+# The worlds of one POSIX expectation
+
+
+POSIX_WORLDS: dict[str, tuple[str, ...]] = {
+    "native": (),
+    "private": ("--cache", "private"),
+    "shared": ("--cache", "shared"),
+    # With a listener on the whole mount that allows everything.
+    "exact": ("--events", "exact"),
+    "first-access": ("--events", "first-access"),
+}
+
+
+@pytest.fixture(scope="module", params=list(POSIX_WORLDS))
+def posix_world(
+    request: pytest.FixtureRequest, places: Callable[[str], Path], make_shared_mount: MakeMount
+) -> Iterator[Tree]:
+    """A plain directory, then each kind of mount over another."""
+    world: str = request.param
+    backing = places(f"posix-{world}")
+    backing.chmod(0o755)
+    if world == "native":
+        yield Tree(world, backing, backing)
+        return
+    mount = make_shared_mount(*POSIX_WORLDS[world], "--allow-other", source=backing)
+    tree = Tree(world, backing, mount.path, mount.pid)
+    if world not in WATCHED:
+        yield tree
+    else:
+        with allowing_everything(mount.path):
+            yield tree
+    assert mount.process.poll() is None, "the daemon has died"
+    assert not [line for line in mount.log.lines if "Traceback" in line or " failed" in line], mount.log.lines
+
+
+@pytest.fixture(scope="module")
+def posix_states() -> dict[str, State]:
+    """What each test's directory held at its end in the plain world, which comes first."""
+    return {}
+
+
+@pytest.fixture
+def tree(
+    posix_world: Tree,
+    posix_states: dict[str, State],
+    numbers: Iterator[int],
+    request: pytest.FixtureRequest,
+) -> Iterator[Tree]:
+    """An empty directory for the test in each world; afterwards all worlds must hold the same."""
+    test = request.node.name.replace(posix_world.world, "*")
+    name = f"test-{next(numbers)}"
+    (posix_world.backing / name).mkdir(mode=0o755)
+    place = replace(posix_world, backing=posix_world.backing / name, path=posix_world.path / name)
+    yield place
+    held = place.check()
+    if place.is_native:
+        posix_states[test] = held
+    elif test in posix_states:
+        expect_same(held, posix_states[test])
+
+
+# Accessors
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    """The process that accessors are forked from."""
+    zygote = Zygote()
+    yield zygote
+    zygote.close()
+
+
+@pytest.fixture
+def make_accessor(zygote: Zygote) -> Iterator[MakeAccessor]:
+    """make_accessor(uid=..., gid=...) -> Accessor; all go with the test."""
+    with ExitStack() as stack:
+        yield lambda **who: stack.enter_context(Accessor(zygote, **who))
+
+
+@pytest.fixture
+def accessor(make_accessor: MakeAccessor) -> Accessor:
+    """A process that does to files what it is told."""
+    return make_accessor()
+
+
+@pytest.fixture(autouse=True)
+def _no_hanging() -> Iterator[None]:
+    with harness.watchdog(LONGEST_TEST):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _open_files() -> None:
+    """Tests that hold many accessors need descriptors, as many as are allowed."""
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,546 @@
+"""Each known difference between the emulator and a real kernel, shown on both; and the README tells of all of them."""
+
+import ast
+import ctypes
+import errno
+import mmap
+import os
+import shutil
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from fusehsm import syscalls
+from fusehsm.backends.opening import open_group
+from fusehsm.divergences import DIVERGENCES, markdown_table
+from tests.accessor import Accessor, AccessorDied
+from tests.conftest import MakeAccessor, MakeMount
+from tests.harness import ROOT
+from tests.listening import HOLD, Listener, listening
+
+PAGE = 4096
+SIZE = 1 << 20
+READ_ONLY = os.O_RDONLY | os.O_CLOEXEC
+PERMISSION_EVENTS = ("OPEN_PERM", "OPEN_EXEC_PERM", "ACCESS_PERM", "PRE_ACCESS")
+
+pytestmark = [pytest.mark.fuse, pytest.mark.kernel]
+
+
+@dataclass(slots=True)
+class Side:
+    """One of the two worlds: where its files are made, and where they are used and marked."""
+
+    backing: Path
+    path: Path
+    mark: str
+
+    def file(self, name: str, size: int = SIZE) -> str:
+        """A new file of zeros; its path for accessors."""
+        with (self.backing / name).open("wb") as file:
+            file.write(bytes(size))
+        return str(self.path / name)
+
+    @asynccontextmanager
+    async def listening(self, *mask: str, **how: Any) -> AsyncIterator[Listener]:
+        """A listener on all of this side."""
+        how = {"mark": self.mark, "event_f_flags": READ_ONLY, **how}
+        async with listening(self.path, mask or ("PRE_ACCESS",), **how) as listener:
+            yield listener
+
+
+@pytest.fixture
+def kernel(kernel_events: Path, places: Callable[[str], Path]) -> Side:
+    place = places("kernel")
+    return Side(place, place, "filesystem")
+
+
+@pytest.fixture(scope="module")
+def exact(make_shared_mount: MakeMount) -> Side:
+    mount = make_shared_mount("--events", "exact")
+    return Side(mount.source, mount.path, "mount")
+
+
+@pytest.fixture(scope="module")
+def first_access(make_shared_mount: MakeMount) -> Side:
+    mount = make_shared_mount("--events", "first-access")
+    return Side(mount.source, mount.path, "mount")
+
+
+def seek_data_and_hole(descriptor: int) -> tuple[int, int]:
+    return os.lseek(descriptor, 0, os.SEEK_DATA), os.lseek(descriptor, 0, os.SEEK_HOLE)
+
+
+async def test_holes_are_data(kernel: Side, exact: Side, first_access: Side, accessor: Accessor) -> None:
+    for side in (kernel, exact, first_access):
+        path = side.file("stub", 0)
+        os.truncate(side.backing / "stub", SIZE)
+        async with side.listening() as listener:
+            descriptor = await accessor.run("open", path, os.O_RDONLY)
+            if side is kernel:
+                with pytest.raises(OSError) as caught:  # no data at all
+                    await accessor.run(seek_data_and_hole, descriptor)
+                assert caught.value.errno == errno.ENXIO
+            else:
+                assert await accessor.run(seek_data_and_hole, descriptor) == (0, SIZE)
+            assert listener.take() == []
+
+
+async def test_mappings_ask_when_touched(
+    kernel: Side, exact: Side, first_access: Side, make_accessor: MakeAccessor
+) -> None:
+    for side in (kernel, exact, first_access):
+        path = side.file("mapped")
+        accessor = make_accessor()
+        async with side.listening() as listener:
+            descriptor = await accessor.run("open", path, os.O_RDONLY)
+            number = await accessor.run("map_file", descriptor, 2 * PAGE, PAGE)
+            at_mmap = listener.briefly()
+            await accessor.run("touch", number, 0)
+            at_touch = listener.briefly()
+        if side is kernel:
+            assert (at_mmap, at_touch) == ([("PRE_ACCESS", PAGE, 2 * PAGE)], [])
+        else:
+            assert at_mmap == []
+            assert covers(at_touch, PAGE, PAGE)
+
+        path = side.file("denied")
+        async with side.listening(answer=lambda event: errno.EIO):
+            descriptor = await accessor.run("open", path, os.O_RDONLY)
+            if side is kernel:
+                with pytest.raises(OSError) as denied:
+                    await accessor.run("map_file", descriptor, 2 * PAGE, PAGE)
+                assert denied.value.errno == errno.EIO
+            else:
+                number = await accessor.run("map_file", descriptor, 2 * PAGE, PAGE)
+                with pytest.raises(AccessorDied) as died:
+                    await accessor.run("touch", number, 0)
+                assert died.value.signal == signal.SIGBUS
+
+
+def covers(events: list[tuple[str, int | None, int | None]], start: int, length: int) -> bool:
+    """Whether one PRE_ACCESS event covers that range."""
+    return any(
+        name == "PRE_ACCESS"
+        and offset is not None
+        and count is not None
+        and offset <= start
+        and offset + count >= start + length
+        for name, offset, count in events
+    )
+
+
+def advise(descriptor: int, offset: int, length: int) -> None:
+    os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+
+
+async def test_read_ahead_asks(kernel: Side, exact: Side, first_access: Side, accessor: Accessor) -> None:
+    for side in (kernel, exact, first_access):
+        path = side.file("advised")
+        async with side.listening() as listener:
+            descriptor = await accessor.run("open", path, os.O_RDONLY)
+            await accessor.run(advise, descriptor, 16 * PAGE, 2 * PAGE)
+            if side is kernel:
+                # The next event is the read's: there was none before it.
+                await accessor.run("pread", descriptor, 1, 0)
+                assert listener.briefly() == [("PRE_ACCESS", 0, PAGE)]
+            else:
+                await listener.wait_for(
+                    1
+                )  # read-ahead does not wait for its pages, so neither did the accessor
+                assert covers(listener.briefly(), 16 * PAGE, 2 * PAGE)
+
+
+async def test_files_opened_before_the_mark(
+    kernel: Side, exact: Side, first_access: Side, accessor: Accessor
+) -> None:
+    for side in (kernel, exact, first_access):
+        descriptor = await accessor.run("open", side.file("early"), os.O_RDONLY)
+        async with side.listening() as listener:
+            await accessor.run("pread", descriptor, 1, 0)
+            assert covers(listener.briefly(), 0, PAGE) == (side is not kernel)
+
+
+async def test_empty_reads_and_writes(kernel: Side, exact: Side, accessor: Accessor) -> None:
+    for side in (kernel, exact):
+        path = side.file("empty")
+        async with side.listening() as listener:
+            descriptor = await accessor.run("open", path, os.O_RDWR)
+            assert await accessor.run("pread", descriptor, 0, 0) == b""
+            assert await accessor.run("pwrite", descriptor, b"", 0) == 0
+            assert listener.briefly() == ([("PRE_ACCESS", 0, 0)] * 2 if side is kernel else [])
+
+
+def call_fallocate(descriptor: int, length: int) -> int:
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    failed = libc.fallocate(descriptor, 0, ctypes.c_long(0), ctypes.c_long(length))
+    return ctypes.get_errno() if failed else 0
+
+
+async def test_fallocate(kernel: Side, exact: Side, first_access: Side, accessor: Accessor) -> None:
+    for side in (kernel, exact, first_access):
+        path = side.file("allocated")
+        async with side.listening() as listener:
+            descriptor = await accessor.run("open", path, os.O_RDWR)
+            error = await accessor.run(call_fallocate, descriptor, 100)
+            assert (error, listener.briefly()) == (
+                (0, [("PRE_ACCESS", 0, PAGE)]) if side is kernel else (errno.EOPNOTSUPP, [])
+            )
+
+
+def read_nowait(descriptor: int) -> int:
+    return os.preadv(descriptor, [bytearray(10)], 0, os.RWF_NOWAIT)
+
+
+async def test_rwf_nowait(kernel: Side, exact: Side, first_access: Side, accessor: Accessor) -> None:
+    for side in (kernel, exact, first_access):
+        path = side.file("now")
+        async with side.listening() as listener:
+            descriptor = await accessor.run("open", path, os.O_RDONLY)
+            if side is kernel:
+                assert await accessor.run(read_nowait, descriptor) == 10
+                assert listener.briefly() == [("PRE_ACCESS", 0, PAGE)]
+            else:
+                with pytest.raises(OSError) as caught:
+                    await accessor.run(read_nowait, descriptor)
+                assert caught.value.errno == errno.EOPNOTSUPP
+
+
+async def test_shared_mappings_in_exact_mode(exact: Side, first_access: Side, accessor: Accessor) -> None:
+    for side in (exact, first_access):
+        path = side.file("shared")
+        async with side.listening():
+            descriptor = await accessor.run("open", path, os.O_RDONLY)
+            if side is exact:
+                with pytest.raises(OSError) as caught:
+                    await accessor.run("map_file", descriptor, PAGE, 0, True)
+                assert caught.value.errno == errno.ENODEV
+            else:
+                assert (
+                    await accessor.run("touch", await accessor.run("map_file", descriptor, PAGE, 0, True), 0)
+                    == b"\0"
+                )
+
+
+async def test_first_access_events(exact: Side, first_access: Side, accessor: Accessor) -> None:
+    for side in (exact, first_access):
+        path = side.file("twice")
+        async with side.listening() as listener:
+            for _ in range(2):
+                await accessor.run("pread_path", path, 100, 10)
+            heard = listener.briefly()
+        if side is exact:
+            assert heard == [("PRE_ACCESS", 0, PAGE)] * 2
+        else:
+            assert len(heard) == 1
+            assert covers(heard, 0, PAGE)
+
+
+@pytest.mark.parametrize("name", ["OPEN_PERM", "OPEN_EXEC_PERM", "ACCESS_PERM"])
+async def test_permission_events_in_first_access_mode(first_access: Side, name: str) -> None:
+    with pytest.raises(OSError) as caught:
+        async with first_access.listening("PRE_ACCESS", name):
+            pass
+    assert caught.value.errno == errno.EOPNOTSUPP
+
+
+async def test_plain_notifications(kernel: Side, exact: Side, accessor: Accessor) -> None:
+    for side in (kernel, exact):
+        path = side.file("noticed")
+        async with side.listening("OPEN", "ACCESS", "CLOSE_NOWRITE", "PRE_ACCESS") as listener:
+            await accessor.run("pread_path", path, 100, 0)
+            await accessor.run("pread_path", path, 100, 0)
+            if side is kernel:
+                await listener.wait_until_named("OPEN", "ACCESS", "CLOSE_NOWRITE")
+            else:
+                # One queue: what the first access made stands before the second's event.
+                assert {name for event in listener.take() for name in event.names} == {"PRE_ACCESS"}
+
+
+def read_in_child(descriptor: int) -> int:
+    child = os.fork()
+    if child == 0:
+        os.pread(descriptor, 100, 0)
+        os._exit(0)
+    os.waitpid(child, 0)
+    return child
+
+
+async def test_pid_is_the_openers(kernel: Side, exact: Side, accessor: Accessor) -> None:
+    for side in (kernel, exact):
+        path = side.file("inherited")
+        async with side.listening() as listener:
+            descriptor = await accessor.run("open", path, os.O_RDONLY)
+            child = await accessor.run(read_in_child, descriptor)
+            assert [event.pid for event in listener.take()] == [child if side is kernel else accessor.pid]
+
+
+async def test_mount_marks_cover_bind_mounts(
+    kernel: Side, exact: Side, accessor: Accessor, session_directory: Path, numbers: Any
+) -> None:
+    for side in (kernel, exact):
+        side.file("bound")
+        elsewhere = session_directory / f"bind-{next(numbers)}"
+        elsewhere.mkdir()
+        syscalls.mount(os.fsencode(side.path), os.fsencode(elsewhere), None, syscalls.MS_BIND)
+        try:
+            async with side.listening(mark="mount") as listener:
+                await accessor.run("pread_path", str(elsewhere / "bound"), 100, 0)
+                assert listener.briefly() == ([] if side is kernel else [("PRE_ACCESS", 0, PAGE)])
+        finally:
+            syscalls.umount2(os.fsencode(elsewhere), syscalls.MNT_DETACH)
+
+
+async def test_hard_links_and_marks_on_directories(kernel: Side, exact: Side, accessor: Accessor) -> None:
+    for side in (kernel, exact):
+        (side.backing / "marked").mkdir()
+        (side.backing / "other").mkdir()
+        inside = side.file("marked/name")
+        os.link(side.backing / "marked/name", side.backing / "other/name")
+        async with listening(side.path / "marked", ["PRE_ACCESS"], mark="children") as listener:
+            await accessor.run("pread_path", inside, 100, 0)
+            assert listener.briefly() == [("PRE_ACCESS", 0, PAGE)]
+            await accessor.run("pread_path", str(side.path / "other/name"), 100, 0)
+            assert listener.briefly() == ([] if side is kernel else [("PRE_ACCESS", 0, PAGE)])
+
+
+async def test_the_event_descriptors_path(kernel: Side, exact: Side, accessor: Accessor) -> None:
+    for side in (kernel, exact):
+        path = side.file("named")
+        links: list[str] = []
+
+        def note(event: Any, links: list[str] = links) -> int:
+            links.append(os.readlink(f"/proc/self/fd/{event.fd}"))
+            return 0
+
+        async with side.listening(answer=note) as listener:
+            await accessor.run("pread_path", path, 100, 0)
+            assert [event.path for event in listener.take()] == [path]
+        assert links == [str(side.backing / "named")]
+        assert (links == [path]) == (side is kernel)
+
+
+async def test_program_start(kernel: Side, exact: Side, accessor: Accessor) -> None:
+    ranges = []
+    program = shutil.which("true")
+    assert program is not None
+    for side in (kernel, exact):
+        shutil.copy(program, side.backing / "program")
+        async with side.listening(*PERMISSION_EVENTS) as listener:
+            assert await accessor.run("execute", str(side.path / "program")) == (0, b"")
+            heard = listener.briefly()
+        assert [name for name, _, _ in heard[:4]] == [
+            "OPEN_EXEC_PERM",
+            "OPEN_PERM",
+            "PRE_ACCESS",
+            "ACCESS_PERM",
+        ]
+        ranges.append([event for event in heard if event[0] == "PRE_ACCESS"])
+    assert ranges[0] != ranges[1]
+
+
+async def test_paths_of_hard_links(kernel: Side, exact: Side, accessor: Accessor) -> None:
+    for side in (kernel, exact):
+        first = side.file("linked")
+        os.link(side.backing / "linked", side.backing / "link")
+        second = str(side.path / "link")
+        async with side.listening() as listener:
+            for path in (first, second, first):
+                await accessor.run("pread_path", path, 100, 0)
+            # The third time both names are known, and nobody looks them up.
+            assert [event.path for event in listener.take()] == (
+                [first, second, first] if side is kernel else [first, second, second]
+            )
+
+
+def map_twice(descriptor: int) -> None:
+    for _ in range(2):
+        mmap.mmap(descriptor, 4096, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)[0]
+
+
+async def test_pages_in_the_cache(kernel: Side, exact: Side, accessor: Accessor) -> None:
+    for side in (kernel, exact):
+        path = side.file("cached")
+        async with side.listening() as listener:
+            descriptor = await accessor.run("open", path, os.O_RDONLY)
+            await accessor.run(map_twice, descriptor)
+            assert listener.briefly() == [("PRE_ACCESS", 0, PAGE)] * (2 if side is kernel else 1)
+            descriptor = await accessor.run("open", path, os.O_RDONLY)
+            await accessor.run(map_twice, descriptor)
+            assert listener.briefly() == [("PRE_ACCESS", 0, PAGE)] * (2 if side is kernel else 1)
+
+
+def read_into_nowhere(descriptor: int) -> int:
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    done = libc.pread(descriptor, ctypes.c_void_p(8), ctypes.c_size_t(100), ctypes.c_long(0))
+    return ctypes.get_errno() if done < 0 else 0
+
+
+async def test_calls_that_fail(kernel: Side, exact: Side, accessor: Accessor) -> None:
+    for side in (kernel, exact):
+        path = side.file("failing")
+        async with side.listening() as listener:
+            descriptor = await accessor.run("open", path, os.O_RDONLY)
+            assert await accessor.run(read_into_nowhere, descriptor) == errno.EFAULT
+            with pytest.raises(PermissionError):
+                await accessor.run("map_file", descriptor, PAGE, 0, True, True)
+            assert listener.briefly() == ([("PRE_ACCESS", 0, PAGE)] * 2 if side is kernel else [])
+
+
+async def test_unnamed_files(kernel: Side, exact: Side, first_access: Side, accessor: Accessor) -> None:
+    for side in (kernel, exact, first_access):
+        flags = os.O_TMPFILE | os.O_RDWR
+        if side is kernel:
+            assert await accessor.run("open", str(side.path), flags) >= 0
+            continue
+        with pytest.raises(OSError) as caught:
+            await accessor.run("open", str(side.path), flags)
+        assert caught.value.errno == errno.EOPNOTSUPP
+
+
+async def test_writers_of_one_file(kernel: Side, exact: Side, make_accessor: MakeAccessor) -> None:
+    for side in (kernel, exact):
+        path = side.file("written")
+        writers = [make_accessor() for _ in range(2)]
+        async with side.listening(answer=lambda event: HOLD) as listener:
+            calls = [writer.start("pwrite_path", path, b"new", 0) for writer in writers]
+            await listener.wait_for(2 if side is kernel else 1)
+            if side is exact:
+                # The other's request can only come when this one has been answered.
+                waiting, done = sorted(
+                    zip(calls, writers, strict=True), key=lambda c: c[1].pid == listener.heard[0].pid
+                )
+                assert listener.release() == 1
+                await done[0].wait()
+                assert not waiting[0].done
+                await listener.wait_for(2)
+            listener.release()
+            assert [await call.wait() for call in calls] == [3, 3]
+
+
+async def test_killed_before_it_is_read(kernel: Side, exact: Side, make_accessor: MakeAccessor) -> None:
+    for side in (kernel, exact):
+        path = side.file("killed")
+        accessor = make_accessor()
+        async with open_group(side.path, ["PRE_ACCESS"], mark=side.mark, event_f_flags=READ_ONLY) as group:
+            accessor.start("pread_path", path, 100, 0)
+            await group.wait_readable()
+            accessor.kill()
+            await trio.to_thread.run_sync(accessor.wait_exit)
+            if side is kernel:
+                with pytest.raises(BlockingIOError):
+                    group.take_events()
+            else:
+                (event,) = group.take_events()
+                assert event.pid == accessor.pid
+                group.answer(event, 0)
+                os.close(event.fd)
+
+
+async def test_blocks_of_stubs(kernel: Side, exact: Side, first_access: Side, accessor: Accessor) -> None:
+    for side in (kernel, exact, first_access):
+        path = side.file("untouched", 0)
+        os.truncate(side.backing / "untouched", SIZE)
+        async with side.listening():
+            status = await accessor.run("stat", path)
+        assert (status.st_size, status.st_blocks) == (SIZE, 0 if side is kernel else 1)
+
+
+def send(descriptor: int, offset: int, count: int) -> int:
+    reader, writer = os.pipe()
+    try:
+        return os.sendfile(writer, descriptor, offset, count)
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+@pytest.mark.parametrize("dialect", ["patch-v1", "patch-v2"])
+async def test_page_cache_in_the_old_dialects(exact: Side, accessor: Accessor, dialect: str) -> None:
+    path = exact.file(f"sent-{dialect}")
+    async with exact.listening(dialect=dialect) as listener:
+        descriptor = await accessor.run("open", path, os.O_RDONLY)
+        assert await accessor.run(send, descriptor, 10, 100) == 100
+        events = listener.briefly()
+        await accessor.run("close", descriptor)
+    assert events == [
+        ("PRE_ACCESS", 0, 0),
+        ("PRE_ACCESS", 0, PAGE),
+    ]  # at open as posted; posted for sendfile: 10, 100
+
+
+def start_reader(descriptor: int) -> int:
+    child = os.fork()
+    if child == 0:
+        os.pread(descriptor, 100, 0)
+        os._exit(0)
+    return child
+
+
+def wait_for(child: int, options: int) -> tuple[int, int]:
+    return os.waitpid(child, options)
+
+
+async def test_killed_with_a_passed_descriptor(
+    kernel: Side, exact: Side, make_accessor: MakeAccessor
+) -> None:
+    for side in (kernel, exact):
+        path = side.file("passed")
+        opener, witness = make_accessor(), make_accessor()
+        async with side.listening(answer=lambda event: HOLD) as listener:
+            descriptor = await opener.run("open", path, os.O_RDONLY)
+            child = await opener.run(start_reader, descriptor)
+            witness.start("pread_path", path, 100, 0)
+            await listener.wait_for(2)
+            os.kill(child, signal.SIGKILL)
+            # Killed later and gone: whoever looks for the dying has looked at the child since.
+            witness.kill()
+            await trio.to_thread.run_sync(witness.wait_exit)
+            if side is exact:
+                assert await opener.run(wait_for, child, os.WNOHANG) == (0, 0)
+            listener.release()
+            assert await opener.run(wait_for, child, 0) == (child, signal.SIGKILL)
+
+
+async def test_rename_whiteout(kernel: Side, exact: Side, accessor: Accessor) -> None:
+    for side in (kernel, exact):
+        path = side.file("white")
+        if side is kernel:
+            await accessor.run(rename_leaving_a_whiteout, path, path + ".new")
+            assert os.path.exists(path + ".new")
+            continue
+        with pytest.raises(OSError) as caught:
+            await accessor.run(rename_leaving_a_whiteout, path, path + ".new")
+        assert caught.value.errno == errno.EINVAL
+        assert not os.path.exists(path + ".new")
+
+
+def rename_leaving_a_whiteout(old: str, new: str) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    at_fdcwd, rename_whiteout = -100, 4
+    if libc.renameat2(at_fdcwd, old.encode(), at_fdcwd, new.encode(), rename_whiteout):
+        raise OSError(ctypes.get_errno(), "renameat2")
+
+
+# The list itself
+
+
+def test_every_entry_names_a_test_of_this_file() -> None:
+    tests = {
+        node.name
+        for node in ast.parse(Path(__file__).read_text()).body
+        if isinstance(node, ast.AsyncFunctionDef)
+    }
+    assert {entry.test for entry in DIVERGENCES} <= tests
+    assert len({entry.name for entry in DIVERGENCES}) == len(DIVERGENCES)
+
+
+def test_the_readme_has_the_whole_table() -> None:
+    assert markdown_table() in (ROOT / "README.md").read_text()

@@ -1,0 +1,65 @@
+"""What /proc/self/mountinfo is read as."""
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fusehsm.mountinfo import Mount, mount_of, mount_of_descriptor, read_mounts
+from tests.conftest import MakeMount
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", "with space", "tab\tnewline\nbackslash\\", "octal\\040", os.fsdecode(b"\xff\xfe")]
+)
+def test_mount_points_are_read_whatever_their_names(places: Callable[[str], Path], name: str) -> None:
+    place = places("mounted") / name
+    place.mkdir()
+    subprocess.run(["mount", "--bind", place, place], check=True)
+    try:
+        (found,) = [mount for mount in read_mounts() if mount.mount_point == str(place)]
+        assert found == mount_of(place)
+        assert found.root.endswith(f"/{name}")
+        assert found.filesystem_type == "ext4"
+        assert os.makedev(*found.device) == place.stat().st_dev
+        assert not found.is_fusehsm
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def test_a_mount_of_ours_is_known_with_its_owner(make_mount: MakeMount) -> None:
+    mount = make_mount()
+    found = mount_of(mount.path)
+    assert found.is_fusehsm
+    assert found.owner_uid == os.getuid()
+    assert found.device == mount.device
+    (mount.source / "file").touch()
+    assert mount_of(mount.path / "file") == found
+
+
+def test_the_owner_is_the_user_who_mounted() -> None:
+    line = "60 27 0:41 / /home/u/mnt rw,nosuid - fuse.fusehsm /home/u/src rw,user_id=1000,group_id=1000\n"
+    assert Mount.parse(line) == Mount(60, (0, 41), "/", "/home/u/mnt", "fuse.fusehsm", "/home/u/src", 1000)
+    with_tags = "60 27 0:41 / /mnt rw shared:1 master:2 - fuse.fusehsm src rw\n"
+    assert Mount.parse(with_tags).owner_uid == 0
+
+
+def test_what_is_on_no_mount() -> None:
+    reader, writer = os.pipe()
+    try:
+        with pytest.raises(FileNotFoundError, match="no mount"):
+            mount_of_descriptor(reader)
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def test_a_dead_mount_is_still_recognised(make_mount: MakeMount) -> None:
+    mount = make_mount()
+    device = mount.device
+    mount.kill_daemon()
+    assert mount_of(mount.path).device == device
+    with pytest.raises(OSError):
+        mount_of(mount.path / "file")
