@@ -13,8 +13,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import trio
-
 from fusehsm import caller, rules
 from fusehsm.abi import (
     FAN_ACCESS_PERM,
@@ -24,6 +22,7 @@ from fusehsm.abi import (
     FAN_OPEN_PERM,
     Dialect,
 )
+from fusehsm.backing_reads import BackingReader, Buffer
 from fusehsm.events import Access, AccessKind, Armed
 from fusehsm.explain import Explainer, Explanation
 from fusehsm.group import Group, Pending
@@ -35,8 +34,6 @@ from fusehsm.ranges import RangeSet
 from fusehsm.stale import CacheControl, StalePages
 from fusehsm.unattended import EventTimeout, UnattendedPolicy
 
-Buffer = bytes | bytearray | memoryview
-
 _FMODE_EXEC = 0x20  # open flag of execve (include/linux/fs.h); FUSE passes it on
 _PERMISSION_EVENTS = FAN_OPEN_PERM | FAN_OPEN_EXEC_PERM | FAN_ACCESS_PERM
 # The kernel asks up to three times for a page that was refused: read-ahead, then the page alone, then once more with the mmap lock held (measured
@@ -44,7 +41,6 @@ _PERMISSION_EVENTS = FAN_OPEN_PERM | FAN_OPEN_EXEC_PERM | FAN_ACCESS_PERM
 _FILL_REPEATS = 2
 _SAME_CALL_SECONDS = 1.0
 _SAME_FAULT_SECONDS = 0.05
-_READ_THREADS = 64
 
 
 class Gate:
@@ -77,7 +73,7 @@ class Gate:
         self._explainer = Explainer(page_size, self._size_of)
         self._stale = StalePages(overlay, self.listeners, self.subject)
         self._filled: dict[int, RangeSet] = {}
-        self._read_limiter = trio.CapacityLimiter(_READ_THREADS)
+        self._reader = BackingReader()
         overlay.open_files_from(self._open_descriptor)
         overlay.on_removed(self._replaced)
 
@@ -375,12 +371,7 @@ class Gate:
 
     async def _read_backing(self, file: OpenFile[Node], offset: int, size: int) -> Buffer:
         with self.handles.backing(file) as descriptor:
-            data = _read_cached(descriptor, size, offset)
-            if data is None:
-                data = await trio.to_thread.run_sync(
-                    _pread, descriptor, size, offset, limiter=self._read_limiter
-                )
-            return data
+            return await self._reader.read(descriptor, offset, size)
 
     async def write(self, file: OpenFile[Node], offset: int, data: bytes) -> int:
         """Write `data` at `offset`; returns the number of bytes written. Raises OSError."""
@@ -466,11 +457,9 @@ class Gate:
             return os.fstat(descriptor)
 
     async def synchronise(self, handle: int, data_only: bool) -> None:
-        """fsync(2) or fdatasync(2). Raises OSError."""
+        """fsync(2) or fdatasync(2) of an open file. Raises OSError."""
         with self.handles.backing(self.handles.get(handle)) as descriptor:
-            await trio.to_thread.run_sync(
-                os.fdatasync if data_only else os.fsync, descriptor, limiter=self._read_limiter
-            )
+            await self._reader.synchronise(descriptor, data_only)
 
     # What the control socket shows
 
@@ -506,29 +495,3 @@ def _name_process(file: OpenFile[Node]) -> None:
 def _armed(file: OpenFile[Node]) -> Armed:
     assert isinstance(file.armed, Armed)
     return file.armed
-
-
-def _read_cached(descriptor: int, size: int, offset: int) -> Buffer | None:
-    """What is read when all of it is in the page cache already (RWF_NOWAIT, preadv2(2)); None when reading would wait for a disk."""
-    buffer = bytearray(size)
-    try:
-        count = os.preadv(descriptor, [buffer], offset, os.RWF_NOWAIT)
-    except BlockingIOError:
-        count = 0
-    except OSError as error:
-        if error.errno != errno.EOPNOTSUPP:
-            raise
-        return None
-    if count == size:
-        return buffer
-    return memoryview(buffer)[:count] if offset + count >= os.fstat(descriptor).st_size else None
-
-
-def _pread(descriptor: int, size: int, offset: int) -> bytes:
-    data = os.pread(descriptor, size, offset)
-    while len(data) < size:
-        more = os.pread(descriptor, size - len(data), offset + len(data))
-        if not more:
-            break
-        data += more
-    return data

@@ -16,8 +16,9 @@ from typing import Any, ParamSpec, TypeVar
 import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
+from fusehsm.backing_reads import Buffer
 from fusehsm.filesystem_calls import RENAME_EXCHANGE
-from fusehsm.gate import Buffer, Gate
+from fusehsm.gate import Gate
 from fusehsm.overlay import AttributeChanges, Caller, DirectoryStream, Node
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,56 @@
+"""Reading the backing without stopping the event loop."""
+
+import errno
+import os
+
+import trio
+
+Buffer = bytes | bytearray | memoryview
+
+_THREADS = 64
+
+
+class BackingReader:
+    """Reads at once what the page cache has, and in threads what a disk has to bring."""
+
+    def __init__(self) -> None:
+        self._limiter = trio.CapacityLimiter(_THREADS)
+
+    async def read(self, descriptor: int, offset: int, size: int) -> Buffer:
+        """Up to `size` bytes at `offset`, fewer only at the end of the file. The descriptor must stay open meanwhile. Raises OSError."""
+        data = _read_cached(descriptor, size, offset)
+        if data is None:
+            data = await trio.to_thread.run_sync(_read_all, descriptor, size, offset, limiter=self._limiter)
+        return data
+
+    async def synchronise(self, descriptor: int, data_only: bool) -> None:
+        """fsync(2) or fdatasync(2). Raises OSError."""
+        await trio.to_thread.run_sync(
+            os.fdatasync if data_only else os.fsync, descriptor, limiter=self._limiter
+        )
+
+
+def _read_cached(descriptor: int, size: int, offset: int) -> Buffer | None:
+    """What is read when all of it is in the page cache already (RWF_NOWAIT, preadv2(2)); None when reading would wait for a disk."""
+    buffer = bytearray(size)
+    try:
+        count = os.preadv(descriptor, [buffer], offset, os.RWF_NOWAIT)
+    except BlockingIOError:
+        count = 0
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        return None
+    if count == size:
+        return buffer
+    return memoryview(buffer)[:count] if offset + count >= os.fstat(descriptor).st_size else None
+
+
+def _read_all(descriptor: int, size: int, offset: int) -> bytes:
+    data = os.pread(descriptor, size, offset)
+    while len(data) < size:
+        more = os.pread(descriptor, size - len(data), offset + len(data))
+        if not more:
+            break
+        data += more
+    return data
