@@ -23,10 +23,6 @@ FAILED, BAD_USAGE = 1, 2
 _INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C has ended
 
 
-class UsageError(ValueError):
-    """The command line makes no sense; one line that lists the choices."""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; `arguments` without the program's name. Returns the exit code."""
     try:

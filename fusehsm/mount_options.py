@@ -75,7 +75,7 @@ def checked(options: MountOptions) -> Plan:
     default_policy = "deny=EIO" if options.handler else "allow"
     unattended = UnattendedPolicy.parse(options.unattended or default_policy)
     event_timeout = EventTimeout.parse(options.event_timeout) if options.event_timeout else None
-    source, destination = _directories(options.source, options.destination)
+    source, destination = directories(options.source, options.destination)
     _check_fuse(options)
     in_place = source == destination
     return Plan(
@@ -91,7 +91,8 @@ def checked(options: MountOptions) -> Plan:
     )
 
 
-def _directories(source: str, destination: str) -> tuple[str, str]:
+def directories(source: str, destination: str) -> tuple[str, str]:
+    """The real paths of SRC and DST. Raises MountError for what cannot be overlaid."""
     for what, path in (("SRC", source), ("DST", destination)):
         try:
             is_directory = stat.S_ISDIR(os.stat(path).st_mode)
@@ -109,6 +110,9 @@ def _directories(source: str, destination: str) -> tuple[str, str]:
     if not os.access(source, os.R_OK | os.X_OK):
         raise MountError(f"{source}: {os.strerror(errno.EACCES)}; SRC must be a directory you may read")
     real_source, real_destination = os.path.realpath(source), os.path.realpath(destination)
+    if real_destination == "/":
+        # Unmounting it would unmount everything.
+        raise MountError(f"{destination}: DST must not be the root directory; use a directory below it")
     for mount_ in mountinfo.read_mounts():
         if mount_.is_fusehsm and mount_.mount_point == real_destination:
             raise MountError(

@@ -15,6 +15,7 @@ import pytest
 
 from fusehsm import control_socket
 from fusehsm.cli import main
+from fusehsm.mount_options import MountError, directories
 from fusehsm.mountinfo import read_mounts
 from tests.accessor import Accessor
 from tests.conftest import MakeAccessor, MakeMount
@@ -72,6 +73,13 @@ def is_mounted(path: Path) -> bool:
 
 
 # Bad input
+
+
+def test_the_root_directory_is_never_overlaid(backing: Path) -> None:
+    """Asked of the check alone: were it to fail, unmounting would unmount everything."""
+    for source in (str(backing), "/"):
+        with pytest.raises(MountError, match=r"^/: DST must not be the root directory; "):
+            directories(source, "/")
 
 
 def test_source_and_destination(

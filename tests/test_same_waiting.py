@@ -203,7 +203,7 @@ def many_reads(path: str, number: int, step: int, first: int = 0) -> list[bytes]
     return data
 
 
-PROCESSES, THREADS, STEP = 4, 125, 1 << 18
+PROCESSES, THREADS, STEP = 10, 100, 1 << 18
 
 
 async def many_wait(world: World, make_accessor: MakeAccessor, name: str) -> None:
@@ -243,11 +243,11 @@ async def many_wait(world: World, make_accessor: MakeAccessor, name: str) -> Non
             assert await call.wait() == expected
 
 
-async def test_five_hundred_wait_and_stop_nobody(world: World, make_accessor: MakeAccessor) -> None:
+async def test_a_thousand_wait_and_stop_nobody(world: World, make_accessor: MakeAccessor) -> None:
     await many_wait(world, make_accessor, "many")
 
 
-async def test_five_hundred_wait_for_the_page_cache(first_access: World, make_accessor: MakeAccessor) -> None:
+async def test_a_thousand_wait_for_the_page_cache(first_access: World, make_accessor: MakeAccessor) -> None:
     await many_wait(first_access, make_accessor, "cached")
 
 
