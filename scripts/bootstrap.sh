@@ -91,6 +91,7 @@ missing_packages() {
     command -v setfattr > /dev/null || echo attr
     command -v setcap > /dev/null || echo libcap2-bin
     command -v bindfs > /dev/null || echo bindfs
+    command -v git > /dev/null || echo git
     [ -e /dev/fuse ] || command -v modprobe > /dev/null || echo kmod
 }
 mapfile -t missing < <(missing_packages | tr ' ' '\n')

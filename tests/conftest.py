@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
-from tests import harness
+from tests import harness, leftovers
 from tests.accessor import Accessor, Zygote
-from tests.harness import Mount
+from tests.harness import Guardian, Mount
 from tests.loop_ext4 import ext4_image
 from tests.posix_trees import WATCHED, State, Tree, allowing_everything, expect_same
 from tests.requirements import require_pre_content_kernel
 from tests.worlds import World
 
 # A test that takes longer loses its mounts' daemons, so that it fails instead of hanging; none comes near it.
-LONGEST_TEST = 180.0  # seconds
+LONGEST_TEST = float(os.environ.get("FUSEHSM_TESTS_LONGEST", "180"))  # seconds
 
 MakeMount = Callable[..., Mount]
 MakeAccessor = Callable[..., Accessor]
@@ -47,22 +47,31 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_DIRECTORY] = directory
     tempfile.tempdir = str(directory)
     os.environ["TMPDIR"] = str(directory)
+    config.stash[_GUARDIAN] = Guardian(directory, LONGEST_TEST * 1.25)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tell the guardian that the tests go on."""
+    item.config.stash[_GUARDIAN].say(item.nodeid)
 
 
 _DIRECTORY = pytest.StashKey[Path]()
+_GUARDIAN = pytest.StashKey[Guardian]()
 _LEFT = pytest.StashKey[list[str]]()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fail when the session leaves anything behind, and remove it."""
     directory = session.config.stash[_DIRECTORY]
-    left = harness.leftovers(directory)
+    left = leftovers.leftovers(harness.SESSION, directory)
     for leftover in left:
         leftover.remove()
     session.config.stash[_LEFT] = [leftover.what for leftover in left]
     if left:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
-    harness.remove_tree(directory)
+    leftovers.remove_tree(directory)
+    session.config.stash[_GUARDIAN].end()
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -9,9 +9,7 @@ import faulthandler
 import functools
 import os
 import resource
-import select
 import shutil
-import signal
 import site
 import subprocess
 import sys
@@ -20,20 +18,21 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from fusehsm import mountinfo
+from tests import guardian, leftovers
+from tests.leftovers import command_line as command_line
+from tests.leftovers import kill as kill
 from tests.requirements import require, require_root
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = (sys.executable, "-m", "fusehsm")
 PATIENCE = 60.0  # seconds that a command may take before it is given up on; no test waits for it to pass
 NOBODY = 65534
-_MARK = "FUSEHSM_TEST_SESSION"
-_SESSION = uuid.uuid4().hex
-os.environ[_MARK] = _SESSION  # inherited by every process that this session starts, daemons included
+SESSION = uuid.uuid4().hex
+os.environ[leftovers.MARK] = SESSION  # inherited by every process that this session starts, daemons included
 
 
 def fusehsm(
@@ -98,9 +97,17 @@ def command_of(uid: int | None) -> tuple[tuple[str, ...], Mapping[str, str], Map
                 }
                 done = subprocess.run(trial, check=False, capture_output=True, **settings)  # type: ignore[call-overload]
                 if done.returncode == 0:
-                    return (python, "-m", "fusehsm"), {"PYTHONPATH": found}, who
+                    more = {"PYTHONPATH": found, "XDG_RUNTIME_DIR": _runtime_directory(uid)}
+                    return (python, "-m", "fusehsm"), more, who
     require(False, f"needs a {version} that other users may run")
     raise AssertionError
+
+
+def _runtime_directory(uid: int) -> str:
+    """What a login makes for a user, and control sockets need."""
+    place = tempfile.mkdtemp(prefix=f"runtime-{uid}-")
+    os.chown(place, uid, uid)
+    return place
 
 
 def copied_packages() -> str:
@@ -270,13 +277,6 @@ def unmount_lazily(path: Path | str) -> None:
         subprocess.run([*tool, point], check=False, stderr=subprocess.DEVNULL, timeout=PATIENCE)
 
 
-def remove_tree(directory: Path) -> None:
-    """Remove a directory and all below it, if nothing is mounted there any more."""
-    place = os.path.realpath(directory) + "/"
-    if not any(m.mount_point.startswith(place) for m in mountinfo.read_mounts()):
-        shutil.rmtree(directory, ignore_errors=True)
-
-
 @contextmanager
 def watchdog(seconds: float) -> Iterator[None]:
     """If the body takes longer, show where it stands and kill every daemon, which ends whatever waits for one."""
@@ -295,78 +295,40 @@ def watchdog(seconds: float) -> Iterator[None]:
         timer.cancel()
 
 
-@dataclass(frozen=True, slots=True)
-class Leftover:
-    """Something that this session started and did not end; `remove` does."""
-
-    what: str
-    remove: Callable[[], object]
-
-
-def leftovers(directory: Path) -> list[Leftover]:
-    """Processes of this session, and mounts and loop devices under its directory, that are still there."""
-    found = [
-        Leftover(f"process {pid}: {command_line(pid)}", lambda pid=pid: kill(pid))  # type: ignore[misc]
-        for pid in own_processes()
-    ]
-    place = os.path.realpath(directory) + "/"
-    for mount in mountinfo.read_mounts():
-        point = mount.mount_point
-        if point.startswith(place):
-            found.append(
-                Leftover(
-                    f"mount of {mount.filesystem_type} at {point}",
-                    lambda point=point: subprocess.run(["umount", "-l", point], check=False),  # type: ignore[misc]
-                )
-            )
-    for device, image in _loop_devices():
-        if image.startswith(place):
-            found.append(
-                Leftover(
-                    f"loop device {device} of {image}",
-                    lambda device=device: subprocess.run(["losetup", "-d", device], check=False),  # type: ignore[misc]
-                )
-            )
-    return found
-
-
 def own_processes() -> Iterator[int]:
     """Processes that this session has started, zombies left out."""
-    mark = f"{_MARK}={_SESSION}".encode()
-    for name in os.listdir("/proc"):
-        if not name.isdigit() or int(name) == os.getpid():
-            continue
-        with suppress(OSError):
-            if mark in Path(f"/proc/{name}/environ").read_bytes().split(b"\0") and not _is_zombie(name):
-                yield int(name)
+    return leftovers.processes(SESSION)
 
 
-def _is_zombie(pid: str) -> bool:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+class Guardian:
+    """A process that kills this one if a test hangs for `longest` seconds, and clears up after it if it is killed."""
 
+    def __init__(self, directory: Path, longest: float) -> None:
+        env = {name: value for name, value in environment().items() if name != leftovers.MARK}
+        command = [
+            sys.executable,
+            "-m",
+            "tests.guardian",
+            str(os.getpid()),
+            SESSION,
+            str(directory),
+            str(longest),
+        ]
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdin=subprocess.PIPE, start_new_session=True
+        )
 
-def command_line(pid: int) -> str:
-    """A process's words, for messages."""
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-    return "gone"
+    def say(self, line: str) -> None:
+        """Which test begins, or guardian.END when there is nothing to clear up any more."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(f"{line}\n".encode())
+            self._process.stdin.flush()
 
-
-def kill(pid: int) -> None:
-    """SIGKILL to a process of this session, and wait for its end."""
-    with suppress(OSError):
-        pidfd = os.pidfd_open(pid)
-        try:
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            select.select([pidfd], [], [], 10)
-        finally:
-            os.close(pidfd)
-
-
-def _loop_devices() -> Iterator[tuple[str, str]]:
-    for file in Path("/sys/block").glob("loop*/loop/backing_file"):
-        with suppress(OSError):
-            yield f"/dev/{file.parts[3]}", file.read_text().rstrip("\n")
+    def end(self) -> None:
+        """Everything has been cleared up."""
+        self.say(guardian.END)
+        self._process.wait(PATIENCE)
 
 
 @contextmanager

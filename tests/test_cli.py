@@ -14,7 +14,7 @@ import pytest
 
 from fusehsm.mountinfo import read_mounts
 from fusehsm.version import VERSION
-from tests import harness
+from tests import harness, leftovers
 from tests.accessor import Accessor
 from tests.conftest import MakeMount
 from tests.harness import NOBODY, PATIENCE, fusehsm, is_dead, unmount_lazily
@@ -41,13 +41,13 @@ def destination(fuse: None, mount_point: Path) -> Iterator[Path]:
     """A directory whose mounts go with the test, whatever happened, after their daemons."""
     yield mount_point
     for pid in daemons_of(mount_point):
-        harness.kill(pid)
+        leftovers.kill(pid)
     unmount_lazily(mount_point)
 
 
 def daemons_of(path: Path) -> list[int]:
     """Processes of this session that were told to mount there."""
-    return [pid for pid in harness.own_processes() if str(path) in harness.command_line(pid).split()]
+    return [pid for pid in harness.own_processes() if str(path) in leftovers.command_line(pid).split()]
 
 
 # The command itself
@@ -136,7 +136,7 @@ def test_mount_on_itself(fuse: None, backing: Path, accessor: Accessor) -> None:
         assert (backing / "file").read_bytes() == b"Content"
     finally:
         for pid in daemons_of(backing):
-            harness.kill(pid)
+            leftovers.kill(pid)
         unmount_lazily(backing)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fusehsm.mountinfo import mount_of, read_mounts
-from tests import harness
+from tests import harness, leftovers
 from tests.accessor import Accessor, AccessorDied, AccessorTimeout
 from tests.conftest import MakeAccessor
 from tests.harness import NOBODY, PATIENCE
@@ -120,7 +120,7 @@ def test_what_a_session_leaves_behind_fails_it_and_is_removed(tmp_path: Path) ->
     assert "1 passed" in done.stdout
     pid = int((tmp_path / "pid").read_text())
     assert f"LEFT BEHIND: process {pid}: sleep 1000" in done.stdout
-    assert harness.command_line(pid) in ("gone", "")  # a zombie at most, until its new parent looks
+    assert leftovers.command_line(pid) in ("gone", "")  # a zombie at most, until its new parent looks
 
 
 def test_mounts_and_loop_devices_are_left_behind_too(tmp_path: Path) -> None:
@@ -156,3 +156,40 @@ def test_a_skip_is_a_failure_in_ci(tmp_path: Path) -> None:
     done = session(tmp_path, test, CI="true")
     assert (done.returncode, "1 failed" in done.stdout) == (1, True)
     assert "in CI nothing may be skipped: Skipped: no such machine" in done.stdout
+
+
+def test_a_session_that_is_killed_is_cleared_up_after(tmp_path: Path) -> None:
+    require_root()
+    done = session(
+        tmp_path,
+        "import os, pathlib, signal, subprocess\n"
+        "def test_it(session_directory):\n"
+        "    place = session_directory / 'place'\n"
+        "    place.mkdir()\n"
+        "    subprocess.run(['mount', '-t', 'tmpfs', 'none', place], check=True)\n"
+        "    child = subprocess.Popen(['sleep', '1000'], start_new_session=True)\n"
+        f"    pathlib.Path({str(tmp_path)!r}, 'seen').write_text(f'{{child.pid}} {{session_directory}}')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n",
+    )
+    # Its guardian holds the other end of the output: that it has ended means that the guardian has.
+    assert done.returncode == -signal.SIGKILL
+    pid, directory = (tmp_path / "seen").read_text().split()
+    assert leftovers.command_line(int(pid)) in ("gone", "")
+    assert not Path(directory).exists()
+
+
+def test_a_session_that_hangs_in_the_kernel_is_killed(tmp_path: Path, kernel_events: Path) -> None:
+    done = session(
+        tmp_path,
+        "import os\n"
+        "from fusehsm import syscalls\n"
+        "from tests import harness\n"
+        "def test_it(ext4):\n"
+        "    group = syscalls.fanotify_init(8, os.O_RDONLY)\n"
+        "    syscalls.fanotify_mark(group, 0x101, 0x10000, path=os.fsencode(ext4))\n"
+        "    (ext4 / 'file').write_bytes(b'')  # asks this very process\n",
+        FUSEHSM_TESTS_LONGEST="4",
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert "test_inner.py::test_it: no end after 5 s; killing the tests" in done.stderr
+    assert "fanotify" in done.stderr

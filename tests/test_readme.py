@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import harness
+from tests import harness, leftovers
 from tests.harness import PATIENCE, ROOT, LogReader, fusehsm, unmount_lazily
 
 README = (ROOT / "README.md").read_text()
@@ -33,8 +33,8 @@ def tree(fuse: None, backing: Path) -> Iterator[Path]:
     """A directory to mount on itself, unmounted whatever happened."""
     yield backing
     for pid in harness.own_processes():
-        if str(backing) in harness.command_line(pid).split():
-            harness.kill(pid)
+        if str(backing) in leftovers.command_line(pid).split():
+            leftovers.kill(pid)
     unmount_lazily(backing)
 
 
