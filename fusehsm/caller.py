@@ -7,7 +7,6 @@ the thread is gone, is running, or may not be looked at (Yama, another user's pr
 range.
 """
 
-import contextlib
 import mmap
 import os
 import platform
@@ -337,13 +336,6 @@ def descriptor_of(tid: int, descriptor: int) -> Descriptor | None:
         return Descriptor(int(fields[b"pos"]), int(fields[b"flags"], 8), inode)
     except (KeyError, ValueError):
         return None
-
-
-def descriptor_path(tid: int, descriptor: int) -> bytes | None:
-    """The name by which the accessor opened its file, as the kernel knows it; does not touch the file."""
-    with contextlib.suppress(OSError):
-        return os.readlink(f"/proc/{tid}/fd/{descriptor}".encode())
-    return None
 
 
 def mappings_of(pid: int, device: tuple[int, int], inode: int) -> list[Mapping]:

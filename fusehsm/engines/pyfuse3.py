@@ -65,7 +65,6 @@ class Operations(pyfuse3.Operations):
         self._private = private
         self._directories: dict[int, tuple[DirectoryStream, Node, int]] = {}
         self._next_directory = 1
-        self._xattrs_supported = True
         self._versions: dict[int, tuple[int, int]] = {}
         # An ordinary user cannot open for writing what he has just made with mode 0444, unless he makes it by opening it.
         self._opens_new_files = os.geteuid() == 0
