@@ -217,17 +217,7 @@ class Gate:
             if flags & os.O_TRUNC:
                 self._modified(node)
             return self._opened(node, flags, descriptor, Armed.NO, False, tid, 0, uid), True
-        pid = caller.process_of(tid)
-        subject = self.subject(node)
-        # The kernel arms the file before it asks: a mark that a listener sets while it holds this open comes too late.
-        armed = self.listeners.armed(subject)
-        writable = flags & os.O_ACCMODE != os.O_RDONLY
-        access = Access(
-            AccessKind.OPEN, 0, 0, pid, tid, writable=writable, exec=executing, directory=node.is_dir
-        )
-        await self.listeners.ask(
-            access, subject, node, armed=Armed.ALL, only=FAN_OPEN_PERM | FAN_OPEN_EXEC_PERM
-        )
+        access, subject, armed = await self._ask_to_open(node, flags, tid, executing=executing)
         descriptor = self.overlay.open(node, flags, uid)
         if flags & os.O_TRUNC:
             self._modified(node)
@@ -240,19 +230,32 @@ class Gate:
         flags &= ~(_FMODE_EXEC | os.O_DIRECT)
         if self.listeners.idle:
             return self._opened(node, flags, descriptor, Armed.NO, False, tid, 0, uid), True
-        pid = caller.process_of(tid)
-        subject = self.subject(node)
-        armed = self.listeners.armed(subject)
-        writable = flags & os.O_ACCMODE != os.O_RDONLY
-        access = Access(AccessKind.OPEN, 0, 0, pid, tid, writable=writable)
         try:
-            await self.listeners.ask(
-                access, subject, node, armed=Armed.ALL, only=FAN_OPEN_PERM | FAN_OPEN_EXEC_PERM
-            )
+            access, subject, armed = await self._ask_to_open(node, flags, tid, executing=False)
         except BaseException:
             os.close(descriptor)
             raise
         return await self._open_armed(access, subject, node, flags, descriptor, armed, uid)
+
+    async def _ask_to_open(
+        self, node: Node, flags: int, tid: int, *, executing: bool
+    ) -> tuple[Access, Subject, Armed]:
+        """Ask for the permission to open; what was asked, about what, and how the file is armed. Raises OSError when it is denied."""
+        subject = self.subject(node)
+        # The kernel arms the file before it asks: a mark that a listener sets while it holds this open comes too late.
+        armed = self.listeners.armed(subject)
+        access = Access(
+            AccessKind.OPEN,
+            pid=caller.process_of(tid),
+            tid=tid,
+            writable=flags & os.O_ACCMODE != os.O_RDONLY,
+            exec=executing,
+            directory=node.is_dir,
+        )
+        await self.listeners.ask(
+            access, subject, node, armed=Armed.ALL, only=FAN_OPEN_PERM | FAN_OPEN_EXEC_PERM
+        )
+        return access, subject, armed
 
     async def _open_armed(
         self,
