@@ -13,6 +13,7 @@ from fusehsm.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from fusehsm.backends.base import Group
+    from fusehsm.backends.dropping import drop
     from fusehsm.backends.opening import open_group
     from fusehsm.events import Event
     from fusehsm.handler import serve
@@ -27,6 +28,7 @@ __all__ = [
     "Event",
     "Group",
     "__version__",
+    "drop",
     "open_group",
     "serve",
 ]
@@ -34,6 +36,7 @@ __all__ = [
 _HOMES = {
     "Event": "fusehsm.events",
     "Group": "fusehsm.backends.base",
+    "drop": "fusehsm.backends.dropping",
     "open_group": "fusehsm.backends.opening",
     "serve": "fusehsm.handler",
 }

@@ -14,6 +14,7 @@ import struct
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 PAGE_FAULT = -1  # Call.number of a thread that is blocked outside any system call
 _MEMORY_POINTER = struct.Struct("=q")
@@ -55,8 +56,7 @@ _NUMBERS = {
 _HERE = _NUMBERS.get(platform.machine())
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """The system call that a thread is blocked in; equal as long as it is the same call (`stack_pointer` included).
 
     `number` is PAGE_FAULT when the thread is blocked outside a system call; it then has no arguments.
@@ -69,7 +69,7 @@ class Call:
     program_counter: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Transfer:
     """One side of a call that moves bytes from or to a file.
 
@@ -170,12 +170,30 @@ def calls_finished(pid: int, tid: int) -> int | None:
     return None if reads is None or writes is None else reads + writes
 
 
+def run_time(tid: int) -> int | None:
+    """Nanoseconds for which a thread that is blocked now has run; None where the kernel does not tell."""
+    text = _read_proc(f"/proc/{tid}/schedstat")
+    return int(text.split(None, 1)[0]) if text else None
+
+
 class CallReader:
     """Reads /proc/<tid>/syscall, keeping up to `limit` of those files open: reopening costs more than reading."""
 
     def __init__(self, limit: int = 64) -> None:
         self._limit = limit
         self._descriptors: OrderedDict[int, int] = OrderedDict()
+        self._processes: dict[int, int] = {}
+
+    def identify(self, tid: int) -> tuple[int, Call | None]:
+        """The process of a thread, and read()."""
+        call = self.read(tid)
+        process = self._processes.get(tid)
+        if process is None:
+            process = process_of(tid)
+            if tid in self._descriptors:
+                # It is this thread for as long as its file can be read.
+                self._processes[tid] = process
+        return process, call
 
     def read(self, tid: int) -> Call | None:
         """The call that `tid` is blocked in; None when it runs, is gone, or may not be looked at."""
@@ -187,15 +205,14 @@ class CallReader:
                 return None
             self._descriptors[tid] = descriptor
             if len(self._descriptors) > self._limit:
-                os.close(self._descriptors.popitem(last=False)[1])
+                self._drop(next(iter(self._descriptors)))
         else:
             self._descriptors.move_to_end(tid)
         try:
             words = os.pread(descriptor, 256, 0).split()
         except OSError:
             # The thread has died (its number may be another's already), or has become somebody else's by execve.
-            del self._descriptors[tid]
-            os.close(descriptor)
+            self._drop(tid)
             return None
         if len(words) == 9:
             numbers = [int(word, 16) for word in words[1:]]
@@ -204,10 +221,14 @@ class CallReader:
             return Call(tid, PAGE_FAULT, (), int(words[1], 16), int(words[2], 16))
         return None
 
+    def _drop(self, tid: int) -> None:
+        self._processes.pop(tid, None)
+        os.close(self._descriptors.pop(tid))
+
     def close(self) -> None:
         """Close every file kept open."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        for tid in list(self._descriptors):
+            self._drop(tid)
 
 
 def _memory(tid: int, address: int, size: int) -> bytes | None:
@@ -315,6 +336,11 @@ def writing(call: Call) -> Transfer | None:
     if call.number == here.copy_file_range:
         return _copied(call, target=True)
     return _plain(call, (here.write, here.pwrite64, here.writev, here.pwritev, here.pwritev2))
+
+
+def is_counted(call: Call) -> bool:
+    """Whether calls_finished() counts `call` when it returns."""
+    return _HERE is not None and call.number != _HERE.splice
 
 
 def is_advice(call: Call) -> bool:

@@ -31,7 +31,8 @@ class AccessKind(enum.Enum):
     READ_DIRECTORY = enum.auto()
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen, which would double what every event costs here; nobody changes one.
+@dataclass(slots=True, unsafe_hash=True)
 class Access:
     """One access, with the numbers of the accessor's own call, in bytes.
 
@@ -53,7 +54,7 @@ class Access:
     paged: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)  # not frozen: see Access
 class EventShape:
     """One event to be asked: one bit of a mask, and the range in bytes (None: an event without a range record).
 

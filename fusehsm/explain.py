@@ -15,17 +15,37 @@ from fusehsm.overlay import Node
 
 # How long an accessor's mmap lock may keep us from reading its mappings; seconds.
 _MAPS_DEADLINE = 0.5
+# What a splice(2) runs, in nanoseconds, before it asks again for a page that was dropped too early: 5,000 to 10,000 (measured on 6.18), while
+# a new call comes after its caller has run, too. It is the one call that /proc/<tid>/io does not count.
+_COMES_BACK = 15_000
 # No process with more threads than this is searched for the one that is accessing.
 _MOST_THREADS = 256
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
+class Accessor:
+    """Who makes a request. `certain`: the engine has named the thread `tid`; else it is that of the process's that opened the file, and
+    another thread of it may be the one. `call`: what a certain one waits in, where that can be seen."""
+
+    pid: int
+    tid: int
+    certain: bool
+    call: caller.Call | None = None
+
+    @property
+    def known_tid(self) -> int:
+        """The thread, 0 when it is not known."""
+        return self.tid if self.certain else 0
+
+
+@dataclass(slots=True)
 class Explanation:
     """What is behind one request.
 
     `accesses`: in order; empty when an earlier event of the same call or mapping covered the request. `tid`: the accessing thread, 0 when it
     is not known. `grant`: what to remember, under `direction`, when it is allowed. `announces`: byte ranges [start, end) that a mapping will
     touch without further events. `call`: what the accessor waits in, where that was looked at. `fills`: bytes go into the page cache.
+    `passing`: only because the call goes through it (sendfile), and the next such call must ask again.
     """
 
     accesses: tuple[Access, ...]
@@ -35,6 +55,7 @@ class Explanation:
     announces: tuple[tuple[int, int], ...] = ()
     call: caller.Call | None = None
     fills: bool = False
+    passing: bool = False
 
 
 class Explainer:
@@ -59,42 +80,73 @@ class Explainer:
         """Whether a READ may be a page-cache fill: those are whole pages."""
         return not (offset % self._page_size or size % self._page_size)
 
-    async def read(self, file: OpenFile[Node], offset: int, size: int) -> Explanation:
-        """What is behind a READ of `size` bytes at `offset` on a file that was opened with FOPEN_DIRECT_IO."""
-        transfer, call = self._transfer(file, offset, size, Direction.READ)
+    def accessor(self, file: OpenFile[Node], tid: int) -> Accessor:
+        """Who makes a request: the thread that the engine names, else (0) whoever opened the file."""
+        if tid:
+            process, call = self._calls.identify(tid)
+            return Accessor(process, tid, True, call)
+        if not file.pid:
+            # Looked up when it is first needed, as most files are opened while nobody listens.
+            file.pid = caller.process_of(file.tid)
+        return Accessor(file.pid, file.tid, False)
+
+    async def read(
+        self, file: OpenFile[Node], offset: int, size: int, who: Accessor, fills: bool | None = None
+    ) -> Explanation:
+        """What is behind a READ of `size` bytes at `offset` on a file that was opened with FOPEN_DIRECT_IO.
+
+        `fills`: whether it is for the page cache (FUSE_READ_LOCKOWNER tells), None where the engine does not say.
+        """
+        transfer, call = self._transfer(file, offset, size, Direction.READ, who, fills)
         if transfer is not None and call is not None:
-            return self._moved(file, call, transfer, offset, size, Direction.READ)
-        if self.is_fill(offset, size):
-            fault = await self._fault(file, call, offset, size)
+            return self._moved(file, call, transfer, offset, size, Direction.READ, who)
+        if self.is_fill(offset, size) if fills is None else fills:
+            fault = await self._fault(file, call, offset, size, who)
             if fault is not None:
                 return fault
-        access = Access(AccessKind.READ, offset, size, file.pid, file.tid)
-        return Explanation((access,), 0, Direction.READ)
+        access = Access(AccessKind.READ, offset, size, who.pid, who.tid)
+        return Explanation((access,), who.known_tid, Direction.READ)
 
-    def write(self, file: OpenFile[Node], offset: int, size: int) -> Explanation | None:
-        """What is behind a WRITE; None when no thread of the opener is in a system call that writes this file."""
-        transfer, call = self._transfer(file, offset, size, Direction.WRITE)
+    def write(self, file: OpenFile[Node], offset: int, size: int, who: Accessor) -> Explanation | None:
+        """What is behind a WRITE; None when no thread that may have made it is in a system call that writes this file."""
+        transfer, call = self._transfer(file, offset, size, Direction.WRITE, who, None)
         if transfer is None or call is None:
             return None
-        return self._moved(file, call, transfer, offset, size, Direction.WRITE)
+        return self._moved(file, call, transfer, offset, size, Direction.WRITE, who)
 
-    def _threads(self, file: OpenFile[Node]) -> Iterator[int]:
-        yield file.tid
-        others = caller.threads_of(file.pid)
+    def _calls_of(self, who: Accessor) -> Iterator[caller.Call]:
+        """What the threads wait in that may have made the request."""
+        if who.certain:
+            if who.call is not None:
+                yield who.call
+            return
+        call = self._calls.read(who.tid)
+        if call is not None:
+            yield call
+        others = caller.threads_of(who.pid)
         if len(others) <= _MOST_THREADS:
-            yield from (tid for tid in others if tid != file.tid)
+            for tid in others:
+                if tid != who.tid and (call := self._calls.read(tid)) is not None:
+                    yield call
 
     def _transfer(
-        self, file: OpenFile[Node], offset: int, size: int, direction: Direction
+        self,
+        file: OpenFile[Node],
+        offset: int,
+        size: int,
+        direction: Direction,
+        who: Accessor,
+        fills: bool | None,
     ) -> tuple[caller.Transfer | None, caller.Call | None]:
         """The call that the request belongs to, with its range; else (None, the call of a thread that seems to be faulting)."""
         faulting = None
-        for tid in self._threads(file):
-            call = self._calls.read(tid)
-            if call is None:
-                continue
+        for call in self._calls_of(who):
             transfer = caller.reading(call) if direction is Direction.READ else caller.writing(call)
-            if transfer is not None and self._fits(file, tid, transfer, offset, size):
+            if (
+                transfer is not None
+                and (fills is None or fills is transfer.paged)
+                and self._fits(file, call.tid, transfer, offset, size)
+            ):
                 return transfer, call
             if faulting is None or (
                 call.number == caller.PAGE_FAULT and faulting.number != caller.PAGE_FAULT
@@ -133,12 +185,17 @@ class Explainer:
         offset: int,
         size: int,
         direction: Direction,
+        who: Accessor,
     ) -> Explanation:
         fills = transfer.paged and direction is Direction.READ
         grant = file.grants.get((call.tid, direction))
-        if grant is not None and grant.call == call and self._continues(grant, offset, size):
+        passing = fills and who.certain
+        progress = self._progress(who, call) if passing else None
+        if grant is not None and grant.call == call and self._continues(grant, offset, size, progress):
             grant.next_offset = offset + size
-            return Explanation((), call.tid, direction, call=call, fills=fills)
+            grant.repeats += offset == grant.start
+            grant.progress = progress
+            return Explanation((), call.tid, direction, call=call, fills=fills, passing=passing)
         if transfer.source is not None:
             transfer = self._cut(call.tid, transfer, *transfer.source)
         start = transfer.offset
@@ -149,14 +206,14 @@ class Explainer:
                 descriptor = caller.descriptor_of(call.tid, transfer.descriptor)
                 start = offset if descriptor is None else descriptor.position
         kind = AccessKind.READ if direction is Direction.READ else AccessKind.WRITE
-        accesses = [Access(kind, start, transfer.count, file.pid, call.tid, paged=fills)]
+        accesses = [Access(kind, start, transfer.count, who.pid, call.tid, paged=fills)]
         end = start + transfer.count
         if fills:
             # What read-ahead brings in beyond the call's own range becomes readable for everybody.
             start = min(self._page_down(start), offset)
             covered = self._page_up(end)
             if offset + size > covered or offset < self._page_down(accesses[0].offset):
-                accesses.append(Access(AccessKind.FILL, offset, size, file.pid, call.tid))
+                accesses.append(Access(AccessKind.FILL, offset, size, who.pid, call.tid))
             end = max(covered, offset + size)
         elif appends:
             # The pieces of an appending write follow each other from the end of the file, wherever the file position was.
@@ -166,9 +223,10 @@ class Explainer:
             tuple(accesses),
             call.tid,
             direction,
-            Grant(call, start, end, offset + size, anywhere),
+            Grant(call, start, end, offset + size, anywhere, progress),
             call=call,
             fills=fills,
+            passing=passing,
         )
 
     def _cut(
@@ -183,57 +241,70 @@ class Explainer:
         return replace(transfer, count=min(transfer.count, left)) if left > 0 else transfer
 
     @staticmethod
-    def _continues(grant: Grant, offset: int, size: int) -> bool:
-        if offset == grant.start or offset + size > grant.end:
+    def _progress(who: Accessor, call: caller.Call) -> tuple[bool, int] | None:
+        """How far the thread has come: (True, how many calls it has finished), or (False, nanoseconds it has run) where these are not
+        counted; None when neither can be seen."""
+        counted = caller.is_counted(call)
+        value = caller.calls_finished(who.pid, call.tid) if counted else caller.run_time(call.tid)
+        return None if value is None else (counted, value)
+
+    @staticmethod
+    def _continues(grant: Grant, offset: int, size: int, progress: tuple[bool, int] | None) -> bool:
+        if offset + size > grant.end:
             return False
-        return offset == grant.next_offset or (grant.anywhere and offset > grant.start)
+        if offset != grant.start:
+            return offset == grant.next_offset or (grant.anywhere and offset > grant.start)
+        # What a call passes through the page cache is dropped behind it, and it may come back for what was dropped too early.
+        if progress is None or grant.progress is None or progress[0] is not grant.progress[0]:
+            return False
+        return progress[1] - grant.progress[1] < (1 if progress[0] else _COMES_BACK)
 
     def blocked_in(
-        self, file: OpenFile[Node], call: caller.Call | None = None
+        self, who: Accessor, call: caller.Call | None = None
     ) -> tuple[caller.Call, int | None] | None:
-        """What a thread of the opener waits in (`call`, where that is known already), equal as long as it goes on; None when none waits."""
+        """What the accessor waits in (`call`, where that is known already), equal as long as it goes on; None when it does not wait."""
         if call is None:
-            call = next(
-                (found for tid in self._threads(file) if (found := self._calls.read(tid)) is not None), None
-            )
-        return None if call is None else (call, caller.calls_finished(file.pid, call.tid))
+            call = next(self._calls_of(who), None)
+        return None if call is None else (call, caller.calls_finished(who.pid, call.tid))
 
     async def _fault(
-        self, file: OpenFile[Node], call: caller.Call | None, offset: int, size: int
+        self, file: OpenFile[Node], call: caller.Call | None, offset: int, size: int, who: Accessor
     ) -> Explanation | None:
-        """A page-cache fill of a direct_io file: a touched mapping, or advice; None when no mapping of the opener explains it."""
-        tid = call.tid if call is not None else 0
+        """A page-cache fill of a direct_io file: a touched mapping, or advice; None when no mapping of the accessor explains it."""
+        tid = call.tid if call is not None else who.known_tid
         if call is not None and caller.is_advice(call):
-            fill = Access(AccessKind.FILL, offset, size, file.pid, tid)
+            fill = Access(AccessKind.FILL, offset, size, who.pid, tid)
             return Explanation((fill,), tid, Direction.READ, call=call, fills=True)
         if file.announced.covers(offset, offset + size):
             return Explanation((), tid, Direction.READ, call=call, fills=True)
-        mapping = await self._mapping(file, offset, size)
+        mapping = await self._mapping(file, offset, size, who)
         if mapping is None:
-            if call is None or call.number != caller.PAGE_FAULT:
+            if not who.certain and (call is None or call.number != caller.PAGE_FAULT):
                 return None
-            fill = Access(AccessKind.FILL, offset, size, file.pid, tid)
+            fill = Access(AccessKind.FILL, offset, size, who.pid, tid)
             return Explanation((fill,), tid, Direction.READ, call=call, fills=True)
         writable = mapping.writable and mapping.shared
         start, end = mapping.offset, mapping.offset + mapping.length
         accesses = [
-            Access(AccessKind.MAP, start, mapping.length, file.pid, tid, writable=writable),
-            Access(AccessKind.FAULT, offset, size, file.pid, tid, writable=writable),
+            Access(AccessKind.MAP, start, mapping.length, who.pid, tid, writable=writable),
+            Access(AccessKind.FAULT, offset, size, who.pid, tid, writable=writable),
         ]
         announces = [(start, end)]
         if offset < start or offset + size > end:
-            accesses.append(Access(AccessKind.FILL, offset, size, file.pid, tid))
+            accesses.append(Access(AccessKind.FILL, offset, size, who.pid, tid))
             announces.append((offset, offset + size))
         return Explanation(
             tuple(accesses), tid, Direction.READ, announces=tuple(announces), call=call, fills=True
         )
 
-    async def _mapping(self, file: OpenFile[Node], offset: int, size: int) -> caller.Mapping | None:
+    async def _mapping(
+        self, file: OpenFile[Node], offset: int, size: int, who: Accessor
+    ) -> caller.Mapping | None:
         mappings: list[caller.Mapping] = []
         with trio.move_on_after(_MAPS_DEADLINE):
             mappings = await trio.to_thread.run_sync(
                 caller.mappings_of,
-                file.pid,
+                who.pid,
                 self.device,
                 file.node.id,
                 abandon_on_cancel=True,

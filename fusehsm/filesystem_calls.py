@@ -53,6 +53,8 @@ _statx: Final[Any] = _fast_libc.statx
 _statx.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p]
 _name_to_handle_at: Final[Any] = _fast_libc.name_to_handle_at
 _name_to_handle_at.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
+_fallocate: Final[Any] = _libc.fallocate
+_fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _getdents64: Final[Any] = _libc.getdents64
 _getdents64.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
 _getdents64.restype = ctypes.c_ssize_t
@@ -112,6 +114,24 @@ def _timespec(value: int | None, now: int) -> bytes:
     if value == now:
         return struct.pack("=qq", 0, UTIME_NOW)
     return struct.pack("=qq", *divmod(value, _NANOSECONDS))
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2); `mode` 0 or FALLOC_FL_*, offset and length in bytes."""
+    if _fallocate(fd, mode, offset, length) < 0:
+        raise _error()
+
+
+def copy(source: int, source_offset: int, target: int, target_offset: int, length: int) -> int:
+    """copy_file_range(2), where the filesystem has it, else by reading and writing; returns how many bytes were copied, fewer than
+    `length` (all in bytes) at the source's end or after a MiB."""
+    try:
+        return os.copy_file_range(source, target, length, source_offset, target_offset)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            raise
+    data = os.pread(source, min(length, 1 << 20), source_offset)
+    return os.pwrite(target, data, target_offset)
 
 
 def birth_time(dir_fd: int, name: bytes) -> bytes | None:

@@ -9,8 +9,7 @@ it. Pages that got into the cache while nobody watched ("tainted" nodes) are dro
 
 import errno
 import os
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from fusehsm import caller, rules
@@ -22,25 +21,19 @@ from fusehsm.abi import (
     FAN_OPEN_PERM,
     Dialect,
 )
-from fusehsm.backing_reads import BackingReader, Buffer
+from fusehsm.content import Content
 from fusehsm.events import Access, AccessKind, Armed
-from fusehsm.explain import Explainer, Explanation
+from fusehsm.explain import Explainer
 from fusehsm.group import Group, Pending
-from fusehsm.handles import DeniedFill, Direction, HandleTable, OpenFile
+from fusehsm.handles import HandleTable, OpenFile
 from fusehsm.listeners import Listeners
 from fusehsm.marks import Subject
 from fusehsm.overlay import AttributeChanges, Caller, Node, Overlay
-from fusehsm.ranges import RangeSet
 from fusehsm.stale import CacheControl, StalePages
 from fusehsm.unattended import EventTimeout, UnattendedPolicy
 
 _FMODE_EXEC = 0x20  # open flag of execve (include/linux/fs.h); FUSE passes it on
 _PERMISSION_EVENTS = FAN_OPEN_PERM | FAN_OPEN_EXEC_PERM | FAN_ACCESS_PERM
-# The kernel asks up to three times for a page that was refused: read-ahead, then the page alone, then once more with the mmap lock held (measured
-# on 6.18, within 0.3 ms). A call that goes on can be told from the same call made again; a fault cannot, so only time tells.
-_FILL_REPEATS = 2
-_SAME_CALL_SECONDS = 1.0
-_SAME_FAULT_SECONDS = 0.05
 
 
 class Gate:
@@ -68,12 +61,15 @@ class Gate:
         self.default_dialect = dialect
         self.listeners = Listeners(dialect, page_size, self._event_path, unattended, event_timeout)
         self.handles: HandleTable[Node] = HandleTable(overlay.open, open_limit)
+        self.requests: Callable[[], dict[str, int]] = dict
+        """How many requests of each kind have come: the engine's to say."""
         self._destination = os.fsencode(destination).rstrip(b"/")
         self._page_size = page_size
         self._explainer = Explainer(page_size, self._size_of)
         self._stale = StalePages(overlay, self.listeners, self.subject)
-        self._filled: dict[int, RangeSet] = {}
-        self._reader = BackingReader()
+        self.content = Content(
+            overlay, self.listeners, self.handles, self._stale, self._explainer, self.subject
+        )
         overlay.open_files_from(self._open_descriptor)
         overlay.on_removed(self._replaced)
 
@@ -101,7 +97,7 @@ class Gate:
 
     def _replaced(self, node: Node) -> None:
         """The node's inode number has become another file's: what is known by the number is void."""
-        self.forgotten(node.id)
+        self.forgotten(node)
         for group in self.listeners.groups:
             group.marks.forget(node.id)
 
@@ -124,8 +120,9 @@ class Gate:
         permission events that first-access mode cannot make."""
         if flags & FAN_MARK_FLUSH:
             rules.check_mark(group.flags, group.dialect, flags, mask, rules.ObjectKind.DIRECTORY)
+            unheard = self._stale.unheard(None)
             group.marks.flush(flags)
-            await self._marks_changed(group, None)
+            await self._marks_changed(group, None, unheard)
             return
         assert node is not None
         kind = self.object_kind(node)
@@ -136,19 +133,18 @@ class Gate:
                 "first-access mode has no OPEN_PERM, OPEN_EXEC_PERM or ACCESS_PERM; mount with --events exact",
             )
         opened_for_write = any(file.writable for file in self.handles.of_node(node))
+        unheard = self._stale.unheard(node)
         group.marks.modify(flags, mask, node.id, opened_for_write=opened_for_write, is_dir=node.is_dir)
-        await self._marks_changed(group, node)
+        await self._marks_changed(group, node, unheard)
 
-    async def _marks_changed(self, group: Group, node: Node | None) -> None:
+    async def _marks_changed(self, group: Group, node: Node | None, unheard: list[Node]) -> None:
         self._adjust_read_ahead()
         self._forget_announced(None if node is None or node.is_dir else node)
-        await self._stale.drop(self._stale.covered_by(group, node))
+        await self._stale.drop(self._stale.covered_by(group, node), unheard)
         self.listeners.marks_changed()
 
     def _forget_announced(self, node: Node | None) -> None:
-        """What mappings (of one file, or None: all) announced under other marks is asked for again: it may have been evicted since."""
-        for file in self.handles if node is None else self.handles.of_node(node):
-            file.announced.clear()
+        self.content.forget_announced(self.handles if node is None else self.handles.of_node(node))
 
     @staticmethod
     def object_kind(node: Node) -> rules.ObjectKind:
@@ -170,19 +166,23 @@ class Gate:
         except OSError:
             return
         if self.overlay.forget(node, 1):
-            self.forgotten(node.id)
+            self.forgotten(node)
         else:
             await self._stale.drop_heard([node])
 
     async def drop(self, node: Node) -> None:
         """Drop a node's cached pages, and forget what its mappings announced: its next access makes an event again."""
         self._forget_announced(node)
-        self._filled.pop(node.id, None)
+        self.content.dropped(node)
         await self._stale.drop_all_of(node)
 
     def subject(self, node: Node) -> Subject:
         """The node as marks see it."""
         return Subject(node.id, node.parents(), node.is_dir)
+
+    def seconds_since_event(self, node: Node) -> float | None:
+        """How long a listener has left the node alone that may change it behind the kernel's back; None when none does."""
+        return self.content.seconds_since_event(node) if self.watches(node) else None
 
     def watches(self, node: Node) -> bool:
         """Whether a fill by a listener may change the node behind the kernel's back: its attributes must not be cached then."""
@@ -215,12 +215,12 @@ class Gate:
         if self.listeners.idle:
             descriptor = self.overlay.open(node, flags, uid)
             if flags & os.O_TRUNC:
-                self._modified(node)
+                self.content.modified(node)
             return self._opened(node, flags, descriptor, Armed.NO, False, tid, 0, uid), True
         access, subject, armed = await self._ask_to_open(node, flags, tid, executing=executing)
         descriptor = self.overlay.open(node, flags, uid)
         if flags & os.O_TRUNC:
-            self._modified(node)
+            self.content.modified(node)
         return await self._open_armed(access, subject, node, flags, descriptor, armed, uid)
 
     async def created(
@@ -298,145 +298,52 @@ class Gate:
         """The kernel has closed an open file."""
         self.handles.release(handle)
 
-    def forgotten(self, node_id: int) -> None:
-        """The kernel has forgotten a node, its pages with it."""
-        self._stale.forget(node_id)
-        self._filled.pop(node_id, None)
-
-    # Content
-
-    async def read(self, file: OpenFile[Node], offset: int, size: int) -> Buffer:
-        """Up to `size` bytes at `offset`; fewer only at the end of the file. Raises OSError."""
-        listeners = self.listeners
-        if listeners.idle:
-            self._stale.taint(file.node.id)
-            return await self._read_backing(file, offset, size)
-        subject = self.subject(file.node)
-        _name_process(file)
-        if file.direct:
-            explanation = await self._explainer.read(file, offset, size)
-        else:
-            fill = Access(AccessKind.FILL, offset, size, file.pid, file.tid)
-            explanation = Explanation((fill,), file.tid, Direction.READ, fills=True)
-        if explanation.fills and file.denied is not None:
-            self._deny_repeat(file, explanation, offset, size)
-        allowed = not explanation.accesses
+    def forget(self, node_id: int, count: int) -> bool:
+        """The kernel takes back so many references to a node; whether it is not known any more."""
         try:
-            for access in explanation.accesses:
-                allowed |= await listeners.ask(access, subject, file.node, armed=_armed(file))
-            if explanation.fills and not allowed and file.direct and listeners.attended(subject):
-                # A writable mapping's fault is asked for by writing alone (patch-v2), and what it brings in can be read.
-                fill = Access(AccessKind.FILL, offset, size, file.pid, file.tid)
-                allowed = await listeners.ask(fill, subject, file.node, armed=_armed(file))
-        except OSError as error:
-            if explanation.fills and error.errno is not None:
-                self._denied(file, explanation, offset, size, error.errno)
-            raise
-        if allowed:
-            self._allowed(file, explanation)
-        elif explanation.fills or self._explainer.is_fill(offset, size):
-            self._stale.taint(file.node.id)
-        if not file.direct:
-            self._filled.setdefault(file.node.id, RangeSet()).add(offset, offset + size)
-        return await self._read_backing(file, offset, size)
+            node = self.overlay.node(node_id)
+        except OSError:
+            return False
+        gone = self.overlay.forget(node, count)
+        if gone:
+            self.forgotten(node)
+        return gone
 
-    def _allowed(self, file: OpenFile[Node], explanation: Explanation) -> None:
-        if explanation.grant is not None:
-            if explanation.grant.end > explanation.grant.next_offset:
-                file.grants[explanation.tid, explanation.direction] = explanation.grant
-            else:
-                file.grants.pop((explanation.tid, explanation.direction), None)
-        # Where every fault makes its own event, a mapping announces nothing.
-        if all(dialect.map_event for dialect in self.listeners.dialects):
-            for start, end in explanation.announces:
-                file.announced.add(start, end)
+    def forgotten(self, node: Node) -> None:
+        """The kernel has forgotten a node, its pages with it."""
+        self._stale.forget(node.id)
+        self.content.forgotten(node.id)
+        self.handles.forget(node)
 
-    def _denied(
-        self, file: OpenFile[Node], explanation: Explanation, offset: int, size: int, number: int
-    ) -> None:
-        waits = self._explainer.blocked_in(file, explanation.call)
-        in_call = waits is not None and waits[0].number != caller.PAGE_FAULT
-        window = _SAME_CALL_SECONDS if in_call else _SAME_FAULT_SECONDS
-        file.denied = DeniedFill(
-            waits, offset, offset + size, number, _FILL_REPEATS, time.monotonic() + window
-        )
+    def interrupted(self, tid: int) -> bool:
+        """A signal has come for a thread that waits for an answer: whether it is to die, and shall have EINTR."""
+        return self.listeners.interrupted(tid)
 
-    def _deny_repeat(self, file: OpenFile[Node], explanation: Explanation, offset: int, size: int) -> None:
-        denied = file.denied
-        assert denied is not None
-        if denied.repeats_left <= 0 or time.monotonic() > denied.expires:
-            file.denied = None
-            return
-        overlaps = offset < denied.end and denied.start < offset + size
-        if overlaps and self._explainer.blocked_in(file, explanation.call) == denied.waits:
-            denied.repeats_left -= 1
-            raise OSError(denied.errno, os.strerror(denied.errno))
+    def unopened(self, node: Node, *, writing: bool) -> OpenFile[Node]:
+        """What stands for a node's open files where the kernel tells of no open(2): armed for everything, as nobody can say otherwise."""
+        return self.handles.standing(node, Armed.ALL, writing=writing)
 
-    async def _read_backing(self, file: OpenFile[Node], offset: int, size: int) -> Buffer:
-        with self.handles.backing(file) as descriptor:
-            return await self._reader.read(descriptor, offset, size)
-
-    async def write(self, file: OpenFile[Node], offset: int, data: bytes) -> int:
-        """Write `data` at `offset`; returns the number of bytes written. Raises OSError."""
-        if not self.listeners.idle and (file.armed is not Armed.NO or self.listeners.asks_unarmed):
-            await self._ask_write(file, offset, len(data))
-        with self.handles.backing(file) as descriptor:
-            self.overlay.before_write(file.node, descriptor, file.uid)
-            written = os.pwrite(descriptor, data, offset)
-        self._modified(file.node)
-        return written
-
-    async def _ask_write(self, file: OpenFile[Node], offset: int, size: int) -> None:
-        _name_process(file)
-        explanation = self._explainer.write(file, offset, size)
-        if explanation is None:
-            filled = self._filled.get(file.node.id)
-            if not file.direct and filled is not None and filled.covers(offset, offset + size):
-                # Write-back of a mapping: memory reclaim waits for it, so it must never wait for a listener. The event that let the page in
-                # has covered it.
-                return
-            explanation = Explanation(
-                (Access(AccessKind.WRITE, offset, size, file.pid, file.tid),), file.tid, Direction.WRITE
-            )
-        subject = self.subject(file.node)
-        for access in explanation.accesses:
-            await self.listeners.ask(access, subject, file.node, armed=_armed(file))
-        # Also when nobody was asked: a write takes nothing out, and its pieces are one call.
-        self._allowed(file, explanation)
-
-    def _modified(self, node: Node) -> None:
-        changed = [group.marks.modified(node.id, node.parents()) for group in self.listeners.groups]
-        if any(changed):
-            # Not waited for: the kernel may hold pages of it locked until this write is answered.
-            self._stale.drop_heard_soon()
+    # Attributes and directories
 
     async def set_attributes(
-        self, node: Node, changes: AttributeChanges, handle: int | None, caller_: Caller
+        self, node: Node, changes: AttributeChanges, handle: int, caller_: Caller
     ) -> tuple[Node, os.stat_result]:
-        """Change attributes; a new size is a truncation, which is asked for. Raises OSError."""
-        if changes.size is not None and not self.listeners.idle:
-            access = Access(
-                AccessKind.TRUNCATE,
-                changes.size,
-                0,
-                caller.process_of(caller_.pid),
-                caller_.pid,
-                writable=True,
-            )
-            # Truncation is asked by path: how the file was armed does not matter (measured on 6.18).
-            await self.listeners.ask(access, self.subject(node), node, armed=Armed.ALL)
+        """Change attributes, through an open file where there is one (`handle` 0: any of the node's); a new size is a truncation, which is
+        asked for. Raises OSError."""
+        if changes.size is not None:
+            await self.content.truncate(node, changes.size, caller_.pid)
         with self._usable(node, handle) as descriptor:
             result = self.overlay.setattr(node, changes, descriptor, caller_)
         if changes.size is not None:
-            self._modified(node)
+            self.content.modified(node)
         return result
 
     @contextmanager
-    def _usable(self, node: Node, handle: int | None) -> Iterator[int | None]:
-        file = (
-            self.handles.get(handle) if handle is not None else next(iter(self.handles.of_node(node)), None)
-        )
-        if file is None:
+    def _usable(self, node: Node, handle: int) -> Iterator[int | None]:
+        files = self.handles.of_node(node)
+        # A truncation wants one that may write.
+        file = self.handles.get(handle) if handle else next((file for file in files if file.writable), None)
+        if file is None or (not handle and file.descriptor is None):
             yield None
             return
         with self.handles.backing(file) as descriptor:
@@ -459,11 +366,6 @@ class Gate:
         with self.handles.backing(self.handles.get(handle)) as descriptor:
             return os.fstat(descriptor)
 
-    async def synchronise(self, handle: int, data_only: bool) -> None:
-        """fsync(2) or fdatasync(2) of an open file. Raises OSError."""
-        with self.handles.backing(self.handles.get(handle)) as descriptor:
-            await self._reader.synchronise(descriptor, data_only)
-
     # What the control socket shows
 
     def status(self) -> dict[str, object]:
@@ -476,6 +378,7 @@ class Gate:
             "open_files": len(self.handles),
             "groups": self.listeners.describe(),
             "waiting": list(self.listeners.waiting()),
+            "requests": self.requests(),
         }
 
     def release_held(self) -> int:
@@ -487,14 +390,3 @@ class Gate:
         self.listeners.abandon()
         self.handles.close()
         self._explainer.close()
-
-
-def _name_process(file: OpenFile[Node]) -> None:
-    """Whose process opened it: looked up when it is first needed, as most files are opened while nobody listens."""
-    if not file.pid:
-        file.pid = caller.process_of(file.tid)
-
-
-def _armed(file: OpenFile[Node]) -> Armed:
-    assert isinstance(file.armed, Armed)
-    return file.armed

@@ -32,6 +32,9 @@ class GateFace(Protocol):
     async def mark(self, group: Group, flags: int, mask: int, node: Any) -> None:
         """fanotify_mark(2) on a node (None with FAN_MARK_FLUSH); raises OSError as the kernel does."""
 
+    async def drop(self, node: Any) -> None:
+        """Drop a node's cached pages: its next access makes an event again."""
+
     def open_event_fd(self, group: Group, pending: Pending, /) -> int:
         """A new descriptor of an event's file, by the group's event_f_flags. Raises OSError."""
 

@@ -10,8 +10,8 @@ import enum
 import errno
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
 
 from fusehsm.abi import (
     FAN_CLASS_CONTENT,
@@ -122,6 +122,8 @@ class Group:
         self.priority = 2 if flags & FAN_CLASS_PRE_CONTENT else 1 if flags & FAN_CLASS_CONTENT else 0
         #: Called whenever an event has been queued.
         self.on_readable: Callable[[], None] | None = None
+        #: Handles an event in the task of whoever asks, instead of queueing it; put_taken() is for such events.
+        self.handle: Callable[[Pending], Coroutine[Any, Any, None]] | None = None
         #: The process that owns it, 0 when nobody has said.
         self.listener_pid = 0
         self.closed = False
@@ -156,6 +158,18 @@ class Group:
         self._counts["queued"] += 1
         if self.on_readable is not None:
             self.on_readable()
+        return pending
+
+    def put_taken(
+        self, shape: EventShape, *, pid: int, tid: int, target: object, path: bytes
+    ) -> Pending | None:
+        """put() and take() in one, past the queue: a permission event that is outstanding at once. None: the group is closed."""
+        if self.closed:
+            return None
+        pending = Pending(shape, pid, tid, target, path, True, self._clock())
+        pending.state = PendingState.OUTSTANDING
+        self._outstanding[pending] = None
+        self._counts["queued"] += 1
         return pending
 
     def _put_overflow(self) -> None:

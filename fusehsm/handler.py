@@ -9,22 +9,21 @@ import inspect
 import logging
 import os
 import threading
-import types
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Generator
-from typing import Any, NoReturn, TypeVar, cast
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, NoReturn, cast
 
 import trio
 
 from fusehsm.abi import FAN_Q_OVERFLOW
 from fusehsm.backends.base import Group
 from fusehsm.events import Event
+from fusehsm.suspension import noting_suspension
 
 AsyncHandler = Callable[[Event], Coroutine[Any, Any, None]]
 Handler = AsyncHandler | Callable[[Event], Awaitable[None] | None]
 
 _log = logging.getLogger(__name__)
-_Result = TypeVar("_Result")
 
 # What read() raises when the group is of no more use. Every other errno tells of one event whose file could not be opened, which the
 # group has denied already.
@@ -48,6 +47,8 @@ async def serve(group: Group, handler: Handler, *, limit: int = 64) -> None:
     try:
         async with trio.open_nursery() as nursery:
             server = _Server(group, handler, limit, nursery)
+            if _is_coroutine_function(handler):
+                group.offer(server.handle_offered)
             server.start_worker()
     finally:
         if server is not None:
@@ -64,6 +65,8 @@ class _Server:
         self._nursery = nursery
         self._handle = self._handle_as_task if _is_coroutine_function(handler) else self._handle_in_thread
         self._threads = trio.CapacityLimiter(limit)
+        self._running = 0
+        self._room = trio.lowlevel.ParkingLot()
         self._workers = 0
         self._idle = trio.lowlevel.ParkingLot()
         # The worker that waits for the group's next event, or handles one and has not suspended yet.
@@ -126,14 +129,33 @@ class _Server:
             self.start_worker()
 
     async def _handle_as_task(self, event: Event) -> None:
+        await self._handle_noting(event, self._let_another_watch)
+
+    async def handle_offered(self, event: Event) -> None:
+        """Handle an event of which the group has told nobody, in the task that waits for its answer."""
+        await self._handle_noting(event, None)
+
+    async def _handle_noting(self, event: Event, note: Callable[[], None] | None) -> None:
         error = errno.EIO
+        if self._running >= self._limit:
+            if note is not None:
+                note()
+                note = None
+            await self._room.park()
+        self._running += 1
         try:
             coroutine = cast(AsyncHandler, self._handler)(event)
-            await _noting_suspension(coroutine, self._let_another_watch)
+            if note is None:
+                await coroutine
+            else:
+                await noting_suspension(coroutine, note)
             error = 0
         except Exception as exception:
             error = _errno_of(exception, event)
         finally:
+            self._running -= 1
+            if self._room:
+                self._room.unpark()
             self._finish(event, error)
 
     async def _handle_in_thread(self, event: Event) -> None:
@@ -207,35 +229,6 @@ class _SharedDescriptor:
             last = not self._holders
         if last:
             os.close(self._descriptor)
-
-
-@types.coroutine
-def _noting_suspension(
-    coroutine: Coroutine[Any, Any, _Result], note: Callable[[], None]
-) -> Generator[Any, Any, _Result]:
-    """Await `coroutine`, calling `note` when it suspends for the first time (and never when it does not)."""
-    try:
-        trap = coroutine.send(None)
-    except StopIteration as stop:
-        return cast(_Result, stop.value)
-    note()
-    # What `yield from` does (PEP 380), begun in the middle.
-    while True:
-        try:
-            value = yield trap
-        except GeneratorExit:
-            coroutine.close()
-            raise
-        except BaseException as exception:
-            try:
-                trap = coroutine.throw(exception)
-            except StopIteration as stop:
-                return cast(_Result, stop.value)
-        else:
-            try:
-                trap = coroutine.send(value)
-            except StopIteration as stop:
-                return cast(_Result, stop.value)
 
 
 def _is_coroutine_function(handler: Handler) -> bool:

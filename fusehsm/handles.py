@@ -4,6 +4,7 @@ The kernel may hold far more files open on the mount than this process may hold 
 closed, least recently used first, and opened again on demand.
 """
 
+import errno
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
@@ -31,7 +32,8 @@ class Grant:
     """A system call that has been let pass: the pieces in which FUSE splits it make no further events.
 
     `call` identifies the call while it lasts (compared with ==), None when it could not be looked at; bytes [start, end) were allowed
-    and `next_offset` is where its next piece begins.
+    and `next_offset` is where its next piece begins. For a call that goes through the page cache,
+    `progress` is how far its thread had come, and `repeats` how often it has come back for its first page.
     """
 
     call: object
@@ -39,6 +41,8 @@ class Grant:
     end: int
     next_offset: int
     anywhere: bool
+    progress: tuple[bool, int] | None = None
+    repeats: int = 0
 
 
 @dataclass(slots=True)
@@ -62,7 +66,7 @@ class OpenFile(Generic[NodeT]):
     """One open file description of the mount.
 
     `flags` as in open(2); `tid`, `pid` (0: not looked up yet) and `uid` are the opener's; `direct`: opened with FOPEN_DIRECT_IO; `armed`
-    is the events' word for which accesses make events.
+    is the events' word for which accesses make events; `standing`: it stands for all of its node's, none of which is known.
     """
 
     handle: int
@@ -79,6 +83,7 @@ class OpenFile(Generic[NodeT]):
     known_descriptor: tuple[int, int] | None = None
     descriptor: int | None = None
     users: int = 0
+    standing: bool = False
 
     @property
     def appends(self) -> bool:
@@ -117,6 +122,7 @@ class HandleTable(Generic[NodeT]):
         self._files: dict[int, OpenFile[NodeT]] = {}
         self._recent: OrderedDict[int, OpenFile[NodeT]] = OrderedDict()
         self._of_node: dict[NodeT, list[OpenFile[NodeT]]] = {}
+        self._standing: dict[tuple[NodeT, bool], OpenFile[NodeT]] = {}
         self._next_handle = 1
 
     def __len__(self) -> int:
@@ -146,9 +152,41 @@ class HandleTable(Generic[NodeT]):
         self._close_idle()
         return file
 
+    def standing(self, node: NodeT, armed: object, *, writing: bool) -> OpenFile[NodeT]:
+        """The one that stands for all open files of a node whose openings nobody tells us of, for reading or for writing; its backing
+        file is opened on demand, and it goes with that or with its node."""
+        file = self._standing.get((node, writing))
+        if file is None:
+            flags = os.O_WRONLY if writing else os.O_RDONLY
+            file = OpenFile(self._next_handle, node, flags, armed, False, 0, 0, 0, standing=True)
+            self._next_handle += 1
+            self._stand(file)
+        return file
+
+    def stand_by(self, file: OpenFile[NodeT]) -> None:
+        """Let an open file, which nobody will release, stand for its node from now on."""
+        file.standing = True
+        self._stand(file)
+
+    def _stand(self, file: OpenFile[NodeT]) -> None:
+        if file.handle not in self._files:
+            self._files[file.handle] = file
+            self._of_node.setdefault(file.node, []).append(file)
+        for writing in _uses(file):
+            self._standing.setdefault((file.node, writing), file)
+
+    def forget(self, node: NodeT) -> None:
+        """The kernel has forgotten a node: nothing needs to stand for it."""
+        for file in self.of_node(node):
+            if file.standing:
+                self.release(file.handle)
+
     def get(self, handle: int) -> OpenFile[NodeT]:
-        """The open file of a handle number that the kernel uses; KeyError when it never was."""
-        return self._files[handle]
+        """The open file of a handle number that the kernel uses. Raises OSError EBADF when there is none."""
+        try:
+            return self._files[handle]
+        except KeyError:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF)) from None
 
     def of_node(self, node: NodeT) -> list[OpenFile[NodeT]]:
         """The open files of one node, in the order of their opening."""
@@ -162,6 +200,10 @@ class HandleTable(Generic[NodeT]):
         siblings.remove(file)
         if not siblings:
             del self._of_node[file.node]
+        if file.standing:
+            for writing in _uses(file):
+                if self._standing.get((file.node, writing)) is file:
+                    del self._standing[file.node, writing]
         if file.descriptor is not None:
             os.close(file.descriptor)
             file.descriptor = None
@@ -171,6 +213,9 @@ class HandleTable(Generic[NodeT]):
         """`with` it: the descriptor of its backing file, kept open inside the block. Raises OSError when it cannot be opened again."""
         if file.descriptor is None:
             file.descriptor = self._open_backing(file.node, file.flags & ~_ONCE_ONLY)
+            if file.standing:
+                # It may have gone while somebody waited for a listener.
+                self._stand(file)
             self._recent[file.handle] = file
             self._close_idle()
         elif len(self._files) > self._limit:
@@ -191,11 +236,18 @@ class HandleTable(Generic[NodeT]):
             file.descriptor = None
             del self._recent[handle]
             excess -= 1
+            if file.standing:
+                self.release(handle)
 
     def close(self) -> None:
         """Close every backing file."""
         for handle in list(self._files):
             self.release(handle)
+
+
+def _uses(file: OpenFile[NodeT]) -> tuple[bool, ...]:
+    """What it can stand for: False is reading, True is writing."""
+    return {os.O_RDONLY: (False,), os.O_WRONLY: (True,)}.get(file.flags & os.O_ACCMODE, (False, True))
 
 
 def _could_be_reopened(file: OpenFile[NodeT]) -> bool:

@@ -10,7 +10,7 @@ import trio
 
 from fusehsm import caller
 from fusehsm.abi import FAN_ACCESS_PERM, FAN_OPEN_PERM, Dialect, mask_names
-from fusehsm.events import Access, Armed, EventShape, arm, heard_when, shapes
+from fusehsm.events import Access, AccessKind, Armed, EventShape, arm, heard_when, shapes
 from fusehsm.group import Group, Pending
 from fusehsm.marks import MarkTable, Subject
 from fusehsm.unattended import EventTimeout, Unattended, UnattendedPolicy
@@ -19,6 +19,8 @@ PRE_CONTENT = 2  # Group.priority of FAN_CLASS_PRE_CONTENT
 # How often waiting accessors are looked at for a fatal signal; seconds.
 _KILL_WATCH_INTERVAL = 0.25
 _ORPHANED = -1  # the verdict of a group that closed instead of answering
+# What an accessor that dies leaves at once, whoever is still at work for it: an open(2) must not be left open.
+_INTERRUPTIBLE = frozenset(AccessKind) - {AccessKind.OPEN, AccessKind.READ_DIRECTORY}
 _STRONGER = {Armed.NO: 0, Armed.PRE: 1, Armed.ALL: 2}
 
 
@@ -31,15 +33,29 @@ class Waiter:
     path: bytes
     group: Group | None
     since: float = field(default_factory=time.monotonic)
-    settled: trio.Event = field(default_factory=trio.Event)
-    verdict: int = 0
+    verdict: int | None = None
     answered: bool = False
+    settled: trio.Event | None = None
 
     def settle(self, verdict: int) -> None:
         """End the wait with 0, an errno, or _ORPHANED; the first verdict counts."""
-        if not self.settled.is_set():
+        if self.verdict is None:
             self.verdict = verdict
-            self.settled.set()
+            if self.settled is not None:
+                self.settled.set()
+
+    def hear(self, pending: Pending) -> None:
+        """`Pending.on_answer`: a listener has answered."""
+        self.answered = True
+        self.settle(pending.errno)
+
+    async def wait(self) -> int:
+        """The verdict, once there is one."""
+        if self.verdict is None:
+            self.settled = trio.Event()
+            await self.settled.wait()
+        assert self.verdict is not None
+        return self.verdict
 
 
 def _is_pre_content(shape: EventShape, dialect: Dialect) -> bool:
@@ -204,9 +220,14 @@ class Listeners:
         while True:
             allowed = heard = orphaned = False
             for dialect, shape in self._shapes(access, armed, only):
-                verdict, answered = await self._ask_groups(shape, access, subject, node, dialect)
-                heard |= answered
-                allowed |= answered and _is_pre_content(shape, dialect)
+                verdict = 0
+                for group in self._hearers(shape, subject, dialect):
+                    verdict, answered = await self._ask_group(group, shape, access, node)
+                    if verdict:
+                        break
+                    if answered:
+                        heard = True
+                        allowed |= _is_pre_content(shape, dialect)
                 if verdict == _ORPHANED:
                     orphaned, left = True, shape
                     break
@@ -235,6 +256,13 @@ class Listeners:
                 return allowed
             held = True
 
+    def _hearers(self, shape: EventShape, subject: Subject, dialect: Dialect) -> list[Group]:
+        return [
+            group
+            for group in self.groups
+            if group.dialect is dialect and group.marks.hears(shape.mask, subject)
+        ]
+
     def _shapes(self, access: Access, armed: Armed, only: int) -> Sequence[tuple[Dialect, EventShape]]:
         return [
             (dialect, shape)
@@ -242,18 +270,6 @@ class Listeners:
             for shape in shapes(access, dialect, self._page_size)
             if (not only or shape.mask & only) and heard_when(shape, armed, dialect)
         ]
-
-    async def _ask_groups(
-        self, shape: EventShape, access: Access, subject: Subject, node: object, dialect: Dialect
-    ) -> tuple[int, bool]:
-        """The verdict of all groups that hear the event, and whether any of them has given it."""
-        answered = False
-        for group in [g for g in self.groups if g.dialect is dialect and g.marks.hears(shape.mask, subject)]:
-            verdict, by_listener = await self._ask_group(group, shape, access, node)
-            if verdict:
-                return verdict, by_listener
-            answered |= by_listener
-        return 0, answered
 
     async def _ask_group(
         self, group: Group, shape: EventShape, access: Access, node: object
@@ -263,21 +279,27 @@ class Listeners:
         if group.closed:
             return self._owed_by(group), False
         path = self._path_of(node)
-        pending = group.put(shape, pid=access.pid, tid=access.tid or access.pid, target=node, path=path)
+        handle = group.handle if self._event_timeout is None and access.kind in _INTERRUPTIBLE else None
+        tid = access.tid or access.pid
+        if handle is not None:
+            pending = group.put_taken(shape, pid=access.pid, tid=tid, target=node, path=path)
+        else:
+            pending = group.put(shape, pid=access.pid, tid=tid, target=node, path=path)
         if pending is None:
             return 0, False
         waiter = Waiter(access, shape, path, group)
-
-        def answered(pending: Pending) -> None:
-            waiter.answered = True
-            waiter.settle(pending.errno)
-
-        pending.on_answer = answered
+        pending.on_answer = waiter.hear
         try:
-            await self._wait(waiter)
+            if handle is None:
+                return await self._wait(waiter), waiter.answered
+            self._waiters[id(waiter)] = waiter
+            try:
+                await handle(pending)
+            finally:
+                del self._waiters[id(waiter)]
+            return errno.EIO if waiter.verdict is None else waiter.verdict, waiter.answered
         finally:
             group.withdraw(pending)
-        return waiter.verdict, waiter.answered
 
     def attended(self, subject: Subject) -> bool:
         """Whether a living listener is asked for the subject's content, if perhaps by other events than a dead one's (another dialect)."""
@@ -310,24 +332,36 @@ class Listeners:
         if access.pid == self._own_pid:
             return errno.EDEADLK
         waiter = Waiter(access, shape, self._path_of(node), None)
-        await self._wait(waiter)
-        return waiter.verdict
+        return await self._wait(waiter)
 
-    async def _wait(self, waiter: Waiter) -> None:
+    async def _wait(self, waiter: Waiter) -> int:
         key = id(waiter)
         self._waiters[key] = waiter
         try:
             if self._event_timeout is None:
-                await waiter.settled.wait()
-                return
+                return await waiter.wait()
             with trio.move_on_after(self._event_timeout.seconds):
-                await waiter.settled.wait()
+                return await waiter.wait()
             waiter.settle(self._event_timeout.errno)
+            return await waiter.wait()
         finally:
             del self._waiters[key]
 
+    def interrupted(self, tid: int) -> bool:
+        """A signal has come for a thread: whether it is to die, upon which its waits end with EINTR.
+
+        Anything else does not end them (measured on 6.18: fanotify's wait is not interruptible).
+        """
+        if not caller.is_being_killed(tid):
+            return False
+        for waiter in list(self._waiters.values()):
+            if waiter.access.tid == tid:
+                waiter.settle(errno.EINTR)
+        return True
+
     async def watch_for_kills(self) -> None:
-        """Answer EINTR for accessors that are being killed: until then they cannot die. Runs as long as the mount."""
+        """Answer EINTR for accessors that are being killed: until then they cannot die. Runs as long as the mount; for engines that are
+        not told of interruptions."""
         while True:
             await trio.sleep(_KILL_WATCH_INTERVAL)
             for waiter in list(self._waiters.values()):

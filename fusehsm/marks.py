@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, NamedTuple
 
 from fusehsm.abi import (
     FAN_EVENT_FLAGS,
@@ -34,8 +34,7 @@ from fusehsm.abi import (
 _ALL_BITS: Final = 0xFFFF_FFFF
 
 
-@dataclass(frozen=True, slots=True)
-class Subject:
+class Subject(NamedTuple):
     """What an event is about. ``parents``: every known directory that has a name of it (a file with several names: an
     event does not tell which was used)."""
 

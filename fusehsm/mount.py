@@ -11,20 +11,21 @@ import select
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from fusehsm import control_socket, fusectl, mountinfo, syscalls
+from fusehsm import control_socket, mountinfo, syscalls
 from fusehsm.abi import DIALECTS
+from fusehsm.engines.choice import maps_direct_files_shared
 from fusehsm.mount_options import MountError, MountOptions, Plan, checked
 
 if TYPE_CHECKING:
     import trio
 
+    from fusehsm.engines.base import Engine
     from fusehsm.gate import Gate
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ _END_DEADLINE = 30.0  # seconds for the daemon to end after unmounting
 def mount(options: MountOptions) -> int:
     """Mount; returns the exit code when the mount has ended (foreground) or answers (daemon). Raises MountError, ValueError for bad usage."""
     plan = checked(options)
-    if plan.exact:
+    if plan.exact and not maps_direct_files_shared(options.engine):
         print(
             "fusehsm: note: with --events exact, mmap(MAP_SHARED) of a watched file fails with ENODEV; --events first-access allows it",
             file=sys.stderr,
@@ -146,7 +147,8 @@ def _run_daemon(options: MountOptions, plan: Plan, writer: int) -> None:
 
 def _serve(options: MountOptions, plan: Plan, ready: Callable[[], None]) -> None:
     """Mount and serve until unmounted. Raises MountError when it cannot be mounted."""
-    from fusehsm.engines import pyfuse3 as engine
+    from fusehsm.engines.base import MountRefused
+    from fusehsm.engines.choice import make
     from fusehsm.gate import Gate
     from fusehsm.overlay import Overlay
 
@@ -165,34 +167,28 @@ def _serve(options: MountOptions, plan: Plan, ready: Callable[[], None]) -> None
         page_size=resource.getpagesize(),
         open_limit=open_limit // 2,
     )
-    with _captured_stderr() as complaint:
-        try:
-            engine.mount(
-                engine.Operations(gate, private=plan.private), plan.destination, set(plan.fuse_options)
-            )
-        except RuntimeError as error:
-            reason = complaint().strip().splitlines()
-            raise MountError(
-                f"{plan.destination}: {reason[-1] if reason else error}; see fusehsm doctor"
-            ) from None
+    engine = make(options.engine, gate, private=plan.private)
+    try:
+        engine.mount(plan.destination, plan.fuse_options)
+    except MountRefused as error:
+        raise MountError(str(error)) from None
     unmounted = False
     try:
         device = _device_of(plan.destination)
-        gate.mounted(device, engine.KernelCaches(device))
-        fusectl.raise_background_limit(device)
-        unmounted = _run(gate, plan, device, ready)
+        gate.mounted(device, engine.caches(device))
+        gate.requests = engine.requests
+        unmounted = _run(gate, engine, plan, device, ready)
     finally:
         gate.close()
         engine.close(unmount=not unmounted)
         overlay.close()
 
 
-def _run(gate: Gate, plan: Plan, device: tuple[int, int], ready: Callable[[], None]) -> bool:
+def _run(gate: Gate, engine: Engine, plan: Plan, device: tuple[int, int], ready: Callable[[], None]) -> bool:
     """The event loop; returns whether the filesystem has been unmounted already."""
     import trio
 
     from fusehsm.backends.inprocess import serve_in_process
-    from fusehsm.engines import pyfuse3 as engine
     from fusehsm.self_access import Watchdog, refuse_calls
     from fusehsm.server import serve_control
 
@@ -212,7 +208,6 @@ def _run(gate: Gate, plan: Plan, device: tuple[int, int], ready: Callable[[], No
         async with trio.open_nursery() as nursery:
             await nursery.start(on_signals)
             await nursery.start(serve_control, gate, device)
-            nursery.start_soon(gate.listeners.watch_for_kills)
             if plan.handler is not None:
                 await nursery.start(serve_in_process, gate, plan.handler)
             nursery.start_soon(announce)
@@ -259,25 +254,6 @@ def _device_of(destination: str) -> tuple[int, int]:
     if not found:
         raise MountError(f"{destination}: mounted, but not in /proc/self/mountinfo; see fusehsm doctor")
     return found[-1]
-
-
-@contextmanager
-def _captured_stderr() -> Iterator[Callable[[], str]]:
-    """libfuse says on stderr why a mount failed: catch it, to say it in our one line."""
-    with tempfile.TemporaryFile() as catch:
-        sys.stderr.flush()
-        saved = os.dup(2)
-        os.dup2(catch.fileno(), 2)
-
-        def text() -> str:
-            catch.seek(0)
-            return catch.read().decode(errors="replace")
-
-        try:
-            yield text
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
 
 
 # Unmounting

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, cast
 
 from fusehsm import mountinfo
 from fusehsm.abi import DIALECTS
+from fusehsm.engines.choice import ENGINES, maps_direct_files_shared
 from fusehsm.unattended import EventTimeout, UnattendedPolicy
 
 if TYPE_CHECKING:
     from fusehsm.handler import Handler
 
-ENGINES = ("pyfuse3", "auto")
 EVENT_MODES = ("exact", "first-access", "auto")
 CACHES = ("private", "shared")
 
@@ -81,8 +81,8 @@ def checked(options: MountOptions) -> Plan:
     return Plan(
         source=source,
         destination=destination,
-        # With pyfuse3 a direct_io file cannot be mapped shared (it cannot ask for DIRECT_IO_ALLOW_MMAP), so auto means first-access.
-        exact=options.events == "exact",
+        exact=options.events == "exact"
+        or (options.events == "auto" and maps_direct_files_shared(options.engine)),
         private=options.cache == "private" or (options.cache is None and in_place),
         handler=_import_handler(options.handler) if options.handler else None,
         unattended=unattended,
@@ -172,7 +172,9 @@ def _fuse_options(options: MountOptions, source: str) -> frozenset[str]:
     # A comma would end the option, and pyfuse3 takes ASCII only: such a source is not shown in the list of mounts.
     shown = source if source.isascii() and not set(source) & set(",\\") else "fusehsm"
     given = {word for option in options.options for word in option.split(",") if word}
-    chosen = given | {"default_permissions", "subtype=fusehsm", f"fsname={shown}"}
+    chosen = given | {"default_permissions", "subtype=fusehsm"}
+    if not any(option.startswith("fsname=") for option in given):
+        chosen.add(f"fsname={shown}")
     return frozenset(chosen | ({"allow_other"} if options.allow_other else set()))
 
 

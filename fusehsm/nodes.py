@@ -208,7 +208,10 @@ class NodeTable:
         if generation == old.generation and stat.S_IFMT(now.st_mode) == old.kind:
             self.add_link(old, parent, name)
             return old
-        new = Node(old.id, old.device, old.inode, generation, now.st_mode & 0o170000, parent, name)
+        return self._succeed(old, generation, now.st_mode & 0o170000, parent, name)
+
+    def _succeed(self, old: Node, generation: int, kind: int, parent: Node, name: bytes) -> Node:
+        new = Node(old.id, old.device, old.inode, generation, kind, parent, name)
         # The kernel counts both incarnations' lookups under the one id, and forgets them under it.
         new.lookups = old.lookups
         parent.children += 1
@@ -220,6 +223,22 @@ class NodeTable:
         if self.on_reused is not None:
             self.on_reused(old, new)
         return new
+
+    def enter_unnamed(self, status: os.stat_result, parent: Node, fd: int) -> Node:
+        """The node of a new file without a name (O_TMPFILE) that was made in `parent` and is open as `fd`, with `lookups` 0."""
+        device = self._devices.get(status.st_dev) or self._device(status.st_dev)
+        node_id = self._mapped_id(device, status.st_ino)
+        generation, kind = self._generation(device, fd, b""), status.st_mode & 0o170000
+        name = b"#%d" % status.st_ino  # as in /proc/PID/fd
+        old = self._nodes.get(node_id)
+        if old is not None:
+            node = self._succeed(old, generation, kind, parent, name)
+        else:
+            node = Node(node_id, device, status.st_ino, generation, kind, parent, name)
+            parent.children += 1
+            self._nodes[node_id] = node
+        node.linked = False
+        return node
 
     # links
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import struct
 from collections.abc import Callable
 from typing import Final
 
@@ -242,6 +243,15 @@ class Overlay:
         """stat(2) of the node, through `fd` where one is given (any open file of it)."""
         return self._reach.status(node) if fd is None else os.fstat(fd)
 
+    def birth_time(self, node: Node) -> tuple[int, int] | None:
+        """When the file was made, in seconds since 1970 and nanoseconds; None where the backing does not keep that."""
+        fd = self._reach.path_fd(node)
+        try:
+            born = syscalls.birth_time(fd, b"")
+        finally:
+            os.close(fd)
+        return None if born is None else struct.unpack("=qI", born)
+
     def setattr(
         self, node: Node, changes: AttributeChanges, fd: int | None = None, caller: Caller | None = None
     ) -> tuple[Node, os.stat_result]:
@@ -325,6 +335,26 @@ class Overlay:
             os.close(fd)
             raise
         node.lookups += 1
+        return node, status, fd
+
+    def create_unnamed(
+        self, parent: Node, flags: int, mode: int, caller: Caller
+    ) -> tuple[Node, os.stat_result, int]:
+        """Create and open a regular file without a name (O_TMPFILE); counts one reference, and the descriptor is the caller's to close."""
+        directory = path_of(self._reach.directory_fd(parent))
+        mode = self._creation_mode(self._reach.directory_fd(parent), mode, caller)
+        backing_flags = flags & (_BACKING_FLAGS | os.O_EXCL) | os.O_TMPFILE | os.O_CLOEXEC
+        with self._impersonation.as_caller(caller):
+            fd = self._reach.open(directory, backing_flags, mode)
+        try:
+            attributes.restore_mode(path_of(fd), mode, os.fstat(fd), directory)
+            status = os.fstat(fd)
+            node = self._table.enter_unnamed(status, parent, fd)
+            node.lookups += 1
+            self._reach.pin(node, self._reach.open(path_of(fd), os.O_PATH | os.O_CLOEXEC))
+        except BaseException:
+            os.close(fd)
+            raise
         return node, status, fd
 
     def open_for_event(self, node: Node, flags: int, fd: int | None = None) -> int:

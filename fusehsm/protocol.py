@@ -96,11 +96,26 @@ class Release:
     """Let go what --unattended hold has parked; answered with {"released": count}."""
 
 
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Drop what the kernel has cached of a node that the client has looked up itself (st_dev, st_ino)."""
+
+    major: int
+    minor: int
+    inode: int
+
+
 # Further requests (evict, pin) belong here, and in server.py's table.
-Request = Hello | Mark | Status | Release
-_REQUESTS: dict[str, type[Request]] = {"hello": Hello, "mark": Mark, "status": Status, "release": Release}
+Request = Hello | Mark | Status | Release | Drop
+_REQUESTS: dict[str, type[Request]] = {
+    "hello": Hello,
+    "mark": Mark,
+    "status": Status,
+    "release": Release,
+    "drop": Drop,
+}
 _NAMES = {kind: name for name, kind in _REQUESTS.items()}
-_OPTIONAL = {"dialect": str, "inode": int}
+_OPTIONAL = {(Hello, "dialect"): str, (Mark, "inode"): int}
 
 
 def encode_request(request: Request) -> bytes:
@@ -123,14 +138,14 @@ def decode_request(data: bytes) -> Request:
     if fields.keys() != set(kind.__dataclass_fields__):
         raise ValueError(f"{name}: its fields are {', '.join(kind.__dataclass_fields__) or 'none'}")
     for field, value in fields.items():
-        _check_field(field, value)
+        _check_field(kind, field, value)
     return kind(**fields)
 
 
-def _check_field(field: str, value: object) -> None:
-    if value is None and field in _OPTIONAL:
+def _check_field(kind: type[Request], field: str, value: object) -> None:
+    if value is None and (kind, field) in _OPTIONAL:
         return
-    wanted = _OPTIONAL.get(field, int)
+    wanted = _OPTIONAL.get((kind, field), int)
     if type(value) is not wanted or (isinstance(value, int) and not 0 <= value < 1 << 64):
         raise ValueError(f"{field}: bad value")
 

@@ -29,7 +29,7 @@ from fusehsm.abi import (
 )
 from fusehsm.gate_face import GateFace
 from fusehsm.group import Group, Pending
-from fusehsm.protocol import CREDIT, Hello, Mark, Release, Request, Status, Welcome
+from fusehsm.protocol import CREDIT, Drop, Hello, Mark, Release, Request, Status, Welcome
 
 MOST_GROUPS: Final = 128  # as fs.fanotify.max_user_groups
 MOST_CONNECTIONS: Final = 256
@@ -174,6 +174,10 @@ class _Session:
                 return self._gate.status()
             case Release():
                 return {"released": self._gate.release_held()}
+            case Drop():
+                self._check_device(request.major, request.minor)
+                await self._gate.drop(self._gate.overlay.node(request.inode))
+                return {}
 
     def _hello(self, hello: Hello) -> tuple[Welcome, int]:
         if hello.version != protocol.VERSION:
@@ -202,14 +206,17 @@ class _Session:
             await channel.listen()
         self._nursery.cancel_scope.cancel()
 
+    def _check_device(self, major: int, minor: int) -> None:
+        if (major, minor) != self._server.device:
+            raise OSError(errno.EXDEV, f"not on the fusehsm mount {self._gate.destination} of this group")
+
     async def _mark(self, mark: Mark) -> None:
         if self._channel is None:
             raise OSError(errno.EBADF, "no group on this connection")
         if mark.flags & FAN_MARK_FLUSH:
             await self._gate.mark(self._channel.group, mark.flags, mark.mask, None)
             return
-        if (mark.major, mark.minor) != self._server.device:
-            raise OSError(errno.EXDEV, f"not on the fusehsm mount {self._gate.destination} of this group")
+        self._check_device(mark.major, mark.minor)
         if mark.inode is None:
             raise OSError(errno.EINVAL, "a mark needs an inode")
         node = self._gate.overlay.node(mark.inode)

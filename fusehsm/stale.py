@@ -7,7 +7,9 @@ where accesses are then refused or held.
 """
 
 import errno
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Protocol
 
 import trio
@@ -30,6 +32,9 @@ class CacheControl(Protocol):
     def drop_attributes(self, node_id: int) -> None:
         """Drop the cached attributes of a node; never blocks."""
 
+    def drop_range(self, node_id: int, offset: int, size: int) -> None:
+        """Drop the cached pages of a range in bytes, and the attributes. Blocks like drop_pages."""
+
     def set_page_exact(self, exact: bool) -> None:
         """Whether the kernel should read ahead of a page fault; best effort."""
 
@@ -43,6 +48,7 @@ class StalePages:
         self._listeners = listeners
         self._subject_of = subject_of
         self._tainted: set[int] = set()
+        self._asked: set[int] = set()
         self._limiter = trio.CapacityLimiter(1024)
 
     def __contains__(self, node: Node) -> bool:
@@ -52,9 +58,28 @@ class StalePages:
         """Pages of it may be about to enter the cache, and nobody was asked."""
         self._tainted.add(node_id)
 
+    def asked_for(self, node_id: int) -> None:
+        """Pages of it are about to enter the cache, and a listener has allowed it."""
+        self._asked.add(node_id)
+
     def forget(self, node_id: int) -> None:
         """The kernel has forgotten the node, its pages with it."""
         self._tainted.discard(node_id)
+        self._asked.discard(node_id)
+
+    def unheard(self, node: Node | None) -> list[Node]:
+        """Of that node (None or a directory: of all) those that may have cached pages and whose accesses nobody hears now. When a mark
+        comes to cover them, these pages must go, also those that a listener allowed once: it may have evicted them since."""
+        if node is not None and not node.is_dir:
+            nodes = [node] if node.id in self._tainted or node.id in self._asked else []
+        else:
+            nodes = list(self._known(self._tainted | self._asked))
+        return [found for found in nodes if not self._is_heard(found)]
+
+    def _known(self, node_ids: Iterable[int]) -> Iterator[Node]:
+        for node_id in node_ids:
+            with suppress(OSError):
+                yield self._overlay.node(node_id)
 
     def covered_by(self, group: Group, node: Node | None) -> list[Node]:
         """The nodes that may be heard otherwise since a mark of the group on that node (None: any) has changed."""
@@ -63,10 +88,15 @@ class StalePages:
         nodes = self._overlay.known_nodes() if node is None or node.is_dir else [node]
         return [found for found in nodes if group.marks.watched(self._subject_of(found))]
 
-    async def drop(self, nodes: Iterable[Node]) -> None:
-        """Drop the nodes' cached attributes, and the pages of those that are tainted; returns when they have gone or after a second."""
+    async def drop(self, nodes: Iterable[Node], unheard: Iterable[Node] = ()) -> None:
+        """Drop the nodes' cached attributes, and the pages of those that are tainted, or were `unheard` until now; returns when they have
+        gone or after a second."""
         attributes = [node.id for node in nodes]
-        await self._drop(attributes, self._taken(attributes))
+        pages = self._taken(attributes)
+        newly_heard = {node.id for node in unheard if self._is_heard(node)}
+        self._tainted -= newly_heard
+        self._asked -= newly_heard
+        await self._drop(attributes, list(newly_heard.union(pages)))
 
     async def drop_heard(self, nodes: Iterable[Node]) -> None:
         """drop(), for those of the nodes whose accesses would be asked for now."""
@@ -77,23 +107,34 @@ class StalePages:
         cache = self.cache
         if cache is None or not self._tainted:
             return
-        heard = []
-        for node_id in self._tainted:
-            try:
-                node = self._overlay.node(node_id)
-            except OSError:
-                continue
-            if self._is_heard(node):
-                heard.append(node_id)
-        for node_id in self._taken(heard):
-            trio.lowlevel.start_thread_soon(
-                lambda node_id=node_id: _ignore_unknown(cache.drop_pages, node_id),  # type: ignore[misc]
-                lambda outcome: None,
-            )
+        for node_id in self._taken([node.id for node in self._known(self._tainted) if self._is_heard(node)]):
+            self._soon(cache.drop_pages, node_id)
+
+    def drop_range_later(self, node: Node, offset: int, size: int, delay: float) -> None:
+        """Drop a node's cached pages of a range that is about to be answered, not before so many seconds have passed."""
+        cache = self.cache
+        if cache is None:
+            return
+
+        def drop() -> None:
+            time.sleep(delay)
+            _ignore_unknown(cache.drop_range, node.id, offset, size)
+
+        trio.lowlevel.start_thread_soon(drop, lambda outcome: None)
+
+    def drop_attributes_now(self, node: Node) -> None:
+        """Drop a node's cached attributes."""
+        if self.cache is not None:
+            _ignore_unknown(self.cache.drop_attributes, node.id)
+
+    @staticmethod
+    def _soon(drop: Callable[..., None], *arguments: int) -> None:
+        trio.lowlevel.start_thread_soon(lambda: _ignore_unknown(drop, *arguments), lambda outcome: None)
 
     async def drop_all_of(self, node: Node) -> None:
         """Drop all of a node's cached pages, however they got there; returns when they have gone."""
         self._tainted.discard(node.id)
+        self._asked.discard(node.id)
         cache = self.cache
         if cache is not None:
             await self._in_thread(lambda: _ignore_unknown(cache.drop_pages, node.id))
@@ -128,9 +169,9 @@ class StalePages:
         await trio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=self._limiter)
 
 
-def _ignore_unknown(drop: Callable[[int], None], node_id: int) -> None:
+def _ignore_unknown(drop: Callable[..., None], *arguments: int) -> None:
     try:
-        drop(node_id)
+        drop(*arguments)
     except OSError as error:
         # ENOSYS: the kernel has not begun to talk to this mount (INIT), so it has cached nothing of it.
         if error.errno not in (errno.ENOENT, errno.ENOTCONN, errno.EBADF, errno.ENOSYS):

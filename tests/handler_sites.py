@@ -96,8 +96,8 @@ class InProcessSite(Site):
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        from fusehsm import fusectl, mountinfo
-        from fusehsm.engines import pyfuse3 as engine
+        from fusehsm import mountinfo
+        from fusehsm.engines.choice import make
         from fusehsm.gate import Gate
         from fusehsm.overlay import Overlay
         from fusehsm.unattended import Unattended, UnattendedPolicy
@@ -114,15 +114,12 @@ class InProcessSite(Site):
             open_limit=256,
         )
         self._gate = gate
-        engine.mount(
-            engine.Operations(gate, private=True),
-            str(self.path),
-            {"default_permissions", "allow_other", "subtype=fusehsm", "fsname=in-process"},
-        )
+        engine = make("auto", gate, private=True)
+        options = {"default_permissions", "allow_other", "subtype=fusehsm", "fsname=in-process"}
+        engine.mount(str(self.path), frozenset(options))
         try:
             device = next(m.device for m in mountinfo.read_mounts() if m.mount_point == str(self.path))
-            gate.mounted(device, engine.KernelCaches(device))
-            fusectl.raise_background_limit(device)
+            gate.mounted(device, engine.caches(device))
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(engine.serve)
                 await trio.to_thread.run_sync(os.statvfs, self.path)

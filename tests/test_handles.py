@@ -122,5 +122,5 @@ def test_files_of_a_node(table: HandleTable[Path], tmp_path: Path) -> None:
 def test_an_unknown_handle_is_an_error(table: HandleTable[Path]) -> None:
     calls: list[Callable[[int], object]] = [table.get, table.release]
     for call in calls:
-        with pytest.raises(KeyError):
+        with pytest.raises(OSError):
             call(7)

@@ -8,7 +8,8 @@ import abc
 import errno
 import os
 import types
-from typing import Self
+from collections.abc import Callable, Coroutine
+from typing import Any, Self
 
 from fusehsm.abi import (
     FAN_ALLOW,
@@ -99,6 +100,9 @@ class Group(abc.ABC):
         else:
             response = FAN_DENY
         self.write(encode_response(event.fd, response))
+
+    def offer(self, handle: Callable[[Event], Coroutine[Any, Any, None]]) -> None:  # noqa: B027
+        """Offer to handle events, answers included, in the task of whoever makes them; a group may take that up or not."""
 
     def checked_errno(self, error: int) -> int:
         """What answering with `error` makes the access fail with. Raises OSError EINVAL where write() of that response would."""

@@ -1,9 +1,11 @@
 """A group in the mount's own process, for its handler: no socket, no bytes, the mount's own event loop."""
 
 import errno
+import logging
 import os
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 import trio
 
@@ -31,6 +33,8 @@ from fusehsm.gate_face import GateFace
 from fusehsm.group import Pending
 from fusehsm.handler import Handler, serve
 
+_log = logging.getLogger(__name__)
+
 _ROOT_NODE = 1
 _FLAGS = FAN_CLASS_PRE_CONTENT | FAN_CLOEXEC | FAN_UNLIMITED_QUEUE | FAN_UNLIMITED_MARKS
 _EVENT_F_FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_LARGEFILE
@@ -45,6 +49,8 @@ async def serve_in_process(
 ) -> None:
     """Serve the whole mount with a handler, in the mount's default dialect, until cancelled; started once every access is asked."""
     async with open_in_process(gate) as group_:
+        # This group and its handler live as long as the mount, so no task that handles an event can outlive them.
+        group_.takes_offers = True
         task_status.started()
         await serve(group_, handler, limit=limit)
 
@@ -79,6 +85,8 @@ class InProcessGroup(Group):
         self._readers = trio.lowlevel.ParkingLot()
         self._eventfd: int | None = None
         self._closed = False
+        #: Whether whoever serves the group may handle events in the tasks of their accessors' requests.
+        self.takes_offers = False
         self._group.listener_pid = os.getpid()
         self._group.on_readable = self._wake
         gate.add_group(self._group)
@@ -158,9 +166,12 @@ class InProcessGroup(Group):
         self._show_readable()
         if pending is None:
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-        shape = pending.shape
-        if shape.mask & FAN_Q_OVERFLOW:
-            return [Event(shape.mask, 0, FAN_NOFD, "", None, None, self.dialect)]
+        if pending.shape.mask & FAN_Q_OVERFLOW:
+            return [Event(pending.shape.mask, 0, FAN_NOFD, "", None, None, self.dialect)]
+        return [self._event(pending)]
+
+    def _event(self, pending: Pending) -> Event:
+        """The event's value. Raises OSError when its file cannot be opened, and has denied it then."""
         try:
             fd = self._open(pending)
         except OSError as error:
@@ -172,18 +183,26 @@ class InProcessGroup(Group):
         else:
             if pending.permission:
                 self._taken[fd] = pending
+        shape = pending.shape
         path = os.fsdecode(pending.path)
-        return [
-            Event(
-                shape.mask,
-                self._group.reported_pid(pending),
-                fd,
-                path,
-                shape.offset,
-                shape.count,
-                self.dialect,
-            )
-        ]
+        pid = self._group.reported_pid(pending)
+        return Event(shape.mask, pid, fd, path, shape.offset, shape.count, self.dialect)
+
+    def offer(self, handle: Callable[[Event], Coroutine[Any, Any, None]]) -> None:
+        if not self.takes_offers:
+            return
+
+        async def handled(pending: Pending) -> None:
+            try:
+                event = self._event(pending)
+            except OSError as error:
+                _log.warning(
+                    "an access was denied: its file cannot be opened for the listener: %s", error.strerror
+                )
+            else:
+                await handle(event)
+
+        self._group.handle = handled
 
     def answer(self, event: Event, error: int) -> None:
         pending = self._taken.get(event.fd)
@@ -198,6 +217,7 @@ class InProcessGroup(Group):
         if self._closed:
             return
         self._closed = True
+        self._group.handle = None
         self._group.on_readable = None
         self._gate.remove_group(self._group)
         self._taken.clear()

@@ -9,22 +9,28 @@ import functools
 import logging
 import os
 import stat
-from collections.abc import Callable, Coroutine, Iterable
-from contextlib import closing, suppress
+import sys
+import tempfile
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from contextlib import closing, contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 import pyfuse3
+import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
+from fusehsm import fusectl
 from fusehsm.backing_reads import Buffer
-from fusehsm.filesystem_calls import RENAME_EXCHANGE
+from fusehsm.engines.base import MountRefused
+from fusehsm.engines.cache_policy import CachePolicy
+from fusehsm.engines.filesystem import Filesystem
+from fusehsm.engines.read_ahead import ReadAhead
 from fusehsm.gate import Gate
-from fusehsm.overlay import AttributeChanges, Caller, DirectoryStream, Node
+from fusehsm.overlay import AttributeChanges, Caller, Node
+from fusehsm.stale import CacheControl
 
 log = logging.getLogger(__name__)
 
-_FOREVER = 1e9  # seconds; FUSE has no other word for "until I say so"
-_READ_AHEAD_KB = 128
 _Parameters = ParamSpec("_Parameters")
 _ResultT = TypeVar("_ResultT")
 
@@ -50,24 +56,19 @@ def _errors_to_fuse(
 
 
 class Operations(pyfuse3.Operations):
-    """One mount's requests. `private` tells that the backing changes only through the mount or through event fds."""
+    """One mount's requests."""
 
     supports_dot_lookup = False
     enable_writeback_cache = False
     # The kernel checks rights, so it must know the backing's ACLs: by mode bits alone it would let a group in that an ACL keeps out.
     enable_acl = True
 
-    def __init__(self, gate: Gate, *, private: bool) -> None:
+    def __init__(self, gate: Gate, policy: CachePolicy) -> None:
         super().__init__()
         self._gate = gate
         self._overlay = gate.overlay
-        self._timeout = _FOREVER if private else 1.0
-        self._private = private
-        self._directories: dict[int, tuple[DirectoryStream, Node, int]] = {}
-        self._next_directory = 1
-        self._versions: dict[int, tuple[int, int]] = {}
-        # An ordinary user cannot open for writing what he has just made with mode 0444, unless he makes it by opening it.
-        self._opens_new_files = os.geteuid() == 0
+        self._policy = policy
+        self._filesystem = Filesystem(gate)
 
     # Answers
 
@@ -75,9 +76,8 @@ class Operations(pyfuse3.Operations):
         entry = EntryAttributes()
         entry.st_ino = node.id
         entry.generation = node.generation
-        entry.entry_timeout = self._timeout
-        watched = self._gate.watches(node)
-        entry.attr_timeout = 0 if watched else self._timeout
+        entry.entry_timeout = self._policy.names()
+        entry.attr_timeout = self._policy.attributes(node)
         entry.st_mode = status.st_mode
         entry.st_nlink = status.st_nlink
         entry.st_uid = status.st_uid
@@ -85,18 +85,17 @@ class Operations(pyfuse3.Operations):
         entry.st_rdev = status.st_rdev
         entry.st_size = status.st_size
         entry.st_blksize = status.st_blksize
-        # tar -S takes a file without a single block for one hole and never reads it.
-        entry.st_blocks = status.st_blocks or int(watched and status.st_size > 0 and node.is_regular)
+        entry.st_blocks = self._policy.blocks(node, status)
         entry.st_atime_ns = status.st_atime_ns
         entry.st_mtime_ns = status.st_mtime_ns
         entry.st_ctime_ns = status.st_ctime_ns
         return entry
 
     def _absent(self, parent: Node) -> EntryAttributes:
-        """A name that does not exist, for the kernel to remember; not where a denied O_CREAT would leave a file that it never hears of."""
+        """A name that does not exist, for the kernel to remember."""
         entry = EntryAttributes()
         entry.st_ino = 0
-        entry.entry_timeout = 0 if self._gate.may_deny_new(parent) else self._timeout
+        entry.entry_timeout = self._policy.absence(parent)
         entry.attr_timeout = 0
         return entry
 
@@ -108,22 +107,13 @@ class Operations(pyfuse3.Operations):
 
     @_errors_to_fuse
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
-        parent = self._overlay.node(parent_inode)
-        try:
-            node, status = self._overlay.lookup(parent, name)
-        except FileNotFoundError:
-            return self._absent(parent)
-        return self._attributes(node, status)
+        found = self._filesystem.lookup(parent_inode, name)
+        return self._attributes(*found) if found else self._absent(self._overlay.node(parent_inode))
 
     async def forget(self, inode_list: Iterable[tuple[int, int]]) -> None:
         for node_id, count in inode_list:
-            try:
-                gone = self._overlay.forget(self._overlay.node(node_id), count)
-            except OSError:
-                continue
-            if gone:
-                self._gate.forgotten(node_id)
-                self._versions.pop(node_id, None)
+            if self._gate.forget(node_id, count):
+                self._policy.forgotten(node_id)
 
     @_errors_to_fuse
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
@@ -143,7 +133,7 @@ class Operations(pyfuse3.Operations):
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
         )
         node = self._overlay.node(inode)
-        return self._attributes(*await self._gate.set_attributes(node, changes, fh, self._caller(ctx)))
+        return self._attributes(*await self._gate.set_attributes(node, changes, fh or 0, self._caller(ctx)))
 
     @_errors_to_fuse
     async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
@@ -153,14 +143,7 @@ class Operations(pyfuse3.Operations):
     async def mknod(
         self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext
     ) -> EntryAttributes:
-        try:
-            made = self._overlay.mknod(self._overlay.node(parent_inode), name, mode, rdev, self._caller(ctx))
-        except FileExistsError:
-            if not stat.S_ISREG(mode):
-                raise
-            # Made behind the kernel's back. This may be an open(2) without O_EXCL (see create): ESTALE makes the kernel look again.
-            raise FUSEError(errno.ESTALE) from None
-        return self._attributes(*made)
+        return self._attributes(*self._filesystem.mknod(parent_inode, name, mode, rdev, self._caller(ctx)))
 
     @_errors_to_fuse
     async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
@@ -180,10 +163,7 @@ class Operations(pyfuse3.Operations):
     async def link(
         self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext
     ) -> EntryAttributes:
-        new_parent = self._overlay.node(new_parent_inode)
-        answer = self._overlay.link(self._overlay.node(inode), new_parent, new_name)
-        await self._gate.moved(new_parent, new_name)
-        return self._attributes(*answer)
+        return self._attributes(*await self._filesystem.link(inode, new_parent_inode, new_name))
 
     @_errors_to_fuse
     async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
@@ -203,26 +183,13 @@ class Operations(pyfuse3.Operations):
         flags: int,
         ctx: RequestContext,
     ) -> None:
-        old_parent, new_parent = self._overlay.node(parent_inode_old), self._overlay.node(parent_inode_new)
-        self._overlay.rename(old_parent, name_old, new_parent, name_new, flags)
-        await self._gate.moved(new_parent, name_new)
-        if flags & RENAME_EXCHANGE:
-            await self._gate.moved(old_parent, name_old)
+        await self._filesystem.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags)
 
     # Files
 
     def _file_info(self, handle: int, node: Node, *, direct: bool, keep: bool) -> FileInfo:
-        return FileInfo(fh=handle, direct_io=direct, keep_cache=keep and self._unchanged(handle, node))
-
-    def _unchanged(self, handle: int, node: Node) -> bool:
-        """Whether the file is as it was when the kernel last cached pages of it; only the mount changes a private backing."""
-        if self._private:
-            return True
-        status = self._gate.file_status(handle)
-        version = (status.st_mtime_ns, status.st_size)
-        known = self._versions.get(node.id)
-        self._versions[node.id] = version
-        return known == version
+        keep = keep and self._policy.unchanged(node, self._gate.file_status(handle))
+        return FileInfo(fh=handle, direct_io=direct, keep_cache=keep)
 
     @_errors_to_fuse
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
@@ -234,20 +201,9 @@ class Operations(pyfuse3.Operations):
     async def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
-        parent = self._overlay.node(parent_inode)
-        if self._opens_new_files and self._gate.may_deny_new(parent):
-            # The kernel locks the directory until CREATE is answered, so a listener's answer must not be waited for here: its own lookups
-            # would wait for it. After ENOSYS the kernel makes files with MKNOD, for good, and opens them when it has let the lock go.
-            raise FUSEError(errno.ENOSYS)
-        node, status, descriptor = self._overlay.create(parent, name, flags, mode, self._caller(ctx))
-        try:
-            file, keep = await self._gate.created(node, flags, descriptor, ctx.pid, ctx.uid)
-        except BaseException:
-            # The kernel never hears of the node, so nothing will forget it; nor may it go on believing that there is no such name. It holds
-            # the directory's lock until we have answered, hence asynchronously.
-            self._overlay.forget(node, 1)
-            pyfuse3.invalidate_entry_async(parent_inode, name, ignore_enoent=True)
-            raise
+        file, keep, (node, status) = await self._filesystem.create(
+            parent_inode, name, flags, mode, self._caller(ctx), _forget_name
+        )
         return self._file_info(file.handle, node, direct=file.direct, keep=keep), self._attributes(
             node, status
         )
@@ -256,12 +212,12 @@ class Operations(pyfuse3.Operations):
     async def read(self, fh: int, off: int, size: int) -> Buffer:  # type: ignore[override]
         gate = self._gate
         # pyfuse3 takes any contiguous buffer.
-        return await gate.read(gate.handles.get(fh), off, size)
+        return await gate.content.read(gate.handles.get(fh), off, size)
 
     @_errors_to_fuse
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         gate = self._gate
-        return await gate.write(gate.handles.get(fh), off, buf)
+        return await gate.content.write(gate.handles.get(fh), off, buf)
 
     @_errors_to_fuse
     async def flush(self, fh: int) -> None:
@@ -274,23 +230,17 @@ class Operations(pyfuse3.Operations):
 
     @_errors_to_fuse
     async def fsync(self, fh: int, datasync: bool) -> None:
-        await self._gate.synchronise(fh, datasync)
+        await self._gate.content.synchronise(self._gate.handles.get(fh), datasync)
 
     # Directories
 
     @_errors_to_fuse
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
-        node = self._overlay.node(inode)
-        await self._gate.open_directory(node, ctx.pid)
-        handle = self._next_directory
-        self._next_directory += 1
-        self._directories[handle] = (self._overlay.opendir(node), node, ctx.pid)
-        return handle
+        return await self._filesystem.opendir(inode, ctx.pid)
 
     @_errors_to_fuse
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        stream, node, tid = self._directories[fh]
-        await self._gate.read_directory(node, tid)
+        stream = await self._filesystem.readdir(fh)
         with closing(stream.entries(start_id, dots=True)) as entries:
             for entry in entries:
                 # A reply that was taken counts as a lookup of the entry, one that did not fit does not.
@@ -306,11 +256,11 @@ class Operations(pyfuse3.Operations):
 
     @_errors_to_fuse
     async def releasedir(self, fh: int) -> None:
-        self._directories.pop(fh)[0].close()
+        self._filesystem.releasedir(fh)
 
     @_errors_to_fuse
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
-        self._directories[fh][0].synchronise(datasync)
+        self._filesystem.fsyncdir(fh, data_only=datasync)
 
     # The rest
 
@@ -353,43 +303,84 @@ class Operations(pyfuse3.Operations):
         self._overlay.removexattr(self._overlay.node(inode), name)
 
 
+def _forget_name(parent_id: int, name: bytes) -> None:
+    pyfuse3.invalidate_entry_async(parent_id, name, ignore_enoent=True)
+
+
 class KernelCaches:
     """`gate.CacheControl` through pyfuse3 and sysfs."""
 
     def __init__(self, device: tuple[int, int]) -> None:
-        self._read_ahead = f"/sys/class/bdi/{device[0]}:{device[1]}/read_ahead_kb"
-        self._exact = False
+        self._read_ahead = ReadAhead(device)
 
     def drop_pages(self, node_id: int) -> None:
+        pyfuse3.invalidate_inode(node_id)
+
+    def drop_range(self, node_id: int, offset: int, size: int) -> None:
+        # pyfuse3 knows no ranges.
         pyfuse3.invalidate_inode(node_id)
 
     def drop_attributes(self, node_id: int) -> None:
         pyfuse3.invalidate_inode(node_id, attr_only=True)
 
     def set_page_exact(self, exact: bool) -> None:
-        # Only root may; without it, faults bring in up to 128 KiB, and the events say so.
-        if exact is self._exact:
-            return
-        self._exact = exact
-        with suppress(OSError), open(self._read_ahead, "w", encoding="ascii") as setting:
-            setting.write("0" if exact else str(_READ_AHEAD_KB))
+        # Without root, faults bring in up to 128 KiB, and the events say so.
+        self._read_ahead.switch(off=exact)
 
 
-def mount(operations: Operations, mount_point: str, options: set[str]) -> None:
-    """Mount; raises RuntimeError when fuse_session_mount fails (it has then printed why on stderr)."""
-    pyfuse3.init(operations, mount_point, options)
+class PyFuse3:
+    """`base.Engine`."""
+
+    def __init__(self, gate: Gate, *, private: bool) -> None:
+        self._gate = gate
+        self._operations = Operations(gate, CachePolicy(gate, private=private))
+
+    def mount(self, mount_point: str, options: frozenset[str]) -> None:
+        with _captured_stderr() as complaint:
+            try:
+                pyfuse3.init(self._operations, mount_point, set(options))
+            except RuntimeError as error:
+                reason = complaint().strip().splitlines()
+                raise MountRefused(
+                    f"{mount_point}: {reason[-1] if reason else error}; see fusehsm doctor"
+                ) from None
+
+    def caches(self, device: tuple[int, int]) -> CacheControl:
+        # pyfuse3 cannot ask for it in INIT.
+        fusectl.raise_background_limit(device)
+        return KernelCaches(device)
+
+    async def serve(self) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._gate.listeners.watch_for_kills)
+            # Waiting events must never use up the tasks, so there may be any number.
+            await pyfuse3.main(min_tasks=4, max_tasks=1_000_000)
+            nursery.cancel_scope.cancel()
+
+    def stop(self) -> None:
+        pyfuse3.terminate()
+
+    def close(self, *, unmount: bool) -> None:
+        pyfuse3.close(unmount=unmount)
+
+    def requests(self) -> dict[str, int]:
+        return {}
 
 
-async def serve() -> None:
-    """Answer requests until the filesystem is unmounted. Waiting events must never use up the tasks, so there may be any number."""
-    await pyfuse3.main(min_tasks=4, max_tasks=1_000_000)
+@contextmanager
+def _captured_stderr() -> Iterator[Callable[[], str]]:
+    """libfuse says on stderr why a mount failed: catch it, to say it in our one line."""
+    with tempfile.TemporaryFile() as catch:
+        sys.stderr.flush()
+        saved = os.dup(2)
+        os.dup2(catch.fileno(), 2)
 
+        def text() -> str:
+            catch.seek(0)
+            return catch.read().decode(errors="replace")
 
-def stop() -> None:
-    """Make `serve` return."""
-    pyfuse3.terminate()
-
-
-def close(*, unmount: bool) -> None:
-    """Free the session, after `serve` has returned."""
-    pyfuse3.close(unmount=unmount)
+        try:
+            yield text
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)

@@ -1,0 +1,324 @@
+"""Content and its accesses: no byte passes before the listeners have allowed it.
+
+The rule that must never break: no byte of a watched file goes to an accessor or into the kernel's page cache unless an allowed event covered
+it.
+"""
+
+import errno
+import os
+import time
+from collections.abc import Callable, Iterable
+
+import trio
+
+from fusehsm import caller
+from fusehsm import filesystem_calls as syscalls
+from fusehsm.backing_reads import BackingReader, Buffer
+from fusehsm.events import Access, AccessKind, Armed
+from fusehsm.explain import Accessor, Explainer, Explanation
+from fusehsm.handles import DeniedFill, Direction, HandleTable, OpenFile
+from fusehsm.listeners import Listeners
+from fusehsm.marks import Subject
+from fusehsm.overlay import Node, Overlay
+from fusehsm.ranges import RangeSet
+from fusehsm.stale import StalePages
+
+# The kernel asks up to three times for a page that was refused: read-ahead, then the page alone, then once more with the mmap lock held (measured
+# on 6.18, within 0.3 ms). A call that goes on can be told from the same call made again; a fault cannot, so only time tells.
+_FILL_REPEATS = 2
+_SAME_CALL_SECONDS = 1.0
+_SAME_FAULT_SECONDS = 0.05
+# A node whose last event is not older than this is not believed at all, so its attributes need not be dropped at the next one; seconds.
+_LIVELY = 0.01
+
+
+# How long a page that a call passes through the page cache stays there: as long as the call needs it (measured on 6.18, idle), before the
+# next such call comes. Doubled whenever the call comes back because it was not enough.
+_PASSING_SECONDS = 0.00002
+
+
+class Content:
+    """What is done to the content of a mount's files.
+
+    Everywhere `tid` is the accessing thread, 0 where the engine does not know it.
+    """
+
+    def __init__(
+        self,
+        overlay: Overlay,
+        listeners: Listeners,
+        handles: HandleTable[Node],
+        stale: StalePages,
+        explainer: Explainer,
+        subject_of: Callable[[Node], Subject],
+    ) -> None:
+        self._overlay = overlay
+        self._listeners = listeners
+        self._handles = handles
+        self._stale = stale
+        self._explainer = explainer
+        self._subject_of = subject_of
+        self._filled: dict[int, RangeSet] = {}
+        self._events: dict[int, float] = {}
+        self._reader = BackingReader()
+        self._copiers = trio.CapacityLimiter(64)
+
+    def forgotten(self, node_id: int) -> None:
+        """The kernel has forgotten a node, its pages with it."""
+        self._filled.pop(node_id, None)
+        self._events.pop(node_id, None)
+
+    def dropped(self, node: Node) -> None:
+        """A node's pages are about to be dropped, and its mappings to be asked for again: it may have been evicted."""
+        self._filled.pop(node.id, None)
+
+    def seconds_since_event(self, node: Node) -> float | None:
+        """How long ago a listener was last given a descriptor of the node, 0 when it was just now; None when it never was."""
+        last = self._events.get(node.id)
+        if last is None:
+            return None
+        quiet = time.monotonic() - last
+        return quiet if quiet > _LIVELY else 0.0
+
+    async def _ask(self, access: Access, subject: Subject, node: Node, armed: Armed) -> bool:
+        """listeners.ask(); if somebody was asked, what the kernel knows of the node's attributes counts for nothing afterwards."""
+        asked = True
+        try:
+            asked = await self._listeners.ask(access, subject, node, armed=armed)
+            return asked
+        finally:
+            if asked:
+                now = time.monotonic()
+                if now - self._events.get(node.id, 0.0) > _LIVELY:
+                    self._stale.drop_attributes_now(node)
+                self._events[node.id] = now
+
+    async def read(
+        self, file: OpenFile[Node], offset: int, size: int, tid: int = 0, fills: bool | None = None
+    ) -> Buffer:
+        """Up to `size` bytes at `offset`; fewer only at the end of the file. `fills`: whether they are for the page cache, None where the
+        engine does not say. Raises OSError."""
+        listeners = self._listeners
+        if listeners.idle:
+            self._stale.taint(file.node.id)
+            return await self._read_backing(file, offset, size)
+        subject = self._subject_of(file.node)
+        who = self._explainer.accessor(file, tid)
+        if file.direct:
+            explanation = await self._explainer.read(file, offset, size, who, fills)
+        else:
+            fill = Access(AccessKind.FILL, offset, size, who.pid, who.tid)
+            explanation = Explanation((fill,), who.tid, Direction.READ, fills=True)
+        if explanation.fills and file.denied is not None:
+            self._deny_repeat(file, explanation, offset, size, who)
+        allowed = not explanation.accesses
+        try:
+            for access in explanation.accesses:
+                allowed |= await self._ask(access, subject, file.node, _armed(file))
+            if explanation.fills and not allowed and file.direct and listeners.attended(subject):
+                # A writable mapping's fault is asked for by writing alone (patch-v2), and what it brings in can be read.
+                fill = Access(AccessKind.FILL, offset, size, who.pid, who.tid)
+                allowed = await self._ask(fill, subject, file.node, _armed(file))
+        except OSError as error:
+            if explanation.fills and error.errno is not None:
+                self._denied(file, explanation, offset, size, error.errno, who)
+            raise
+        if allowed:
+            self._allowed(file, explanation)
+        if explanation.fills or (fills is None and self._explainer.is_fill(offset, size)):
+            if allowed:
+                self._stale.asked_for(file.node.id)
+            else:
+                self._stale.taint(file.node.id)
+        if fills is None and not file.direct:
+            self._filled.setdefault(file.node.id, RangeSet()).add(offset, offset + size)
+        data = await self._read_backing(file, offset, size)
+        if explanation.passing:
+            grant = file.grants.get((explanation.tid, explanation.direction))
+            delay = _PASSING_SECONDS * 2 ** min(grant.repeats if grant is not None else 0, 10)
+            self._stale.drop_range_later(file.node, offset, size, delay)
+        return data
+
+    def _allowed(self, file: OpenFile[Node], explanation: Explanation) -> None:
+        if explanation.grant is not None:
+            if explanation.passing or explanation.grant.end > explanation.grant.next_offset:
+                file.grants[explanation.tid, explanation.direction] = explanation.grant
+            else:
+                file.grants.pop((explanation.tid, explanation.direction), None)
+        # Where every fault makes its own event, a mapping announces nothing.
+        if all(dialect.map_event for dialect in self._listeners.dialects):
+            for start, end in explanation.announces:
+                file.announced.add(start, end)
+
+    def _denied(
+        self,
+        file: OpenFile[Node],
+        explanation: Explanation,
+        offset: int,
+        size: int,
+        number: int,
+        who: Accessor,
+    ) -> None:
+        waits = self._explainer.blocked_in(who, explanation.call)
+        in_call = waits is not None and waits[0].number != caller.PAGE_FAULT
+        window = _SAME_CALL_SECONDS if in_call else _SAME_FAULT_SECONDS
+        file.denied = DeniedFill(
+            waits, offset, offset + size, number, _FILL_REPEATS, time.monotonic() + window
+        )
+
+    def _deny_repeat(
+        self, file: OpenFile[Node], explanation: Explanation, offset: int, size: int, who: Accessor
+    ) -> None:
+        denied = file.denied
+        assert denied is not None
+        if denied.repeats_left <= 0 or time.monotonic() > denied.expires:
+            file.denied = None
+            return
+        overlaps = offset < denied.end and denied.start < offset + size
+        if overlaps and self._explainer.blocked_in(who, explanation.call) == denied.waits:
+            denied.repeats_left -= 1
+            raise OSError(denied.errno, os.strerror(denied.errno))
+
+    async def _read_backing(self, file: OpenFile[Node], offset: int, size: int) -> Buffer:
+        with self._handles.backing(file) as descriptor:
+            return await self._reader.read(descriptor, offset, size)
+
+    async def write(
+        self,
+        file: OpenFile[Node],
+        offset: int,
+        data: Buffer,
+        tid: int = 0,
+        *,
+        uid: int | None = None,
+        write_back: bool | None = None,
+        durable: int = 0,
+    ) -> int:
+        """Write `data` at `offset`; returns the number of bytes written. Raises OSError.
+
+        `uid`: for whom set-id bits must go (None: for the opener). `write_back`: whether it is the page cache that writes, None where the
+        engine does not say. `durable`: RWF_DSYNC or RWF_SYNC of pwritev2(2).
+        """
+        if (
+            not write_back
+            and not self._listeners.idle
+            and (file.armed is not Armed.NO or self._listeners.asks_unarmed)
+        ):
+            await self._ask_write(file, offset, len(data), tid, write_back)
+        with self._handles.backing(file) as descriptor:
+            self._overlay.before_write(file.node, descriptor, file.uid if uid is None else uid)
+            if durable:
+                written = await trio.to_thread.run_sync(
+                    os.pwritev, descriptor, [data], offset, durable, limiter=self._copiers
+                )
+            else:
+                written = os.pwrite(descriptor, data, offset)
+        self.modified(file.node)
+        return written
+
+    async def _ask_write(
+        self, file: OpenFile[Node], offset: int, size: int, tid: int, write_back: bool | None
+    ) -> None:
+        who = self._explainer.accessor(file, tid)
+        explanation = self._explainer.write(file, offset, size, who)
+        if explanation is None:
+            filled = self._filled.get(file.node.id)
+            if (
+                write_back is None
+                and not file.direct
+                and filled is not None
+                and filled.covers(offset, offset + size)
+            ):
+                # Write-back of a mapping: memory reclaim waits for it, so it must never wait for a listener. The event that let the page in
+                # has covered it.
+                return
+            explanation = Explanation(
+                (Access(AccessKind.WRITE, offset, size, who.pid, who.tid),), who.tid, Direction.WRITE
+            )
+        subject = self._subject_of(file.node)
+        for access in explanation.accesses:
+            await self._ask(access, subject, file.node, _armed(file))
+        # Also when nobody was asked: a write takes nothing out, and its pieces are one call.
+        self._allowed(file, explanation)
+
+    async def truncate(self, node: Node, size: int, tid: int) -> None:
+        """Ask for a truncation to `size`, which the caller then makes. Raises OSError."""
+        if self._listeners.idle:
+            return
+        access = Access(AccessKind.TRUNCATE, size, 0, caller.process_of(tid), tid, writable=True)
+        # Truncation is asked by path: how the file was armed does not matter (measured on 6.18).
+        await self._ask(access, self._subject_of(node), node, Armed.ALL)
+
+    async def allocate(
+        self, file: OpenFile[Node], mode: int, offset: int, length: int, tid: int, uid: int
+    ) -> None:
+        """fallocate(2). Raises OSError."""
+        if not self._listeners.idle:
+            who = self._explainer.accessor(file, tid)
+            access = Access(AccessKind.FALLOCATE, offset, length, who.pid, who.tid)
+            await self._ask(access, self._subject_of(file.node), file.node, _armed(file))
+        with self._handles.backing(file) as descriptor:
+            self._overlay.before_write(file.node, descriptor, uid)
+            await trio.to_thread.run_sync(
+                syscalls.fallocate, descriptor, mode, offset, length, limiter=self._copiers
+            )
+        self.modified(file.node)
+
+    async def copy(
+        self,
+        source: OpenFile[Node],
+        source_offset: int,
+        target: OpenFile[Node],
+        target_offset: int,
+        length: int,
+        tid: int,
+        uid: int,
+    ) -> int:
+        """copy_file_range(2); returns the number of bytes copied. Raises OSError."""
+        if not self._listeners.idle:
+            for file, kind, offset in (
+                (source, AccessKind.READ, source_offset),
+                (target, AccessKind.WRITE, target_offset),
+            ):
+                who = self._explainer.accessor(file, tid)
+                access = Access(kind, offset, length, who.pid, who.tid)
+                await self._ask(access, self._subject_of(file.node), file.node, _armed(file))
+        with self._handles.backing(source) as readable, self._handles.backing(target) as writable:
+            self._overlay.before_write(target.node, writable, uid)
+            copied = await trio.to_thread.run_sync(
+                syscalls.copy, readable, source_offset, writable, target_offset, length, limiter=self._copiers
+            )
+        self.modified(target.node)
+        return copied
+
+    def seek(self, file: OpenFile[Node], offset: int, whence: int) -> int:
+        """lseek(2) with SEEK_DATA or SEEK_HOLE; of a watched file all is data. Raises OSError."""
+        with self._handles.backing(file) as descriptor:
+            if self._listeners.idle or not self._listeners.watches(self._subject_of(file.node)):
+                return os.lseek(descriptor, offset, whence)
+            size = os.fstat(descriptor).st_size
+        if not 0 <= offset < size:
+            raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
+        return offset if whence == os.SEEK_DATA else size
+
+    async def synchronise(self, file: OpenFile[Node], data_only: bool) -> None:
+        """fsync(2) or fdatasync(2) of an open file. Raises OSError."""
+        with self._handles.backing(file) as descriptor:
+            await self._reader.synchronise(descriptor, data_only)
+
+    def modified(self, node: Node) -> None:
+        """The node's content has changed: ignore marks that do not survive that go."""
+        changed = [group.marks.modified(node.id, node.parents()) for group in self._listeners.groups]
+        if any(changed):
+            # Not waited for: the kernel may hold pages of it locked until this write is answered.
+            self._stale.drop_heard_soon()
+
+    def forget_announced(self, files: Iterable[OpenFile[Node]]) -> None:
+        """What mappings announced under other marks is asked for again: it may have been evicted since."""
+        for file in files:
+            file.announced.clear()
+
+
+def _armed(file: OpenFile[Node]) -> Armed:
+    assert isinstance(file.armed, Armed)
+    return file.armed

@@ -1,0 +1,31 @@
+"""What carries FUSE requests: the interface that every engine has."""
+
+from typing import Protocol
+
+from fusehsm.stale import CacheControl
+
+
+class MountRefused(Exception):
+    """It cannot be mounted: one line with the cause and the mend."""
+
+
+class Engine(Protocol):
+    """One mount's requests, from mounting to the end. Made by choice.make()."""
+
+    def mount(self, mount_point: str, options: frozenset[str]) -> None:
+        """Mount; `options` as `-o` of mount.fuse3(8). Raises MountRefused."""
+
+    def caches(self, device: tuple[int, int]) -> CacheControl:
+        """The kernel's caches of this mount, whose (major, minor) is `device`."""
+
+    async def serve(self) -> None:
+        """Answer requests until the filesystem is unmounted, or stop() is called."""
+
+    def stop(self) -> None:
+        """Make `serve` return."""
+
+    def close(self, *, unmount: bool) -> None:
+        """Free everything, after `serve` has returned."""
+
+    def requests(self) -> dict[str, int]:
+        """How many requests have come, by their names in fuse.h; empty when the engine does not count."""

@@ -1,0 +1,56 @@
+"""How long the kernel may believe what an engine tells it of names and attributes."""
+
+import os
+from typing import Final
+
+from fusehsm.gate import Gate
+from fusehsm.overlay import Node
+
+FOREVER: Final = 1e9  # seconds; FUSE has no other word for "until I say so"
+_SHARED: Final = 1.0  # seconds for which a backing that others change too is believed
+
+
+class CachePolicy:
+    """One mount's. `private` tells that the backing changes only through the mount or through event fds."""
+
+    def __init__(self, gate: Gate, *, private: bool) -> None:
+        self.private = private
+        self._gate = gate
+        self._longest = FOREVER if private else _SHARED
+        self._versions: dict[int, tuple[int, int]] = {}
+
+    def names(self) -> float:
+        """Seconds for which a name leads to what it led to."""
+        return self._longest
+
+    def absence(self, parent: Node) -> float:
+        """Seconds for which there is no such name; none where a denied O_CREAT would leave a file that the kernel never hears of."""
+        return 0.0 if self._gate.may_deny_new(parent) else self._longest
+
+    def attributes(self, node: Node) -> float:
+        """Seconds for which a node's attributes hold.
+
+        A listener may go on filling a file through its event fd, which nobody tells us, but the longer it has been left alone the less
+        likely: as acregmin and acregmax in nfs(5), a file is believed for as long as it has been quiet.
+        """
+        quiet = self._gate.seconds_since_event(node)
+        return self._longest if quiet is None else min(quiet, self._longest)
+
+    def blocks(self, node: Node, status: os.stat_result) -> int:
+        """st_blocks to show: tar -S takes a file without a single block for one hole and never reads it."""
+        if status.st_blocks or not status.st_size or not node.is_regular:
+            return status.st_blocks
+        return int(self._gate.watches(node))
+
+    def unchanged(self, node: Node, status: os.stat_result) -> bool:
+        """Whether the file is as it was when this was last asked, so that the kernel's pages of it may stay."""
+        if self.private:
+            return True
+        version = (status.st_mtime_ns, status.st_size)
+        known = self._versions.get(node.id)
+        self._versions[node.id] = version
+        return known == version
+
+    def forgotten(self, node_id: int) -> None:
+        """The kernel has forgotten a node."""
+        self._versions.pop(node_id, None)

@@ -1,0 +1,42 @@
+"""Which engine a mount gets."""
+
+from __future__ import annotations
+
+import platform
+import re
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from fusehsm.engines.base import Engine
+    from fusehsm.gate import Gate
+
+ENGINES: Final = ("pyfuse3", "devfuse", "auto")
+# The first kernel that maps FOPEN_DIRECT_IO files shared, if asked for it in INIT (fuse.h: protocol 7.39).
+_SHARED_DIRECT_MAPPINGS: Final = (6, 6)
+
+
+def resolved(name: str) -> str:
+    """The engine's name for `auto`."""
+    return "pyfuse3" if name == "auto" else name
+
+
+def maps_direct_files_shared(name: str) -> bool:
+    """Whether MAP_SHARED works for the files of exact mode with that engine on this kernel."""
+    return resolved(name) == "devfuse" and _kernel() >= _SHARED_DIRECT_MAPPINGS
+
+
+def make(name: str, gate: Gate, *, private: bool) -> Engine:
+    """The engine of that name, not mounted yet. `private` tells that the backing changes only through the mount or through event fds."""
+    # Imported here because each wants what the other does without: pyfuse3 its library.
+    if resolved(name) == "devfuse":
+        from fusehsm.engines.devfuse import DevFuse
+
+        return DevFuse(gate, private=private)
+    from fusehsm.engines.pyfuse3 import PyFuse3
+
+    return PyFuse3(gate, private=private)
+
+
+def _kernel() -> tuple[int, int]:
+    found = re.match(r"(\d+)\.(\d+)", platform.release())
+    return (int(found[1]), int(found[2])) if found else (0, 0)

@@ -1,0 +1,331 @@
+"""The engine that reads /dev/fuse itself: mounting, the loop of requests, interruptions, and what is told to the kernel unasked.
+
+How a request costs little: whichever worker finds one answers it itself, in the same task, and only when the answer has to wait is another
+worker woken (or made) to read meanwhile. So what needs no waiting spawns nothing, and any number may wait.
+"""
+
+import errno
+import logging
+import os
+from contextlib import suppress
+from typing import Final
+
+import trio
+
+from fusehsm.engines import fuse_mount
+from fusehsm.engines import fuse_protocol as protocol
+from fusehsm.engines.cache_policy import CachePolicy
+from fusehsm.engines.fuse_operations import Answer, Body, Operations
+from fusehsm.engines.fuse_protocol import Init, Opcode, Request
+from fusehsm.engines.read_ahead import ReadAhead
+from fusehsm.gate import Gate
+from fusehsm.stale import CacheControl
+from fusehsm.suspension import noting_suspension
+
+log = logging.getLogger(__name__)
+
+_WANTED: Final = (
+    Init.ASYNC_READ
+    | Init.BIG_WRITES
+    | Init.DO_READDIRPLUS
+    | Init.READDIRPLUS_AUTO
+    | Init.ASYNC_DIO
+    | Init.NO_OPEN_SUPPORT
+    | Init.NO_OPENDIR_SUPPORT
+    | Init.PARALLEL_DIROPS
+    | Init.HANDLE_KILLPRIV_V2
+    # The kernel checks rights, so it must know the backing's ACLs: by mode bits alone it would let a group in that an ACL keeps out.
+    | Init.POSIX_ACL
+    | Init.MAX_PAGES
+    | Init.INIT_EXT
+)
+_BODIES: Final = (bytes, bytearray, memoryview)
+_AT_ONCE: Final = 64  # requests answered before other tasks get their turn
+_IDLE_WORKERS: Final = 64  # kept for the next requests that have to wait
+_BIG: Final = 1 << 16  # bytes of a request from which on its buffer is given away instead of copied
+_KILL_WATCH_INTERVAL: Final = 0.25  # seconds
+# What may be answered before it is done: nothing remains of it that the kernel would have to take back.
+_LEAVES_NOTHING: Final = frozenset(
+    (
+        Opcode.READ,
+        Opcode.WRITE,
+        Opcode.SETATTR,
+        Opcode.FALLOCATE,
+        Opcode.COPY_FILE_RANGE,
+        Opcode.COPY_FILE_RANGE_64,
+    )
+)
+_NEVER_ANSWERED: Final = frozenset(
+    (Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT, Opcode.NOTIFY_REPLY)
+)
+
+
+class DevFuse:
+    """`base.Engine`."""
+
+    def __init__(self, gate: Gate, *, private: bool) -> None:
+        self._gate = gate
+        self._policy = CachePolicy(gate, private=private)
+        # Where every access of content comes through the page cache, openings tell nothing that matters: after one ENOSYS the kernel opens
+        # and closes by itself. A backing that others change must be looked at when it is opened, though.
+        self._tells_opens = gate.exact or not private or gate.default_dialect.open_event
+        self._operations = Operations(
+            gate, self._policy, tells_opens=self._tells_opens, forget_name=self._forget_name
+        )
+        self._answers = {
+            **self._operations.table(),
+            Opcode.INIT: self._init,
+            Opcode.INTERRUPT: self._interrupt,
+        }
+        self._counts = [0] * (max(Opcode) + 1)
+        self._waiting: dict[int, Request] = {}  # what waits for something, by `unique`
+        self._interrupted: dict[int, Request] = {}  # what waits although a signal has come
+        self._interruption = trio.Event()
+        self._connection: fuse_mount.Connection | None = None
+        self._mount_point = ""
+        self._device = -1  # its descriptor
+        self._view = memoryview(bytearray(protocol.BUFFER_SIZE))
+        self._reader: object | None = None  # the worker that reads, or answers and has not had to wait yet
+        self._idle = trio.lowlevel.ParkingLot()
+        self._scope = trio.CancelScope()
+        self._nursery: trio.Nursery | None = None
+
+    # Life
+
+    def mount(self, mount_point: str, options: frozenset[str]) -> None:
+        self._connection = fuse_mount.mount(mount_point, options)
+        self._device = self._connection.descriptor
+        self._mount_point = mount_point
+
+    def caches(self, device: tuple[int, int]) -> CacheControl:
+        return KernelCaches(self._device, device)
+
+    async def serve(self) -> None:
+        with self._scope:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                nursery.start_soon(self._watch_the_interrupted)
+                nursery.start_soon(self._work)
+
+    def stop(self) -> None:
+        self._scope.cancel()
+
+    def close(self, *, unmount: bool) -> None:
+        if unmount:
+            with suppress(OSError):
+                fuse_mount.unmount(self._mount_point, lazily=True)
+        if self._connection is not None:
+            self._connection.close()
+
+    def requests(self) -> dict[str, int]:
+        return {Opcode(number).name: count for number, count in enumerate(self._counts) if count}
+
+    # The loop
+
+    async def _work(self) -> None:
+        worker = object()
+        answered = 0
+        while True:
+            while self._reader is not worker:
+                if self._reader is None:
+                    self._reader = worker
+                elif len(self._idle) >= _IDLE_WORKERS:
+                    return
+                else:
+                    await self._idle.park()
+            request = self._read()
+            if request is None:
+                answered = 0
+                await trio.lowlevel.wait_readable(self._device)
+                continue
+            answer = self._start(request)
+            if answer is not None:
+                self._waiting[request.unique] = request
+                await self._finish(request, answer)
+            answered += 1
+            if answered >= _AT_ONCE:
+                answered = 0
+                await trio.lowlevel.checkpoint()
+
+    def _let_another_read(self) -> None:
+        self._reader = None
+        if self._idle:
+            self._idle.unpark()
+        else:
+            assert self._nursery is not None
+            self._nursery.start_soon(self._work)
+
+    def _read(self) -> Request | None:
+        """The next request; None when there is none now. Ends `serve` when the filesystem has been unmounted."""
+        try:
+            size = os.readv(self._device, (self._view,))
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            if error.errno == errno.ENODEV:
+                self._scope.cancel()
+            elif error.errno not in (
+                errno.EINTR,
+                errno.ENOENT,
+            ):  # ENOENT: it was interrupted before it could be read
+                raise
+            return None
+        data: bytes | memoryview
+        if size < _BIG:
+            data = bytes(self._view[:size])
+        else:
+            data = self._view[:size]
+            self._view = memoryview(bytearray(protocol.BUFFER_SIZE))
+        try:
+            return protocol.decode_request(data)
+        except ValueError as error:
+            # Without a header there is nobody to answer.
+            log.error("/dev/fuse: %s", error)
+            return None
+
+    def _start(self, request: Request) -> Answer | None:
+        """Answer, if that needs no waiting; else what is left to do."""
+        opcode = request.opcode
+        answer = self._answers.get(opcode)
+        if answer is None:
+            self._send(protocol.failure(request.unique, errno.ENOSYS))
+            return None
+        self._counts[opcode] += 1
+        try:
+            result = answer(request)
+        except Exception as error:
+            self._fail(request, error)
+            return None
+        if not isinstance(result, _BODIES):
+            return result
+        if opcode not in _NEVER_ANSWERED:
+            self._reply(request, result)
+        return None
+
+    async def _finish(self, request: Request, answer: Answer) -> None:
+        result: Body = b""
+        failure: BaseException | None = None
+        try:
+            result = await noting_suspension(answer, self._let_another_read)
+        except trio.Cancelled:
+            failure = OSError(errno.EIO, os.strerror(errno.EIO))
+            raise
+        except Exception as error:
+            failure = error
+        finally:
+            self._interrupted.pop(request.unique, None)
+            # Otherwise its accessor has gone, with EINTR.
+            if self._waiting.pop(request.unique, None) is not None:
+                if failure is None:
+                    self._reply(request, result)
+                else:
+                    self._fail(request, failure)
+
+    def _reply(self, request: Request, body: Body) -> None:
+        if len(body) < _BIG:
+            self._send(protocol.reply(request.unique, bytes(body)))
+            return
+        header = protocol.OUT_HEADER.pack(protocol.OUT_HEADER.size + len(body), 0, request.unique)
+        with suppress(FileNotFoundError):
+            os.writev(self._device, [header, body])
+
+    def _fail(self, request: Request, error: BaseException) -> None:
+        number = errno.EIO
+        if isinstance(error, OSError) and error.errno is not None:
+            number = error.errno
+        else:
+            log.error("a request failed: %s", request, exc_info=error)
+        if request.opcode not in _NEVER_ANSWERED:
+            self._send(protocol.failure(request.unique, number))
+
+    def _send(self, message: bytes) -> None:
+        try:
+            os.write(self._device, message)
+        except OSError as error:
+            # ENOENT: nobody waits for it any more; ENODEV, EPERM: the filesystem is gone.
+            if error.errno not in (errno.ENOENT, errno.ENODEV, errno.EPERM):
+                log.error("an answer was not taken: %s", error)
+
+    # Special requests
+
+    def _init(self, request: Request) -> bytes:
+        major, minor, max_readahead, flags = protocol.INIT_IN.unpack_from(request.body)
+        if major != protocol.MAJOR or minor < protocol.OLDEST_MINOR:
+            log.error("FUSE protocol %d.%d: too old; needs Linux 5.10 or later", major, minor)
+            raise OSError(errno.EPROTO, os.strerror(errno.EPROTO))
+        if flags & Init.INIT_EXT:
+            flags |= protocol.INIT_IN_FLAGS2.unpack_from(request.body, protocol.INIT_IN.size)[0] << 32
+        wanted = _WANTED
+        if self._policy.private:
+            wanted |= Init.CACHE_SYMLINKS
+        else:
+            wanted |= Init.AUTO_INVAL_DATA
+        if self._tells_opens:
+            # Otherwise O_TRUNC would be lost with the OPEN that is not sent.
+            wanted |= Init.ATOMIC_O_TRUNC
+        if self._gate.exact:
+            wanted |= Init.DIRECT_IO_ALLOW_MMAP
+            if os.geteuid() != 0:
+                # Nobody may switch it off later, when there are marks.
+                max_readahead = 0
+        self._operations.negotiated = Init(flags & wanted)
+        return protocol.init_out(min(minor, protocol.NEWEST_MINOR), max_readahead, flags & wanted)
+
+    def _interrupt(self, request: Request) -> bytes:
+        (unique,) = protocol.INTERRUPT_IN.unpack_from(request.body)
+        waiting = self._waiting.get(unique)
+        if waiting is not None and not self._let_die(waiting):
+            # The kernel tells of the first signal only; another may come that kills.
+            self._interrupted[unique] = waiting
+            self._interruption.set()
+        return b""
+
+    def _let_die(self, request: Request) -> bool:
+        """Answer EINTR if its accessor is being killed, which until then cannot die; whether it is."""
+        if not self._gate.interrupted(request.pid):
+            return False
+        if request.opcode in _LEAVES_NOTHING and self._waiting.pop(request.unique, None) is not None:
+            self._send(protocol.failure(request.unique, errno.EINTR))
+        return True
+
+    async def _watch_the_interrupted(self) -> None:
+        """Look after accessors that have had a signal and did not die of it. Sleeps while there is none."""
+        while True:
+            await self._interruption.wait()
+            await trio.sleep(_KILL_WATCH_INTERVAL)
+            for unique, request in list(self._interrupted.items()):
+                if self._let_die(request):
+                    self._interrupted.pop(unique, None)
+            if not self._interrupted:
+                self._interruption = trio.Event()
+
+    def _forget_name(self, parent_id: int, name: bytes) -> None:
+        # The kernel holds the directory's lock until the request is answered that brought us here.
+        message = protocol.invalidate_entry(parent_id, name)
+        descriptor = self._device
+
+        def tell() -> None:
+            with suppress(OSError):
+                os.write(descriptor, message)
+
+        trio.lowlevel.start_thread_soon(tell, lambda outcome: None)
+
+
+class KernelCaches:
+    """`stale.CacheControl` by notifications."""
+
+    def __init__(self, descriptor: int, device: tuple[int, int]) -> None:
+        self._descriptor = descriptor
+        self._read_ahead = ReadAhead(device)
+
+    def drop_pages(self, node_id: int) -> None:
+        os.write(self._descriptor, protocol.invalidate_inode(node_id, 0, 0))
+
+    def drop_range(self, node_id: int, offset: int, size: int) -> None:
+        os.write(self._descriptor, protocol.invalidate_inode(node_id, offset, size))
+
+    def drop_attributes(self, node_id: int) -> None:
+        os.write(self._descriptor, protocol.invalidate_inode(node_id, -1, 0))
+
+    def set_page_exact(self, exact: bool) -> None:
+        self._read_ahead.switch(off=exact)

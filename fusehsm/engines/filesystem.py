@@ -1,0 +1,121 @@
+"""The filesystem as every engine serves it: names, directories and opening, where there is more to it than one call of the overlay.
+
+Node ids and handles are the numbers that the kernel uses. Everything raises OSError.
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+
+from fusehsm.directory import DirectoryStream
+from fusehsm.gate import Gate
+from fusehsm.handles import OpenFile
+from fusehsm.overlay import RENAME_EXCHANGE, Caller, Node
+
+Found = tuple[Node, os.stat_result]
+
+
+class Filesystem:
+    """One mount's."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+        self._overlay = gate.overlay
+        self._directories: dict[int, tuple[DirectoryStream, Node, int]] = {}
+        self._next_directory = 1
+        # An ordinary user cannot open for writing what he has just made with mode 0444, unless he makes it by opening it.
+        self._opens_new_files = os.geteuid() == 0
+
+    def lookup(self, parent_id: int, name: bytes) -> Found | None:
+        """What a name leads to; None for a name that does not exist."""
+        try:
+            return self._overlay.lookup(self._overlay.node(parent_id), name)
+        except FileNotFoundError:
+            return None
+
+    def mknod(self, parent_id: int, name: bytes, mode: int, device: int, caller: Caller) -> Found:
+        """Make a file that is no directory and no symbolic link."""
+        try:
+            return self._overlay.mknod(self._overlay.node(parent_id), name, mode, device, caller)
+        except FileExistsError:
+            if not stat.S_ISREG(mode):
+                raise
+            # Made behind the kernel's back. This may be an open(2) without O_EXCL (see create): ESTALE makes the kernel look again.
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from None
+
+    async def link(self, node_id: int, new_parent_id: int, new_name: bytes) -> Found:
+        """Give a file another name."""
+        new_parent = self._overlay.node(new_parent_id)
+        answer = self._overlay.link(self._overlay.node(node_id), new_parent, new_name)
+        await self._gate.moved(new_parent, new_name)
+        return answer
+
+    async def rename(
+        self, old_parent_id: int, old_name: bytes, new_parent_id: int, new_name: bytes, flags: int
+    ) -> None:
+        """renameat2(2)."""
+        old_parent, new_parent = self._overlay.node(old_parent_id), self._overlay.node(new_parent_id)
+        self._overlay.rename(old_parent, old_name, new_parent, new_name, flags)
+        await self._gate.moved(new_parent, new_name)
+        if flags & RENAME_EXCHANGE:
+            await self._gate.moved(old_parent, old_name)
+
+    async def create(
+        self,
+        parent_id: int,
+        name: bytes,
+        flags: int,
+        mode: int,
+        caller: Caller,
+        forget_name: Callable[[int, bytes], None],
+    ) -> tuple[OpenFile[Node], bool, Found]:
+        """Make and open a file; also says whether the kernel's pages of it may stay. `forget_name` makes the kernel forget what it knows
+        of a name, and must not wait for it."""
+        parent = self._overlay.node(parent_id)
+        if self._opens_new_files and self._gate.may_deny_new(parent):
+            # The kernel locks the directory until CREATE is answered, so a listener's answer must not be waited for here: its own lookups
+            # would wait for it. After ENOSYS the kernel makes files with MKNOD, for good, and opens them when it has let the lock go.
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        node, status, descriptor = self._overlay.create(parent, name, flags, mode, caller)
+        try:
+            file, keep = await self._gate.created(node, flags, descriptor, caller.pid, caller.uid)
+        except BaseException:
+            # The kernel never hears of the node, so nothing will forget it; nor may it go on believing that there is no such name. It holds
+            # the directory's lock until we have answered.
+            self._overlay.forget(node, 1)
+            forget_name(parent_id, name)
+            raise
+        return file, keep, (node, status)
+
+    # Directories
+
+    async def opendir(self, node_id: int, tid: int) -> int:
+        """Open a directory; returns its handle."""
+        node = self._overlay.node(node_id)
+        await self._gate.open_directory(node, tid)
+        handle = self._next_directory
+        self._next_directory += 1
+        self._directories[handle] = (self._overlay.opendir(node), node, tid)
+        return handle
+
+    async def readdir(self, handle: int) -> DirectoryStream:
+        """Ask for the permission to read entries of an open directory."""
+        stream, node, tid = self._directory(handle)
+        await self._gate.read_directory(node, tid)
+        return stream
+
+    def fsyncdir(self, handle: int, *, data_only: bool) -> None:
+        """fsync(2) or fdatasync(2) of an open directory."""
+        self._directory(handle)[0].synchronise(data_only)
+
+    def releasedir(self, handle: int) -> None:
+        """The kernel has closed a directory."""
+        self._directory(handle)
+        self._directories.pop(handle)[0].close()
+
+    def _directory(self, handle: int) -> tuple[DirectoryStream, Node, int]:
+        try:
+            return self._directories[handle]
+        except KeyError:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF)) from None

@@ -1,0 +1,250 @@
+"""Mounting and unmounting for an engine that reads /dev/fuse itself: by mount(2) where that is permitted, else through fusermount3."""
+
+import errno
+import logging
+import os
+import re
+import shutil
+import socket
+import stat
+import struct
+import subprocess
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final
+
+from fusehsm import mountinfo, syscalls
+from fusehsm.engines.base import MountRefused as MountRefused
+
+log = logging.getLogger(__name__)
+
+_HELPER: Final = "fusermount3"
+_SUBTYPE: Final = mountinfo.FILESYSTEM_TYPE.partition(".")[2]
+_HELPER_END: Final = 10.0  # seconds for fusermount3 to end once nothing keeps it
+_UMOUNT_NOFOLLOW: Final = 8  # umount2(2)
+# MS_NOSUID and MS_NODEV, which libfuse's parse_mount_opts() and fusermount3 begin with, for root as well.
+_DEFAULT_FLAGS: Final = 0x2 | 0x4
+
+# A flag of mount(2), the option that sets it, the option that clears it.
+_FLAGS: Final = (
+    (0x1, "ro", "rw"),
+    (0x2, "nosuid", "suid"),
+    (0x4, "nodev", "dev"),
+    (0x8, "noexec", "exec"),
+    (0x10, "sync", "async"),
+    (0x80, "dirsync", None),
+    (0x100, "nosymfollow", "symfollow"),
+    (0x400, "noatime", "atime"),
+    (0x800, "nodiratime", "diratime"),
+    (0x100_0000, "strictatime", "nostrictatime"),
+    (0x200_0000, "lazytime", "nolazytime"),
+)
+# The mount's source, and what the kernel takes as data; the contexts are SELinux's.
+_TAKEN: Final = re.compile(
+    "fsname=.+|allow_other|default_permissions|max_read=[0-9]{1,9}|(fs|def|root)?context=.+", re.DOTALL
+)
+_IGNORED: Final = re.compile(
+    # Words for whoever reads /etc/fstab (fstab(5), mount(8), systemd.mount(5)): they say nothing about the mount itself.
+    "(?s)[xX]-.*|comment=.*|user=.*|defaults|(no)?(auto|user|users|owner|group)|nofail|_netdev"
+    # What the kernel does unasked by now: its access times, and what libfuse 2 had options for.
+    "|(no)?relatime|nonempty|big_writes|large_read|intr",
+)
+_REFUSED: Final = {
+    **dict.fromkeys(("fd", "rootmode", "user_id", "group_id", "subtype"), "fusehsm sets that; leave it out"),
+    # The kernel has no such check, and passing allow_other instead would let everybody in.
+    "allow_root": "this engine cannot let root in and nobody else; use --allow-other or --engine pyfuse3",
+    "debug": "it is libfuse's; use --engine pyfuse3",
+    "max_read": "not a number of bytes; give one",
+    "fsname": "empty; give a name",
+}
+_MOUNT_MENDS: Final = {
+    errno.EPERM: "mounting needs CAP_SYS_ADMIN, which a container must be given",
+    errno.ENOENT: "create it with mkdir -p",
+    errno.EINVAL: "leave out the -o options that this kernel lacks",
+}
+# What fusermount3 says: what to do about it. The first that is found counts.
+_MENDS: Final = (
+    ("user_allow_other", "put the line user_allow_other into /etc/fuse.conf"),
+    ("unknown option", "leave it out, or mount as root and without auto_unmount"),
+    ("no write access|not owned by user", "an ordinary user mounts only on his own directories"),
+    ("is forbidden", "use a DST on an ordinary filesystem"),
+    ("mount_max", "unmount some of them"),
+    ("No such file", "create it with mkdir -p"),
+    ("Permission denied", "use a directory that you may enter"),
+    ("Operation not permitted", "fusermount3 must be set-uid root; a container must be given CAP_SYS_ADMIN"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """A mount's end that requests are read from: a descriptor of /dev/fuse, close-on-exec and non-blocking.
+
+    With auto_unmount, fusermount3 unmounts when nobody has `keeper` open any more, thus at the latest when this process ends. Before
+    that it looks whether the mount is dead, as root, who may not look into an ordinary user's mount without allow_other (measured: 3.14).
+    """
+
+    descriptor: int
+    keeper: socket.socket | None = None
+    helper: "subprocess.Popen[bytes] | None" = None
+
+    def close(self) -> None:
+        """Give the mount up: if it still stands, whoever uses it gets ENOTCONN, and with auto_unmount it goes."""
+        # Before the keeper: fusermount3 then opens the mount, and waits if somebody might still answer.
+        os.close(self.descriptor)
+        if self.keeper is not None and self.helper is not None:
+            self.keeper.close()
+            with suppress(subprocess.TimeoutExpired):
+                self.helper.wait(_HELPER_END)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """The options, understood: `flags` for mount(2); `words` that give fusermount3 the same flags; `data` for the kernel."""
+
+    source: str
+    flags: int
+    words: tuple[str, ...]
+    data: tuple[str, ...]
+    auto_unmount: bool
+
+
+def mount(mount_point: str, options: frozenset[str]) -> Connection:
+    """Mount on a directory; it stands from then on, though nobody has answered INIT yet, so that whoever looks into it waits.
+
+    `options`: each one of mount(8)'s, or of those of mount.fuse3(8) that are not for libfuse. They have no order, so none may contradict
+    another. The value of fsname= may hold any character, commas too. Raises MountRefused.
+    """
+    asked = _understood(options)
+    try:
+        os.stat(f"{mount_point}/")  # fails unless it is a directory
+    except OSError as error:
+        mend = _MOUNT_MENDS.get(error.errno or 0, "use a directory that you may enter")
+        raise MountRefused(f"{mount_point}: {error.strerror}; {mend}") from None
+    descriptor = _open_device()
+    try:
+        if not asked.auto_unmount and _mounted_directly(mount_point, asked, descriptor):
+            os.set_blocking(descriptor, False)
+            return Connection(descriptor)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return _mount_through_helper(mount_point, asked)
+
+
+def unmount(mount_point: str, *, lazily: bool) -> None:
+    """Unmount the fusehsm mount at that real path; `lazily`: although it is in use (MNT_DETACH in umount2(2)).
+
+    Raises OSError: EINVAL where no fusehsm mount is on top there, EBUSY where files are open and not `lazily`, else as umount2(2) does.
+    """
+    found = [mount_.is_fusehsm for mount_ in mountinfo.read_mounts() if mount_.mount_point == mount_point]
+    if not found or not found[-1]:
+        # With SRC = DST, SRC may be a mount itself, and must not go when ours has gone already.
+        raise OSError(errno.EINVAL, "not a fusehsm mount", mount_point)
+    try:
+        flags = _UMOUNT_NOFOLLOW | (syscalls.MNT_DETACH if lazily else 0)
+        syscalls.umount2(os.fsencode(mount_point), flags)
+        return
+    except PermissionError:
+        if os.geteuid() == 0:
+            raise
+    command = [_HELPER, "-u", *(["-z"] if lazily else []), "--", mount_point]
+    done = subprocess.run(command, check=False, stdin=subprocess.DEVNULL, capture_output=True)
+    if done.returncode:
+        said = _last_line(done.stderr)
+        number = next((n for n in errno.errorcode if said.endswith(os.strerror(n))), errno.EPERM)
+        raise OSError(number, said, mount_point)
+
+
+def _understood(options: frozenset[str]) -> _Asked:
+    flags, words = _DEFAULT_FLAGS, []
+    for flag, setting, clearing in _FLAGS:
+        if {setting, clearing} <= options:
+            raise MountRefused(f"-o {setting},{clearing}: they contradict each other; give one")
+        if setting in options:
+            flags |= flag
+            words.append(setting)
+        elif clearing in options and flags & flag:
+            flags &= ~flag
+            words.append(clearing)
+    known = {f"subtype={_SUBTYPE}", "auto_unmount", *(word for _, *pair in _FLAGS for word in pair)}
+    taken: dict[str, str] = {}
+    for option in sorted(options - known):
+        name = option.partition("=")[0]
+        if name in taken:
+            raise MountRefused(f"-o {option}: another {name} is given too; give one")
+        if _TAKEN.fullmatch(option):
+            taken[name] = option
+        elif name in _REFUSED:
+            raise MountRefused(f"-o {option}: {_REFUSED[name]}")
+        elif not _IGNORED.fullmatch(option):
+            raise MountRefused(f"-o {option}: not an option of this mount; leave it out")
+    source = taken.pop("fsname", f"fsname={_SUBTYPE}").removeprefix("fsname=")
+    return _Asked(source, flags, tuple(words), tuple(taken.values()), "auto_unmount" in options)
+
+
+def _open_device() -> int:
+    try:
+        return os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        command = "chmod 666 /dev/fuse" if error.errno == errno.EACCES else "modprobe fuse"
+        raise MountRefused(f"/dev/fuse: {error.strerror}; run {command} as root") from None
+
+
+def _mounted_directly(mount_point: str, asked: _Asked, descriptor: int) -> bool:
+    """Whether mount(2) has mounted it; not, where an ordinary user needs fusermount3 for that. Raises MountRefused."""
+    ours = f"fd={descriptor},rootmode={stat.S_IFDIR:o},user_id={os.getuid()},group_id={os.getgid()}"
+    words = (asked.source, mount_point, mountinfo.FILESYSTEM_TYPE, ",".join((ours, *asked.data)))
+    source, target, kind, data = map(os.fsencode, words)
+    try:
+        syscalls.mount(source, target, kind, asked.flags, data)
+    except OSError as error:
+        if error.errno == errno.EPERM and os.geteuid() != 0:
+            return False
+        mend = _MOUNT_MENDS.get(error.errno or 0, "see fusehsm doctor")
+        raise MountRefused(f"{mount_point}: {error.strerror}; {mend}") from None
+    return True
+
+
+def _mount_through_helper(mount_point: str, asked: _Asked) -> Connection:
+    """As mount.c of libfuse does it: fusermount3 mounts, and sends the descriptor over the socket named in its environment."""
+    program = shutil.which(_HELPER)
+    if program is None:
+        raise MountRefused(f"{_HELPER}: not found; install the package fuse3")
+    source = re.sub(r"[\\,]", r"\\\g<0>", asked.source)
+    words = (*asked.words, *asked.data, f"subtype={_SUBTYPE}", f"fsname={source}")
+    ours, theirs = socket.socketpair()
+    # Not a pipe for its words: with auto_unmount it would have to be kept.
+    with open(os.memfd_create(_HELPER), "w+b") as said:
+        with theirs:
+            helper = subprocess.Popen(
+                [_HELPER, "-o", ",".join(words) + ",auto_unmount" * asked.auto_unmount, "--", mount_point],
+                executable=program,
+                env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno())},
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=said,
+            )
+        # Not recv_fds(): in Python 3.11 that drops the flag.
+        _, ancillary, _, _ = ours.recvmsg(1, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
+        if not (ancillary and asked.auto_unmount):
+            ours.close()
+            helper.wait()
+        said.seek(0)
+        complaint = said.read()
+    if not ancillary:
+        text = _last_line(complaint)
+        mend = next((mend for pattern, mend in _MENDS if re.search(pattern, text)), "see fusehsm doctor")
+        raise MountRefused(f"{mount_point}: {text}; {mend}")
+    if complaint:
+        log.warning("%s: %s", mount_point, _last_line(complaint))
+    if asked.auto_unmount and os.geteuid() != 0 and "allow_other" not in asked.data:
+        log.warning("%s: -o auto_unmount may do nothing for ordinary users without allow_other", mount_point)
+    (descriptor,) = struct.unpack("=i", ancillary[0][2])
+    os.set_blocking(descriptor, False)
+    return Connection(descriptor, *((ours, helper) if asked.auto_unmount else ()))
+
+
+def _last_line(said: bytes) -> str:
+    return os.fsdecode(said).strip().rpartition("\n")[2].removeprefix(f"{_HELPER}: ") or f"{_HELPER} failed"

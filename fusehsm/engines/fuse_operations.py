@@ -1,0 +1,473 @@
+"""Every request that the kernel sends to such a filesystem, taken apart, done, and its answer put into bytes.
+
+A method of the table returns the answer's body, or a coroutine that does where a listener or a disk may have to be waited for. It raises
+OSError to answer with an errno, struct.error or ValueError for what the kernel does not send. Opcodes that have no method here get ENOSYS,
+which the kernel remembers: it then does without (POLL, BMAP, IOCTL), or by itself (FLUSH, file locks).
+"""
+
+import errno
+import os
+import stat
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine
+from contextlib import closing
+from typing import Any, Final
+
+from fusehsm.directory import DirectoryStream
+from fusehsm.engines import fuse_protocol as protocol
+from fusehsm.engines.cache_policy import CachePolicy
+from fusehsm.engines.filesystem import Filesystem, Found
+from fusehsm.engines.fuse_protocol import Attribute, Attributes, Init, Opcode, Request
+from fusehsm.gate import Gate
+from fusehsm.handles import OpenFile
+from fusehsm.overlay import TIME_NOW, AttributeChanges, Caller, Node
+
+Body = bytes | bytearray | memoryview
+Answer = Coroutine[Any, Any, Body]
+Method = Callable[[Request], Body | Answer]
+
+_DONE: Final = b""
+_SECOND: Final = 1_000_000_000  # nanoseconds
+_STREAMS: Final = 64  # directories that are being read without having been opened
+_RWF_DSYNC, _RWF_SYNC = 0x2, 0x4  # pwritev2(2)
+
+
+class Operations:
+    """One mount's. `tells_opens`: whether the kernel shall send OPEN and OPENDIR; `forget_name` makes it forget a name in a directory,
+    without waiting for it."""
+
+    def __init__(
+        self, gate: Gate, policy: CachePolicy, *, tells_opens: bool, forget_name: Callable[[int, bytes], None]
+    ) -> None:
+        self._gate = gate
+        self._overlay = gate.overlay
+        self._content = gate.content
+        self._handles = gate.handles
+        self._policy = policy
+        self._filesystem = Filesystem(gate)
+        self._tells_opens = tells_opens
+        self._forget_name = forget_name
+        self._streams: OrderedDict[int, DirectoryStream] = OrderedDict()
+        self._makes_by_opening = tells_opens or os.geteuid() != 0
+        self.negotiated = Init(0)
+
+    def table(self) -> dict[int, Method]:
+        """What answers each opcode."""
+        return {
+            Opcode.LOOKUP: self.lookup,
+            Opcode.FORGET: self.forget,
+            Opcode.BATCH_FORGET: self.batch_forget,
+            Opcode.GETATTR: self.getattr,
+            Opcode.SETATTR: self.setattr,
+            Opcode.STATX: self.statx,
+            Opcode.READLINK: self.readlink,
+            Opcode.SYMLINK: self.symlink,
+            Opcode.MKNOD: self.mknod,
+            Opcode.MKDIR: self.mkdir,
+            Opcode.UNLINK: self.unlink,
+            Opcode.RMDIR: self.rmdir,
+            Opcode.RENAME: self.rename,
+            Opcode.RENAME2: self.rename2,
+            Opcode.LINK: self.link,
+            Opcode.OPEN: self.open,
+            Opcode.CREATE: self.create,
+            Opcode.TMPFILE: self.tmpfile,
+            Opcode.READ: self.read,
+            Opcode.WRITE: self.write,
+            Opcode.RELEASE: self.release,
+            Opcode.FSYNC: self.fsync,
+            Opcode.FALLOCATE: self.fallocate,
+            Opcode.LSEEK: self.lseek,
+            Opcode.COPY_FILE_RANGE: self.copy_file_range,
+            Opcode.COPY_FILE_RANGE_64: self.copy_file_range_64,
+            Opcode.OPENDIR: self.opendir,
+            Opcode.READDIR: self.readdir,
+            Opcode.READDIRPLUS: self.readdirplus,
+            Opcode.RELEASEDIR: self.releasedir,
+            Opcode.FSYNCDIR: self.fsyncdir,
+            Opcode.STATFS: self.statfs,
+            Opcode.ACCESS: self.access,
+            Opcode.SETXATTR: self.setxattr,
+            Opcode.GETXATTR: self.getxattr,
+            Opcode.LISTXATTR: self.listxattr,
+            Opcode.REMOVEXATTR: self.removexattr,
+            Opcode.DESTROY: lambda request: _DONE,
+        }
+
+    # Answers
+
+    def _attributes(self, node: Node, status: os.stat_result) -> Attributes:
+        policy = self._policy
+        return Attributes(
+            node.id, node.generation, policy.attributes(node), status, policy.blocks(node, status)
+        )
+
+    def _entry(self, found: Found) -> bytes:
+        return protocol.entry_out(self._attributes(*found), self._policy.names())
+
+    @staticmethod
+    def _caller(request: Request, umask: int = 0) -> Caller:
+        return Caller(request.uid, request.gid, request.pid, umask)
+
+    # Names
+
+    def lookup(self, request: Request) -> bytes:
+        (name,) = protocol.names_in(request.body, 0, 1)
+        found = self._filesystem.lookup(request.node_id, name)
+        if found is None:
+            return protocol.absent_out(self._policy.absence(self._overlay.node(request.node_id)))
+        return self._entry(found)
+
+    def forget(self, request: Request) -> bytes:
+        (count,) = protocol.FORGET_IN.unpack_from(request.body)
+        self._forget(request.node_id, count)
+        return _DONE
+
+    def batch_forget(self, request: Request) -> bytes:
+        count, _ = protocol.BATCH_FORGET_IN.unpack_from(request.body)
+        start, size = protocol.BATCH_FORGET_IN.size, protocol.FORGET_ONE.size
+        for node_id, lookups in protocol.FORGET_ONE.iter_unpack(request.body[start : start + count * size]):
+            self._forget(node_id, lookups)
+        return _DONE
+
+    def _forget(self, node_id: int, count: int) -> None:
+        if self._gate.forget(node_id, count):
+            self._policy.forgotten(node_id)
+            stream = self._streams.pop(node_id, None)
+            if stream is not None:
+                stream.close()
+
+    def readlink(self, request: Request) -> bytes:
+        return self._overlay.readlink(self._overlay.node(request.node_id))
+
+    def symlink(self, request: Request) -> bytes:
+        name, target = protocol.names_in(request.body, 0, 2)
+        parent = self._overlay.node(request.node_id)
+        return self._entry(self._overlay.symlink(parent, name, target, self._caller(request)))
+
+    def mknod(self, request: Request) -> bytes:
+        mode, device, umask, _ = protocol.MKNOD_IN.unpack_from(request.body)
+        (name,) = protocol.names_in(request.body, protocol.MKNOD_IN.size, 1)
+        number = protocol.number_of_device(device)
+        return self._entry(
+            self._filesystem.mknod(request.node_id, name, mode, number, self._caller(request, umask))
+        )
+
+    def mkdir(self, request: Request) -> bytes:
+        mode, umask = protocol.MKDIR_IN.unpack_from(request.body)
+        (name,) = protocol.names_in(request.body, protocol.MKDIR_IN.size, 1)
+        parent = self._overlay.node(request.node_id)
+        return self._entry(self._overlay.mkdir(parent, name, mode, self._caller(request, umask)))
+
+    def unlink(self, request: Request) -> bytes:
+        (name,) = protocol.names_in(request.body, 0, 1)
+        self._overlay.unlink(self._overlay.node(request.node_id), name)
+        return _DONE
+
+    def rmdir(self, request: Request) -> bytes:
+        (name,) = protocol.names_in(request.body, 0, 1)
+        self._overlay.rmdir(self._overlay.node(request.node_id), name)
+        return _DONE
+
+    def rename(self, request: Request) -> Answer:
+        (new_parent,) = protocol.RENAME_IN.unpack_from(request.body)
+        names = protocol.names_in(request.body, protocol.RENAME_IN.size, 2)
+        return self._rename(request.node_id, new_parent, names, 0)
+
+    def rename2(self, request: Request) -> Answer:
+        new_parent, flags, _ = protocol.RENAME2_IN.unpack_from(request.body)
+        names = protocol.names_in(request.body, protocol.RENAME2_IN.size, 2)
+        return self._rename(request.node_id, new_parent, names, flags)
+
+    async def _rename(self, parent: int, new_parent: int, names: list[bytes], flags: int) -> bytes:
+        await self._filesystem.rename(parent, names[0], new_parent, names[1], flags)
+        return _DONE
+
+    async def link(self, request: Request) -> bytes:
+        (node_id,) = protocol.LINK_IN.unpack_from(request.body)
+        (name,) = protocol.names_in(request.body, protocol.LINK_IN.size, 1)
+        return self._entry(await self._filesystem.link(node_id, request.node_id, name))
+
+    # Attributes
+
+    def getattr(self, request: Request) -> bytes:
+        node = self._overlay.node(request.node_id)
+        return protocol.attr_out(self._attributes(node, self._overlay.getattr(node)))
+
+    def statx(self, request: Request) -> bytes:
+        protocol.STATX_IN.unpack_from(request.body)
+        node = self._overlay.node(request.node_id)
+        attributes = self._attributes(node, self._overlay.getattr(node))
+        return protocol.statx_out(attributes, self._overlay.birth_time(node))
+
+    async def setattr(self, request: Request) -> bytes:
+        fields = protocol.SETATTR_IN.unpack_from(request.body)
+        valid, _, handle, size, _, atime, mtime, _, atime_ns, mtime_ns, _, mode, _, uid, gid, _ = fields
+        changes = AttributeChanges(
+            mode=stat.S_IMODE(mode) if valid & Attribute.MODE else None,
+            uid=uid if valid & Attribute.UID else None,
+            gid=gid if valid & Attribute.GID else None,
+            size=size if valid & Attribute.SIZE else None,
+            atime_ns=_time(valid, Attribute.ATIME, Attribute.ATIME_NOW, atime, atime_ns),
+            mtime_ns=_time(valid, Attribute.MTIME, Attribute.MTIME_NOW, mtime, mtime_ns),
+        )
+        node = self._overlay.node(request.node_id)
+        handle = handle if valid & Attribute.FH else 0
+        found = await self._gate.set_attributes(node, changes, handle, self._caller(request))
+        return protocol.attr_out(self._attributes(*found))
+
+    def statfs(self, request: Request) -> bytes:
+        found = self._overlay.statfs()
+        return protocol.STATFS_OUT.pack(
+            found.f_blocks,
+            found.f_bfree,
+            found.f_bavail,
+            found.f_files,
+            found.f_ffree,
+            found.f_bsize,
+            found.f_namemax,
+            found.f_frsize,
+        )
+
+    def access(self, request: Request) -> bytes:
+        mask, _ = protocol.ACCESS_IN.unpack_from(request.body)
+        if not self._overlay.access(self._overlay.node(request.node_id), mask):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        return _DONE
+
+    # Files
+
+    def _file(self, node_id: int, handle: int, *, writing: bool) -> OpenFile[Node]:
+        if handle:
+            return self._handles.get(handle)
+        return self._gate.unopened(self._overlay.node(node_id), writing=writing)
+
+    def _opened(self, file: OpenFile[Node], *, keep: bool) -> bytes:
+        flags = 0
+        if file.direct:
+            flags |= protocol.FOPEN_DIRECT_IO | protocol.FOPEN_PARALLEL_DIRECT_WRITES
+        if keep and self._policy.unchanged(file.node, self._gate.file_status(file.handle)):
+            flags |= protocol.FOPEN_KEEP_CACHE
+        return protocol.OPEN_OUT.pack(file.handle, flags, 0)
+
+    async def open(self, request: Request) -> bytes:
+        if not self._tells_opens and self.negotiated & Init.NO_OPEN_SUPPORT:
+            raise _no_such_call()
+        flags, _ = protocol.OPEN_IN.unpack_from(request.body)
+        node = self._overlay.node(request.node_id)
+        file, keep = await self._gate.open(node, flags, request.pid, request.uid)
+        return self._opened(file, keep=keep)
+
+    async def create(self, request: Request) -> bytes:
+        flags, mode, umask, _ = protocol.CREATE_IN.unpack_from(request.body)
+        (name,) = protocol.names_in(request.body, protocol.CREATE_IN.size, 1)
+        if not self._makes_by_opening:
+            raise _no_such_call()
+        file, keep, found = await self._filesystem.create(
+            request.node_id, name, flags, mode, self._caller(request, umask), self._forget_name
+        )
+        return self._entry(found) + self._made(file, keep=keep)
+
+    def _made(self, file: OpenFile[Node], *, keep: bool) -> bytes:
+        if self._tells_opens:
+            return self._opened(file, keep=keep)
+        # Old kernels never send the RELEASE of such a file, once OPEN has been answered ENOSYS.
+        self._handles.stand_by(file)
+        return protocol.OPEN_OUT.pack(0, protocol.FOPEN_KEEP_CACHE, 0)
+
+    async def tmpfile(self, request: Request) -> bytes:
+        flags, mode, umask, _ = protocol.CREATE_IN.unpack_from(request.body)
+        caller = self._caller(request, umask)
+        parent = self._overlay.node(request.node_id)
+        node, status, descriptor = self._overlay.create_unnamed(parent, flags, mode, caller)
+        try:
+            file, keep = await self._gate.created(node, flags, descriptor, caller.pid, caller.uid)
+        except BaseException:
+            self._gate.forget(node.id, 1)
+            raise
+        return self._entry((node, status)) + self._made(file, keep=keep)
+
+    def read(self, request: Request) -> Answer:
+        handle, offset, size, flags, _, _, _ = protocol.READ_IN.unpack_from(request.body)
+        file = self._file(request.node_id, handle, writing=False)
+        return self._content.read(file, offset, size, request.pid, not flags & protocol.READ_LOCKOWNER)
+
+    async def write(self, request: Request) -> bytes:
+        handle, offset, size, how, _, flags, _ = protocol.WRITE_IN.unpack_from(request.body)
+        data = request.body[protocol.WRITE_IN.size :]
+        if len(data) != size:
+            raise ValueError(f"WRITE of {size} bytes with {len(data)}")
+        written = await self._content.write(
+            self._file(request.node_id, handle, writing=True),
+            offset,
+            data,
+            request.pid,
+            uid=self._strips(request, how),
+            write_back=bool(how & protocol.WRITE_CACHE),
+            durable=0
+            if handle
+            else _RWF_SYNC
+            if flags & os.O_SYNC == os.O_SYNC
+            else _RWF_DSYNC
+            if flags & os.O_DSYNC
+            else 0,
+        )
+        return protocol.SIZE_OUT.pack(written, 0)
+
+    def _strips(self, request: Request, how: int) -> int:
+        """For whom a write takes set-id bits away: the kernel says it, where it was asked to."""
+        if self.negotiated & Init.HANDLE_KILLPRIV_V2:
+            return request.uid if how & protocol.WRITE_KILL_SUIDGID else 0
+        return request.uid
+
+    def release(self, request: Request) -> bytes:
+        handle = protocol.RELEASE_IN.unpack_from(request.body)[0]
+        if handle:
+            self._gate.release(handle)
+        return _DONE
+
+    async def fsync(self, request: Request) -> bytes:
+        handle, flags, _ = protocol.FSYNC_IN.unpack_from(request.body)
+        file = self._file(request.node_id, handle, writing=False)
+        await self._content.synchronise(file, bool(flags & protocol.FSYNC_FDATASYNC))
+        return _DONE
+
+    async def fallocate(self, request: Request) -> bytes:
+        handle, offset, length, mode, _ = protocol.FALLOCATE_IN.unpack_from(request.body)
+        file = self._file(request.node_id, handle, writing=True)
+        await self._content.allocate(file, mode, offset, length, request.pid, request.uid)
+        return _DONE
+
+    def lseek(self, request: Request) -> bytes:
+        handle, offset, whence, _ = protocol.LSEEK_IN.unpack_from(request.body)
+        found = self._content.seek(self._file(request.node_id, handle, writing=False), offset, whence)
+        return protocol.OFFSET_OUT.pack(found)
+
+    async def copy_file_range(self, request: Request) -> bytes:
+        return protocol.SIZE_OUT.pack(await self._copy(request), 0)
+
+    async def copy_file_range_64(self, request: Request) -> bytes:
+        return protocol.OFFSET_OUT.pack(await self._copy(request))
+
+    async def _copy(self, request: Request) -> int:
+        fields = protocol.COPY_FILE_RANGE_IN.unpack_from(request.body)
+        handle, offset, target_id, target_handle, target_offset, length, _ = fields
+        source = self._file(request.node_id, handle, writing=False)
+        target = self._file(target_id, target_handle, writing=True)
+        return await self._content.copy(
+            source, offset, target, target_offset, length, request.pid, request.uid
+        )
+
+    # Directories
+
+    async def opendir(self, request: Request) -> bytes:
+        if not self._tells_opens and self.negotiated & Init.NO_OPENDIR_SUPPORT:
+            raise _no_such_call()
+        return protocol.OPEN_OUT.pack(await self._filesystem.opendir(request.node_id, request.pid), 0, 0)
+
+    async def readdir(self, request: Request) -> bytes:
+        return await self._entries(request, plus=False)
+
+    async def readdirplus(self, request: Request) -> bytes:
+        return await self._entries(request, plus=True)
+
+    async def _entries(self, request: Request, *, plus: bool) -> bytes:
+        handle, offset, size, _, _, _, _ = protocol.READ_IN.unpack_from(request.body)
+        stream = await self._filesystem.readdir(handle) if handle else self._unopened_directory(request)
+        answer = bytearray()
+        with closing(stream.entries(offset, dots=True)) as entries:
+            for entry in entries:
+                record = protocol.directory_entry(
+                    entry.node.id, entry.next_offset, entry.name, entry.status.st_mode or entry.node.kind
+                )
+                is_known = plus and entry.status.st_mode != 0 and entry.name not in (b".", b"..")
+                if is_known:
+                    record = self._entry((entry.node, entry.status)) + record
+                elif plus:
+                    # Node 0: the kernel lists the name and remembers nothing.
+                    record = protocol.absent_out(0) + record
+                if len(answer) + len(record) > size:
+                    break
+                answer += record
+                if is_known:
+                    self._overlay.remember(entry.node)
+        return bytes(answer)
+
+    def _unopened_directory(self, request: Request) -> DirectoryStream:
+        """Of a directory that the kernel has opened by itself."""
+        stream = self._streams.get(request.node_id)
+        if stream is None:
+            stream = self._overlay.opendir(self._overlay.node(request.node_id))
+            self._streams[request.node_id] = stream
+            if len(self._streams) > _STREAMS:
+                self._streams.popitem(last=False)[1].close()
+        else:
+            self._streams.move_to_end(request.node_id)
+        return stream
+
+    def releasedir(self, request: Request) -> bytes:
+        handle = protocol.RELEASE_IN.unpack_from(request.body)[0]
+        if handle:
+            self._filesystem.releasedir(handle)
+        return _DONE
+
+    def fsyncdir(self, request: Request) -> bytes:
+        handle, flags, _ = protocol.FSYNC_IN.unpack_from(request.body)
+        data_only = bool(flags & protocol.FSYNC_FDATASYNC)
+        if handle:
+            self._filesystem.fsyncdir(handle, data_only=data_only)
+        else:
+            self._unopened_directory(request).synchronise(data_only)
+        return _DONE
+
+    # Extended attributes
+
+    def getxattr(self, request: Request) -> bytes:
+        size, _ = protocol.GETXATTR_IN.unpack_from(request.body)
+        (name,) = protocol.names_in(request.body, protocol.GETXATTR_IN.size, 1)
+        return _sized(self._overlay.getxattr(self._overlay.node(request.node_id), name), size)
+
+    def setxattr(self, request: Request) -> bytes:
+        size, flags = protocol.SETXATTR_IN.unpack_from(request.body)
+        (name,) = protocol.names_in(request.body, protocol.SETXATTR_IN.size, 1)
+        start = protocol.SETXATTR_IN.size + len(name) + 1
+        value = bytes(request.body[start : start + size])
+        if len(value) != size:
+            raise ValueError(f"SETXATTR of {size} bytes with {len(value)}")
+        node = self._overlay.node(request.node_id)
+        self._overlay.setxattr(node, name, value, flags, self._caller(request))
+        return _DONE
+
+    def listxattr(self, request: Request) -> bytes:
+        size, _ = protocol.GETXATTR_IN.unpack_from(request.body)
+        names = self._overlay.listxattr(self._overlay.node(request.node_id), self._caller(request))
+        return _sized(b"".join(name + b"\0" for name in names), size)
+
+    def removexattr(self, request: Request) -> bytes:
+        (name,) = protocol.names_in(request.body, 0, 1)
+        self._overlay.removexattr(self._overlay.node(request.node_id), name)
+        return _DONE
+
+
+def _no_such_call() -> OSError:
+    """What makes the kernel do without that request for good."""
+    return OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+
+def _time(valid: int, given: Attribute, now: Attribute, seconds: int, nanoseconds: int) -> int | None:
+    if valid & now:
+        return TIME_NOW
+    if not valid & given:
+        return None
+    # The protocol's times are unsigned words that hold signed seconds.
+    signed = seconds - (1 << 64) if seconds >> 63 else seconds
+    return signed * _SECOND + nanoseconds
+
+
+def _sized(value: bytes, size: int) -> bytes:
+    """A value, or how long it is where that was the question (size 0). Raises ERANGE when it does not fit."""
+    if size == 0:
+        return protocol.SIZE_OUT.pack(len(value), 0)
+    if len(value) > size:
+        raise OSError(errno.ERANGE, os.strerror(errno.ERANGE))
+    return value
