@@ -102,7 +102,9 @@ def mount(
         str, typer.Option(help="Dialect of the events: linux-6.14, patch-v2 or patch-v1.")
     ] = "linux-6.14",
     events: Annotated[str, typer.Option(help="exact, first-access or auto.")] = "auto",
-    engine: Annotated[str, typer.Option(help="What carries the FUSE requests: pyfuse3, devfuse or auto.")] = "auto",
+    engine: Annotated[
+        str, typer.Option(help="What carries the FUSE requests: pyfuse3, devfuse or auto.")
+    ] = "auto",
     handler: Annotated[
         str | None,
         typer.Option(metavar="MODULE:CALLABLE", help="A handler to run in the mount's own process."),

@@ -5,9 +5,11 @@ it.
 """
 
 import errno
+import math
 import os
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 import trio
 
@@ -28,13 +30,9 @@ from fusehsm.stale import StalePages
 _FILL_REPEATS = 2
 _SAME_CALL_SECONDS = 1.0
 _SAME_FAULT_SECONDS = 0.05
-# A node whose last event is not older than this is not believed at all, so its attributes need not be dropped at the next one; seconds.
-_LIVELY = 0.01
-
-
-# How long a page that a call passes through the page cache stays there: as long as the call needs it (measured on 6.18, idle), before the
-# next such call comes. Doubled whenever the call comes back because it was not enough.
-_PASSING_SECONDS = 0.00002
+# When a page is dropped that a call passes through the page cache: as soon as this call has had it. Nobody tells us when that is; at once it
+# would come back for the page again and again (measured on 6.18), so that is given some time, and more whenever it has come back.
+_PASSING_SECONDS = 0.0002
 
 
 class Content:
@@ -59,7 +57,16 @@ class Content:
         self._explainer = explainer
         self._subject_of = subject_of
         self._filled: dict[int, RangeSet] = {}
-        self._events: dict[int, float] = {}
+        self._filling: dict[int, int] = {}
+        self._mtimes: dict[
+            int, int
+        ] = {}  # nanoseconds, as the kernel was last told of nodes that somebody may watch
+        self._events: dict[
+            int, float
+        ] = {}  # monotonic seconds of a node's last event, inf while it is asked about
+        self._believed: set[int] = (
+            set()
+        )  # nodes of which the kernel may have attributes that a listener could have changed
         self._reader = BackingReader()
         self._copiers = trio.CapacityLimiter(64)
 
@@ -67,31 +74,48 @@ class Content:
         """The kernel has forgotten a node, its pages with it."""
         self._filled.pop(node_id, None)
         self._events.pop(node_id, None)
+        self._mtimes.pop(node_id, None)
+        self._believed.discard(node_id)
 
     def dropped(self, node: Node) -> None:
         """A node's pages are about to be dropped, and its mappings to be asked for again: it may have been evicted."""
         self._filled.pop(node.id, None)
 
-    def seconds_since_event(self, node: Node) -> float | None:
-        """How long ago a listener was last given a descriptor of the node, 0 when it was just now; None when it never was."""
-        last = self._events.get(node.id)
-        if last is None:
-            return None
+    def is_filling(self, node: Node) -> bool:
+        """Whether a page of the node waits for its listener: until it is answered the kernel has it locked, and who drops it waits too."""
+        return node.id in self._filling
+
+    def believe(self, node: Node) -> float:
+        """For how many seconds the kernel may believe a watched node's attributes, which a listener can change behind its back.
+
+        A listener may go on filling a file through its event fd, which nobody tells us, but the longer it has been left alone the less
+        likely: as acregmin and acregmax in nfs(5), a file is believed for as long as it has been quiet.
+        """
+        last = self._events.get(node.id, 0.0)
         quiet = time.monotonic() - last
-        return quiet if quiet > _LIVELY else 0.0
+        if quiet <= 0:
+            return 0.0  # it is being asked about
+        self._believed.add(node.id)
+        return quiet if last else math.inf
 
     async def _ask(self, access: Access, subject: Subject, node: Node, armed: Armed) -> bool:
-        """listeners.ask(); if somebody was asked, what the kernel knows of the node's attributes counts for nothing afterwards."""
-        asked = True
+        """listeners.ask(); if somebody is asked, the kernel believes nothing of the node's attributes meanwhile."""
+        listeners = self._listeners
+        if not listeners.watches(subject):
+            return await listeners.ask(access, subject, node, armed=armed)
+        self._events[node.id] = math.inf
+        self._doubt(node)
         try:
-            asked = await self._listeners.ask(access, subject, node, armed=armed)
-            return asked
+            return await listeners.ask(access, subject, node, armed=armed)
         finally:
-            if asked:
-                now = time.monotonic()
-                if now - self._events.get(node.id, 0.0) > _LIVELY:
-                    self._stale.drop_attributes_now(node)
-                self._events[node.id] = now
+            self._events[node.id] = time.monotonic()
+            self._doubt(node)  # believed again if another access of it was answered meanwhile
+
+    def _doubt(self, node: Node) -> None:
+        if node.id in self._believed:
+            self._believed.discard(node.id)
+            # Not waited for: the kernel may be about to free the inode, and wait for our answer to do so.
+            self._stale.drop_attributes_soon(node)
 
     async def read(
         self, file: OpenFile[Node], offset: int, size: int, tid: int = 0, fills: bool | None = None
@@ -112,6 +136,8 @@ class Content:
         if explanation.fills and file.denied is not None:
             self._deny_repeat(file, explanation, offset, size, who)
         allowed = not explanation.accesses
+        if explanation.fills:
+            self._begin_filling(file.node)
         try:
             for access in explanation.accesses:
                 allowed |= await self._ask(access, subject, file.node, _armed(file))
@@ -123,6 +149,9 @@ class Content:
             if explanation.fills and error.errno is not None:
                 self._denied(file, explanation, offset, size, error.errno, who)
             raise
+        finally:
+            if explanation.fills:
+                self._filled_one(file.node.id)
         if allowed:
             self._allowed(file, explanation)
         if explanation.fills or (fills is None and self._explainer.is_fill(offset, size)):
@@ -133,11 +162,46 @@ class Content:
         if fills is None and not file.direct:
             self._filled.setdefault(file.node.id, RangeSet()).add(offset, offset + size)
         data = await self._read_backing(file, offset, size)
-        if explanation.passing:
-            grant = file.grants.get((explanation.tid, explanation.direction))
-            delay = _PASSING_SECONDS * 2 ** min(grant.repeats if grant is not None else 0, 10)
-            self._stale.drop_range_later(file.node, offset, size, delay)
+        if explanation.passing is not None:
+            self._keep_asking(file, explanation, offset, size)
         return data
+
+    def _keep_asking(self, file: OpenFile[Node], explanation: Explanation, offset: int, size: int) -> None:
+        """See to it that the next call that sends these bytes asks again, although they are about to be in the page cache."""
+        assert explanation.passing is not None
+        if not file.bypasses:
+            file.bypasses, ours = caller.bypass_page_cache(*explanation.passing, file.node.id)
+            if ours >= 0:
+                trio.lowlevel.start_thread_soon(lambda: os.close(ours), lambda outcome: None)
+        if not file.bypasses:
+            grant = file.grants.get((explanation.tid, explanation.direction))
+            repeats = min(grant.repeats if grant is not None else 0, 10)
+            self._stale.drop_range_later(file.node, offset, size, _PASSING_SECONDS * 2**repeats)
+
+    def _begin_filling(self, node: Node) -> None:
+        self._filling[node.id] = self._filling.get(node.id, 0) + 1
+        if node.id not in self._mtimes:
+            with suppress(OSError):
+                self._mtimes[node.id] = self._overlay.getattr(node).st_mtime_ns
+
+    def shown_mtime(self, node: Node, status: os.stat_result) -> int:
+        """The time of modification (ns) to tell the kernel of a node whose status that is: while a page of it waits for its listener, the
+        one it was told before. At a new one it would drop the node's pages, so that whoever asked would wait for that answer."""
+        if node.id in self._filling:
+            return self._mtimes.get(node.id, status.st_mtime_ns)
+        if node.is_regular and not self._listeners.idle:
+            self._mtimes[node.id] = status.st_mtime_ns
+        return status.st_mtime_ns
+
+    def told(self, node: Node, status: os.stat_result) -> None:
+        """The kernel is about to be told of a time that somebody has set, for which it drops nothing."""
+        if node.id in self._mtimes:
+            self._mtimes[node.id] = status.st_mtime_ns
+
+    def _filled_one(self, node_id: int) -> None:
+        left = self._filling.pop(node_id) - 1
+        if left:
+            self._filling[node_id] = left
 
     def _allowed(self, file: OpenFile[Node], explanation: Explanation) -> None:
         if explanation.grant is not None:

@@ -7,16 +7,28 @@ Run this module to print the table.
 from dataclasses import dataclass
 from typing import Final
 
+ENGINES: Final = ("pyfuse3", "devfuse")
+
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """One difference. `name` is short and stays; `difference`, `reason` and `safe` are sentences; `test` is in tests/test_divergences.py."""
+    """One difference. `name` is short and stays; `difference`, `reason` and `safe` are sentences; `test` is in tests/test_divergences.py;
+    `engines` are those that have it, on kernels older than `until` all."""
 
     name: str
     difference: str
     reason: str
     safe: str
     test: str
+    engines: tuple[str, ...] = ENGINES
+    until: tuple[int, int] = (0, 0)
+
+    def with_what(self) -> str:
+        """The engines, in words."""
+        if not any(self.until):
+            return ", ".join(self.engines)
+        version = ".".join(map(str, self.until))
+        return f"{', '.join(self.engines)}; all before Linux {version}"
 
 
 DIVERGENCES: Final = (
@@ -61,6 +73,7 @@ DIVERGENCES: Final = (
         reason="pyfuse3 has no handler for it.",
         safe="Nothing happens without an event.",
         test="test_fallocate",
+        engines=("pyfuse3",),
     ),
     Divergence(
         name="RWF_NOWAIT",
@@ -75,6 +88,8 @@ DIVERGENCES: Final = (
         reason="Direct I/O files can be mapped shared from Linux 6.6 on, if asked for in a way that pyfuse3 cannot.",
         safe="An error instead of a mapping; --events first-access has them.",
         test="test_shared_mappings_in_exact_mode",
+        engines=("pyfuse3",),
+        until=(6, 6),
     ),
     Divergence(
         name="first-access events",
@@ -91,6 +106,14 @@ DIVERGENCES: Final = (
         test="test_permission_events_in_first_access_mode",
     ),
     Divergence(
+        name="opens (first-access)",
+        difference="With --events first-access and --cache private, open(2) makes no events in patch-v1 and patch-v2.",
+        reason="The kernel opens files without its FUSE server, as quickly as natively.",
+        safe="What is then read or written is asked for.",
+        test="test_opens_in_first_access_mode",
+        engines=("devfuse",),
+    ),
+    Divergence(
         name="plain notifications",
         difference="OPEN, ACCESS, MODIFY and CLOSE can be marked and never come.",
         reason="The emulator is for permission events; the kernel's own fanotify and inotify notify on FUSE mounts as on any other.",
@@ -103,6 +126,7 @@ DIVERGENCES: Final = (
         reason="pyfuse3 hides who makes a READ or WRITE request.",
         safe="What is asked, and its range, are the same.",
         test="test_pid_is_the_openers",
+        engines=("pyfuse3",),
     ),
     Divergence(
         name="mount marks",
@@ -120,10 +144,18 @@ DIVERGENCES: Final = (
     ),
     Divergence(
         name="pages in the cache",
-        difference="mmap(2), sendfile(2), splice(2) and copy_file_range(2) of bytes that are in the page cache make no event.",
-        reason="The kernel serves them without its FUSE server. Every open(2) of a watched file empties its page cache (exact).",
+        difference="A mapping of bytes that are in the page cache makes no event.",
+        reason="The kernel serves it without its FUSE server. Every open(2) of a watched file empties its page cache (exact).",
         safe="An allowed event covered those bytes when they came in.",
         test="test_pages_in_the_cache",
+    ),
+    Divergence(
+        name="sent from the cache",
+        difference="sendfile(2), splice(2) and copy_file_range(2) of bytes that are in the page cache make no event.",
+        reason="The kernel serves them without its FUSE server, unless it drops those pages when it has answered.",
+        safe="An allowed event covered those bytes when they came in.",
+        test="test_sent_from_the_cache",
+        engines=("pyfuse3",),
     ),
     Divergence(
         name="calls that fail",
@@ -135,9 +167,11 @@ DIVERGENCES: Final = (
     Divergence(
         name="O_TMPFILE",
         difference="open(2) with O_TMPFILE fails with EOPNOTSUPP.",
-        reason="pyfuse3 has no handler for it.",
+        reason="pyfuse3 has no handler for it, and older kernels no request.",
         safe="Nothing happens without an event; callers make a file with a name instead.",
         test="test_unnamed_files",
+        engines=("pyfuse3",),
+        until=(6, 1),
     ),
     Divergence(
         name="paths of hard links",
@@ -152,6 +186,15 @@ DIVERGENCES: Final = (
         reason="FUSE holds the inode's lock while it writes; parallel writes are to be asked for in a way that pyfuse3 cannot.",
         safe="The same events, one after the other; reads do not wait.",
         test="test_writers_of_one_file",
+        engines=("pyfuse3",),
+        until=(6, 2),
+    ),
+    Divergence(
+        name="writers past the end",
+        difference="While a write that makes a file longer or a truncation waits for its answer, other writes and truncations of it wait too.",
+        reason="FUSE holds the inode's lock alone while a file's size changes.",
+        safe="The same events, one after the other; reads do not wait.",
+        test="test_writers_past_the_end",
     ),
     Divergence(
         name="killed before it is read",
@@ -187,6 +230,7 @@ DIVERGENCES: Final = (
         reason="As for pid: who it is cannot be known, so its death is not noticed.",
         safe="It gets no content; --event-timeout bounds the wait.",
         test="test_killed_with_a_passed_descriptor",
+        engines=("pyfuse3",),
     ),
     Divergence(
         name="RENAME_WHITEOUT",
@@ -207,9 +251,16 @@ DIVERGENCES: Final = (
 
 def markdown_table() -> str:
     """The table for the README."""
-    rows = [f"| {entry.name} | {entry.difference} | {entry.reason} | {entry.safe} |" for entry in DIVERGENCES]
+    rows = [
+        f"| {entry.name} | {entry.difference} | {entry.reason} | {entry.safe} | {entry.with_what()} |"
+        for entry in DIVERGENCES
+    ]
     return "\n".join(
-        ["| what | how it differs | why | on the safe side, because |", "| --- | --- | --- | --- |", *rows]
+        [
+            "| what | how it differs | why | on the safe side, because | with |",
+            "| --- | --- | --- | --- | --- |",
+            *rows,
+        ]
     )
 
 

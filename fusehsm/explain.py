@@ -25,7 +25,7 @@ _MOST_THREADS = 256
 @dataclass(slots=True)
 class Accessor:
     """Who makes a request. `certain`: the engine has named the thread `tid`; else it is that of the process's that opened the file, and
-    another thread of it may be the one. `call`: what a certain one waits in, where that can be seen."""
+    another thread of it may be the one. `call`: what a certain one waits in, where that has been looked at."""
 
     pid: int
     tid: int
@@ -45,7 +45,7 @@ class Explanation:
     `accesses`: in order; empty when an earlier event of the same call or mapping covered the request. `tid`: the accessing thread, 0 when it
     is not known. `grant`: what to remember, under `direction`, when it is allowed. `announces`: byte ranges [start, end) that a mapping will
     touch without further events. `call`: what the accessor waits in, where that was looked at. `fills`: bytes go into the page cache.
-    `passing`: only because the call goes through it (sendfile), and the next such call must ask again.
+    `passing`: only because the call goes through it (sendfile), by this descriptor of this process, and the next such call must ask again.
     """
 
     accesses: tuple[Access, ...]
@@ -55,7 +55,7 @@ class Explanation:
     announces: tuple[tuple[int, int], ...] = ()
     call: caller.Call | None = None
     fills: bool = False
-    passing: bool = False
+    passing: tuple[int, int] | None = None
 
 
 class Explainer:
@@ -83,6 +83,9 @@ class Explainer:
     def accessor(self, file: OpenFile[Node], tid: int) -> Accessor:
         """Who makes a request: the thread that the engine names, else (0) whoever opened the file."""
         if tid:
+            if not file.direct:
+                # Every request is one access then, whatever call it is part of.
+                return Accessor(caller.process_of(tid), tid, True)
             process, call = self._calls.identify(tid)
             return Accessor(process, tid, True, call)
         if not file.pid:
@@ -99,7 +102,7 @@ class Explainer:
         """
         transfer, call = self._transfer(file, offset, size, Direction.READ, who, fills)
         if transfer is not None and call is not None:
-            return self._moved(file, call, transfer, offset, size, Direction.READ, who)
+            return self._moved(file, call, transfer, offset, size, Direction.READ, who, fills)
         if self.is_fill(offset, size) if fills is None else fills:
             fault = await self._fault(file, call, offset, size, who)
             if fault is not None:
@@ -117,8 +120,9 @@ class Explainer:
     def _calls_of(self, who: Accessor) -> Iterator[caller.Call]:
         """What the threads wait in that may have made the request."""
         if who.certain:
-            if who.call is not None:
-                yield who.call
+            certain = who.call or self._calls.read(who.tid)
+            if certain is not None:
+                yield certain
             return
         call = self._calls.read(who.tid)
         if call is not None:
@@ -144,7 +148,7 @@ class Explainer:
             transfer = caller.reading(call) if direction is Direction.READ else caller.writing(call)
             if (
                 transfer is not None
-                and (fills is None or fills is transfer.paged)
+                and (not fills or transfer.paged)
                 and self._fits(file, call.tid, transfer, offset, size)
             ):
                 return transfer, call
@@ -186,12 +190,19 @@ class Explainer:
         size: int,
         direction: Direction,
         who: Accessor,
+        fills: bool | None = None,
     ) -> Explanation:
-        fills = transfer.paged and direction is Direction.READ
+        if fills is None:
+            fills = transfer.paged and direction is Direction.READ
         grant = file.grants.get((call.tid, direction))
-        passing = fills and who.certain
+        passing = (who.pid, transfer.descriptor) if fills and who.certain else None
         progress = self._progress(who, call) if passing else None
-        if grant is not None and grant.call == call and self._continues(grant, offset, size, progress):
+        if (
+            grant is not None
+            and grant.call == call
+            and not (fills is False and self._begins(call, transfer, offset, direction))
+            and self._continues(grant, offset, size, progress)
+        ):
             grant.next_offset = offset + size
             grant.repeats += offset == grant.start
             grant.progress = progress
@@ -218,6 +229,9 @@ class Explainer:
         elif appends:
             # The pieces of an appending write follow each other from the end of the file, wherever the file position was.
             start, end = offset, offset + transfer.count
+        if not fills and start == offset and end == offset + size:
+            # The request is the whole call.
+            return Explanation(tuple(accesses), call.tid, direction, call=call)
         anywhere = fills or transfer.offset is not None
         return Explanation(
             tuple(accesses),
@@ -228,6 +242,16 @@ class Explainer:
             fills=fills,
             passing=passing,
         )
+
+    @staticmethod
+    def _begins(call: caller.Call, transfer: caller.Transfer, offset: int, direction: Direction) -> bool:
+        """Whether the request is the first of a call that reads past the page cache, where most such calls read through it."""
+        if not transfer.paged or direction is not Direction.READ:
+            return False
+        if transfer.offset is not None:
+            return offset == transfer.offset
+        descriptor = caller.descriptor_of(call.tid, transfer.descriptor)
+        return descriptor is None or offset == descriptor.position
 
     def _cut(
         self, tid: int, transfer: caller.Transfer, descriptor: int, offset: int | None

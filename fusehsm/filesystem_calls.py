@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import struct
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ RENAME_WHITEOUT: Final = 4
 # utimensat(2)
 UTIME_NOW: Final = (1 << 30) - 1
 UTIME_OMIT: Final = (1 << 30) - 2
+
+PAGE_SIZE: Final = mmap.PAGESIZE  # bytes
 
 OVERLAYFS_SUPER_MAGIC: Final = 0x794C7630  # linux/magic.h
 
@@ -55,6 +58,11 @@ _name_to_handle_at: Final[Any] = _fast_libc.name_to_handle_at
 _name_to_handle_at.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
 _fallocate: Final[Any] = _libc.fallocate
 _fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_mmap: Final[Any] = _fast_libc.mmap
+_mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+_mmap.restype = ctypes.c_void_p
+_munmap: Final[Any] = _fast_libc.munmap
+_munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _getdents64: Final[Any] = _libc.getdents64
 _getdents64.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
 _getdents64.restype = ctypes.c_ssize_t
@@ -198,6 +206,20 @@ def directory_entries(fd: int, buffer: ctypes.Array[ctypes.c_char]) -> list[tupl
         entries.append((data[name_at : data.index(b"\0", name_at)], kind << 12, inode, offset))
         position += record_length
     return entries
+
+
+def map_page(fd: int) -> int:
+    """mmap(2) of a file's first page, which nobody may touch; its address. (Python's own mmap keeps a descriptor.)"""
+    address: int | None = _mmap(None, PAGE_SIZE, 0, mmap.MAP_SHARED, fd, 0)  # 0: PROT_NONE
+    if address is None or address == ctypes.c_void_p(-1).value:
+        raise _error()
+    return address
+
+
+def unmap_page(address: int) -> None:
+    """munmap(2) of what map_page() has mapped."""
+    if _munmap(address, PAGE_SIZE) < 0:
+        raise _error()
 
 
 def filesystem_type(fd: int) -> int:

@@ -8,6 +8,7 @@ it. Pages that got into the cache while nobody watched ("tainted" nodes) are dro
 """
 
 import errno
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -60,7 +61,7 @@ class Gate:
         self.exact = exact
         self.default_dialect = dialect
         self.listeners = Listeners(dialect, page_size, self._event_path, unattended, event_timeout)
-        self.handles: HandleTable[Node] = HandleTable(overlay.open, open_limit)
+        self.handles: HandleTable[Node] = HandleTable(overlay.open, open_limit, overlay.is_pinned)
         self.requests: Callable[[], dict[str, int]] = dict
         """How many requests of each kind have come: the engine's to say."""
         self._destination = os.fsencode(destination).rstrip(b"/")
@@ -180,9 +181,9 @@ class Gate:
         """The node as marks see it."""
         return Subject(node.id, node.parents(), node.is_dir)
 
-    def seconds_since_event(self, node: Node) -> float | None:
-        """How long a listener has left the node alone that may change it behind the kernel's back; None when none does."""
-        return self.content.seconds_since_event(node) if self.watches(node) else None
+    def believe(self, node: Node) -> float:
+        """For how many seconds the kernel may believe a node's attributes: inf where no listener can change them behind its back."""
+        return self.content.believe(node) if self.watches(node) else math.inf
 
     def watches(self, node: Node) -> bool:
         """Whether a fill by a listener may change the node behind the kernel's back: its attributes must not be cached then."""
@@ -276,7 +277,9 @@ class Gate:
         direct = self.exact and armed is not Armed.NO and heard
         # Opening without keep_cache makes the kernel drop the node's pages: those that came in unasked, and, so that every new mapping makes
         # its event as in the kernel, those of a direct_io file.
-        keep = not direct and not (heard and node in self._stale)
+        # Not while a page of it waits for its listener, though: this open(2) would wait for that answer, and could not be killed.
+        tainted = heard and node in self._stale
+        keep = not tainted and (not direct or self.content.is_filling(node))
         return self._opened(node, flags, descriptor, armed, direct, access.tid, access.pid, uid), keep
 
     def _opened(
@@ -334,6 +337,7 @@ class Gate:
             await self.content.truncate(node, changes.size, caller_.pid)
         with self._usable(node, handle) as descriptor:
             result = self.overlay.setattr(node, changes, descriptor, caller_)
+        self.content.told(*result)
         if changes.size is not None:
             self.content.modified(node)
         return result

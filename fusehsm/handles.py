@@ -66,7 +66,8 @@ class OpenFile(Generic[NodeT]):
     """One open file description of the mount.
 
     `flags` as in open(2); `tid`, `pid` (0: not looked up yet) and `uid` are the opener's; `direct`: opened with FOPEN_DIRECT_IO; `armed`
-    is the events' word for which accesses make events; `standing`: it stands for all of its node's, none of which is known.
+    is the events' word for which accesses make events; `standing`: it stands for all of its node's, none of which is known;
+    `bypasses`: the kernel does not send it through the page cache any more.
     """
 
     handle: int
@@ -84,6 +85,7 @@ class OpenFile(Generic[NodeT]):
     descriptor: int | None = None
     users: int = 0
     standing: bool = False
+    bypasses: bool = False
 
     @property
     def appends(self) -> bool:
@@ -114,10 +116,19 @@ class _InUse(Generic[NodeT]):
 
 
 class HandleTable(Generic[NodeT]):
-    """Every open file, by handle number; at most `limit` of them keep their backing file open."""
+    """Every open file, by handle number; at most `limit` of them keep their backing file open.
 
-    def __init__(self, open_backing: Callable[[NodeT, int], int], limit: int) -> None:
+    `is_kept` tells whether `open_backing` can open a file that has no name any more.
+    """
+
+    def __init__(
+        self,
+        open_backing: Callable[[NodeT, int], int],
+        limit: int,
+        is_kept: Callable[[NodeT], bool] = lambda node: False,
+    ) -> None:
         self._open_backing = open_backing
+        self._is_kept = is_kept
         self._limit = max(limit, 8)
         self._files: dict[int, OpenFile[NodeT]] = {}
         self._recent: OrderedDict[int, OpenFile[NodeT]] = OrderedDict()
@@ -194,7 +205,8 @@ class HandleTable(Generic[NodeT]):
 
     def release(self, handle: int) -> OpenFile[NodeT]:
         """Forget a handle and close its backing file."""
-        file = self._files.pop(handle)
+        file = self.get(handle)
+        del self._files[handle]
         self._recent.pop(handle, None)
         siblings = self._of_node[file.node]
         siblings.remove(file)
@@ -229,7 +241,7 @@ class HandleTable(Generic[NodeT]):
         for handle, file in list(self._recent.items())[: excess + 8]:
             if excess <= 0:
                 break
-            if file.users or not _could_be_reopened(file):
+            if file.users or not _could_be_reopened(file, self._is_kept):
                 continue
             assert file.descriptor is not None
             os.close(file.descriptor)
@@ -250,11 +262,12 @@ def _uses(file: OpenFile[NodeT]) -> tuple[bool, ...]:
     return {os.O_RDONLY: (False,), os.O_WRONLY: (True,)}.get(file.flags & os.O_ACCMODE, (False, True))
 
 
-def _could_be_reopened(file: OpenFile[NodeT]) -> bool:
-    """Not a file without a name, nor one whose mode an ordinary server passed only because it has just created it."""
-    if file.descriptor is None or os.fstat(file.descriptor).st_nlink == 0:
+def _could_be_reopened(file: OpenFile[NodeT], is_kept: Callable[[NodeT], bool]) -> bool:
+    """Not a file that nothing leads to, nor one whose mode an ordinary server passed only because it has just created it."""
+    if file.descriptor is None:
         return False
-    needed = {os.O_RDONLY: os.R_OK, os.O_WRONLY: os.W_OK, os.O_RDWR: os.R_OK | os.W_OK}[
-        file.flags & os.O_ACCMODE
-    ]
+    if os.fstat(file.descriptor).st_nlink == 0 and not (os.geteuid() == 0 and is_kept(file.node)):
+        return False
+    # Access mode 3 (for ioctl alone, open(2)) wants both.
+    needed = {os.O_RDONLY: os.R_OK, os.O_WRONLY: os.W_OK}.get(file.flags & os.O_ACCMODE, os.R_OK | os.W_OK)
     return os.geteuid() == 0 or os.access(f"/proc/self/fd/{file.descriptor}", needed)

@@ -154,7 +154,7 @@ def _serve(options: MountOptions, plan: Plan, ready: Callable[[], None]) -> None
 
     open_limit = _raise_open_limit()
     try:
-        overlay = Overlay(plan.source)
+        overlay = Overlay(plan.source, pins=open_limit // 8)
     except OSError as error:
         raise MountError(f"{plan.source}: {error.strerror}; SRC must be a directory you may read") from None
     gate = Gate(
@@ -165,7 +165,7 @@ def _serve(options: MountOptions, plan: Plan, ready: Callable[[], None]) -> None
         unattended=plan.unattended,
         event_timeout=plan.event_timeout,
         page_size=resource.getpagesize(),
-        open_limit=open_limit // 2,
+        open_limit=open_limit // 3,
     )
     engine = make(options.engine, gate, private=plan.private)
     try:

@@ -53,7 +53,7 @@ class Overlay:
     """The tree below the directory `source`.
 
     `directories`: how many directory descriptors to keep. `pins`: how many removed files that the kernel still knows
-    keep one, beyond those that are open. `trust_seconds`: how long a directory is taken to be where it was last found.
+    keep one, beyond those that are open (the others: pins.py). `trust_seconds`: how long a directory is taken to be where it was last found.
     """
 
     def __init__(
@@ -67,6 +67,10 @@ class Overlay:
     def close(self) -> None:
         """Close every descriptor the overlay keeps; those it gave away are their owners'."""
         self._reach.close()
+
+    def is_pinned(self, node: Node) -> bool:
+        """Whether a file that has no name any more can be opened all the same."""
+        return self._reach.is_pinned(node)
 
     # Nodes
 
@@ -437,7 +441,8 @@ class Overlay:
     # Helpers
 
     def _directory(self, parent: Node, name: bytes) -> int:
-        if b"/" in name or not name:
+        # The source's ".." is outside.
+        if b"/" in name or name in (b"", b".", b".."):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), name)
         return self._reach.directory_fd(parent)
 

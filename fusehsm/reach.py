@@ -16,6 +16,7 @@ from typing import Final
 
 from fusehsm import filesystem_calls as syscalls
 from fusehsm.nodes import Node, NodeTable
+from fusehsm.pins import Pins
 
 _PATH_LIMIT: Final = 4095  # PATH_MAX counts the final NUL
 _RESOLVE: Final = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS
@@ -35,7 +36,7 @@ class Reach:
     """Descriptors of directories, and of files whose names are gone; all bounded.
 
     `directories`: how many directory descriptors are kept. `pins`: how many removed but still known files keep a
-    descriptor (O_PATH). `trust_seconds`: how long a kept directory is taken to be where it was; after that its names
+    descriptor (pins.py). `trust_seconds`: how long a kept directory is taken to be where it was; after that its names
     are walked again. A directory that moved within the backing meanwhile is still the same directory.
     """
 
@@ -48,12 +49,11 @@ class Reach:
             )
         self.root_fd = os.open(source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._limit = max(4, directories)
-        self._pin_limit = max(1, pins)
         self._trust_seconds = trust_seconds
         self._beneath = syscalls.have_openat2()
         # Most recently used last: node -> (descriptor, monotonic seconds when its names were last walked).
         self._directories: OrderedDict[Node, tuple[int, float]] = OrderedDict()
-        self._pins: OrderedDict[Node, int] = OrderedDict()
+        self._pins = Pins(pins)
         self.table = NodeTable(os.fstat(self.root_fd), self.release)
         self._root = self.table.root
         self.open_fd_of: Callable[[Node], int | None] | None = None
@@ -64,9 +64,7 @@ class Reach:
         for fd, _ in self._directories.values():
             os.close(fd)
         self._directories.clear()
-        for fd in self._pins.values():
-            os.close(fd)
-        self._pins.clear()
+        self._pins.close()
         if self.root_fd >= 0:
             os.close(self.root_fd)
             self.root_fd = -1
@@ -76,9 +74,7 @@ class Reach:
         kept = self._directories.pop(node, None)
         if kept is not None:
             os.close(kept[0])
-        pin = self._pins.pop(node, None)
-        if pin is not None:
-            os.close(pin)
+        self._pins.drop(node)
 
     # directories
 
@@ -254,19 +250,15 @@ class Reach:
 
     def pin(self, node: Node, fd: int) -> None:
         """Keep `fd` (O_PATH) as the way to a node whose last known name has just gone."""
-        before = self._pins.pop(node, None)
-        if before is not None:
-            os.close(before)
-        self._pins[node] = fd
-        if len(self._pins) > self._pin_limit:
-            _, oldest = self._pins.popitem(last=False)
-            os.close(oldest)
+        self._pins.keep(node, fd)
+
+    def is_pinned(self, node: Node) -> bool:
+        """Whether the node can be reached although it has no name."""
+        return node in self._pins
 
     def unpin(self, node: Node) -> None:
         """The node has a name again."""
-        fd = self._pins.pop(node, None)
-        if fd is not None:
-            os.close(fd)
+        self._pins.drop(node)
 
 
 def _open_names(base: int, names: list[bytes]) -> int:

@@ -30,7 +30,7 @@ class CacheControl(Protocol):
         """Drop the cached pages and attributes of a node. Blocks while a fill of it is unanswered."""
 
     def drop_attributes(self, node_id: int) -> None:
-        """Drop the cached attributes of a node; never blocks."""
+        """Drop the cached attributes of a node. Blocks while the kernel frees it, which may wait for a fill of it."""
 
     def drop_range(self, node_id: int, offset: int, size: int) -> None:
         """Drop the cached pages of a range in bytes, and the attributes. Blocks like drop_pages."""
@@ -122,10 +122,10 @@ class StalePages:
 
         trio.lowlevel.start_thread_soon(drop, lambda outcome: None)
 
-    def drop_attributes_now(self, node: Node) -> None:
-        """Drop a node's cached attributes."""
+    def drop_attributes_soon(self, node: Node) -> None:
+        """Begin to drop a node's cached attributes; waits for nothing."""
         if self.cache is not None:
-            _ignore_unknown(self.cache.drop_attributes, node.id)
+            self._soon(self.cache.drop_attributes, node.id)
 
     @staticmethod
     def _soon(drop: Callable[..., None], *arguments: int) -> None:

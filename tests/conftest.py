@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests import harness, leftovers
+from tests import engines, harness, leftovers
 from tests.accessor import Accessor, Zygote
 from tests.harness import Guardian, Mount
 from tests.loop_ext4 import ext4_image
@@ -24,6 +24,30 @@ LONGEST_TEST = float(os.environ.get("FUSEHSM_TESTS_LONGEST", "180"))  # seconds
 
 MakeMount = Callable[..., Mount]
 MakeAccessor = Callable[..., Accessor]
+
+
+# Engines
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ours."""
+    engines.add_option(parser)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test that mounts for each engine."""
+    engines.generate(metafunc)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Choose the engines."""
+    engines.modify_items(config, items)
+
+
+@pytest.fixture(scope="module")
+def engine(request: pytest.FixtureRequest) -> str:
+    """The engine that this test's mounts have."""
+    return engines.of(request)
 
 
 # Skips and leftovers
@@ -91,8 +115,8 @@ def session_directory(pytestconfig: pytest.Config) -> Path:
 
 @pytest.fixture(scope="session")
 def ext4(session_directory: Path) -> Iterator[Path]:
-    """The root of an ext4 image of 1 GiB (sparse), mounted for the session. Needs root."""
-    with ext4_image(session_directory / "ext4", 1024) as root:
+    """The root of an ext4 image of 4 GiB (sparse), mounted for the session. Needs root."""
+    with ext4_image(session_directory / "ext4", 4096) as root:
         yield root
 
 
@@ -152,30 +176,44 @@ def fuse() -> None:
 
 
 def _mount_maker(
-    stack: ExitStack, places: Callable[[str], Path], session_directory: Path, numbers: Iterator[int]
+    stack: ExitStack,
+    places: Callable[[str], Path],
+    session_directory: Path,
+    numbers: Iterator[int],
+    engine: str = "",
 ) -> MakeMount:
     def make(*arguments: str, source: Path | None = None, path: Path | None = None, **more: Any) -> Mount:
         source = source or places("backing")
         path = path or _new_mount_point(session_directory, numbers)
-        return stack.enter_context(Mount(source, path, *arguments, **more))
+        chosen = ("--engine", engine) if engine else ()
+        return stack.enter_context(Mount(source, path, *chosen, *arguments, **more))
 
     return make
 
 
 @pytest.fixture
 def make_mount(
-    fuse: None, places: Callable[[str], Path], session_directory: Path, numbers: Iterator[int]
+    fuse: None, places: Callable[[str], Path], session_directory: Path, numbers: Iterator[int], engine: str
 ) -> Iterator[MakeMount]:
     """make_mount(*arguments, source=..., path=..., cwd=..., env=..., uid=...) -> Mount that answers; all go with the test."""
     with ExitStack() as stack:
-        yield _mount_maker(stack, places, session_directory, numbers)
+        yield _mount_maker(stack, places, session_directory, numbers, engine)
 
 
 @pytest.fixture(scope="module")
 def make_shared_mount(
-    fuse: None, places: Callable[[str], Path], session_directory: Path, numbers: Iterator[int]
+    fuse: None, places: Callable[[str], Path], session_directory: Path, numbers: Iterator[int], engine: str
 ) -> Iterator[MakeMount]:
     """make_mount, for mounts that a module's tests share."""
+    with ExitStack() as stack:
+        yield _mount_maker(stack, places, session_directory, numbers, engine)
+
+
+@pytest.fixture(scope="module")
+def make_engine_mount(
+    fuse: None, places: Callable[[str], Path], session_directory: Path, numbers: Iterator[int]
+) -> Iterator[MakeMount]:
+    """make_shared_mount, for fixtures that name the engine among the arguments."""
     with ExitStack() as stack:
         yield _mount_maker(stack, places, session_directory, numbers)
 
@@ -187,24 +225,26 @@ def mounted(make_shared_mount: MakeMount, request: pytest.FixtureRequest) -> Mou
     return make_shared_mount(*arguments)
 
 
-# The two worlds of one expectation
+# The worlds of one expectation
 
 
-@pytest.fixture(scope="module", params=["kernel", "emulator"])
+@pytest.fixture(scope="module", params=engines.parameters("kernel"))
 def whole_world(request: pytest.FixtureRequest) -> World:
-    """The real kernel's events on ext4, then `fusehsm mount --events exact`."""
-    if request.param == "kernel":
+    """The real kernel's events on ext4, then `fusehsm mount --events exact` with each engine."""
+    _, engine = request.param
+    if not engine:
         root: Path = request.getfixturevalue("kernel_events")
         place = request.getfixturevalue("places")("kernel")
         assert place.is_relative_to(root)
         return World("kernel", place, place)
-    mount: Mount = request.getfixturevalue("make_shared_mount")("--events", "exact", "--allow-other")
-    return World("emulator", mount.source, mount.path, mount.pid)
+    make_mount: MakeMount = request.getfixturevalue("make_engine_mount")
+    mount = make_mount("--engine", engine, "--events", "exact", "--allow-other")
+    return World("emulator", mount.source, mount.path, mount.pid, engine=engine)
 
 
 @pytest.fixture
 def world(whole_world: World, numbers: Iterator[int]) -> World:
-    """Both worlds, one after the other: an empty directory for the test in each."""
+    """All worlds, one after the other: an empty directory for the test in each."""
     return whole_world.inside(f"test-{next(numbers)}")
 
 
@@ -212,7 +252,6 @@ def world(whole_world: World, numbers: Iterator[int]) -> World:
 
 
 POSIX_WORLDS: dict[str, tuple[str, ...]] = {
-    "native": (),
     "private": ("--cache", "private"),
     "shared": ("--cache", "shared"),
     # With a listener on the whole mount that allows everything.
@@ -221,19 +260,18 @@ POSIX_WORLDS: dict[str, tuple[str, ...]] = {
 }
 
 
-@pytest.fixture(scope="module", params=list(POSIX_WORLDS))
-def posix_world(
-    request: pytest.FixtureRequest, places: Callable[[str], Path], make_shared_mount: MakeMount
-) -> Iterator[Tree]:
-    """A plain directory, then each kind of mount over another."""
-    world: str = request.param
+@pytest.fixture(scope="module", params=engines.parameters("native", words=POSIX_WORLDS))
+def posix_world(request: pytest.FixtureRequest, places: Callable[[str], Path]) -> Iterator[Tree]:
+    """A plain directory, then each kind of mount over another, with each engine."""
+    world, engine = request.param
     backing = places(f"posix-{world}")
     backing.chmod(0o755)
-    if world == "native":
+    if not engine:
         yield Tree(world, backing, backing)
         return
-    mount = make_shared_mount(*POSIX_WORLDS[world], "--allow-other", source=backing)
-    tree = Tree(world, backing, mount.path, mount.pid)
+    make_mount: MakeMount = request.getfixturevalue("make_engine_mount")
+    mount = make_mount("--engine", engine, *POSIX_WORLDS[world], "--allow-other", source=backing)
+    tree = Tree(world, backing, mount.path, mount.pid, engine)
     if world not in WATCHED:
         yield tree
     else:
@@ -257,7 +295,7 @@ def tree(
     request: pytest.FixtureRequest,
 ) -> Iterator[Tree]:
     """An empty directory for the test in each world; afterwards all worlds must hold the same."""
-    test = request.node.name.replace(posix_world.world, "*")
+    test = request.node.name.replace(posix_world.name, "*")
     name = f"test-{next(numbers)}"
     (posix_world.backing / name).mkdir(mode=0o755)
     place = replace(posix_world, backing=posix_world.backing / name, path=posix_world.path / name)

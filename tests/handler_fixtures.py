@@ -1,38 +1,49 @@
-"""The fixture `site`: a test that asks for it runs three times, once for each backend. A module has it with
-`pytest_plugins = ["tests.handler_fixtures"]`."""
+"""The fixture `site`: a test that asks for it runs once on the real kernel, and with each engine once over the socket and once in-process.
+A module has it with `pytest_plugins = ["tests.handler_fixtures"]`."""
 
+import functools
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests import engines
 from tests.conftest import MakeMount
 from tests.handler_sites import InProcessSite, OpenGroupSite, Site
 from tests.harness import Mount
 
 
-@pytest.fixture(params=["kernel", "socket", "in-process"])
+@pytest.fixture(params=engines.parameters("kernel", words=["socket", "in-process"]))
 def place(
     request: pytest.FixtureRequest, places: Callable[[str], Path], mount_point: Path, numbers: Iterator[int]
 ) -> Site:
     """Where this test runs."""
-    if request.param == "kernel":
+    kind, engine = request.param
+    if not engine:
         request.getfixturevalue("kernel_events")
         directory = places("watched")
         return OpenGroupSite(directory, directory)
-    if request.param == "socket":
-        mount = request.getfixturevalue("exact_mount")
+    if kind == "socket":
+        mount = request.getfixturevalue("exact_mounts")(engine)
         name = f"watched-{next(numbers)}"
         (mount.source / name).mkdir()
         return OpenGroupSite(mount.path / name, mount.source / name)
     request.getfixturevalue("fuse")
-    return InProcessSite(mount_point, places("backing"))
+    return InProcessSite(mount_point, places("backing"), engine)
 
 
 @pytest.fixture(scope="module")
-def exact_mount(make_shared_mount: MakeMount) -> Mount:
-    """The mount of the tests over the socket."""
-    return make_shared_mount("--events", "exact", "--allow-other")
+def exact_mounts(make_engine_mount: MakeMount) -> Callable[[str], Mount]:
+    """exact_mounts(engine) -> the mount of the tests over the socket, one for each engine."""
+    return functools.cache(
+        lambda engine: make_engine_mount("--engine", engine, "--events", "exact", "--allow-other")
+    )
+
+
+@pytest.fixture(scope="module")
+def exact_mount(exact_mounts: Callable[[str], Mount], engine: str) -> Mount:
+    """The mount of tests that use no site."""
+    return exact_mounts(engine)
 
 
 @pytest.fixture

@@ -84,8 +84,9 @@ class OpenGroupSite(Site):
 class InProcessSite(Site):
     """A mount that this very event loop serves. Nothing in this process may touch `path` but in a thread."""
 
-    def __init__(self, mount_point: Path, backing: Path) -> None:
+    def __init__(self, mount_point: Path, backing: Path, engine: str) -> None:
         super().__init__(mount_point, backing)
+        self._engine = engine
         self._gate: Any = None
 
     def group(self, mask: Mask = None, **options: Any) -> AbstractAsyncContextManager[Group]:
@@ -114,7 +115,7 @@ class InProcessSite(Site):
             open_limit=256,
         )
         self._gate = gate
-        engine = make("auto", gate, private=True)
+        engine = make(self._engine, gate, private=True)
         options = {"default_permissions", "allow_other", "subtype=fusehsm", "fsname=in-process"}
         engine.mount(str(self.path), frozenset(options))
         try:

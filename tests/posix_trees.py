@@ -91,6 +91,12 @@ class Tree:
     backing: Path
     path: Path
     daemon: int = 0
+    engine: str = ""  # none natively
+
+    @property
+    def name(self) -> str:
+        """The world's, as in the ids of tests."""
+        return f"{self.engine}-{self.world}" if self.engine else self.world
 
     @property
     def is_native(self) -> bool:

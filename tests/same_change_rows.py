@@ -428,7 +428,7 @@ ODD_ROWS = [
     ),
     Row("map in two opens", map_in_two_opens, (O, P(PAGE, 2 * PAGE)) * 2, _EDGES * 2),
     unless(
-        "pages in the cache",
+        "sent from the cache",
         Row("sendfile again", send_again, (O, *(P(PAGE, PAGE), A) * 2), CONTENT[5000:5100] * 2),
         *(O, P(PAGE, PAGE), A),
     ),

@@ -20,6 +20,8 @@ from tests.conftest import MakeMount
 from tests.harness import NOBODY, PATIENCE, fusehsm, is_dead, unmount_lazily
 from tests.requirements import require_root
 
+pytestmark = pytest.mark.any_engine
+
 COMMANDS = {"mount", "umount", "trace", "status", "doctor"}
 
 

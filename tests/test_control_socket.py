@@ -40,6 +40,7 @@ from tests.conftest import MakeAccessor, MakeMount
 from tests.harness import NOBODY, PATIENCE, Mount, environment
 
 pytest_plugins = ["tests.handler_fixtures"]
+pytestmark = pytest.mark.any_engine
 
 PAGE = 4096
 P = LINUX_6_14.pre_access

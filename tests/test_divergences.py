@@ -19,8 +19,9 @@ import trio
 from fusehsm import syscalls
 from fusehsm.backends.opening import open_group
 from fusehsm.divergences import DIVERGENCES, markdown_table
-from tests.accessor import Accessor, AccessorDied
+from tests.accessor import Accessor, AccessorDied, Call
 from tests.conftest import MakeAccessor, MakeMount
+from tests.engines import diverges
 from tests.harness import ROOT
 from tests.listening import HOLD, Listener, listening
 
@@ -39,6 +40,11 @@ class Side:
     backing: Path
     path: Path
     mark: str
+    engine: str = ""
+
+    def diverges(self, name: str) -> bool:
+        """Whether that entry's difference is to be seen here."""
+        return diverges(name, self.engine)
 
     def file(self, name: str, size: int = SIZE) -> str:
         """A new file of zeros; its path for accessors."""
@@ -61,15 +67,21 @@ def kernel(kernel_events: Path, places: Callable[[str], Path]) -> Side:
 
 
 @pytest.fixture(scope="module")
-def exact(make_shared_mount: MakeMount) -> Side:
+def exact(make_shared_mount: MakeMount, engine: str) -> Side:
     mount = make_shared_mount("--events", "exact")
-    return Side(mount.source, mount.path, "mount")
+    return Side(mount.source, mount.path, "mount", engine)
 
 
 @pytest.fixture(scope="module")
-def first_access(make_shared_mount: MakeMount) -> Side:
+def first_access(make_shared_mount: MakeMount, engine: str) -> Side:
     mount = make_shared_mount("--events", "first-access")
-    return Side(mount.source, mount.path, "mount")
+    return Side(mount.source, mount.path, "mount", engine)
+
+
+@pytest.fixture(scope="module")
+def private(make_shared_mount: MakeMount, engine: str) -> Side:
+    mount = make_shared_mount("--events", "first-access", "--cache", "private")
+    return Side(mount.source, mount.path, "mount", engine)
 
 
 def seek_data_and_hole(descriptor: int) -> tuple[int, int]:
@@ -190,7 +202,7 @@ async def test_fallocate(kernel: Side, exact: Side, first_access: Side, accessor
             descriptor = await accessor.run("open", path, os.O_RDWR)
             error = await accessor.run(call_fallocate, descriptor, 100)
             assert (error, listener.briefly()) == (
-                (0, [("PRE_ACCESS", 0, PAGE)]) if side is kernel else (errno.EOPNOTSUPP, [])
+                (errno.EOPNOTSUPP, []) if side.diverges("fallocate") else (0, [("PRE_ACCESS", 0, PAGE)])
             )
 
 
@@ -217,7 +229,7 @@ async def test_shared_mappings_in_exact_mode(exact: Side, first_access: Side, ac
         path = side.file("shared")
         async with side.listening():
             descriptor = await accessor.run("open", path, os.O_RDONLY)
-            if side is exact:
+            if side is exact and side.diverges("shared mappings (exact)"):
                 with pytest.raises(OSError) as caught:
                     await accessor.run("map_file", descriptor, PAGE, 0, True)
                 assert caught.value.errno == errno.ENODEV
@@ -250,6 +262,19 @@ async def test_permission_events_in_first_access_mode(first_access: Side, name: 
     assert caught.value.errno == errno.EOPNOTSUPP
 
 
+@pytest.mark.parametrize("dialect", ["patch-v1", "patch-v2"])
+async def test_opens_in_first_access_mode(private: Side, accessor: Accessor, dialect: str) -> None:
+    path = private.file(f"opened-{dialect}")
+    async with private.listening(dialect=dialect) as listener:
+        descriptor = await accessor.run("open", path, os.O_RDONLY)
+        opened = listener.briefly()
+        await accessor.run("pread", descriptor, 100, 0)
+        read = listener.briefly()
+        await accessor.run("close", descriptor)
+    assert opened == ([] if private.diverges("opens (first-access)") else [("PRE_ACCESS", 0, 0)])
+    assert covers(read, 0, 100)
+
+
 async def test_plain_notifications(kernel: Side, exact: Side, accessor: Accessor) -> None:
     for side in (kernel, exact):
         path = side.file("noticed")
@@ -272,13 +297,14 @@ def read_in_child(descriptor: int) -> int:
     return child
 
 
-async def test_pid_is_the_openers(kernel: Side, exact: Side, accessor: Accessor) -> None:
-    for side in (kernel, exact):
+async def test_pid_is_the_openers(kernel: Side, exact: Side, first_access: Side, accessor: Accessor) -> None:
+    for side in (kernel, exact, first_access):
         path = side.file("inherited")
         async with side.listening() as listener:
             descriptor = await accessor.run("open", path, os.O_RDONLY)
             child = await accessor.run(read_in_child, descriptor)
-            assert [event.pid for event in listener.take()] == [child if side is kernel else accessor.pid]
+            expected = accessor.pid if side.diverges("pid") else child
+            assert [event.pid for event in listener.take()] == [expected]
 
 
 async def test_mount_marks_cover_bind_mounts(
@@ -376,6 +402,32 @@ async def test_pages_in_the_cache(kernel: Side, exact: Side, accessor: Accessor)
             assert listener.briefly() == [("PRE_ACCESS", 0, PAGE)] * (2 if side is kernel else 1)
 
 
+def send_twice(descriptor: int) -> None:
+    for _ in range(2):
+        reader, writer = os.pipe()
+        os.sendfile(writer, descriptor, 10, 100)
+        os.close(reader)
+        os.close(writer)
+
+
+def splice_twice(descriptor: int) -> None:
+    for _ in range(2):
+        reader, writer = os.pipe()
+        os.splice(descriptor, writer, 100, offset_src=10)
+        os.close(reader)
+        os.close(writer)
+
+
+@pytest.mark.parametrize("act", [send_twice, splice_twice])
+async def test_sent_from_the_cache(kernel: Side, exact: Side, accessor: Accessor, act: Any) -> None:
+    for side in (kernel, exact):
+        path = side.file("sent")
+        async with side.listening() as listener:
+            await accessor.run(act, await accessor.run("open", path, os.O_RDONLY))
+            heard = listener.briefly()
+        assert heard == [("PRE_ACCESS", 0, PAGE)] * (1 if side.diverges("sent from the cache") else 2)
+
+
 def read_into_nowhere(descriptor: int) -> int:
 
     libc = ctypes.CDLL(None, use_errno=True)
@@ -397,7 +449,7 @@ async def test_calls_that_fail(kernel: Side, exact: Side, accessor: Accessor) ->
 async def test_unnamed_files(kernel: Side, exact: Side, first_access: Side, accessor: Accessor) -> None:
     for side in (kernel, exact, first_access):
         flags = os.O_TMPFILE | os.O_RDWR
-        if side is kernel:
+        if not side.diverges("O_TMPFILE"):
             assert await accessor.run("open", str(side.path), flags) >= 0
             continue
         with pytest.raises(OSError) as caught:
@@ -411,18 +463,37 @@ async def test_writers_of_one_file(kernel: Side, exact: Side, make_accessor: Mak
         writers = [make_accessor() for _ in range(2)]
         async with side.listening(answer=lambda event: HOLD) as listener:
             calls = [writer.start("pwrite_path", path, b"new", 0) for writer in writers]
-            await listener.wait_for(2 if side is kernel else 1)
-            if side is exact:
-                # The other's request can only come when this one has been answered.
-                waiting, done = sorted(
-                    zip(calls, writers, strict=True), key=lambda c: c[1].pid == listener.heard[0].pid
-                )
-                assert listener.release() == 1
-                await done[0].wait()
-                assert not waiting[0].done
-                await listener.wait_for(2)
+            if side.diverges("writers of one file"):
+                await one_after_the_other(listener, writers, calls)
+            await listener.wait_for(2)
             listener.release()
             assert [await call.wait() for call in calls] == [3, 3]
+
+
+async def one_after_the_other(listener: Listener, accessors: list[Accessor], calls: list[Call]) -> None:
+    """Of two, the other's request can only come when the first one's event has been answered."""
+    await listener.wait_for(1)
+    waiting, done = sorted(
+        zip(calls, accessors, strict=True), key=lambda c: c[1].pid == listener.heard[0].pid
+    )
+    assert listener.release() == 1
+    await done[0].wait()
+    assert not waiting[0].done
+
+
+async def test_writers_past_the_end(kernel: Side, exact: Side, make_accessor: MakeAccessor) -> None:
+    for side in (kernel, exact):
+        for change in (("pwrite_path", b"new", SIZE - 1), ("truncate", SIZE + 1)):
+            path = side.file("longer")
+            accessors = [make_accessor() for _ in range(2)]
+            async with side.listening(answer=lambda event: HOLD) as listener:
+                calls = [accessor.start(change[0], path, *change[1:]) for accessor in accessors]
+                if side.diverges("writers past the end"):
+                    await one_after_the_other(listener, accessors, calls)
+                await listener.wait_for(2)
+                listener.release()
+                for call in calls:
+                    await call.wait()
 
 
 async def test_killed_before_it_is_read(kernel: Side, exact: Side, make_accessor: MakeAccessor) -> None:
@@ -503,10 +574,11 @@ async def test_killed_with_a_passed_descriptor(
             # Killed later and gone: whoever looks for the dying has looked at the child since.
             witness.kill()
             await trio.to_thread.run_sync(witness.wait_exit)
-            if side is exact:
+            if side.diverges("killed with a passed descriptor"):
                 assert await opener.run(wait_for, child, os.WNOHANG) == (0, 0)
-            listener.release()
+                listener.release()
             assert await opener.run(wait_for, child, 0) == (child, signal.SIGKILL)
+            listener.release()
 
 
 async def test_rename_whiteout(kernel: Side, exact: Side, accessor: Accessor) -> None:

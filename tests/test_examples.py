@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from examples.demo import Demo, DemoError
-from tests import harness
+from tests import engines, harness
 from tests.accessor import Accessor
 from tests.harness import ROOT, Mount
 
@@ -33,6 +33,7 @@ class Place:
     """
 
     kind: str
+    engine: str
     origin: Path
     source: Path
     stubs: Path
@@ -44,7 +45,8 @@ class Place:
         variables = {"MIRROR_ORIGIN": str(self.origin), "MIRROR_ROOT": str(self.root)}
         if self.kind != "kernel":
             handler = ("--handler", "examples.mirror:handler") if self.kind == "in-process" else ()
-            self.running.enter_context(Mount(self.source, self.root, *handler, env=variables))
+            arguments = ("--engine", self.engine, *handler)
+            self.running.enter_context(Mount(self.source, self.root, *arguments, env=variables))
         if self.kind != "in-process":
             command = [sys.executable, "-m", "examples.mirror", str(self.origin), str(self.root)]
             listener = harness.start(command, cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -80,22 +82,18 @@ class Place:
 
 @pytest.fixture(
     scope="module",
-    params=[
-        pytest.param("kernel", marks=pytest.mark.kernel),
-        pytest.param("socket", marks=pytest.mark.fuse),
-        pytest.param("in-process", marks=pytest.mark.fuse),
-    ],
+    params=engines.parameters("kernel", words=["socket", "in-process"]),
 )
 def place(
     request: pytest.FixtureRequest, places: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Place]:
     """A served directory of stubs."""
-    kind: str = request.param
+    kind, engine = request.param
     request.getfixturevalue("kernel_events" if kind == "kernel" else "fuse")
     source = places("stubs")
     root = source if kind == "kernel" else tmp_path_factory.mktemp("mirror")
     descriptor = os.open(source, os.O_PATH)
-    place = Place(kind, places("origin"), source, Path(f"/proc/self/fd/{descriptor}"), root)
+    place = Place(kind, engine, places("origin"), source, Path(f"/proc/self/fd/{descriptor}"), root)
     try:
         place.start()
         yield place

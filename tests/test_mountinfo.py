@@ -10,6 +10,8 @@ import pytest
 from fusehsm.mountinfo import Mount, mount_of, mount_of_descriptor, read_mounts
 from tests.conftest import MakeMount
 
+pytestmark = pytest.mark.any_engine
+
 
 @pytest.mark.parametrize(
     "name", ["plain", "with space", "tab\tnewline\nbackslash\\", "octal\\040", os.fsdecode(b"\xff\xfe")]

@@ -22,6 +22,7 @@ from tests.conftest import MakeAccessor, MakeMount
 from tests.harness import NOBODY, Mount, environment
 
 pytest_plugins = ["tests.handler_fixtures"]
+pytestmark = pytest.mark.any_engine
 
 PAGE = 4096
 

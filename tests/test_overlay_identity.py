@@ -594,13 +594,29 @@ def test_linked_again_under_a_name_unknown_so_far(source: Path, tree: Overlay) -
     assert node.lookups == 3
 
 
-def test_pins_are_bounded(source: Path) -> None:
+@pytest.mark.parametrize("may_map", [False, True], ids=["descriptors-only", "mappings"])
+def test_pins_are_bounded(source: Path, monkeypatch: pytest.MonkeyPatch, may_map: bool) -> None:
+    """Beyond their number files are kept by mappings, where these lead back to them, else given up."""
+    if may_map:
+        require_root()
+    else:
+        monkeypatch.setattr("fusehsm.pins._mapped", lambda descriptor: 0)
     before = open_descriptors()
     tree = Overlay(str(source), pins=3)
     made = [make(tree, tree.root, b"%d" % number, b"%d" % number) for number in range(10)]
     opened = {made[0]: tree.open(made[0], os.O_RDONLY), made[5]: os.open(source / "6", os.O_RDONLY)}
     for number in range(10):
         tree.unlink(tree.root, b"%d" % number)
+    assert open_descriptors() <= before + 6  # the root's, three pins, two opened here
+    if may_map:
+        for _ in range(2):
+            assert [read(tree, node) for node in made] == [b"%d" % number for number in range(10)]
+        assert open_descriptors() <= before + 6
+        for fd in opened.values():
+            os.close(fd)
+        tree.close()
+        assert open_descriptors() == before
+        return
     for node in made[:7]:
         assert_stale(lambda node=node: tree.getattr(node))  # type: ignore[misc]
     assert [read(tree, node) for node in made[7:]] == [b"7", b"8", b"9"]

@@ -320,9 +320,12 @@ def test_trusted_attributes_are_roots(tree: Tree) -> None:
 
 @pytest.fixture(scope="module")
 def own_mount(
-    places: Callable[[str], Path], session_directory: Path, make_shared_mount: Callable[..., Mount]
+    places: Callable[[str], Path],
+    session_directory: Path,
+    make_shared_mount: Callable[..., Mount],
+    engine: str,
 ) -> Mount:
-    source, point = places("own"), session_directory / "own-mount"
+    source, point = places("own"), session_directory / f"own-mount-{engine}"
     point.mkdir()
     for place in (source, point):
         os.chown(place, NOBODY, NOBODY)

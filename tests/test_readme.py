@@ -47,7 +47,7 @@ def test_the_handler_and_its_output(tree: Path, tmp_path: Path) -> None:
     printed = [
         line.replace("/tmp/tree", str(tree)) for line in session.splitlines() if not line.startswith("$ ")
     ]
-    _mkdir, truncate, mount, python, cat, _kill, umount = [command.split() for command in commands]
+    _mkdir, truncate, mount, python, head, _kill, umount = [command.split() for command in commands]
     subprocess.run(truncate, check=True)
     assert fusehsm(*mount[1:]).returncode == 0
     handler = harness.start([sys.executable, str(program_in(tmp_path, tree))], cwd=tmp_path)
@@ -57,7 +57,7 @@ def test_the_handler_and_its_output(tree: Path, tmp_path: Path) -> None:
     try:
         output, complaints = LogReader(handler.stdout), LogReader(handler.stderr)
         output.wait_for(lambda line: line == "listening")
-        shown = subprocess.run(cat, capture_output=True, text=True, timeout=PATIENCE, check=True).stdout
+        shown = subprocess.run(head, capture_output=True, text=True, timeout=PATIENCE, check=True).stdout
         handler.terminate()
         handler.wait(PATIENCE)
         assert [*output.wait_for_end(), *shown.splitlines()] == printed

@@ -15,7 +15,7 @@ from tests.conftest import MakeMount
 from tests.harness import Mount, fusehsm
 from tests.listening import HOLD, listening
 
-pytestmark = pytest.mark.fuse
+pytestmark = [pytest.mark.fuse, pytest.mark.any_engine]
 
 
 async def status(*arguments: str | Path) -> list[dict[str, Any]]:

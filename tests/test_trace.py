@@ -24,6 +24,8 @@ from tests.accessor import Accessor
 from tests.conftest import MakeAccessor, MakeMount
 from tests.harness import COMMAND, PATIENCE, LogReader, fusehsm
 
+pytestmark = pytest.mark.any_engine
+
 PAGE = 4096
 KEYS = ["time", "event", "mask", "pid", "path", "offset", "count", "response", "errno", "latency_us"]
 

@@ -44,7 +44,7 @@ def map_part(descriptor: int, size: int) -> Pieces:
 def map_shared(descriptor: int, size: int) -> Pieces:
     try:
         mapping = mmap.mmap(descriptor, size, mmap.MAP_SHARED, mmap.PROT_READ)
-    except OSError:  # ENODEV in exact mode
+    except OSError:  # the divergence "shared mappings (exact)"
         return {}
     with mapping:
         return {0: mapping[:]}

@@ -7,7 +7,7 @@ import os
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import trio
@@ -31,6 +31,7 @@ from fusehsm.backends.kernel import KernelGroup
 from fusehsm.divergences import DIVERGENCES
 from fusehsm.events import Event
 from fusehsm.mountinfo import mount_of
+from tests.engines import diverges
 from tests.listening import Answer, Heard, Listener
 
 PAGE = 4096
@@ -124,17 +125,21 @@ class World:
     backing: Path
     path: Path
     daemon: int | None = None
-    names: set[str] = field(default_factory=set)
+    engine: str = "devfuse"  # of the emulator
 
     @property
     def is_kernel(self) -> bool:
         """Whether this is the real thing."""
         return self.name == "kernel"
 
+    def diverges(self, name: str) -> bool:
+        """Whether the divergence of that name is to be seen here."""
+        return not self.is_kernel and diverges(name, self.engine)
+
     def inside(self, name: str) -> "World":
         """A new directory within, for one test."""
         (self.backing / name).mkdir()
-        return World(self.name, self.backing / name, self.path / name, self.daemon)
+        return replace(self, backing=self.backing / name, path=self.path / name)
 
     def file(self, name: str = "file", size: int = SIZE) -> str:
         """Make a file of that many bytes of CONTENT; its path for accessors."""
@@ -210,7 +215,7 @@ class Row:
 
     def expected(self, world: World) -> tuple[object, list[Expected]]:
         """(result, events) in that world."""
-        if self.divergence and not world.is_kernel:
+        if self.divergence and world.diverges(self.divergence):
             return self.emulated_result, list(self.emulated)
         return self.result, list(self.events)
 

@@ -28,13 +28,12 @@ class CachePolicy:
         return 0.0 if self._gate.may_deny_new(parent) else self._longest
 
     def attributes(self, node: Node) -> float:
-        """Seconds for which a node's attributes hold.
+        """Seconds for which a node's attributes hold."""
+        return min(self._gate.believe(node), self._longest)
 
-        A listener may go on filling a file through its event fd, which nobody tells us, but the longer it has been left alone the less
-        likely: as acregmin and acregmax in nfs(5), a file is believed for as long as it has been quiet.
-        """
-        quiet = self._gate.seconds_since_event(node)
-        return self._longest if quiet is None else min(quiet, self._longest)
+    def mtime(self, node: Node, status: os.stat_result) -> int:
+        """st_mtime to show, in nanoseconds."""
+        return self._gate.content.shown_mtime(node, status)
 
     def blocks(self, node: Node, status: os.stat_result) -> int:
         """st_blocks to show: tar -S takes a file without a single block for one hole and never reads it."""
@@ -43,13 +42,16 @@ class CachePolicy:
         return int(self._gate.watches(node))
 
     def unchanged(self, node: Node, status: os.stat_result) -> bool:
-        """Whether the file is as it was when this was last asked, so that the kernel's pages of it may stay."""
+        """Whether the file is as it was when this was last asked, so that the kernel's pages of it may stay. To be asked at every open.
+
+        At the first there are none: to drop them all the same would wait for those that another open is just bringing in.
+        """
         if self.private:
             return True
         version = (status.st_mtime_ns, status.st_size)
         known = self._versions.get(node.id)
         self._versions[node.id] = version
-        return known == version
+        return known is None or known == version
 
     def forgotten(self, node_id: int) -> None:
         """The kernel has forgotten a node."""

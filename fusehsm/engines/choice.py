@@ -17,7 +17,7 @@ _SHARED_DIRECT_MAPPINGS: Final = (6, 6)
 
 def resolved(name: str) -> str:
     """The engine's name for `auto`."""
-    return "pyfuse3" if name == "auto" else name
+    return "devfuse" if name == "auto" else name
 
 
 def maps_direct_files_shared(name: str) -> bool:

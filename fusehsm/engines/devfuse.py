@@ -7,6 +7,7 @@ worker woken (or made) to read meanwhile. So what needs no waiting spawns nothin
 import errno
 import logging
 import os
+import struct
 from contextlib import suppress
 from typing import Final
 
@@ -55,6 +56,9 @@ _LEAVES_NOTHING: Final = frozenset(
         Opcode.COPY_FILE_RANGE_64,
     )
 )
+# What taking a request apart raises, and what system calls raise for numbers that no C type holds: the kernel does not send such.
+_MALFORMED: Final = (ValueError, struct.error, OverflowError)
+_ERRNO_LIMIT: Final = 512  # from here on they are the kernel's own
 _NEVER_ANSWERED: Final = frozenset(
     (Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT, Opcode.NOTIFY_REPLY)
 )
@@ -94,8 +98,12 @@ class DevFuse:
 
     def mount(self, mount_point: str, options: frozenset[str]) -> None:
         self._connection = fuse_mount.mount(mount_point, options)
-        self._device = self._connection.descriptor
         self._mount_point = mount_point
+        self.attach(self._connection.descriptor)
+
+    def attach(self, descriptor: int) -> None:
+        """Serve the requests of a /dev/fuse, not blocking, that somebody else has opened and will close."""
+        self._device = descriptor
 
     def caches(self, device: tuple[int, int]) -> CacheControl:
         return KernelCaches(self._device, device)
@@ -179,8 +187,12 @@ class DevFuse:
         try:
             return protocol.decode_request(data)
         except ValueError as error:
-            # Without a header there is nobody to answer.
             log.error("/dev/fuse: %s", error)
+            # Whoever waits for it must not wait for ever; without a header there is nobody to answer.
+            if size >= protocol.IN_HEADER.size:
+                _, opcode, unique, *_ = protocol.IN_HEADER.unpack_from(data)
+                if opcode not in _NEVER_ANSWERED:
+                    self._send(protocol.failure(unique, errno.EIO))
             return None
 
     def _start(self, request: Request) -> Answer | None:
@@ -188,7 +200,8 @@ class DevFuse:
         opcode = request.opcode
         answer = self._answers.get(opcode)
         if answer is None:
-            self._send(protocol.failure(request.unique, errno.ENOSYS))
+            if opcode not in _NEVER_ANSWERED:
+                self._send(protocol.failure(request.unique, errno.ENOSYS))
             return None
         self._counts[opcode] += 1
         try:
@@ -226,15 +239,24 @@ class DevFuse:
             self._send(protocol.reply(request.unique, bytes(body)))
             return
         header = protocol.OUT_HEADER.pack(protocol.OUT_HEADER.size + len(body), 0, request.unique)
-        with suppress(FileNotFoundError):
+        try:
             os.writev(self._device, [header, body])
+        except OSError as error:
+            self._not_taken(error)
 
     def _fail(self, request: Request, error: BaseException) -> None:
         number = errno.EIO
         if isinstance(error, OSError) and error.errno is not None:
-            number = error.errno
+            # The kernel refuses answers with others (fuse_dev_do_write()), and their accessors would wait for ever.
+            if 0 < error.errno < _ERRNO_LIMIT:
+                number = error.errno
         else:
-            log.error("a request failed: %s", request, exc_info=error)
+            what = f"{Opcode(request.opcode).name} of node {request.node_id}, {len(request.body)} bytes"
+            if isinstance(error, _MALFORMED):
+                number = errno.EINVAL
+                log.error("/dev/fuse: %s: %s", what, error)
+            else:
+                log.error("a request failed: %s", what, exc_info=error)
         if request.opcode not in _NEVER_ANSWERED:
             self._send(protocol.failure(request.unique, number))
 
@@ -242,9 +264,13 @@ class DevFuse:
         try:
             os.write(self._device, message)
         except OSError as error:
-            # ENOENT: nobody waits for it any more; ENODEV, EPERM: the filesystem is gone.
-            if error.errno not in (errno.ENOENT, errno.ENODEV, errno.EPERM):
-                log.error("an answer was not taken: %s", error)
+            self._not_taken(error)
+
+    @staticmethod
+    def _not_taken(error: OSError) -> None:
+        # ENOENT: nobody waits for it any more; ENODEV, EPERM: the filesystem is gone.
+        if error.errno not in (errno.ENOENT, errno.ENODEV, errno.EPERM):
+            log.error("an answer was not taken: %s", error)
 
     # Special requests
 

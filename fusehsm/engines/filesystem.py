@@ -7,11 +7,14 @@ import errno
 import os
 import stat
 from collections.abc import Callable
+from typing import Final
 
 from fusehsm.directory import DirectoryStream
 from fusehsm.gate import Gate
 from fusehsm.handles import OpenFile
 from fusehsm.overlay import RENAME_EXCHANGE, Caller, Node
+
+_SELINUX: Final = b"security.selinux"
 
 Found = tuple[Node, os.stat_result]
 
@@ -24,6 +27,7 @@ class Filesystem:
         self._overlay = gate.overlay
         self._directories: dict[int, tuple[DirectoryStream, Node, int]] = {}
         self._next_directory = 1
+        self._has_selinux = os.path.isdir("/sys/fs/selinux")
         # An ordinary user cannot open for writing what he has just made with mode 0444, unless he makes it by opening it.
         self._opens_new_files = os.geteuid() == 0
 
@@ -87,6 +91,16 @@ class Filesystem:
             forget_name(parent_id, name)
             raise
         return file, keep, (node, status)
+
+    def getxattr(self, node_id: int, name: bytes) -> bytes:
+        """Value of an extended attribute."""
+        try:
+            return self._overlay.getxattr(self._overlay.node(node_id), name)
+        except OSError as error:
+            if error.errno == errno.ENODATA and name == _SELINUX and not self._has_selinux:
+                # ls -l asks for it file by file, and asks no more on a filesystem that does not support it; nothing here does.
+                raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP)) from None
+            raise
 
     # Directories
 

@@ -29,6 +29,7 @@ Method = Callable[[Request], Body | Answer]
 _DONE: Final = b""
 _SECOND: Final = 1_000_000_000  # nanoseconds
 _STREAMS: Final = 64  # directories that are being read without having been opened
+_LARGEST_READ: Final = protocol.MAX_PAGES * os.sysconf("SC_PAGESIZE")  # bytes
 _RWF_DSYNC, _RWF_SYNC = 0x2, 0x4  # pwritev2(2)
 
 
@@ -99,7 +100,12 @@ class Operations:
     def _attributes(self, node: Node, status: os.stat_result) -> Attributes:
         policy = self._policy
         return Attributes(
-            node.id, node.generation, policy.attributes(node), status, policy.blocks(node, status)
+            node.id,
+            node.generation,
+            policy.attributes(node),
+            status,
+            policy.blocks(node, status),
+            policy.mtime(node, status),
         )
 
     def _entry(self, found: Found) -> bytes:
@@ -133,9 +139,11 @@ class Operations:
     def _forget(self, node_id: int, count: int) -> None:
         if self._gate.forget(node_id, count):
             self._policy.forgotten(node_id)
-            stream = self._streams.pop(node_id, None)
-            if stream is not None:
-                stream.close()
+        stream = self._streams.get(node_id)
+        # A directory may stay known for the sake of what is in it.
+        if stream is not None and stream.node.lookups == 0:
+            del self._streams[node_id]
+            stream.close()
 
     def readlink(self, request: Request) -> bytes:
         return self._overlay.readlink(self._overlay.node(request.node_id))
@@ -246,7 +254,8 @@ class Operations:
         flags = 0
         if file.direct:
             flags |= protocol.FOPEN_DIRECT_IO | protocol.FOPEN_PARALLEL_DIRECT_WRITES
-        if keep and self._policy.unchanged(file.node, self._gate.file_status(file.handle)):
+        unchanged = self._policy.unchanged(file.node, self._gate.file_status(file.handle))
+        if keep and (unchanged or self._content.is_filling(file.node)):
             flags |= protocol.FOPEN_KEEP_CACHE
         return protocol.OPEN_OUT.pack(file.handle, flags, 0)
 
@@ -289,6 +298,8 @@ class Operations:
 
     def read(self, request: Request) -> Answer:
         handle, offset, size, flags, _, _, _ = protocol.READ_IN.unpack_from(request.body)
+        if size > _LARGEST_READ:
+            raise ValueError(f"READ of {size} bytes")
         file = self._file(request.node_id, handle, writing=False)
         return self._content.read(file, offset, size, request.pid, not flags & protocol.READ_LOCKOWNER)
 
@@ -328,7 +339,9 @@ class Operations:
 
     async def fsync(self, request: Request) -> bytes:
         handle, flags, _ = protocol.FSYNC_IN.unpack_from(request.body)
-        file = self._file(request.node_id, handle, writing=False)
+        opened = [] if handle else self._handles.of_node(self._overlay.node(request.node_id))
+        # Whatever there is will do; what may only be written could not be opened for reading.
+        file = opened[0] if opened else self._file(request.node_id, handle, writing=False)
         await self._content.synchronise(file, bool(flags & protocol.FSYNC_FDATASYNC))
         return _DONE
 
@@ -386,7 +399,7 @@ class Operations:
                 elif plus:
                     # Node 0: the kernel lists the name and remembers nothing.
                     record = protocol.absent_out(0) + record
-                if len(answer) + len(record) > size:
+                if len(answer) + len(record) > min(size, _LARGEST_READ):
                     break
                 answer += record
                 if is_known:
@@ -395,9 +408,14 @@ class Operations:
 
     def _unopened_directory(self, request: Request) -> DirectoryStream:
         """Of a directory that the kernel has opened by itself."""
-        stream = self._streams.get(request.node_id)
+        node = self._overlay.node(request.node_id)
+        stream = self._streams.get(node.id)
+        if stream is not None and stream.node is not node:
+            # Its number has become another directory's.
+            self._streams.pop(node.id).close()
+            stream = None
         if stream is None:
-            stream = self._overlay.opendir(self._overlay.node(request.node_id))
+            stream = self._overlay.opendir(node)
             self._streams[request.node_id] = stream
             if len(self._streams) > _STREAMS:
                 self._streams.popitem(last=False)[1].close()
@@ -425,7 +443,7 @@ class Operations:
     def getxattr(self, request: Request) -> bytes:
         size, _ = protocol.GETXATTR_IN.unpack_from(request.body)
         (name,) = protocol.names_in(request.body, protocol.GETXATTR_IN.size, 1)
-        return _sized(self._overlay.getxattr(self._overlay.node(request.node_id), name), size)
+        return _sized(self._filesystem.getxattr(request.node_id, name), size)
 
     def setxattr(self, request: Request) -> bytes:
         size, flags = protocol.SETXATTR_IN.unpack_from(request.body)

@@ -230,19 +230,26 @@ def number_of_device(encoded: int) -> int:
 
 @dataclass(slots=True)
 class Attributes:
-    """What an answer tells of a node: numbers as the kernel shall see them, `valid` seconds for which it may keep them."""
+    """What an answer tells of a node: numbers as the kernel shall see them, `valid` seconds for which it may keep them, `mtime_ns` where
+    it shall not see that of the status."""
 
     node_id: int
     generation: int
     valid: float
     status: os.stat_result
     blocks: int
+    mtime_ns: int | None = None
+
+    @property
+    def shown_mtime(self) -> int:
+        """Nanoseconds since 1970."""
+        return self.status.st_mtime_ns if self.mtime_ns is None else self.mtime_ns
 
 
 def _attributes(attributes: Attributes) -> bytes:
     status = attributes.status
     atime, atime_ns = divmod(status.st_atime_ns, _SECOND)
-    mtime, mtime_ns = divmod(status.st_mtime_ns, _SECOND)
+    mtime, mtime_ns = divmod(attributes.shown_mtime, _SECOND)
     ctime, ctime_ns = divmod(status.st_ctime_ns, _SECOND)
     return _ATTR.pack(
         attributes.node_id,
@@ -297,7 +304,7 @@ def statx_out(attributes: Attributes, birth: tuple[int, int] | None) -> bytes:
     seconds, ns = _valid(attributes.valid)
     mask = _STATX_BASIC_STATS | (_STATX_BTIME if birth is not None else 0)
     atime, mtime, ctime = (
-        divmod(t, _SECOND) for t in (status.st_atime_ns, status.st_mtime_ns, status.st_ctime_ns)
+        divmod(t, _SECOND) for t in (status.st_atime_ns, attributes.shown_mtime, status.st_ctime_ns)
     )
     born = birth or (0, 0)
     return _STATX_OUT.pack(seconds, ns, 0) + _STATX.pack(

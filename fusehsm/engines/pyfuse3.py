@@ -87,7 +87,7 @@ class Operations(pyfuse3.Operations):
         entry.st_blksize = status.st_blksize
         entry.st_blocks = self._policy.blocks(node, status)
         entry.st_atime_ns = status.st_atime_ns
-        entry.st_mtime_ns = status.st_mtime_ns
+        entry.st_mtime_ns = self._policy.mtime(node, status)
         entry.st_ctime_ns = status.st_ctime_ns
         return entry
 
@@ -188,8 +188,8 @@ class Operations(pyfuse3.Operations):
     # Files
 
     def _file_info(self, handle: int, node: Node, *, direct: bool, keep: bool) -> FileInfo:
-        keep = keep and self._policy.unchanged(node, self._gate.file_status(handle))
-        return FileInfo(fh=handle, direct_io=direct, keep_cache=keep)
+        unchanged = self._policy.unchanged(node, self._gate.file_status(handle))
+        return FileInfo(fh=handle, direct_io=direct, keep_cache=keep and unchanged)
 
     @_errors_to_fuse
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
@@ -288,7 +288,7 @@ class Operations(pyfuse3.Operations):
 
     @_errors_to_fuse
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
-        return self._overlay.getxattr(self._overlay.node(inode), name)
+        return self._filesystem.getxattr(inode, name)
 
     @_errors_to_fuse
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
