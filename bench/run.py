@@ -22,12 +22,20 @@ from rich.console import Console
 if __name__ == "__main__":  # run as a script: make the packages beside this directory importable
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from bench.parts import FULL, PARTS, QUICK, Note, Sizes
+from bench import kernel_build, large_tree, parts, resident, waiting
 from bench.report import Quantity, as_json, table_of, targets_of, verdicts
 from bench.scene import Scene, SceneError
+from bench.sizes import FULL, QUICK, Note, Sizes
 
+PARTS = {
+    **parts.PARTS,
+    "f": resident.resident_tree,
+    "g": kernel_build.kernel_build,
+    "h": waiting.many_waiting,
+    "i": large_tree.large_tree,
+}
 RESULTS = Path(__file__).resolve().parent / "results"
-IMAGE = 12 << 30  # bytes; sparse
+IMAGE = 24 << 30  # bytes; sparse
 WIDTH = 150  # columns of the tables where no terminal says how many there are
 BUSY = 0.5  # load average beyond which others' work shows in the figures
 
@@ -55,9 +63,9 @@ def arguments() -> argparse.Namespace:
     return chosen
 
 
-def measure(scene: Scene, parts: list[str], sizes: Sizes, note: Note) -> Iterator[Quantity]:
+def measure(scene: Scene, chosen: list[str], sizes: Sizes, note: Note) -> Iterator[Quantity]:
     """Run the parts."""
-    for part in parts:
+    for part in chosen:
         yield from PARTS[part](scene, sizes, partial(note_of, note, part))
 
 

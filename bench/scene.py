@@ -1,6 +1,7 @@
 """What the measurements stand on: an ext4 image, compiled helpers, mounts and listeners, all removed at the end."""
 
 import contextlib
+import json
 import os
 import shutil
 import subprocess
@@ -8,11 +9,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import IO, Any, Self
 
 ROOT = Path(__file__).resolve().parent.parent
 HANDLER = "bench.handlers:allow"
@@ -27,12 +28,14 @@ class SceneError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """What bench/accessor.c measured: nanoseconds in all, operations, the median operation's nanoseconds, bytes read."""
+    """What bench/accessor.c measured: nanoseconds in all, operations, the median operation's nanoseconds, bytes read, and the nanoseconds
+    that one operation in a hundred exceeds."""
 
     total: int
     operations: int
     median: int
     size: int
+    late: int
 
     @property
     def microseconds(self) -> float:
@@ -67,6 +70,7 @@ class Scene:
                 run(
                     os.environ.get("CC", "cc"),
                     "-O2",
+                    "-pthread",
                     "-o",
                     str(self.work / name),
                     str(ROOT / "bench" / f"{name}.c"),
@@ -87,8 +91,7 @@ class Scene:
     def measure(self, directory: Path, *arguments: str) -> Timing:
         """Run bench/accessor.c with `directory` as its working directory."""
         output = run(str(self.work / "accessor"), *arguments, directory=directory)
-        total, operations, median, size = (int(word) for word in output.split())
-        return Timing(total, operations, median, size)
+        return Timing(*map(int, output.split()))
 
     def drop_caches(self) -> None:
         """Empty the kernel's page, dentry and inode caches (root only)."""
@@ -99,7 +102,7 @@ class Scene:
         image = self.work / "image"
         with open(image, "wb") as file:
             file.truncate(self._image_size)
-        run("mkfs.ext4", "-q", "-F", "-N", "400000", str(image))
+        run("mkfs.ext4", "-q", "-F", "-N", "2500000", str(image))
         run("mount", "-o", "loop", str(image), str(self.files))
 
     def _kernel_has_pre_content(self) -> bool:
@@ -131,10 +134,18 @@ class Stage:
     ) -> None:
         self._stack.close()
 
-    def mount(self, source: Path, *options: str) -> tuple[Path, int]:
-        """Mount fusehsm on `source`; the mount point and the server's process id."""
-        point = self._new_directory()
+    def mount(
+        self,
+        source: Path,
+        *options: str,
+        prefix: Sequence[str] = (),
+        point: Path | None = None,
+        **variables: str,
+    ) -> tuple[Path, int]:
+        """Mount fusehsm on `source`, the command line after `prefix`; the mount point and the server's process id."""
+        point = point or self.new_directory()
         command = [
+            *prefix,
             sys.executable,
             "-m",
             "fusehsm",
@@ -144,14 +155,14 @@ class Stage:
             "--foreground",
             *options,
         ]
-        daemon = self._start(command, stderr=subprocess.PIPE)
+        daemon = self._start(command, stderr=subprocess.PIPE, **variables)
         assert daemon.stderr is not None
         self._wait_for_ready(daemon, daemon.stderr)
         return point, daemon.pid
 
     def bindfs(self, source: Path, *options: str) -> tuple[Path, int]:
         """Mount bindfs on `source`; the mount point and the server's process id."""
-        point = self._new_directory()
+        point = self.new_directory()
         daemon = self._start(["bindfs", "-f", "--no-allow-other", *options, str(source), str(point)])
         while not mounts_under(point):
             if daemon.poll() is not None:
@@ -167,14 +178,35 @@ class Stage:
         """Start bench/listener.c on one file. SceneError where the kernel has no pre-content events."""
         self._start_listener([str(self._scene.work / "listener"), str(path)])
 
-    def _new_directory(self) -> Path:
+    def mirror(self, origin: Path, root: Path) -> None:
+        """Start examples/mirror.py as a listener of the real kernel."""
+        command = [sys.executable, "-m", "examples.mirror", str(origin), str(root)]
+        listener = self._start(command, stderr=subprocess.PIPE)
+        assert listener.stderr is not None
+        self._wait_for_ready(listener, listener.stderr)
+
+    def status(self, point: Path) -> dict[str, Any]:
+        """What `fusehsm status` says of a mount."""
+        command = [sys.executable, "-m", "fusehsm", "status", "--json", str(point)]
+        environment = os.environ | {"XDG_RUNTIME_DIR": str(self._scene.work)}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        (found,) = json.loads(done.stdout)
+        return dict(found)
+
+    def requests(self, point: Path) -> int:
+        """How many requests a mount has had, apart from those of asking for its status."""
+        counts = self.status(point)["requests"]
+        return sum(count for name, count in counts.items() if name not in ("STATFS", "INTERRUPT", "FORGET"))
+
+    def new_directory(self) -> Path:
+        """For a mount point."""
         return Path(tempfile.mkdtemp(prefix="mount-", dir=self._scene.work))
 
-    def _start(self, command: list[str], *, stderr: int | None = None) -> Process:
+    def _start(self, command: list[str], *, stderr: int | None = None, **variables: str) -> Process:
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "XDG_RUNTIME_DIR": str(self._scene.work)},
+            env=os.environ | {"PYTHONPATH": str(ROOT), "XDG_RUNTIME_DIR": str(self._scene.work), **variables},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=stderr,

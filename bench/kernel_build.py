@@ -1,0 +1,129 @@
+"""(g) Building a Linux kernel from a tree that is mounted: resident, and fetched file by file while it is built."""
+
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from bench.report import Quantity, Target, interleave
+from bench.scene import Scene, SceneError, Stage, run, stopwatch
+from bench.sizes import Note, Sizes
+
+TARBALL = Path("/usr/src/linux-source-6.1.tar.xz")
+TOOLS = ("make", "cc", "flex", "bison", "bc", "xz")
+NATIVE = "native"
+RESIDENT = "fusehsm, resident"
+COLD = "fusehsm, cold"
+KERNEL_COLD = "kernel, the same handler, cold"
+HANDLER = "examples.mirror:handler"
+OPTIONS = ("--events", "first-access", "--cache", "private", "--handler", HANDLER)
+
+
+def kernel_build(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity]:
+    """(g) make tinyconfig and make -j2, output outside the mount."""
+    directory = scene.files / "g"
+    directory.mkdir()
+    note("unpacking the source")
+    source = _unpacked(directory) if sizes.kernel_source else _generated(directory)
+    seen: dict[str, dict[str, list[float]]] = {"requests": {}, "events": {}, "occupied": {}}
+
+    def built(tree: Path) -> float:
+        output = scene.work / "output"
+        shutil.rmtree(output, ignore_errors=True)
+        output.mkdir()
+        run("make", "-s", "-C", str(tree), f"O={output}", "tinyconfig")
+        with stopwatch() as taken:
+            run("make", "-s", "-C", str(tree), f"O={output}", "-j2")
+        return taken[0]
+
+    def mounted(case: str, tree: Path) -> float:
+        with Stage(scene) as stage:
+            point = stage.new_directory()
+            stage.mount(tree, *OPTIONS, point=point, MIRROR_ORIGIN=str(source), MIRROR_ROOT=str(point))
+            seconds = built(point)
+            status = stage.status(point)
+        seen["requests"].setdefault(case, []).append(float(sum(status["requests"].values())))
+        seen["events"].setdefault(case, []).append(float(status["groups"][0]["statistics"]["queued"]))
+        return seconds
+
+    def cold(case: str, build: Callable[[str, Path], float]) -> float:
+        tree = directory / "stubs"
+        shutil.rmtree(tree, ignore_errors=True)
+        _make_stubs(source, tree)
+        os.sync()
+        seconds = build(case, tree)
+        seen["occupied"].setdefault(case, []).append(_occupied(tree))
+        return seconds
+
+    def listened(case: str, tree: Path) -> float:
+        with Stage(scene) as stage:
+            stage.mirror(source, tree)
+            return built(tree)
+
+    cases: dict[str, Callable[[], float]] = {
+        NATIVE: partial(built, source),
+        RESIDENT: partial(mounted, RESIDENT, source),
+        COLD: partial(cold, COLD, mounted),
+    }
+    if scene.has_kernel:
+        cases[KERNEL_COLD] = partial(cold, KERNEL_COLD, listened)
+    built(source)  # warms what all of them use, and is not counted
+    values = interleave(sizes.repetitions, cases, note)
+    what = "Linux 6.1 tinyconfig" if sizes.kernel_source else "150 generated files"
+    targets = (Target(RESIDENT, NATIVE, at_most=1.03), Target(COLD, KERNEL_COLD, at_most=1.1))
+    yield Quantity("g", f"build of {what}, -j2", "s", values, NATIVE, targets)
+    yield Quantity("g", "requests of a build", "requests", seen["requests"], RESIDENT)
+    yield Quantity("g", "events of a build", "events", seen["events"], "")
+    full = {"the whole tree": [_occupied(source)] * sizes.repetitions}
+    yield Quantity("g", "disk space afterwards", "MiB", {**full, **seen["occupied"]}, "the whole tree")
+
+
+def _unpacked(directory: Path) -> Path:
+    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
+    if missing or not TARBALL.exists():
+        packages = "linux-source-6.1 build-essential flex bison bc xz-utils"
+        raise SceneError(
+            f"part g needs {', '.join(missing) or TARBALL}; apt-get install {packages}, or leave it out with --only"
+        )
+    run("tar", "-xf", str(TARBALL), "-C", str(directory))
+    return directory / TARBALL.name.removesuffix(".tar.xz")
+
+
+def _generated(directory: Path) -> Path:
+    """A tree that is built as the kernel is, in seconds."""
+    source = directory / "generated"
+    source.mkdir()
+    names = [f"unit{number:03d}" for number in range(150)]
+    for name in names:
+        (source / f"{name}.h").write_text(f"int {name}(int);\n" + "/* filler */\n" * 500, encoding="ascii")
+        (source / f"{name}.c").write_text(
+            f'#include "{name}.h"\nint {name}(int x) {{ return x + 1; }}\n', encoding="ascii"
+        )
+    objects = " ".join(f"$(O)/{name}.o" for name in names)
+    makefile = f"all: {objects}\ntinyconfig:\n$(O)/%.o: %.c %.h\n\tcc -O1 -c -o $@ $<\n"
+    (source / "Makefile").write_text(makefile, encoding="ascii")
+    return source
+
+
+def _make_stubs(source: Path, target: Path) -> None:
+    """Files of the same sizes, modes and times, and nothing in them."""
+    for place, directories, files in os.walk(source):
+        here = target / os.path.relpath(place, source)
+        here.mkdir(exist_ok=True, parents=True)
+        for name in [*files, *directories]:
+            original, stub = os.path.join(place, name), here / name
+            status = os.lstat(original)
+            if stat.S_ISLNK(status.st_mode):
+                stub.symlink_to(os.readlink(original))
+            elif stat.S_ISREG(status.st_mode):
+                with open(stub, "wb") as file:
+                    file.truncate(status.st_size)
+                stub.chmod(stat.S_IMODE(status.st_mode))
+                os.utime(stub, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def _occupied(tree: Path) -> float:
+    os.sync()
+    return int(run("du", "-s", "--block-size=1", str(tree)).split()[0]) / (1 << 20)

@@ -1,0 +1,63 @@
+"""(f) A resident tree that is still watched, in first-access mode: what it costs when nothing has to be fetched."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from bench.report import Quantity, Target, interleave
+from bench.scene import HANDLER, Scene, Stage, make_tree, run, stopwatch
+from bench.sizes import Note, Sizes
+
+NATIVE = "native"
+OURS = "fusehsm"
+PYFUSE3 = "fusehsm --engine pyfuse3"
+OPTIONS = ("--events", "first-access", "--cache", "private", "--handler", HANDLER)
+WARMING = 3  # rounds before any counts: a file's attributes are believed the longer the longer it has been left alone
+
+
+def resident_tree(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity]:
+    """(f) stat, open+read+close, names that are missing, ls -lR and find of a warm tree, and the requests they make."""
+    directory = scene.files / "f"
+    paths = make_tree(directory, sizes.resident_files, in_one_directory=100, size=4096)
+    lists = {"present": paths, "missing": [f"{path}.missing" for path in paths]}
+    for name, listed in lists.items():
+        (scene.work / name).write_text("".join(f"{path}\n" for path in listed), encoding="ascii")
+
+    def on_list(action: str, names: str, root: Path) -> float:
+        return scene.measure(root, action, str(scene.work / names)).microseconds
+
+    def program(*command: str, root: Path) -> float:
+        with stopwatch() as taken:
+            run(*command, directory=root)
+        return taken[0]
+
+    actions: dict[str, tuple[str, Callable[[Path], float]]] = {
+        "stat": ("µs", partial(on_list, "stat", "present")),
+        "open+read+close": ("µs", partial(on_list, "open", "present")),
+        "stat of missing names": ("µs", partial(on_list, "missing", "missing")),
+        "ls -lR": ("s", lambda root: program("ls", "-lR", root=root)),
+        "find -size": ("s", lambda root: program("find", ".", "-type", "f", "-size", "+1k", root=root)),
+    }
+    with Stage(scene) as stage:
+        mounts = {
+            OURS: stage.mount(directory, *OPTIONS)[0],
+            PYFUSE3: stage.mount(directory, "--engine", "pyfuse3", *OPTIONS)[0],
+        }
+        roots = {NATIVE: directory, **mounts}
+        note("warming")
+        for _ in range(WARMING):
+            for root in roots.values():
+                for _, action in actions.values():
+                    action(root)
+        before = stage.requests(mounts[OURS])
+        for name, (unit, action) in actions.items():
+            values = interleave(
+                sizes.repetitions, {case: partial(action, root) for case, root in roots.items()}, note
+            )
+            targets = (Target(OURS, NATIVE, at_most=1.2),)
+            yield Quantity("f", f"{name}, warm, {len(paths):,} files", unit, values, NATIVE, targets)
+        made = float(stage.requests(mounts[OURS]) - before)
+        operations = float(len(paths) * sizes.repetitions * len(actions))
+        yield Quantity(
+            "f", "requests of all these", "requests", {OURS: [made], "operations": [operations]}, "operations"
+        )

@@ -1,0 +1,26 @@
+"""How much the benchmark does."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much there is to do; `kernel_source`: whether a Linux kernel is built, or else a few generated files."""
+
+    repetitions: int
+    preads: int
+    unwatched_files: int
+    sequential_bytes: int
+    listed_files: int
+    walked_files: int
+    resident_files: int
+    kernel_source: bool
+    waits: int
+    large_tree: int
+
+
+FULL = Sizes(5, 5_000, 2_000, 1 << 30, 50_000, 100_000, 20_000, True, 50, 1_000_000)
+QUICK = Sizes(5, 1_000, 500, 64 << 20, 2_000, 5_000, 1_000, False, 10, 20_000)

@@ -1,0 +1,64 @@
+"""(h) Many accessors at once on a handler that takes its time."""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from bench.handlers import SLOWNESS
+from bench.report import Quantity, Target, interleave
+from bench.scene import Scene, Stage
+from bench.sizes import Note, Sizes
+
+THREADS = 64  # as many as fusehsm.serve() lets run at once
+HANDLER = "bench.handlers:slow"
+IDEAL = f"{THREADS} / {SLOWNESS * 1000:.0f} ms"
+CASES = {
+    "reads, exact": ("pread", ("--events", "exact")),
+    "reads, first-access": ("pread", ("--events", "first-access", "--cache", "private")),
+    "page faults, exact (a mapping asks once)": ("touch", ("--events", "exact")),
+    "page faults, first-access": ("touch", ("--events", "first-access", "--cache", "private")),
+}
+
+
+def many_waiting(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity]:
+    """(h) Throughput of 64 threads, each at pages of its own, and how long one access in a hundred waits."""
+    directory = scene.files / "h"
+    directory.mkdir()
+    pages = THREADS * sizes.waits
+    with open(directory / "file", "wb") as file:
+        file.truncate(pages * 4096 * sizes.repetitions)
+    late: dict[str, list[float]] = {case: [] for case in CASES}
+
+    def once(case: str, point: Path) -> float:
+        first = len(late[case]) * pages
+        how = CASES[case][0]
+        timing = scene.measure(point, "many", how, "file", str(THREADS), str(sizes.waits), str(first))
+        late[case].append(timing.late / 1e6)
+        return timing.operations / (timing.total / 1e9)
+
+    with Stage(scene) as stage:
+        # A read in first-access mode brings in what lies around it: without read-ahead every page is asked for.
+        points = {
+            case: stage.mount(directory, *options, "--handler", HANDLER)[0]
+            for case, (_, options) in CASES.items()
+        }
+        for point in points.values():
+            _without_read_ahead(point)
+        values = interleave(
+            sizes.repetitions, {case: partial(once, case, point) for case, point in points.items()}, note
+        )
+    values[IDEAL] = [THREADS / SLOWNESS] * sizes.repetitions
+    targets = tuple(
+        Target(case, IDEAL, at_least=0.9)
+        for case in CASES
+        if case != "page faults, exact (a mapping asks once)"
+    )
+    yield Quantity("h", f"accesses by {THREADS} threads", "1/s", values, IDEAL, targets)
+    yield Quantity("h", "time that one access in a hundred exceeds", "ms", late, "reads, exact")
+
+
+def _without_read_ahead(point: Path) -> None:
+    device = point.stat().st_dev
+    setting = Path(f"/sys/class/bdi/{device >> 8 & 0xFFF}:{device & 0xFF}/read_ahead_kb")
+    if setting.exists():
+        setting.write_text("0", encoding="ascii")
