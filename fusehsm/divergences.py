@@ -158,6 +158,14 @@ DIVERGENCES: Final = (
         engines=("pyfuse3",),
     ),
     Divergence(
+        name="flags of sent files",
+        difference="Once sendfile(2), splice(2) or copy_file_range(2) has read a watched file, F_GETFL of its descriptor shows O_DIRECT (exact).",
+        reason="Else the kernel would serve the next such call from its page cache, as it does where the mount may not trace the accessor.",
+        safe="Such a file has no page cache for O_DIRECT to go past, and wants no alignment.",
+        test="test_flags_of_sent_files",
+        engines=("devfuse",),
+    ),
+    Divergence(
         name="calls that fail",
         difference="Calls that fail for their arguments make no event: a bad buffer, a mapping that is not permitted.",
         reason="FUSE refuses them before its server hears of it; a real kernel asks first.",

@@ -3,6 +3,7 @@
 import ast
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import shutil
@@ -426,6 +427,22 @@ async def test_sent_from_the_cache(kernel: Side, exact: Side, accessor: Accessor
             await accessor.run(act, await accessor.run("open", path, os.O_RDONLY))
             heard = listener.briefly()
         assert heard == [("PRE_ACCESS", 0, PAGE)] * (1 if side.diverges("sent from the cache") else 2)
+
+
+def flags_after_sending(descriptor: int) -> int:
+    reader, writer = os.pipe()
+    os.sendfile(writer, descriptor, 10, 100)
+    os.close(reader)
+    os.close(writer)
+    return fcntl.fcntl(descriptor, fcntl.F_GETFL)
+
+
+async def test_flags_of_sent_files(kernel: Side, exact: Side, accessor: Accessor) -> None:
+    for side in (kernel, exact):
+        path = side.file("flags")
+        async with side.listening():
+            flags = await accessor.run(flags_after_sending, await accessor.run("open", path, os.O_RDONLY))
+        assert bool(flags & os.O_DIRECT) is side.diverges("flags of sent files")
 
 
 def read_into_nowhere(descriptor: int) -> int:

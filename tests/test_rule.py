@@ -480,7 +480,10 @@ async def test_truncation_and_fill_race(tree: Tree, make_accessor: MakeAccessor)
             try:
                 await held.fill_all(*calls, shortening)
                 check(stub, {0: await calls[0].wait()}, "pread")
-                check(stub, {0: await calls[1].wait()}, "mapping")
+                touched = await calls[1].wait()
+                # Of a file without any byte left, the kernel may show the rest of a page that was empty when it came: nothing of the file.
+                if length or touched != b"\0":
+                    check(stub, {0: touched}, "mapping")
             except AccessorDied as died:
                 assert (length, died.signal) == (0, signal.SIGBUS)
             await shortening.wait()
