@@ -328,6 +328,17 @@ def reading(call: Call) -> Transfer | None:
     return _plain(call, (here.read, here.pread64, here.readv, here.preadv, here.preadv2))
 
 
+def reads_memory(call: Call) -> bool:
+    """Whether reading() or writing() has to look into the accessor's memory for that call, which can block as mappings_of() can."""
+    here = _HERE
+    if here is None:
+        return False
+    number = call.number
+    if number in (here.sendfile, here.splice, here.copy_file_range):
+        return True
+    return number in (here.readv, here.preadv, here.preadv2, here.writev, here.pwritev, here.pwritev2)
+
+
 def writing(call: Call) -> Transfer | None:
     """The file range that `call` writes, or None when it is not a call that writes a file."""
     if _HERE is None or call.number == PAGE_FAULT:

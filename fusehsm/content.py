@@ -58,15 +58,13 @@ class Content:
         self._subject_of = subject_of
         self._filled: dict[int, RangeSet] = {}
         self._filling: dict[int, int] = {}
-        self._mtimes: dict[
-            int, int
-        ] = {}  # nanoseconds, as the kernel was last told of nodes that somebody may watch
-        self._events: dict[
-            int, float
-        ] = {}  # monotonic seconds of a node's last event, inf while it is asked about
-        self._believed: set[int] = (
-            set()
-        )  # nodes of which the kernel may have attributes that a listener could have changed
+        # By node id: the nanoseconds that the kernel was last told, of nodes that somebody may watch.
+        self._mtimes: dict[int, int] = {}
+        # Monotonic seconds of a node's last event, inf while it is asked about; and how many accesses of it are being asked about.
+        self._events: dict[int, float] = {}
+        self._asking: dict[int, int] = {}
+        # Nodes of which the kernel may have attributes that a listener could have changed.
+        self._believed: set[int] = set()
         self._reader = BackingReader()
         self._copiers = trio.CapacityLimiter(64)
 
@@ -104,12 +102,16 @@ class Content:
         if not listeners.watches(subject):
             return await listeners.ask(access, subject, node, armed=armed)
         self._events[node.id] = math.inf
+        self._asking[node.id] = self._asking.get(node.id, 0) + 1
         self._doubt(node)
         try:
             return await listeners.ask(access, subject, node, armed=armed)
         finally:
-            self._events[node.id] = time.monotonic()
-            self._doubt(node)  # believed again if another access of it was answered meanwhile
+            others = self._asking.pop(node.id) - 1
+            if others:
+                self._asking[node.id] = others
+            else:
+                self._events[node.id] = time.monotonic()
 
     def _doubt(self, node: Node) -> None:
         if node.id in self._believed:
@@ -284,7 +286,7 @@ class Content:
         self, file: OpenFile[Node], offset: int, size: int, tid: int, write_back: bool | None
     ) -> None:
         who = self._explainer.accessor(file, tid)
-        explanation = self._explainer.write(file, offset, size, who)
+        explanation = await self._explainer.write(file, offset, size, who)
         if explanation is None:
             filled = self._filled.get(file.node.id)
             if (

@@ -100,7 +100,7 @@ class Explainer:
 
         `fills`: whether it is for the page cache (FUSE_READ_LOCKOWNER tells), None where the engine does not say.
         """
-        transfer, call = self._transfer(file, offset, size, Direction.READ, who, fills)
+        transfer, call = await self._transfer(file, offset, size, Direction.READ, who, fills)
         if transfer is not None and call is not None:
             return self._moved(file, call, transfer, offset, size, Direction.READ, who, fills)
         if self.is_fill(offset, size) if fills is None else fills:
@@ -110,9 +110,9 @@ class Explainer:
         access = Access(AccessKind.READ, offset, size, who.pid, who.tid)
         return Explanation((access,), who.known_tid, Direction.READ)
 
-    def write(self, file: OpenFile[Node], offset: int, size: int, who: Accessor) -> Explanation | None:
+    async def write(self, file: OpenFile[Node], offset: int, size: int, who: Accessor) -> Explanation | None:
         """What is behind a WRITE; None when no thread that may have made it is in a system call that writes this file."""
-        transfer, call = self._transfer(file, offset, size, Direction.WRITE, who, None)
+        transfer, call = await self._transfer(file, offset, size, Direction.WRITE, who, None)
         if transfer is None or call is None:
             return None
         return self._moved(file, call, transfer, offset, size, Direction.WRITE, who)
@@ -133,7 +133,7 @@ class Explainer:
                 if tid != who.tid and (call := self._calls.read(tid)) is not None:
                     yield call
 
-    def _transfer(
+    async def _transfer(
         self,
         file: OpenFile[Node],
         offset: int,
@@ -145,7 +145,7 @@ class Explainer:
         """The call that the request belongs to, with its range; else (None, the call of a thread that seems to be faulting)."""
         faulting = None
         for call in self._calls_of(who):
-            transfer = caller.reading(call) if direction is Direction.READ else caller.writing(call)
+            transfer = await self._side_of(call, direction)
             if (
                 transfer is not None
                 and (not fills or transfer.paged)
@@ -157,6 +157,17 @@ class Explainer:
             ):
                 faulting = call
         return None, faulting
+
+    async def _side_of(self, call: caller.Call, direction: Direction) -> caller.Transfer | None:
+        side = caller.reading if direction is Direction.READ else caller.writing
+        if not caller.reads_memory(call):
+            return side(call)
+        # The accessor's memory may be a mapping of this very mount, and its mmap lock may be held until we have answered.
+        with trio.move_on_after(_MAPS_DEADLINE):
+            return await trio.to_thread.run_sync(
+                side, call, abandon_on_cancel=True, limiter=self._maps_limiter
+            )
+        return None
 
     def _fits(
         self, file: OpenFile[Node], tid: int, transfer: caller.Transfer, offset: int, size: int
@@ -229,10 +240,10 @@ class Explainer:
         elif appends:
             # The pieces of an appending write follow each other from the end of the file, wherever the file position was.
             start, end = offset, offset + transfer.count
-        if not fills and start == offset and end == offset + size:
-            # The request is the whole call.
+        if not transfer.paged and start == offset and end == offset + size:
+            # The request is the whole call. A sendfile that found less goes on at the end of the file (Linux 6.1).
             return Explanation(tuple(accesses), call.tid, direction, call=call)
-        anywhere = fills or transfer.offset is not None
+        anywhere = fills or transfer.paged or transfer.offset is not None
         return Explanation(
             tuple(accesses),
             call.tid,

@@ -137,25 +137,27 @@ class _Server:
 
     async def _handle_noting(self, event: Event, note: Callable[[], None] | None) -> None:
         error = errno.EIO
-        if self._running >= self._limit:
-            if note is not None:
-                note()
-                note = None
-            await self._room.park()
-        self._running += 1
         try:
-            coroutine = cast(AsyncHandler, self._handler)(event)
-            if note is None:
-                await coroutine
-            else:
-                await noting_suspension(coroutine, note)
+            while self._running >= self._limit:
+                if note is not None:
+                    note()
+                    note = None
+                await self._room.park()
+            self._running += 1
+            try:
+                coroutine = cast(AsyncHandler, self._handler)(event)
+                if note is None:
+                    await coroutine
+                else:
+                    await noting_suspension(coroutine, note)
+            finally:
+                self._running -= 1
+                if self._room:
+                    self._room.unpark()
             error = 0
         except Exception as exception:
             error = _errno_of(exception, event)
         finally:
-            self._running -= 1
-            if self._room:
-                self._room.unpark()
             self._finish(event, error)
 
     async def _handle_in_thread(self, event: Event) -> None:

@@ -85,6 +85,7 @@ class OpenFile(Generic[NodeT]):
     descriptor: int | None = None
     users: int = 0
     standing: bool = False
+    released: bool = False
     bypasses: bool = False
 
     @property
@@ -112,7 +113,11 @@ class _InUse(Generic[NodeT]):
         return self._file.descriptor
 
     def __exit__(self, *_: object) -> None:
-        self._file.users -= 1
+        file = self._file
+        file.users -= 1
+        if file.released and not file.users and file.descriptor is not None:
+            os.close(file.descriptor)
+            file.descriptor = None
 
 
 class HandleTable(Generic[NodeT]):
@@ -180,6 +185,7 @@ class HandleTable(Generic[NodeT]):
         self._stand(file)
 
     def _stand(self, file: OpenFile[NodeT]) -> None:
+        file.released = False
         if file.handle not in self._files:
             self._files[file.handle] = file
             self._of_node.setdefault(file.node, []).append(file)
@@ -204,7 +210,8 @@ class HandleTable(Generic[NodeT]):
         return list(self._of_node.get(node, ()))
 
     def release(self, handle: int) -> OpenFile[NodeT]:
-        """Forget a handle and close its backing file."""
+        """Forget a handle and close its backing file, as soon as nobody uses that: a killed accessor's file is closed while a thread may
+        still be at work for it. Raises OSError EBADF for a handle that does not exist."""
         file = self.get(handle)
         del self._files[handle]
         self._recent.pop(handle, None)
@@ -216,7 +223,8 @@ class HandleTable(Generic[NodeT]):
             for writing in _uses(file):
                 if self._standing.get((file.node, writing)) is file:
                     del self._standing[file.node, writing]
-        if file.descriptor is not None:
+        file.released = True
+        if file.descriptor is not None and not file.users:
             os.close(file.descriptor)
             file.descriptor = None
         return file
@@ -224,13 +232,15 @@ class HandleTable(Generic[NodeT]):
     def backing(self, file: OpenFile[NodeT]) -> "_InUse[NodeT]":
         """`with` it: the descriptor of its backing file, kept open inside the block. Raises OSError when it cannot be opened again."""
         if file.descriptor is None:
+            if file.released and not file.standing:
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
             file.descriptor = self._open_backing(file.node, file.flags & ~_ONCE_ONLY)
             if file.standing:
                 # It may have gone while somebody waited for a listener.
                 self._stand(file)
             self._recent[file.handle] = file
             self._close_idle()
-        elif len(self._files) > self._limit:
+        elif len(self._files) > self._limit and not file.released:
             self._recent.move_to_end(file.handle)
         return _InUse(file)
 

@@ -132,12 +132,19 @@ class StalePages:
         trio.lowlevel.start_thread_soon(lambda: _ignore_unknown(drop, *arguments), lambda outcome: None)
 
     async def drop_all_of(self, node: Node) -> None:
-        """Drop all of a node's cached pages, however they got there; returns when they have gone."""
+        """Drop all of a node's cached pages, however they got there; returns when they have gone.
+
+        Raises OSError EBUSY when they have not gone within a second, because a page of it waits for its listener; they go when it has.
+        """
         self._tainted.discard(node.id)
         self._asked.discard(node.id)
         cache = self.cache
-        if cache is not None:
+        if cache is None:
+            return
+        with trio.move_on_after(_DROP_DEADLINE) as deadline:
             await self._in_thread(lambda: _ignore_unknown(cache.drop_pages, node.id))
+        if deadline.cancelled_caught:
+            raise OSError(errno.EBUSY, "a page of the file waits for its listener; it is dropped after that")
 
     def _is_heard(self, node: Node) -> bool:
         return self._listeners.hears_content(self._subject_of(node))

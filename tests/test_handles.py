@@ -88,6 +88,30 @@ def test_a_file_in_use_is_not_closed(table: HandleTable[Path], tmp_path: Path) -
     table.close()
 
 
+def test_a_file_released_in_use_is_closed_afterwards(table: HandleTable[Path], tmp_path: Path) -> None:
+    (path,) = files(tmp_path, 1)
+    file = add(table, path)
+    with table.backing(file) as descriptor:
+        table.release(file.handle)
+        assert os.pread(descriptor, 10, 0) == b"0"
+    assert open_descriptors(tmp_path) == 0
+    with pytest.raises(OSError):
+        table.backing(file)
+
+
+def test_what_stands_for_a_node_goes_with_it(table: HandleTable[Path], tmp_path: Path) -> None:
+    (path,) = files(tmp_path, 1)
+    reading, writing = (table.standing(path, None, writing=way) for way in (False, True))
+    assert table.standing(path, None, writing=False) is reading
+    assert content(table, reading) == b"0"
+    with table.backing(writing) as descriptor:
+        os.pwrite(descriptor, b"new", 0)
+    assert content(table, reading) == b"new"
+    table.forget(path)
+    assert len(table) == 0
+    assert open_descriptors(tmp_path) == 0
+
+
 def test_an_unlinked_file_is_not_closed(table: HandleTable[Path], tmp_path: Path) -> None:
     paths = files(tmp_path, 30)
     first = add(table, paths[0])

@@ -15,7 +15,8 @@ async def drop(path: str | bytes | os.PathLike[str]) -> None:
 
     To be called after content was punched out of the file (FALLOC_FL_PUNCH_HOLE) through an event's descriptor or on the backing, when no
     mark changes that the mount would notice by itself. Waits until the pages have gone. On any other filesystem it does nothing: there the
-    page cache is the file's own. Raises OSError as open(2) does, and ENOTCONN when the mount's server is gone.
+    page cache is the file's own. Raises OSError as open(2) does, ENOTCONN when the mount's server is gone, and EBUSY when a page of the file
+    waits for its listener for more than a second.
     """
     found, mount = await trio.to_thread.run_sync(_find, os.fspath(path))
     try:

@@ -315,20 +315,15 @@ class Operations:
             request.pid,
             uid=self._strips(request, how),
             write_back=bool(how & protocol.WRITE_CACHE),
-            durable=0
-            if handle
-            else _RWF_SYNC
-            if flags & os.O_SYNC == os.O_SYNC
-            else _RWF_DSYNC
-            if flags & os.O_DSYNC
-            else 0,
+            durable=_RWF_SYNC if flags & os.O_SYNC == os.O_SYNC else _RWF_DSYNC if flags & os.O_DSYNC else 0,
         )
         return protocol.SIZE_OUT.pack(written, 0)
 
     def _strips(self, request: Request, how: int) -> int:
         """For whom a write takes set-id bits away: the kernel says it, where it was asked to."""
         if self.negotiated & Init.HANDLE_KILLPRIV_V2:
-            return request.uid if how & protocol.WRITE_KILL_SUIDGID else 0
+            # Root without CAP_FSETID is no exception.
+            return (request.uid or -1) if how & protocol.WRITE_KILL_SUIDGID else 0
         return request.uid
 
     def release(self, request: Request) -> bytes:
