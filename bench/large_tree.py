@@ -14,7 +14,7 @@ NATIVE = "native"
 OURS = "fusehsm, 1,024 descriptors"
 IN_ONE_DIRECTORY = 200
 FEW = ("bash", "-c", 'ulimit -n 1024 && exec "$@"', "bash")
-OPTIONS = ("--events", "first-access", "--cache", "private", "--handler", HANDLER)
+OPTIONS = ("--engine", "devfuse", "--events", "first-access", "--cache", "private", "--handler", HANDLER)
 FIND = ("find", ".", "-type", "f", "-size", "+1k")
 
 

@@ -63,9 +63,9 @@ def event_makers(scene: Scene, stage: Stage, files: dict[str, Path]) -> Iterator
         yield KERNEL, files["python"]
     source = files["emulated"].parent
     exact = ("--events", "exact", "--handler", HANDLER)
-    yield IN_PROCESS, stage.mount(source, *exact)[0] / "file"
+    yield IN_PROCESS, stage.mount(source, "--engine", "devfuse", *exact)[0] / "file"
     yield IN_PROCESS_PYFUSE3, stage.mount(source, "--engine", "pyfuse3", *exact)[0] / "file"
-    point, _ = stage.mount(source, "--events", "exact")
+    point, _ = stage.mount(source, "--engine", "devfuse", "--events", "exact")
     stage.listen(point, "fuse")
     yield SOCKET, point / "file"
     if scene.has_bindfs:

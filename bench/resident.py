@@ -40,7 +40,7 @@ def resident_tree(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity]:
     }
     with Stage(scene) as stage:
         mounts = {
-            OURS: stage.mount(directory, *OPTIONS)[0],
+            OURS: stage.mount(directory, "--engine", "devfuse", *OPTIONS)[0],
             PYFUSE3: stage.mount(directory, "--engine", "pyfuse3", *OPTIONS)[0],
         }
         roots = {NATIVE: directory, **mounts}

@@ -178,12 +178,11 @@ class Stage:
         """Start bench/listener.c on one file. SceneError where the kernel has no pre-content events."""
         self._start_listener([str(self._scene.work / "listener"), str(path)])
 
-    def mirror(self, origin: Path, root: Path) -> None:
-        """Start examples/mirror.py as a listener of the real kernel."""
-        command = [sys.executable, "-m", "examples.mirror", str(origin), str(root)]
-        listener = self._start(command, stderr=subprocess.PIPE)
-        assert listener.stderr is not None
-        self._wait_for_ready(listener, listener.stderr)
+    def mirror(self, origin: Path, root: Path, counts: Path) -> None:
+        """Start the handler of examples/mirror.py as a listener of the real kernel; at its end it writes to `counts` how many events it had."""
+        self._start_listener(
+            [sys.executable, "-m", "bench.listen", str(root), "kernel", str(origin), str(counts)]
+        )
 
     def status(self, point: Path) -> dict[str, Any]:
         """What `fusehsm status` says of a mount."""

@@ -1,5 +1,6 @@
 """(h) Many accessors at once on a handler that takes its time."""
 
+import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -12,11 +13,14 @@ from bench.sizes import Note, Sizes
 THREADS = 64  # as many as fusehsm.serve() lets run at once
 HANDLER = "bench.handlers:slow"
 IDEAL = f"{THREADS} / {SLOWNESS * 1000:.0f} ms"
+FIRST_ACCESS = ("--events", "first-access", "--cache", "private")
+# As posted, the patches made an event of every fault. Linux 6.14 asks once for a whole mapping: nothing would wait there.
+EVERY_FAULT = ("--events", "exact", "--abi", "patch-v2")
 CASES = {
     "reads, exact": ("pread", ("--events", "exact")),
-    "reads, first-access": ("pread", ("--events", "first-access", "--cache", "private")),
-    "page faults, exact (a mapping asks once)": ("touch", ("--events", "exact")),
-    "page faults, first-access": ("touch", ("--events", "first-access", "--cache", "private")),
+    "reads, first-access": ("pread", FIRST_ACCESS),
+    "page faults, exact (patch-v2)": ("touch", EVERY_FAULT),
+    "page faults, first-access": ("touch", FIRST_ACCESS),
 }
 
 
@@ -39,7 +43,7 @@ def many_waiting(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity]:
     with Stage(scene) as stage:
         # A read in first-access mode brings in what lies around it: without read-ahead every page is asked for.
         points = {
-            case: stage.mount(directory, *options, "--handler", HANDLER)[0]
+            case: stage.mount(directory, "--engine", "devfuse", *options, "--handler", HANDLER)[0]
             for case, (_, options) in CASES.items()
         }
         for point in points.values():
@@ -48,17 +52,13 @@ def many_waiting(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity]:
             sizes.repetitions, {case: partial(once, case, point) for case, point in points.items()}, note
         )
     values[IDEAL] = [THREADS / SLOWNESS] * sizes.repetitions
-    targets = tuple(
-        Target(case, IDEAL, at_least=0.9)
-        for case in CASES
-        if case != "page faults, exact (a mapping asks once)"
-    )
+    targets = tuple(Target(case, IDEAL, at_least=0.9) for case in CASES)
     yield Quantity("h", f"accesses by {THREADS} threads", "1/s", values, IDEAL, targets)
     yield Quantity("h", "time that one access in a hundred exceeds", "ms", late, "reads, exact")
 
 
 def _without_read_ahead(point: Path) -> None:
     device = point.stat().st_dev
-    setting = Path(f"/sys/class/bdi/{device >> 8 & 0xFFF}:{device & 0xFF}/read_ahead_kb")
-    if setting.exists():
+    setting = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
+    if os.access(setting, os.W_OK):
         setting.write_text("0", encoding="ascii")

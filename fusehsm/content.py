@@ -207,8 +207,9 @@ class Content:
 
     def _allowed(self, file: OpenFile[Node], explanation: Explanation) -> None:
         if explanation.grant is not None:
-            if explanation.passing or explanation.grant.end > explanation.grant.next_offset:
-                file.grants[explanation.tid, explanation.direction] = explanation.grant
+            grant = explanation.grant
+            if explanation.passing or grant.anywhere or grant.end > grant.next_offset:
+                file.grants[explanation.tid, explanation.direction] = grant
             else:
                 file.grants.pop((explanation.tid, explanation.direction), None)
         # Where every fault makes its own event, a mapping announces nothing.
