@@ -1,5 +1,5 @@
 # `make demo` and `make test` set up everything they need themselves (scripts/bootstrap.sh).
-.PHONY: help demo test lint bench setup clean
+.PHONY: help demo test lint bench oldkernel setup clean
 .DEFAULT_GOAL := help
 
 BIN := .venv/bin
@@ -8,9 +8,10 @@ export PATH := $(PATH):/usr/sbin:/sbin
 
 help:
 	@echo "make demo   stubs of a real tree, filled on demand and checked byte for byte"
-	@echo "make test   formatting, lint, types and all tests"
+	@echo "make test   formatting, lint, types and all tests (ARGS=\"--engine devfuse\": of one engine)"
 	@echo "make lint   formatting, lint and types only"
 	@echo "make bench  fusehsm, the real kernel and bindfs side by side (ARGS=--quick for a short run)"
+	@echo "make oldkernel  the core tests under Debian's Linux 6.1 in an emulated machine (KERNEL=5.10: that one)"
 	@echo "make clean  remove the virtual environment and caches"
 
 demo: setup
@@ -26,6 +27,11 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m bench.run $(ARGS)
+
+# Not part of `make test`: it takes minutes.
+oldkernel:
+	@scripts/bootstrap.sh oldkernel
+	@KERNEL="$(KERNEL)" scripts/oldkernel.sh $(ARGS)
 
 setup:
 	@scripts/bootstrap.sh

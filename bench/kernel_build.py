@@ -3,6 +3,7 @@
 import os
 import shutil
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ def kernel_build(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity]:
     note("unpacking the source")
     source = _unpacked(directory) if sizes.kernel_source else _generated(directory)
     seen: dict[str, dict[str, list[float]]] = {"requests": {}, "events": {}, "occupied": {}}
+    of_a_cold_build: list[Counter[str]] = []
 
     def built(tree: Path) -> float:
         output = scene.work / "output"
@@ -43,8 +45,10 @@ def kernel_build(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity]:
             point = stage.new_directory()
             stage.mount(tree, *OPTIONS, point=point, MIRROR_ORIGIN=str(source), MIRROR_ROOT=str(point))
             seconds = built(point)
-            status = stage.status(point)
-        seen["requests"].setdefault(case, []).append(float(sum(status["requests"].values())))
+            requests, status = stage.requests(point), stage.status(point)
+        seen["requests"].setdefault(case, []).append(float(requests.total()))
+        if case == COLD:
+            of_a_cold_build.append(requests)
         seen["events"].setdefault(case, []).append(float(status["groups"][0]["statistics"]["queued"]))
         return seconds
 
@@ -79,6 +83,9 @@ def kernel_build(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity]:
     targets = (Target(RESIDENT, NATIVE, at_most=1.03), Target(COLD, KERNEL_COLD, at_most=1.1))
     yield Quantity("g", f"build of {what}, -j2", "s", values, NATIVE, targets)
     yield Quantity("g", "requests of a build", "requests", seen["requests"], RESIDENT)
+    kinds = dict.fromkeys(kind for requests in of_a_cold_build for kind, _ in requests.most_common())
+    by_kind = {kind: [float(requests[kind]) for requests in of_a_cold_build] for kind in kinds}
+    yield Quantity("g", "requests of a cold build, by kind", "requests", by_kind, "")
     yield Quantity("g", "events of a build", "events", seen["events"], KERNEL_COLD)
     full = {"the whole tree": [_occupied(source)] * sizes.repetitions}
     yield Quantity("g", "disk space afterwards", "MiB", {**full, **seen["occupied"]}, "the whole tree")

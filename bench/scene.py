@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,10 +193,9 @@ class Stage:
         (found,) = json.loads(done.stdout)
         return dict(found)
 
-    def requests(self, point: Path) -> int:
-        """How many requests a mount has had, apart from those of asking for its status."""
-        counts = self.status(point)["requests"]
-        return sum(count for name, count in counts.items() if name not in ("STATFS", "INTERRUPT", "FORGET"))
+    def requests(self, point: Path) -> Counter[str]:
+        """How many requests of each kind a mount has had."""
+        return Counter(self.status(point)["requests"])
 
     def new_directory(self) -> Path:
         """For a mount point."""

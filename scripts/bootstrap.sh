@@ -6,6 +6,7 @@ cd "$(dirname "$0")/.."
 export LC_ALL=C.UTF-8 DEBIAN_FRONTEND=noninteractive DEBCONF_NOWARNINGS=yes
 PATH=$PATH:/usr/sbin:/sbin # mkfs.ext4 and losetup are not in every user's PATH
 
+FOR=${1:-tests} # `oldkernel`: what `make oldkernel` needs, too
 OLDEST=11 # Python 3.11
 VENV=.venv
 STAMP=$VENV/fusehsm-setup
@@ -93,6 +94,13 @@ missing_packages() {
     command -v bindfs > /dev/null || echo bindfs
     command -v git > /dev/null || echo git
     [ -e /dev/fuse ] || command -v modprobe > /dev/null || echo kmod
+    if [ "$FOR" = oldkernel ]; then
+        command -v qemu-system-x86_64 > /dev/null || echo qemu-system-x86
+        command -v depmod > /dev/null || echo kmod
+        command -v busybox > /dev/null || echo busybox-static
+        command -v dpkg-deb > /dev/null || echo dpkg
+        [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || echo debian-archive-keyring
+    fi
 }
 mapfile -t missing < <(missing_packages | tr ' ' '\n')
 if [ ${#missing[@]} -gt 0 ]; then
@@ -108,17 +116,23 @@ if [ ! -e /dev/fuse ]; then
     [ -e /dev/fuse ] || say "/dev/fuse: missing, and modprobe fuse did not bring it; mounting will fail (in a container: start it with --device /dev/fuse --cap-add SYS_ADMIN)"
 fi
 
+pip_install() { # arguments of pip install
+    local log=$VENV/setup.log
+    if ! $VENV/bin/python -m pip install --quiet --disable-pip-version-check --no-input "$@" > $log 2>&1; then
+        tail -n 15 $log | without_addresses >&2
+        fail "pip could not install the dependencies (above); check the network or the package index, then run make again"
+    fi
+    rm -f $log
+}
+
 # Made again only when this changes: the interpreter, the dependencies, the place (scripts in a venv hold absolute paths).
 wanted=$({ "$python" -c 'import sys; print(sys.version, sys.base_prefix)'; pwd; cat pyproject.toml scripts/bootstrap.sh; } | sha256sum)
 if [ "$(cat $STAMP 2> /dev/null)" != "$wanted" ]; then
     say "making $VENV (a minute or two, once)"
     rm -f $STAMP
     "$python" -m venv --clear $VENV
-    log=$VENV/setup.log
-    if ! $VENV/bin/python -m pip install --quiet --disable-pip-version-check --no-input -e '.[test]' > $log 2>&1; then
-        tail -n 15 $log | without_addresses >&2
-        fail "pip could not install the dependencies (above); check the network or the package index, then run make again"
-    fi
-    rm -f $log
+    pip_install -e '.[test]'
     echo "$wanted" > $STAMP
 fi
+
+if [ "$FOR" = oldkernel ] && [ ! -x $VENV/bin/vng ]; then pip_install virtme-ng==1.42; fi

@@ -1,0 +1,34 @@
+#!/bin/bash
+# Runs inside the virtual machine of scripts/oldkernel.sh: guest.sh CHECKOUT RESULT. Reads pytest's arguments from RESULT/arguments, a line each;
+# writes RESULT/output and, at the end, its exit code to RESULT/status.
+set -u
+root=$1 result=$2
+exec > "$result/output" 2>&1
+cd "$root"
+
+modprobe --all fuse ext4 loop # before /usr is covered: the modules lie in a tmpfs there
+chmod 666 /dev/fuse # as udev makes it
+
+# The machine's root asks the host for every byte every time. Programs come from a second view of the host, cached for ever. What else is
+# written goes to a tmpfs: the overlay that the machine has at /tmp lacks O_TMPFILE, for one.
+tag=$(awk '$2 == "/run/host" { print $1 }' /proc/mounts)
+python=$(readlink --canonicalize .venv/bin/python)
+umount /run/host
+mount -t 9p -o ro,trans=virtio,version=9p2000.L,msize=512000,cache=loose "$tag" /run/host
+mount -t tmpfs -o mode=1777 scratch /tmp
+for directory in /usr "${python%/bin/*}" "$root"; do
+    mkdir -p "$directory"
+    mount --bind "/run/host$directory" "$directory"
+done
+cd "$root"
+export TMPDIR=/tmp HOME=/tmp PYTHONDONTWRITEBYTECODE=1 HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis PATH=$PATH:/usr/sbin:/sbin
+
+# Everything is ten to fifty times slower here.
+export FUSEHSM_TESTS_LONGEST=600 FUSEHSM_TESTS_PATIENCE=300
+unset CI # there is no kernel world here, and that is no failure
+
+mapfile -t arguments < "$result/arguments"
+echo "Linux $(uname -r)"
+.venv/bin/python -m pytest -p no:cacheprovider "${arguments[@]}"
+echo $? > "$result/status"
+sync
