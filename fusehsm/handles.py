@@ -5,6 +5,7 @@ closed, least recently used first, and opened again on demand.
 """
 
 import errno
+import itertools
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
@@ -248,7 +249,7 @@ class HandleTable(Generic[NodeT]):
         excess = len(self._recent) - self._limit
         if excess <= 0:
             return
-        for handle, file in list(self._recent.items())[: excess + 8]:
+        for handle, file in list(itertools.islice(self._recent.items(), excess + 8)):
             if excess <= 0:
                 break
             if file.users or not _could_be_reopened(file, self._is_kept):
