@@ -107,10 +107,7 @@ class Content:
         try:
             return await listeners.ask(access, subject, node, armed=armed)
         finally:
-            others = self._asking.pop(node.id) - 1
-            if others:
-                self._asking[node.id] = others
-            else:
+            if not _one_less(self._asking, node.id):
                 self._events[node.id] = time.monotonic()
 
     def _doubt(self, node: Node) -> None:
@@ -153,7 +150,7 @@ class Content:
             raise
         finally:
             if explanation.fills:
-                self._filled_one(file.node.id)
+                _one_less(self._filling, file.node.id)
         if allowed:
             self._allowed(file, explanation)
         if explanation.fills or (fills is None and self._explainer.is_fill(offset, size)):
@@ -199,11 +196,6 @@ class Content:
         """The kernel is about to be told of a time that somebody has set, for which it drops nothing."""
         if node.id in self._mtimes:
             self._mtimes[node.id] = status.st_mtime_ns
-
-    def _filled_one(self, node_id: int) -> None:
-        left = self._filling.pop(node_id) - 1
-        if left:
-            self._filling[node_id] = left
 
     def _allowed(self, file: OpenFile[Node], explanation: Explanation) -> None:
         if explanation.grant is not None:
@@ -384,6 +376,14 @@ class Content:
         """What mappings announced under other marks is asked for again: it may have been evicted since."""
         for file in files:
             file.announced.clear()
+
+
+def _one_less(counts: dict[int, int], node_id: int) -> int:
+    """Count a node down, which is not in there any more at 0; how many are left."""
+    left = counts.pop(node_id) - 1
+    if left:
+        counts[node_id] = left
+    return left
 
 
 def _armed(file: OpenFile[Node]) -> Armed:

@@ -109,10 +109,7 @@ class _Server:
             except OSError as error:
                 if error.errno in _GROUP_IS_GONE:
                     await self._end(error)
-                _log.warning(
-                    "an access was denied: its file cannot be opened for the listener: %s",
-                    os.strerror(error.errno or 0),
-                )
+                report_unopened(error.errno or 0)
         return self._taken.popleft()
 
     async def _end(self, failure: OSError) -> NoReturn:
@@ -249,12 +246,15 @@ def _errno_of(exception: Exception, event: Event) -> int:
     return errno.EIO
 
 
+def report_unopened(number: int) -> None:
+    """Log that an event's file could not be opened for the listener, with that errno, and its access was denied."""
+    _log.warning("an access was denied: its file cannot be opened for the listener: %s", os.strerror(number))
+
+
 def _report_lost(event: Event) -> None:
     if event.mask & FAN_Q_OVERFLOW:
         _log.warning(
             "the event queue overflowed: accesses were allowed without asking (FAN_UNLIMITED_QUEUE avoids it)"
         )
     else:
-        _log.warning(
-            "an access was denied: its file cannot be opened for the listener: %s", os.strerror(-event.fd)
-        )
+        report_unopened(-event.fd)

@@ -9,7 +9,6 @@ import os
 import resource
 import select
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -17,8 +16,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from fusehsm import control_socket, mountinfo, syscalls
+from fusehsm import control_socket, mountinfo
 from fusehsm.abi import DIALECTS
+from fusehsm.engines import fuse_mount
 from fusehsm.engines.choice import maps_direct_files_shared
 from fusehsm.mount_options import MountError, MountOptions, Plan, checked
 
@@ -290,16 +290,8 @@ def _find(path: str) -> mountinfo.Mount:
 
 
 def _unmount(path: str, mount_point: str, *, lazily: bool) -> None:
-    if os.geteuid() != 0:
-        command = ["fusermount3", "-u", *(["-z"] if lazily else []), "--", mount_point]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise MountError(
-                f"{path}: {done.stderr.strip() or 'fusermount3 failed'}; close what is open there and try again"
-            )
-        return
     try:
-        syscalls.umount2(os.fsencode(mount_point), syscalls.MNT_DETACH if lazily else 0)
+        fuse_mount.unmount(mount_point, lazily=lazily)
     except OSError as error:
         mend = (
             "close what is open there (fuser -vm shows it) and try again"

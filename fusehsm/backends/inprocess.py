@@ -1,7 +1,6 @@
 """A group in the mount's own process, for its handler: no socket, no bytes, the mount's own event loop."""
 
 import errno
-import logging
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager, suppress
@@ -31,9 +30,7 @@ from fusehsm.backends.lookup import look_up
 from fusehsm.events import Event
 from fusehsm.gate_face import GateFace
 from fusehsm.group import Pending
-from fusehsm.handler import Handler, serve
-
-_log = logging.getLogger(__name__)
+from fusehsm.handler import Handler, report_unopened, serve
 
 _ROOT_NODE = 1
 _FLAGS = FAN_CLASS_PRE_CONTENT | FAN_CLOEXEC | FAN_UNLIMITED_QUEUE | FAN_UNLIMITED_MARKS
@@ -196,9 +193,7 @@ class InProcessGroup(Group):
             try:
                 event = self._event(pending)
             except OSError as error:
-                _log.warning(
-                    "an access was denied: its file cannot be opened for the listener: %s", error.strerror
-                )
+                report_unopened(error.errno or 0)
             else:
                 await handle(event)
 

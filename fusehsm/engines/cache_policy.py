@@ -4,6 +4,7 @@ import os
 from typing import Final
 
 from fusehsm.gate import Gate
+from fusehsm.handles import OpenFile
 from fusehsm.overlay import Node
 
 FOREVER: Final = 1e9  # seconds; FUSE has no other word for "until I say so"
@@ -41,17 +42,19 @@ class CachePolicy:
             return status.st_blocks
         return int(self._gate.watches(node))
 
-    def unchanged(self, node: Node, status: os.stat_result) -> bool:
-        """Whether the file is as it was when this was last asked, so that the kernel's pages of it may stay. To be asked at every open.
+    def keeps_pages(self, file: OpenFile[Node]) -> bool:
+        """Whether the kernel's pages of a file that is being opened may stay: it is as it was at the last open. To be asked at every one.
 
-        At the first there are none: to drop them all the same would wait for those that another open is just bringing in.
+        At the first there are no pages. To drop them then, or while one of them waits for its listener, would wait for those that another
+        open is just bringing in.
         """
         if self.private:
             return True
+        status = self._gate.file_status(file.handle)
         version = (status.st_mtime_ns, status.st_size)
-        known = self._versions.get(node.id)
-        self._versions[node.id] = version
-        return known is None or known == version
+        known = self._versions.get(file.node.id)
+        self._versions[file.node.id] = version
+        return known is None or known == version or self._gate.content.is_filling(file.node)
 
     def forgotten(self, node_id: int) -> None:
         """The kernel has forgotten a node."""

@@ -16,7 +16,7 @@ _SHARED_DIRECT_MAPPINGS: Final = (6, 6)
 
 
 def resolved(name: str) -> str:
-    """The engine's name for `auto`."""
+    """The engine's name; `auto` is devfuse, which hears more than pyfuse3 and needs no library."""
     return "devfuse" if name == "auto" else name
 
 

@@ -254,8 +254,7 @@ class Operations:
         flags = 0
         if file.direct:
             flags |= protocol.FOPEN_DIRECT_IO | protocol.FOPEN_PARALLEL_DIRECT_WRITES
-        unchanged = self._policy.unchanged(file.node, self._gate.file_status(file.handle))
-        if keep and (unchanged or self._content.is_filling(file.node)):
+        if self._policy.keeps_pages(file) and keep:
             flags |= protocol.FOPEN_KEEP_CACHE
         return protocol.OPEN_OUT.pack(file.handle, flags, 0)
 

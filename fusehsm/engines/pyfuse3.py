@@ -26,6 +26,7 @@ from fusehsm.engines.cache_policy import CachePolicy
 from fusehsm.engines.filesystem import Filesystem
 from fusehsm.engines.read_ahead import ReadAhead
 from fusehsm.gate import Gate
+from fusehsm.handles import OpenFile
 from fusehsm.overlay import AttributeChanges, Caller, Node
 from fusehsm.stale import CacheControl
 
@@ -187,26 +188,24 @@ class Operations(pyfuse3.Operations):
 
     # Files
 
-    def _file_info(self, handle: int, node: Node, *, direct: bool, keep: bool) -> FileInfo:
-        unchanged = self._policy.unchanged(node, self._gate.file_status(handle))
-        return FileInfo(fh=handle, direct_io=direct, keep_cache=keep and unchanged)
+    def _file_info(self, file: OpenFile[Node], *, keep: bool) -> FileInfo:
+        keep = self._policy.keeps_pages(file) and keep
+        return FileInfo(fh=file.handle, direct_io=file.direct, keep_cache=keep)
 
     @_errors_to_fuse
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         node = self._overlay.node(inode)
         file, keep = await self._gate.open(node, flags, ctx.pid, ctx.uid)
-        return self._file_info(file.handle, node, direct=file.direct, keep=keep)
+        return self._file_info(file, keep=keep)
 
     @_errors_to_fuse
     async def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
-        file, keep, (node, status) = await self._filesystem.create(
+        file, keep, found = await self._filesystem.create(
             parent_inode, name, flags, mode, self._caller(ctx), _forget_name
         )
-        return self._file_info(file.handle, node, direct=file.direct, keep=keep), self._attributes(
-            node, status
-        )
+        return self._file_info(file, keep=keep), self._attributes(*found)
 
     @_errors_to_fuse
     async def read(self, fh: int, off: int, size: int) -> Buffer:  # type: ignore[override]
