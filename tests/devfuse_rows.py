@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass, replace
 
 from tests.devfuse_acts import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, act
-from tests.worlds import CONTENT, KNOWN_DIVERGENCES, MIB, PAGE, SIZE, A, Expected, Failed, O, P, Row
+from tests.worlds import CONTENT, KNOWN_DIVERGENCES, MIB, PAGE, SIZE, A, Expected, Failed, O, P, Row, bytes_at
 
 OTHER = O.of("other")
 
@@ -223,10 +223,6 @@ AGAIN = [
 
 
 # Shared mappings
-
-
-def bytes_at(*places: int) -> list[bytes]:
-    return [CONTENT[place : place + 1] for place in places]
 
 
 SHARED = [

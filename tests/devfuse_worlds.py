@@ -8,11 +8,19 @@ from tests.requirements import kernel_version, require
 from tests.worlds import World
 
 ENGINE = "devfuse"
-# A module's fixture `whole_world` has these parameters, and is made by exact_world().
-WORLDS = ("kernel", pytest.param("emulator", marks=pytest.mark.engine(ENGINE)))
 
 
-def exact_world(request: pytest.FixtureRequest) -> World:
+# Fixtures, for the modules that import them
+
+
+@pytest.fixture(scope="module")
+def engine() -> str:
+    """That of every mount in the module."""
+    return ENGINE
+
+
+@pytest.fixture(scope="module", params=("kernel", pytest.param("emulator", marks=pytest.mark.engine(ENGINE))))
+def whole_world(request: pytest.FixtureRequest) -> World:
     """The real kernel's events on ext4, or `fusehsm mount --events exact`."""
     if request.param == "kernel":
         request.getfixturevalue("kernel_events")

@@ -8,7 +8,7 @@ import socket
 import threading
 from dataclasses import replace
 
-from tests.worlds import CONTENT, MIB, PAGE, SIZE, A, Expected, Failed, O, P, Row
+from tests.worlds import CONTENT, MIB, PAGE, SIZE, A, Expected, Failed, O, P, Row, bytes_at
 
 # Writing. Most return how much was written, and the new size.
 
@@ -300,10 +300,6 @@ def use_mapping_in_call(path: str) -> bytes:
     reading, writing = os.pipe()
     os.write(writing, memoryview(mapping)[:100])  # the page fault happens inside write(2)
     return os.read(reading, 100)
-
-
-def bytes_at(*places: int) -> list[bytes]:
-    return [CONTENT[place : place + 1] for place in places]
 
 
 MAP_ROWS = [

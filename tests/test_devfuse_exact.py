@@ -20,7 +20,9 @@ from tests.devfuse_rows import (
     Allocation,
     Copy,
 )
-from tests.devfuse_worlds import ENGINE, WORLDS, exact_world, needs_shared_mappings
+from tests.devfuse_worlds import engine as engine
+from tests.devfuse_worlds import needs_shared_mappings
+from tests.devfuse_worlds import whole_world as whole_world
 from tests.table import row_names
 from tests.test_same_denials import ANSWERS, Denier
 from tests.worlds import (
@@ -40,6 +42,7 @@ from tests.worlds import (
     Row,
     World,
     outcome,
+    performed,
 )
 
 pytestmark = [pytest.mark.fuse, pytest.mark.kernel, pytest.mark.any_engine]
@@ -47,26 +50,10 @@ pytestmark = [pytest.mark.fuse, pytest.mark.kernel, pytest.mark.any_engine]
 CONTENT_EVENTS = PRE_ACCESS | ACCESS_PERM
 
 
-@pytest.fixture(scope="module")
-def engine() -> str:
-    """That of every mount here."""
-    return ENGINE
-
-
-@pytest.fixture(scope="module", params=WORLDS)
-def whole_world(request: pytest.FixtureRequest) -> World:
-    """The real kernel's events on ext4, then those of the devfuse engine."""
-    return exact_world(request)
-
-
 async def check(world: World, accessor: Accessor, row: Row) -> None:
     """A call's result and events are as the row has them."""
-    path = world.file(size=row.size)
-    world.file("other", size=row.size)
     result, events = row.expected(world)
-    async with world.listener(world.everywhere()) as listener:
-        returned = await outcome(lambda: accessor.run(row.act, path, *row.arguments))
-        heard = listener.take()
+    heard, returned = await performed(world, accessor, row)
     assert (world.heard(heard), returned) == (events, result)
 
 

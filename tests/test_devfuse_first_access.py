@@ -27,6 +27,7 @@ from tests.conftest import MakeAccessor, MakeMount
 from tests.devfuse_acts import KEEP_SIZE, PUNCH_HOLE, act, fallocate_open
 from tests.devfuse_cached import expected_read_only, make_many
 from tests.devfuse_worlds import ENGINE
+from tests.devfuse_worlds import engine as engine
 from tests.harness import NOBODY, Mount, fuse_device_for_everybody
 from tests.pattern import Filler, Stub, make_stub
 from tests.test_same_denials import ANSWERS
@@ -48,12 +49,6 @@ pytestmark = [pytest.mark.fuse, pytest.mark.any_engine, pytest.mark.engine(ENGIN
 FIRST_ACCESS = ("--events", "first-access", "--cache", "private")
 # A memory that gets scarce makes the kernel forget, whenever it likes.
 UNASKED = ("FORGET", "BATCH_FORGET", "INTERRUPT", "INIT", "DESTROY")
-
-
-@pytest.fixture(scope="module")
-def engine() -> str:
-    """That of every mount here."""
-    return ENGINE
 
 
 def world_of(mount: Mount) -> World:

@@ -12,23 +12,13 @@ from fusehsm.events import Event
 from tests.accessor import Accessor, AccessorDied
 from tests.conftest import MakeAccessor
 from tests.devfuse_acts import act
-from tests.devfuse_worlds import ENGINE, WORLDS, exact_world, needs_shared_mappings
+from tests.devfuse_worlds import engine as engine
+from tests.devfuse_worlds import needs_shared_mappings
+from tests.devfuse_worlds import whole_world as whole_world
 from tests.listening import HOLD
 from tests.worlds import CONTENT, MIB, PAGE, PRE_ACCESS, SIZE, Mark, P, World
 
 pytestmark = [pytest.mark.fuse, pytest.mark.kernel, pytest.mark.any_engine]
-
-
-@pytest.fixture(scope="module")
-def engine() -> str:
-    """That of every mount here."""
-    return ENGINE
-
-
-@pytest.fixture(scope="module", params=WORLDS)
-def whole_world(request: pytest.FixtureRequest) -> World:
-    """The real kernel's events on ext4, then those of the devfuse engine."""
-    return exact_world(request)
 
 
 def hold(event: Event) -> int:

@@ -31,6 +31,7 @@ from fusehsm.backends.kernel import KernelGroup
 from fusehsm.divergences import DIVERGENCES
 from fusehsm.events import Event
 from fusehsm.mountinfo import mount_of
+from tests.accessor import Accessor
 from tests.engines import diverges
 from tests.listening import Answer, Heard, Listener
 
@@ -220,9 +221,23 @@ class Row:
         return self.result, list(self.events)
 
 
+def bytes_at(*places: int) -> list[bytes]:
+    """What a file made by World.file() holds there."""
+    return [CONTENT[place : place + 1] for place in places]
+
+
 async def outcome(call: Callable[[], object]) -> object:
     """What `await call()` returns, or Failed with its errno."""
     try:
         return await call()  # type: ignore[misc]
     except OSError as error:
         return Failed(error.errno or 0)
+
+
+async def performed(world: World, accessor: Accessor, row: Row) -> tuple[list[Heard], object]:
+    """The events that a row's call made in a new file of that world, and what it returned."""
+    path = world.file(size=row.size)
+    world.file("other", size=row.size)
+    async with world.listener(world.everywhere()) as listener:
+        returned = await outcome(lambda: accessor.run(row.act, path, *row.arguments))
+        return listener.take(), returned
