@@ -33,6 +33,8 @@ _SAME_FAULT_SECONDS = 0.05
 # When a page is dropped that a call passes through the page cache: as soon as this call has had it. Nobody tells us when that is; at once it
 # would come back for the page again and again (measured on 6.18), so that is given some time, and more whenever it has come back.
 _PASSING_SECONDS = 0.0002
+# From when on a file that has been quiet is looked at more closely: most fills are soon over, and the look costs more than a stat.
+_SETTLING_SECONDS = 0.5
 
 
 class Content:
@@ -86,15 +88,21 @@ class Content:
     def believe(self, node: Node) -> float:
         """For how many seconds the kernel may believe a watched node's attributes, which a listener can change behind its back.
 
-        A listener may go on filling a file through its event fd, which nobody tells us, but the longer it has been left alone the less
-        likely: as acregmin and acregmax in nfs(5), a file is believed for as long as it has been quiet.
+        A listener may go on filling a file through its event fd when it has answered, which nobody tells us. As acregmin and acregmax in
+        nfs(5), a file is believed for as long as it has been quiet; for ever (inf) once nobody can be filling it any more.
         """
-        last = self._events.get(node.id, 0.0)
+        last = self._events.get(node.id)
+        if last is None:
+            self._believed.add(node.id)
+            return math.inf
         quiet = time.monotonic() - last
         if quiet <= 0:
             return 0.0  # it is being asked about
         self._believed.add(node.id)
-        return quiet if last else math.inf
+        if quiet > _SETTLING_SECONDS and not self._overlay.is_being_written(node):
+            del self._events[node.id]
+            return math.inf
+        return quiet
 
     async def _ask(self, access: Access, subject: Subject, node: Node, armed: Armed) -> bool:
         """listeners.ask(); if somebody is asked, the kernel believes nothing of the node's attributes meanwhile."""

@@ -376,6 +376,21 @@ class Overlay:
         finally:
             os.close(fd)
 
+    def is_being_written(self, node: Node) -> bool:
+        """Whether somebody, known here or not, has the node's backing file open for writing or mapped writable; True where nobody can tell."""
+        if not node.is_regular:
+            return False
+        try:
+            fd = self.open(node, os.O_RDONLY)
+        except OSError:
+            return True
+        try:
+            return syscalls.is_open_for_writing(fd)
+        except OSError:
+            return True
+        finally:
+            os.close(fd)
+
     def before_write(self, node: Node, fd: int, caller_uid: int) -> None:
         """To be called before writing for user `caller_uid`: takes set-id bits away unless he is root. (File
         capabilities go with any write; an ordinary server's own writes clear everything.)"""

@@ -468,3 +468,38 @@ async def test_attributes_after_a_late_fill(world: World, accessor: Accessor) ->
         assert trio.current_time() - began < 2
     for descriptor in kept:
         os.close(descriptor)
+
+
+async def test_attributes_once_nobody_can_fill_any_more(world: World, accessor: Accessor) -> None:
+    """Nothing is believed for good while a listener has the file open for writing; then the kernel asks no more."""
+    stub = stub_of(world, size=1 << 20)
+    kept: list[int] = []
+
+    def answer(event: Event) -> int:
+        kept.append(os.dup(event.fd))
+        return 0
+
+    async def shown() -> object:
+        return await accessor.run(act, stub.path, "devfuse_cached.described")
+
+    def on_backing() -> tuple[int, int, int]:
+        status = stub.backing.stat()
+        return stub.size, status.st_blocks, status.st_mtime_ns
+
+    async with world.listener(Mark(PRE_ACCESS, stub.path), answer=answer, event_f_flags=os.O_RDWR):
+        await accessor.run("pread_path", stub.path, 1, 0)
+        await trio.sleep(0.8)  # longer than a fill that is over is waited for
+        await shown()
+        await trio.to_thread.run_sync(os.pwrite, kept[0], stub.content, 0)
+        with trio.fail_after(10):
+            while await shown() != on_backing():
+                await trio.sleep(0.05)
+        for descriptor in kept:
+            os.close(descriptor)
+        quiet = 5.0  # more seconds than the file has been left alone by now
+        await trio.sleep(quiet / 2)
+        assert await shown() == on_backing()
+        before = await requests(world)
+        await trio.sleep(quiet)
+        assert await shown() == on_backing()
+        assert "GETATTR" not in await requests(world) - before
