@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,7 @@ _READY = b"ready\n"
 _SYSLOG = "/dev/log"
 _START_DEADLINE = 60.0  # seconds until the mount must answer
 _END_DEADLINE = 30.0  # seconds for the daemon to end after unmounting
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def mount(options: MountOptions) -> int:
@@ -168,6 +169,7 @@ def _serve(options: MountOptions, plan: Plan, ready: Callable[[], None]) -> None
         open_limit=open_limit // 3,
     )
     engine = make(options.engine, gate, private=plan.private)
+    noted = _note_signals()
     try:
         engine.mount(plan.destination, plan.fuse_options)
     except MountRefused as error:
@@ -177,15 +179,31 @@ def _serve(options: MountOptions, plan: Plan, ready: Callable[[], None]) -> None
         device = _device_of(plan.destination)
         gate.mounted(device, engine.caches(device))
         gate.requests = engine.requests
-        unmounted = _run(gate, engine, plan, device, ready)
+        unmounted = _run(gate, engine, plan, device, ready, noted)
     finally:
         gate.close()
         engine.close(unmount=not unmounted)
         overlay.close()
 
 
-def _run(gate: Gate, engine: Engine, plan: Plan, device: tuple[int, int], ready: Callable[[], None]) -> bool:
-    """The event loop; returns whether the filesystem has been unmounted already."""
+def _note_signals() -> list[int]:
+    """From now on ending signals do not end this process but are listed: one that comes while the mount is being made, or a second one while
+    it is being unmounted (timeout(1) sends two), would leave a mount that nobody serves."""
+    noted: list[int] = []
+    for number in _ENDING:
+        signal.signal(number, lambda got, frame: noted.append(got))
+    return noted
+
+
+def _run(
+    gate: Gate,
+    engine: Engine,
+    plan: Plan,
+    device: tuple[int, int],
+    ready: Callable[[], None],
+    noted: Sequence[int],
+) -> bool:
+    """The event loop; returns whether the filesystem has been unmounted already. Ends when it can if signals have been `noted` before."""
     import trio
 
     from fusehsm.backends.inprocess import serve_in_process
@@ -193,15 +211,16 @@ def _run(gate: Gate, engine: Engine, plan: Plan, device: tuple[int, int], ready:
     from fusehsm.server import serve_control
 
     async def on_signals(*, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+        with trio.open_signal_receiver(*_ENDING) as signals:
             task_status.started()
             async for _ in signals:
                 engine.stop()
-                return
 
     async def announce() -> None:
         await trio.to_thread.run_sync(os.statvfs, plan.destination)
         ready()
+        if noted:
+            engine.stop()
 
     async def main() -> bool:
         stopped_by_signal = True

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -299,6 +300,38 @@ def test_a_signal_unmounts(make_mount: MakeMount, accessor: Accessor, number: si
     mount.process.send_signal(number)
     assert mount.process.wait(PATIENCE) == 0
     assert not is_mounted(mount.path)
+
+
+def test_signals_that_keep_coming(make_mount: MakeMount, accessor: Accessor) -> None:
+    """Neither ends the server before it has unmounted: timeout(1) sends two, an impatient user more."""
+    mount = make_mount()
+    accessor.call("stat", str(mount.path))
+    deadline = time.monotonic() + PATIENCE
+    while mount.process.poll() is None and time.monotonic() < deadline:
+        mount.process.send_signal(signal.SIGTERM)
+        time.sleep(0.003)
+        if not is_mounted(mount.path):
+            break
+    assert mount.process.wait(PATIENCE) == 0
+    assert not is_mounted(mount.path)
+
+
+def test_a_signal_as_soon_as_it_is_mounted(backing: Path, mount_point: Path, engine: str) -> None:
+    """Whatever the server is doing then: it ends, and the mount with it."""
+    program, _, _ = command_of(None)
+    command = [*program, "mount", "--foreground", "--engine", engine, str(backing), str(mount_point)]
+    server = start(command)
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while not is_mounted(mount_point) and server.poll() is None and time.monotonic() < deadline:
+            pass
+        server.terminate()
+        _, said = server.communicate(timeout=PATIENCE)
+        assert (server.returncode, is_mounted(mount_point)) == (0, False), said
+    finally:
+        server.kill()
+        server.wait(PATIENCE)
+        unmount_lazily(mount_point)
 
 
 def test_the_daemon_is_killed(make_mount: MakeMount, make_accessor: MakeAccessor, tmp_path: Path) -> None:
