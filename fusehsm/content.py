@@ -280,7 +280,7 @@ class Content:
                 )
             else:
                 written = os.pwrite(descriptor, data, offset)
-        self.modified(file.node)
+        await self.modified(file.node, offset, offset + written)
         return written
 
     async def _ask_write(
@@ -329,7 +329,7 @@ class Content:
             await trio.to_thread.run_sync(
                 syscalls.fallocate, descriptor, mode, offset, length, limiter=self._copiers
             )
-        self.modified(file.node)
+        await self.modified(file.node)
 
     async def copy(
         self,
@@ -355,7 +355,7 @@ class Content:
             copied = await trio.to_thread.run_sync(
                 syscalls.copy, readable, source_offset, writable, target_offset, length, limiter=self._copiers
             )
-        self.modified(target.node)
+        await self.modified(target.node)
         return copied
 
     def seek(self, file: OpenFile[Node], offset: int, whence: int) -> int:
@@ -373,12 +373,14 @@ class Content:
         with self._handles.backing(file) as descriptor:
             await self._reader.synchronise(descriptor, data_only)
 
-    def modified(self, node: Node) -> None:
-        """The node's content has changed: ignore marks that do not survive that go."""
+    async def modified(self, node: Node, start: int = 0, end: int = 0) -> None:
+        """The node's content has changed: ignore marks that do not survive that go, and with them the pages that nobody was asked about.
+
+        `start` to `end` are the bytes of which the kernel keeps the pages locked until it is answered.
+        """
         changed = [group.marks.modified(node.id, node.parents()) for group in self._listeners.groups]
         if any(changed):
-            # Not waited for: the kernel may hold pages of it locked until this write is answered.
-            self._stale.drop_heard_soon()
+            await self._stale.drop_heard_but(node, start, end)
 
     def forget_announced(self, files: Iterable[OpenFile[Node]]) -> None:
         """What mappings announced under other marks is asked for again: it may have been evicted since."""

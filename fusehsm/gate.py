@@ -216,12 +216,12 @@ class Gate:
         if self.listeners.idle:
             descriptor = self.overlay.open(node, flags, uid)
             if flags & os.O_TRUNC:
-                self.content.modified(node)
+                await self.content.modified(node)
             return self._opened(node, flags, descriptor, Armed.NO, False, tid, 0, uid), True
         access, subject, armed = await self._ask_to_open(node, flags, tid, executing=executing)
         descriptor = self.overlay.open(node, flags, uid)
         if flags & os.O_TRUNC:
-            self.content.modified(node)
+            await self.content.modified(node)
         return await self._open_armed(access, subject, node, flags, descriptor, armed, uid)
 
     async def created(
@@ -339,7 +339,7 @@ class Gate:
             result = self.overlay.setattr(node, changes, descriptor, caller_)
         self.content.told(*result)
         if changes.size is not None:
-            self.content.modified(node)
+            await self.content.modified(node)
         return result
 
     @contextmanager

@@ -10,10 +10,12 @@ import errno
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from typing import Protocol
 
 import trio
 
+from fusehsm.filesystem_calls import PAGE_SIZE
 from fusehsm.group import Group
 from fusehsm.listeners import Listeners
 from fusehsm.marks import Subject
@@ -21,6 +23,8 @@ from fusehsm.overlay import Node, Overlay
 
 # How long a mark waits for stale pages to go: dropping the pages of an inode blocks while a fill of it waits for its answer.
 _DROP_DEADLINE = 1.0  # seconds
+# And how long the answer to a write: what it has locked itself may be more than its own pages.
+_MOMENT = 0.1  # seconds
 
 
 class CacheControl(Protocol):
@@ -33,7 +37,7 @@ class CacheControl(Protocol):
         """Drop the cached attributes of a node. Blocks while the kernel frees it, which may wait for a fill of it."""
 
     def drop_range(self, node_id: int, offset: int, size: int) -> None:
-        """Drop the cached pages of a range in bytes, and the attributes. Blocks like drop_pages."""
+        """Drop the cached pages of a range in bytes (`size` 0: to the end), and the attributes. Blocks like drop_pages."""
 
     def set_page_exact(self, exact: bool) -> None:
         """Whether the kernel should read ahead of a page fault; best effort."""
@@ -109,6 +113,27 @@ class StalePages:
             return
         for node_id in self._taken([node.id for node in self._known(self._tainted) if self._is_heard(node)]):
             self._soon(cache.drop_pages, node_id)
+
+    async def drop_heard_but(self, written: Node, start: int, end: int) -> None:
+        """As drop_heard_soon(); returns when the pages have gone, or after a moment. Not waited for are those of `written` from byte `start`
+        to `end`: the kernel has them locked until it is answered that they are written."""
+        cache = self.cache
+        if cache is None or not self._tainted:
+            return
+        first, beyond = start - start % PAGE_SIZE, -(-end // PAGE_SIZE) * PAGE_SIZE
+        drops: list[Callable[[], None]] = []
+        for node_id in self._taken([node.id for node in self._known(self._tainted) if self._is_heard(node)]):
+            if node_id != written.id or first == beyond:
+                drops.append(partial(_ignore_unknown, cache.drop_pages, node_id))
+                continue
+            if first:
+                drops.append(partial(_ignore_unknown, cache.drop_range, node_id, 0, first))
+            drops.append(partial(_ignore_unknown, cache.drop_range, node_id, beyond, 0))
+            self._soon(cache.drop_range, node_id, first, beyond - first)
+        with trio.move_on_after(_MOMENT):
+            async with trio.open_nursery() as nursery:
+                for drop in drops:
+                    nursery.start_soon(self._in_thread, drop)
 
     def drop_range_later(self, node: Node, offset: int, size: int, delay: float) -> None:
         """Drop a node's cached pages of a range that is about to be answered, not before so many seconds have passed."""

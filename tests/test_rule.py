@@ -143,6 +143,14 @@ def spoil(descriptor: int, size: int) -> tuple[int, int, int]:
     return number, data.count(0), zeros
 
 
+def write_and_look(descriptor: int, number: int, data: bytes, offset: int, size: int) -> bytes:
+    """Write, and at once look through a mapping."""
+    os.pwrite(descriptor, data, offset)
+    shown = sys.modules["__main__"]._MAPPINGS[number][:size]
+    assert isinstance(shown, bytes)
+    return shown
+
+
 # Each way alone: on a fresh stub, through an old descriptor, over pages that were cached before the mark
 
 
@@ -263,6 +271,22 @@ async def test_an_ignore_mark_ends(tree: Tree, make_accessor: MakeAccessor, end:
         check(armed, {PAGE: await accessor.run("touch", mapped_early, PAGE, PAGE)}, "the armed mapping")
         await see(accessor, stub, descriptor)
         await see(accessor, armed, early)
+
+
+async def test_a_writer_looks_at_once(tree: Tree, accessor: Accessor) -> None:
+    """When write(2) returns, no page is left that came in while an ignore mark stood which that write has ended."""
+    async with tree.filling() as listener:
+        for _ in range(10):
+            stub = tree.stub()
+            await listener.group.mark(FAN_MARK_ADD | FAN_MARK_IGNORED_MASK, PRE_ACCESS, path=stub.path)
+            descriptor = await opened(accessor, stub, os.O_RDWR)
+            number, read, _ = await accessor.run(spoil, descriptor, stub.size)
+            assert read == stub.size
+            last = stub.size - stub.size % PAGE or stub.size - PAGE
+            data = stub.content[last : last + 5]
+            check(stub, {0: await accessor.run(write_and_look, descriptor, number, data, last, last)})
+            await accessor.run("unmap", number)
+            await accessor.run("close", descriptor)
 
 
 async def test_a_resident_file_is_evicted(tree: Tree, accessor: Accessor) -> None:
