@@ -180,6 +180,11 @@ def run_time(tid: int) -> int | None:
     return int(text.split(None, 1)[0]) if text else None
 
 
+# A request can be read a moment before its thread has fallen asleep.
+_RUNS = [b"running"]
+_LOOKS = 50
+
+
 class CallReader:
     """Reads /proc/<tid>/syscall, keeping up to `limit` of those files open: reopening costs more than reading."""
 
@@ -189,8 +194,8 @@ class CallReader:
         self._processes: dict[int, int] = {}
 
     def identify(self, tid: int) -> tuple[int, Call | None]:
-        """The process of a thread, and read()."""
-        call = self.read(tid)
+        """The process of a thread that waits for an answer, and read()."""
+        call = self.read(tid, looks=_LOOKS)
         process = self._processes.get(tid)
         if process is None:
             process = process_of(tid)
@@ -199,8 +204,8 @@ class CallReader:
                 self._processes[tid] = process
         return process, call
 
-    def read(self, tid: int) -> Call | None:
-        """The call that `tid` is blocked in; None when it runs, is gone, or may not be looked at."""
+    def read(self, tid: int, looks: int = 1) -> Call | None:
+        """The call that `tid` is blocked in; None when it runs, at each of so many looks, is gone, or may not be looked at."""
         descriptor = self._descriptors.get(tid)
         if descriptor is None:
             try:
@@ -214,6 +219,10 @@ class CallReader:
             self._descriptors.move_to_end(tid)
         try:
             words = os.pread(descriptor, 256, 0).split()
+            while words == _RUNS and looks > 1:
+                looks -= 1
+                os.sched_yield()
+                words = os.pread(descriptor, 256, 0).split()
         except OSError:
             # The thread has died (its number may be another's already), or has become somebody else's by execve.
             self._drop(tid)

@@ -24,6 +24,7 @@ from fusehsm.marks import Subject
 from fusehsm.overlay import Node, Overlay
 from fusehsm.ranges import RangeSet
 from fusehsm.stale import StalePages
+from fusehsm.suspension import noting_suspension
 
 # The kernel asks up to three times for a page that was refused: read-ahead, then the page alone, then once more with the mmap lock held (measured
 # on 6.18, within 0.3 ms). A call that goes on can be told from the same call made again; a fault cannot, so only time tells.
@@ -35,6 +36,7 @@ _SAME_FAULT_SECONDS = 0.05
 _PASSING_SECONDS = 0.0002
 # From when on a file that has been quiet is looked at more closely: most fills are soon over, and the look costs more than a stat.
 _SETTLING_SECONDS = 0.5
+_TICK_NANOSECONDS = 20_000_000  # twice the longest that Linux offers
 
 
 class Content:
@@ -105,18 +107,39 @@ class Content:
         return quiet
 
     async def _ask(self, access: Access, subject: Subject, node: Node, armed: Armed) -> bool:
-        """listeners.ask(); if somebody is asked, the kernel believes nothing of the node's attributes meanwhile."""
-        listeners = self._listeners
-        if not listeners.watches(subject):
-            return await listeners.ask(access, subject, node, armed=armed)
-        self._events[node.id] = math.inf
-        self._asking[node.id] = self._asking.get(node.id, 0) + 1
-        self._doubt(node)
+        """listeners.ask(); if somebody is asked, the kernel believes nothing of the node's attributes meanwhile, nor what has changed by it."""
+        question = self._listeners.ask(access, subject, node, armed=armed)
+        if not self._listeners.watches(subject):
+            return await question
+        was = self._overlay.change_time(node) if node.id in self._believed else None
+        waits = False
+
+        def wait() -> None:
+            nonlocal waits
+            waits = True
+            self._events[node.id] = math.inf
+            self._asking[node.id] = self._asking.get(node.id, 0) + 1
+            self._doubt(node)
+
         try:
-            return await listeners.ask(access, subject, node, armed=armed)
+            return await noting_suspension(question, wait)
         finally:
-            if not _one_less(self._asking, node.id):
-                self._events[node.id] = time.monotonic()
+            if waits:
+                if not _one_less(self._asking, node.id):
+                    self._events[node.id] = time.monotonic()
+            elif was is None or not self._is_as_it_was(node, was):
+                if node.id not in self._asking:
+                    self._events[node.id] = time.monotonic()
+                self._doubt(node)
+
+    def _is_as_it_was(self, node: Node, was: int) -> bool:
+        """Whether a node has not been changed since its change time was `was` (nanoseconds), and nobody can be about to."""
+        # Two changes within a tick of the clock can leave the same time.
+        return (
+            time.time_ns() - was > _TICK_NANOSECONDS
+            and self._overlay.change_time(node) == was
+            and not self._overlay.is_being_written(node)
+        )
 
     def _doubt(self, node: Node) -> None:
         if node.id in self._believed:

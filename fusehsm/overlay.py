@@ -376,6 +376,13 @@ class Overlay:
         finally:
             os.close(fd)
 
+    def change_time(self, node: Node) -> int | None:
+        """When the node was last changed in any way (st_ctime), in nanoseconds; None where nobody can tell."""
+        try:
+            return self._reach.status(node).st_ctime_ns
+        except OSError:
+            return None
+
     def is_being_written(self, node: Node) -> bool:
         """Whether somebody, known here or not, has the node's backing file open for writing or mapped writable; True where nobody can tell."""
         if not node.is_regular:

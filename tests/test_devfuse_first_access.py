@@ -503,3 +503,46 @@ async def test_attributes_once_nobody_can_fill_any_more(world: World, accessor: 
         await trio.sleep(quiet)
         assert await shown() == on_backing()
         assert "GETATTR" not in await requests(world) - before
+
+
+REFILLING = """
+import os
+
+
+async def answer(event):
+    if event.path.endswith("changed"):
+        status = os.fstat(event.fd)
+        os.utime(event.fd, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    if event.path.endswith("kept"):
+        os.dup(event.fd)
+"""
+
+
+@pytest.mark.parametrize("name", ["left", "changed", "kept"])
+async def test_attributes_when_pages_were_reclaimed(
+    make_mount: MakeMount, accessor: Accessor, tmp_path: Path, name: str
+) -> None:
+    """A file whose pages come back under an event that changes nothing is still believed; else it is asked about anew."""
+    (tmp_path / "refilling.py").write_text(REFILLING)
+    environment = {"PYTHONPATH": f"{tmp_path}:{os.getcwd()}"}
+    mount = make_mount(*FIRST_ACCESS, "--handler", "refilling:answer", cwd=tmp_path, env=environment)
+    world, backing = world_of(mount), mount.source / name
+    backing.write_bytes(CONTENT[: 2 * PAGE])
+    path = str(world.path / name)
+
+    def on_backing() -> tuple[int, int, int]:
+        status = backing.stat()
+        return status.st_size, status.st_blocks, status.st_mtime_ns
+
+    await accessor.run(act, path, "devfuse_cached.read_and_stat")
+    await trio.sleep(0.8)  # longer than a fill that is over is waited for
+    assert await accessor.run(act, path, "devfuse_cached.described") == on_backing()
+    descriptor = await accessor.run("open", path, os.O_RDONLY)
+    before = await requests(world)
+    await accessor.run("posix_fadvise", descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    assert await accessor.run("pread", descriptor, 3 * PAGE, 0) == CONTENT[: 2 * PAGE]
+    assert await accessor.run("pread", descriptor, 3 * PAGE, 0) == CONTENT[: 2 * PAGE]
+    made = await requests(world) - before
+    assert made["READ"] >= 1
+    assert ("GETATTR" in made) == (name != "left"), made
+    assert await accessor.run(act, path, "devfuse_cached.described") == on_backing()
