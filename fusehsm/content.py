@@ -130,7 +130,10 @@ class Content:
             elif was is None or not self._is_as_it_was(node, was):
                 if node.id not in self._asking:
                     self._events[node.id] = time.monotonic()
-                self._doubt(node)
+                if node.id in self._believed:
+                    self._believed.discard(node.id)
+                    # Whoever gets this answer may look at once.
+                    await self._stale.drop_attributes(node)
 
     def _is_as_it_was(self, node: Node, was: int) -> bool:
         """Whether a node has not been changed since its change time was `was` (nanoseconds), and nobody can be about to."""

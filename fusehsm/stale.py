@@ -23,7 +23,7 @@ from fusehsm.overlay import Node, Overlay
 
 # How long a mark waits for stale pages to go: dropping the pages of an inode blocks while a fill of it waits for its answer.
 _DROP_DEADLINE = 1.0  # seconds
-# And how long the answer to a write: what it has locked itself may be more than its own pages.
+# And how long the answer to a request: what it has locked itself may be more than its own pages.
 _MOMENT = 0.1  # seconds
 
 
@@ -151,6 +151,13 @@ class StalePages:
         """Begin to drop a node's cached attributes; waits for nothing."""
         if self.cache is not None:
             self._soon(self.cache.drop_attributes, node.id)
+
+    async def drop_attributes(self, node: Node) -> None:
+        """Drop a node's cached attributes; returns when they have gone or after a moment."""
+        cache = self.cache
+        if cache is not None:
+            with trio.move_on_after(_MOMENT):
+                await self._in_thread(partial(_ignore_unknown, cache.drop_attributes, node.id))
 
     @staticmethod
     def _soon(drop: Callable[..., None], *arguments: int) -> None:

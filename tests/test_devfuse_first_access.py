@@ -515,18 +515,39 @@ async def answer(event):
         os.utime(event.fd, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     if event.path.endswith("kept"):
         os.dup(event.fd)
+    if "stub" in event.path:
+        os.pwrite(event.fd, bytes(range(256)) * (os.fstat(event.fd).st_size // 256), 0)
 """
 
 
+@pytest.fixture(scope="module")
+def refilled(make_shared_mount: MakeMount, session_directory: Path) -> Mount:
+    """A mount with the handler above."""
+    modules = session_directory / "refilling"
+    modules.mkdir()
+    (modules / "refilling.py").write_text(REFILLING)
+    environment = {"PYTHONPATH": f"{modules}:{os.getcwd()}"}
+    return make_shared_mount(*FIRST_ACCESS, "--handler", "refilling:answer", cwd=modules, env=environment)
+
+
+async def test_attributes_after_a_fill_at_once(refilled: Mount, accessor: Accessor) -> None:
+    """What a handler has filled without having to be waited for shows as soon as it can be read."""
+    for index in range(50):
+        backing = refilled.source / f"stub-{index}"
+        backing.touch()
+        os.truncate(backing, 1 << 16)
+        path = str(refilled.path / backing.name)
+        await accessor.run("stat", path)
+        data, described = await accessor.run(act, path, "devfuse_cached.read_and_stat")
+        status = backing.stat()
+        assert data == bytes(range(256)) * 256
+        assert described == (status.st_size, status.st_blocks, status.st_mtime_ns)
+
+
 @pytest.mark.parametrize("name", ["left", "changed", "kept"])
-async def test_attributes_when_pages_were_reclaimed(
-    make_mount: MakeMount, accessor: Accessor, tmp_path: Path, name: str
-) -> None:
+async def test_attributes_when_pages_were_reclaimed(refilled: Mount, accessor: Accessor, name: str) -> None:
     """A file whose pages come back under an event that changes nothing is still believed; else it is asked about anew."""
-    (tmp_path / "refilling.py").write_text(REFILLING)
-    environment = {"PYTHONPATH": f"{tmp_path}:{os.getcwd()}"}
-    mount = make_mount(*FIRST_ACCESS, "--handler", "refilling:answer", cwd=tmp_path, env=environment)
-    world, backing = world_of(mount), mount.source / name
+    world, backing = world_of(refilled), refilled.source / name
     backing.write_bytes(CONTENT[: 2 * PAGE])
     path = str(world.path / name)
 
