@@ -13,6 +13,7 @@ import mmap
 import os
 import platform
 import struct
+import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -182,7 +183,7 @@ def run_time(tid: int) -> int | None:
 
 # A request can be read a moment before its thread has fallen asleep.
 _RUNS = [b"running"]
-_LOOKS = 50
+_FALLING_ASLEEP = 200_000  # nanoseconds
 
 
 class CallReader:
@@ -195,7 +196,7 @@ class CallReader:
 
     def identify(self, tid: int) -> tuple[int, Call | None]:
         """The process of a thread that waits for an answer, and read()."""
-        call = self.read(tid, looks=_LOOKS)
+        call = self.read(tid, _FALLING_ASLEEP)
         process = self._processes.get(tid)
         if process is None:
             process = process_of(tid)
@@ -204,8 +205,8 @@ class CallReader:
                 self._processes[tid] = process
         return process, call
 
-    def read(self, tid: int, looks: int = 1) -> Call | None:
-        """The call that `tid` is blocked in; None when it runs, at each of so many looks, is gone, or may not be looked at."""
+    def read(self, tid: int, patience: int = 0) -> Call | None:
+        """The call that `tid` is blocked in; None when it runs (for longer than so many nanoseconds), is gone, or may not be looked at."""
         descriptor = self._descriptors.get(tid)
         if descriptor is None:
             try:
@@ -219,10 +220,11 @@ class CallReader:
             self._descriptors.move_to_end(tid)
         try:
             words = os.pread(descriptor, 256, 0).split()
-            while words == _RUNS and looks > 1:
-                looks -= 1
-                os.sched_yield()
-                words = os.pread(descriptor, 256, 0).split()
+            if words == _RUNS and patience:
+                until = time.monotonic_ns() + patience
+                while words == _RUNS and time.monotonic_ns() < until:
+                    os.sched_yield()
+                    words = os.pread(descriptor, 256, 0).split()
         except OSError:
             # The thread has died (its number may be another's already), or has become somebody else's by execve.
             self._drop(tid)
