@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -201,7 +201,7 @@ def _run(
     plan: Plan,
     device: tuple[int, int],
     ready: Callable[[], None],
-    noted: Sequence[int],
+    noted: list[int],
 ) -> bool:
     """The event loop; returns whether the filesystem has been unmounted already. Ends when it can if signals have been `noted` before."""
     import trio
@@ -213,11 +213,13 @@ def _run(
     async def on_signals(*, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         with trio.open_signal_receiver(*_ENDING) as signals:
             task_status.started()
-            async for _ in signals:
+            async for number in signals:
+                noted.append(number)
                 engine.stop()
 
     async def announce() -> None:
-        await trio.to_thread.run_sync(os.statvfs, plan.destination)
+        # Nobody answers it any more once the engine has stopped.
+        await trio.to_thread.run_sync(os.statvfs, plan.destination, abandon_on_cancel=True)
         ready()
         if noted:
             engine.stop()

@@ -149,7 +149,10 @@ def unmount(mount_point: str, *, lazily: bool) -> None:
         if os.geteuid() == 0:
             raise
     command = [_HELPER, "-u", *(["-z"] if lazily else []), "--", mount_point]
-    done = subprocess.run(command, check=False, stdin=subprocess.DEVNULL, capture_output=True)
+    # In a session of its own: the terminal's Ctrl-C is for us, and comes twice from the impatient.
+    done = subprocess.run(
+        command, check=False, stdin=subprocess.DEVNULL, capture_output=True, start_new_session=True
+    )
     if done.returncode:
         said = _last_line(done.stderr)
         number = next((n for n in errno.errorcode if said.endswith(os.strerror(n))), errno.EPERM)
