@@ -7,7 +7,9 @@ where accesses are then refused or held.
 """
 
 import errno
+import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -21,10 +23,16 @@ from fusehsm.listeners import Listeners
 from fusehsm.marks import Subject
 from fusehsm.overlay import Node, Overlay
 
+log = logging.getLogger(__name__)
+
 # How long a mark waits for stale pages to go: dropping the pages of an inode blocks while a fill of it waits for its answer.
 _DROP_DEADLINE = 1.0  # seconds
 # And how long the answer to a request: what it has locked itself may be more than its own pages.
 _MOMENT = 0.1  # seconds
+_MOST_THREADS = 1024  # for what is to be dropped at once
+
+Drop = Callable[[], None]
+Tell = Callable[[OSError | None], None]
 
 
 class CacheControl(Protocol):
@@ -53,7 +61,8 @@ class StalePages:
         self._subject_of = subject_of
         self._tainted: set[int] = set()
         self._asked: set[int] = set()
-        self._limiter = trio.CapacityLimiter(1024)
+        # Drops to be made, and whom to tell then.
+        self._waiting: deque[tuple[Drop, Tell]] = deque()
 
     def __contains__(self, node: Node) -> bool:
         return node.id in self._tainted
@@ -111,8 +120,7 @@ class StalePages:
         cache = self.cache
         if cache is None or not self._tainted:
             return
-        for node_id in self._taken([node.id for node in self._known(self._tainted) if self._is_heard(node)]):
-            self._soon(cache.drop_pages, node_id)
+        self._begin([partial(cache.drop_pages, node_id) for node_id in self._tainted_and_heard()])
 
     async def drop_heard_but(self, written: Node, start: int, end: int) -> None:
         """As drop_heard_soon(); returns when the pages have gone, or after a moment. Not waited for are those of `written` from byte `start`
@@ -121,19 +129,18 @@ class StalePages:
         if cache is None or not self._tainted:
             return
         first, beyond = start - start % PAGE_SIZE, -(-end // PAGE_SIZE) * PAGE_SIZE
-        drops: list[Callable[[], None]] = []
-        for node_id in self._taken([node.id for node in self._known(self._tainted) if self._is_heard(node)]):
+        drops: list[Drop] = []
+        for node_id in self._tainted_and_heard():
             if node_id != written.id or first == beyond:
-                drops.append(partial(_ignore_unknown, cache.drop_pages, node_id))
+                drops.append(partial(cache.drop_pages, node_id))
                 continue
             if first:
-                drops.append(partial(_ignore_unknown, cache.drop_range, node_id, 0, first))
-            drops.append(partial(_ignore_unknown, cache.drop_range, node_id, beyond, 0))
-            self._soon(cache.drop_range, node_id, first, beyond - first)
-        with trio.move_on_after(_MOMENT):
-            async with trio.open_nursery() as nursery:
-                for drop in drops:
-                    nursery.start_soon(self._in_thread, drop)
+                drops.append(partial(cache.drop_range, node_id, 0, first))
+            drops.append(partial(cache.drop_range, node_id, beyond, 0))
+            self._begin([partial(cache.drop_range, node_id, first, beyond - first)])
+        # What has been written is written: a failure is logged, and no reason to deny it.
+        with suppress(OSError):
+            await self._dropped(drops, _MOMENT)
 
     def drop_range_later(self, node: Node, offset: int, size: int, delay: float) -> None:
         """Drop a node's cached pages of a range that is about to be answered, not before so many seconds have passed."""
@@ -150,18 +157,13 @@ class StalePages:
     def drop_attributes_soon(self, node: Node) -> None:
         """Begin to drop a node's cached attributes; waits for nothing."""
         if self.cache is not None:
-            self._soon(self.cache.drop_attributes, node.id)
+            self._begin([partial(self.cache.drop_attributes, node.id)])
 
     async def drop_attributes(self, node: Node) -> None:
         """Drop a node's cached attributes; returns when they have gone or after a moment."""
-        cache = self.cache
-        if cache is not None:
-            with trio.move_on_after(_MOMENT):
-                await self._in_thread(partial(_ignore_unknown, cache.drop_attributes, node.id))
-
-    @staticmethod
-    def _soon(drop: Callable[..., None], *arguments: int) -> None:
-        trio.lowlevel.start_thread_soon(lambda: _ignore_unknown(drop, *arguments), lambda outcome: None)
+        if self.cache is not None:
+            with suppress(OSError):
+                await self._dropped([partial(self.cache.drop_attributes, node.id)], _MOMENT)
 
     async def drop_all_of(self, node: Node) -> None:
         """Drop all of a node's cached pages, however they got there; returns when they have gone.
@@ -173,13 +175,15 @@ class StalePages:
         cache = self.cache
         if cache is None:
             return
-        with trio.move_on_after(_DROP_DEADLINE) as deadline:
-            await self._in_thread(lambda: _ignore_unknown(cache.drop_pages, node.id))
-        if deadline.cancelled_caught:
+        if not await self._dropped([partial(cache.drop_pages, node.id)], _DROP_DEADLINE):
             raise OSError(errno.EBUSY, "a page of the file waits for its listener; it is dropped after that")
 
     def _is_heard(self, node: Node) -> bool:
         return self._listeners.hears_content(self._subject_of(node))
+
+    def _tainted_and_heard(self) -> list[int]:
+        """The ids of those nodes, which are not tainted any more."""
+        return self._taken([node.id for node in self._known(self._tainted) if self._is_heard(node)])
 
     def _taken(self, node_ids: list[int]) -> list[int]:
         taken = [node_id for node_id in node_ids if node_id in self._tainted]
@@ -195,17 +199,64 @@ class StalePages:
             for node_id in attributes:
                 _ignore_unknown(cache.drop_attributes, node_id)
 
-        async def drop_pages(node_id: int) -> None:
-            await self._in_thread(lambda: _ignore_unknown(cache.drop_pages, node_id))
+        drops: list[Drop] = [drop_attributes, *(partial(cache.drop_pages, node_id) for node_id in pages)]
+        await self._dropped(drops, _DROP_DEADLINE)
 
-        with trio.move_on_after(_DROP_DEADLINE):
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._in_thread, drop_attributes)
-                for node_id in pages:
-                    nursery.start_soon(drop_pages, node_id)
+    async def _dropped(self, drops: list[Drop], seconds: float) -> bool:
+        """Make all these drops; returns when they are made, or after so many seconds, and whether they are. They go on all the same.
 
-    async def _in_thread(self, work: Callable[[], None]) -> None:
-        await trio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=self._limiter)
+        Raises OSError when one has failed.
+        """
+        if not drops:
+            return True
+        token = trio.lowlevel.current_trio_token()
+        made = trio.Event()
+        left = len(drops)
+        failures: list[OSError] = []
+
+        def count(failure: OSError | None) -> None:
+            nonlocal left
+            left -= 1
+            if failure is not None:
+                failures.append(failure)
+            if not left:
+                made.set()
+
+        def tell(failure: OSError | None) -> None:
+            with suppress(trio.RunFinishedError):
+                token.run_sync_soon(count, failure)
+
+        self._begin(drops, tell)
+        with trio.move_on_after(seconds):
+            await made.wait()
+        for failure in failures:
+            raise failure
+        return made.is_set()
+
+    def _begin(self, drops: list[Drop], tell: Tell = lambda failure: None) -> None:
+        """Have these drops made, each in a thread as it may block, and `tell` called there after each of them. Whoever stops waiting must not
+        lose one: the nodes count as clean already."""
+        self._waiting.extend((drop, tell) for drop in drops)
+        for _ in range(min(len(drops), _MOST_THREADS)):
+            try:
+                trio.lowlevel.start_thread_soon(self._make_drops, lambda outcome: None)
+            except RuntimeError as error:
+                log.error("cached pages are dropped late: %s", error)
+                return
+
+    def _make_drops(self) -> None:
+        while True:
+            try:
+                drop, tell = self._waiting.popleft()
+            except IndexError:
+                return
+            failure = None
+            try:
+                _ignore_unknown(drop)
+            except OSError as error:
+                log.error("cached pages or attributes were not dropped: %s", error.strerror)
+                failure = error
+            tell(failure)
 
 
 def _ignore_unknown(drop: Callable[..., None], *arguments: int) -> None:

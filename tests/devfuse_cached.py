@@ -3,6 +3,7 @@
 import mmap
 import os
 import signal
+from pathlib import Path
 
 from tests.devfuse_acts import opened, shared
 
@@ -126,6 +127,15 @@ def open_many(directory: str, number: int) -> int:
     return right
 
 
+def read_all(directory: str) -> set[bytes]:
+    """The contents of all files."""
+    contents = set()
+    for name in os.listdir(directory):
+        with opened(os.path.join(directory, name), os.O_RDONLY) as descriptor:
+            contents.add(os.read(descriptor, 1 << 20))
+    return contents
+
+
 def make_many(directory: str, prefix: str, number: int) -> None:
     """The files of unlink_many() and open_many()."""
     for index in range(number):
@@ -184,7 +194,7 @@ def read_and_stat(path: str) -> tuple[bytes, tuple[int, int, int]]:
         return data, described(path)
 
 
-def described(path: str) -> tuple[int, int, int]:
+def described(path: str | Path) -> tuple[int, int, int]:
     """A file's size, blocks and modification time (ns)."""
     status = os.stat(path)
     return status.st_size, status.st_blocks, status.st_mtime_ns
