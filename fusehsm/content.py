@@ -87,8 +87,8 @@ class Content:
         """Whether a page of the node waits for its listener: until it is answered the kernel has it locked, and who drops it waits too."""
         return node.id in self._filling
 
-    def believe(self, node: Node) -> float:
-        """For how many seconds the kernel may believe a watched node's attributes, which a listener can change behind its back.
+    def believe(self, node: Node, status: os.stat_result) -> float:
+        """For how many seconds the kernel may believe these attributes of a watched node, which a listener can change behind its back.
 
         A listener may go on filling a file through its event fd when it has answered, which nobody tells us. As acregmin and acregmax in
         nfs(5), a file is believed for as long as it has been quiet; for ever (inf) once nobody can be filling it any more.
@@ -101,14 +101,14 @@ class Content:
         if quiet <= 0:
             return 0.0  # it is being asked about
         self._believed.add(node.id)
-        if quiet > _SETTLING_SECONDS and not self._overlay.is_being_written(node):
+        if quiet > _SETTLING_SECONDS and self._stays(node, status.st_ctime_ns):
             del self._events[node.id]
             return math.inf
         return quiet
 
-    async def _ask(self, access: Access, subject: Subject, node: Node, armed: Armed) -> bool:
+    async def ask(self, access: Access, subject: Subject, node: Node, armed: Armed, *, only: int = 0) -> bool:
         """listeners.ask(); if somebody is asked, the kernel believes nothing of the node's attributes meanwhile, nor what has changed by it."""
-        question = self._listeners.ask(access, subject, node, armed=armed)
+        question = self._listeners.ask(access, subject, node, armed=armed, only=only)
         if not self._listeners.watches(subject):
             return await question
         was = self._overlay.change_time(node) if node.id in self._believed else None
@@ -127,7 +127,7 @@ class Content:
             if waits:
                 if not _one_less(self._asking, node.id):
                     self._events[node.id] = time.monotonic()
-            elif was is None or not self._is_as_it_was(node, was):
+            elif was is None or not self._stays(node, was):
                 if node.id not in self._asking:
                     self._events[node.id] = time.monotonic()
                 if node.id in self._believed:
@@ -135,13 +135,16 @@ class Content:
                     # Whoever gets this answer may look at once.
                     await self._stale.drop_attributes(node)
 
-    def _is_as_it_was(self, node: Node, was: int) -> bool:
+    def _stays(self, node: Node, was: int) -> bool:
         """Whether a node has not been changed since its change time was `was` (nanoseconds), and nobody can be about to."""
-        # Two changes within a tick of the clock can leave the same time.
+        # What reopens a descriptor that can only read cannot be seen in between.
+        if any(group.event_f_flags & os.O_ACCMODE == os.O_RDONLY for group in self._listeners.groups):
+            return False
+        # In this order: the last writer may just be closing. Two changes within a tick of the clock can leave the same time.
         return (
-            time.time_ns() - was > _TICK_NANOSECONDS
+            not self._overlay.is_being_written(node)
             and self._overlay.change_time(node) == was
-            and not self._overlay.is_being_written(node)
+            and time.time_ns() - was > _TICK_NANOSECONDS
         )
 
     def _doubt(self, node: Node) -> None:
@@ -173,11 +176,11 @@ class Content:
             self._begin_filling(file.node)
         try:
             for access in explanation.accesses:
-                allowed |= await self._ask(access, subject, file.node, _armed(file))
+                allowed |= await self.ask(access, subject, file.node, _armed(file))
             if explanation.fills and not allowed and file.direct and listeners.attended(subject):
                 # A writable mapping's fault is asked for by writing alone (patch-v2), and what it brings in can be read.
                 fill = Access(AccessKind.FILL, offset, size, who.pid, who.tid)
-                allowed = await self._ask(fill, subject, file.node, _armed(file))
+                allowed = await self.ask(fill, subject, file.node, _armed(file))
         except OSError as error:
             if explanation.fills and error.errno is not None:
                 self._denied(file, explanation, offset, size, error.errno, who)
@@ -330,7 +333,7 @@ class Content:
             )
         subject = self._subject_of(file.node)
         for access in explanation.accesses:
-            await self._ask(access, subject, file.node, _armed(file))
+            await self.ask(access, subject, file.node, _armed(file))
         # Also when nobody was asked: a write takes nothing out, and its pieces are one call.
         self._allowed(file, explanation)
 
@@ -340,7 +343,7 @@ class Content:
             return
         access = Access(AccessKind.TRUNCATE, size, 0, caller.process_of(tid), tid, writable=True)
         # Truncation is asked by path: how the file was armed does not matter (measured on 6.18).
-        await self._ask(access, self._subject_of(node), node, Armed.ALL)
+        await self.ask(access, self._subject_of(node), node, Armed.ALL)
 
     async def allocate(
         self, file: OpenFile[Node], mode: int, offset: int, length: int, tid: int, uid: int
@@ -349,7 +352,7 @@ class Content:
         if not self._listeners.idle:
             who = self._explainer.accessor(file, tid)
             access = Access(AccessKind.FALLOCATE, offset, length, who.pid, who.tid)
-            await self._ask(access, self._subject_of(file.node), file.node, _armed(file))
+            await self.ask(access, self._subject_of(file.node), file.node, _armed(file))
         with self._handles.backing(file) as descriptor:
             self._overlay.before_write(file.node, descriptor, uid)
             await trio.to_thread.run_sync(
@@ -375,7 +378,7 @@ class Content:
             ):
                 who = self._explainer.accessor(file, tid)
                 access = Access(kind, offset, length, who.pid, who.tid)
-                await self._ask(access, self._subject_of(file.node), file.node, _armed(file))
+                await self.ask(access, self._subject_of(file.node), file.node, _armed(file))
         with self._handles.backing(source) as readable, self._handles.backing(target) as writable:
             self._overlay.before_write(target.node, writable, uid)
             copied = await trio.to_thread.run_sync(

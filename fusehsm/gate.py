@@ -181,9 +181,9 @@ class Gate:
         """The node as marks see it."""
         return Subject(node.id, node.parents(), node.is_dir)
 
-    def believe(self, node: Node) -> float:
+    def believe(self, node: Node, status: os.stat_result) -> float:
         """For how many seconds the kernel may believe a node's attributes: inf where no listener can change them behind its back."""
-        return self.content.believe(node) if self.watches(node) else math.inf
+        return self.content.believe(node, status) if self.watches(node) else math.inf
 
     def watches(self, node: Node) -> bool:
         """Whether a fill by a listener may change the node behind the kernel's back: its attributes must not be cached then."""
@@ -253,9 +253,7 @@ class Gate:
             exec=executing,
             directory=node.is_dir,
         )
-        await self.listeners.ask(
-            access, subject, node, armed=Armed.ALL, only=FAN_OPEN_PERM | FAN_OPEN_EXEC_PERM
-        )
+        await self.content.ask(access, subject, node, Armed.ALL, only=FAN_OPEN_PERM | FAN_OPEN_EXEC_PERM)
         return access, subject, armed
 
     async def _open_armed(
@@ -269,7 +267,7 @@ class Gate:
         uid: int,
     ) -> tuple[OpenFile[Node], bool]:
         try:
-            await self.listeners.ask(access, subject, node, armed=Armed.ALL, only=~_PERMISSION_EVENTS)
+            await self.content.ask(access, subject, node, Armed.ALL, only=~_PERMISSION_EVENTS)
         except BaseException:
             os.close(descriptor)
             raise

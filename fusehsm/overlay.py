@@ -384,11 +384,13 @@ class Overlay:
             return None
 
     def is_being_written(self, node: Node) -> bool:
-        """Whether somebody, known here or not, has the node's backing file open for writing or mapped writable; True where nobody can tell."""
+        """Whether somebody, known here or not, has the node's backing file open for writing or mapped writable; True where nobody can tell.
+        Of files on overlayfs mappings are not seen."""
         if not node.is_regular:
             return False
         try:
-            fd = self.open(node, os.O_RDONLY)
+            # Not to wait for somebody's lease.
+            fd = self.open_for_event(node, os.O_RDONLY | os.O_NONBLOCK)
         except OSError:
             return True
         try:

@@ -13,6 +13,7 @@ import trio
 
 from fusehsm.abi import (
     FAN_MARK_ADD,
+    FAN_MARK_FILESYSTEM,
     FAN_MARK_FLUSH,
     FAN_MARK_IGNORED_MASK,
     FAN_MARK_IGNORED_SURV_MODIFY,
@@ -25,7 +26,7 @@ from fusehsm.protocol import Drop, Status
 from tests.accessor import Accessor, AccessorDied
 from tests.conftest import MakeAccessor, MakeMount
 from tests.devfuse_acts import KEEP_SIZE, PUNCH_HOLE, act, fallocate_open
-from tests.devfuse_cached import expected_read_only, make_many
+from tests.devfuse_cached import described, expected_read_only, make_many
 from tests.devfuse_worlds import ENGINE
 from tests.devfuse_worlds import engine as engine
 from tests.harness import NOBODY, Mount, fuse_device_for_everybody
@@ -373,6 +374,27 @@ async def test_a_mark_that_comes_back(world: World, accessor: Accessor, way: str
         assert world.content("stub") == stub.content
 
 
+async def test_very_many_files_under_an_ignore_mark(world: World, accessor: Accessor) -> None:
+    """All that was cached under it goes when a write ends it, however long that takes."""
+    number, stub = 3000, bytes(100)
+    directory = world.path / "many"
+    await accessor.run("mkdir", str(directory))
+    backing = world.backing / "many"
+    for index in range(number):
+        (backing / f"stub-{index}").write_bytes(stub)
+    async with world.listener(world.everywhere(PRE_ACCESS)) as listener:
+        everywhere = FAN_MARK_ADD | FAN_MARK_FILESYSTEM | FAN_MARK_IGNORED_MASK
+        await change_marks(listener, everywhere, str(world.path))
+        assert await accessor.run(act, str(directory), "devfuse_cached.read_all") == {stub}
+        for index in range(number):
+            (backing / f"stub-{index}").write_bytes(CONTENT[:100])
+        assert listener.take() == []
+        await accessor.run("pwrite_path", str(directory / "stub-0"), CONTENT[:1], 0)
+        with trio.fail_after(20):
+            while await accessor.run(act, str(directory), "devfuse_cached.read_all") != {CONTENT[:100]}:
+                await trio.sleep(0.1)
+
+
 async def test_cached_before_the_mark(world: World, accessor: Accessor) -> None:
     """A stub's zeros that somebody saw before anybody listened are not shown any more."""
     stub = stub_of(world)
@@ -436,15 +458,16 @@ async def test_attributes_after_a_fill(world: World, accessor: Accessor) -> None
     async with filling(world, *stubs):
         for stub in stubs:
             await accessor.run("stat", stub.path)
-            data, described = await accessor.run(act, stub.path, "devfuse_cached.read_and_stat")
-            status = stub.backing.stat()
+            data, shown = await accessor.run(act, stub.path, "devfuse_cached.read_and_stat")
             assert data == stub.content
-            assert described == (stub.size, status.st_blocks, status.st_mtime_ns)
-            assert status.st_blocks > 0
+            assert shown == described(stub.backing)
+            assert shown[0] == stub.size
+            assert shown[1] > 0
 
 
-async def test_attributes_after_a_late_fill(world: World, accessor: Accessor) -> None:
-    """A listener that goes on filling when it has answered is noticed too: a file is believed for as long as it has been quiet."""
+@asynccontextmanager
+async def kept_open(world: World, accessor: Accessor) -> AsyncIterator[tuple[Stub, list[int]]]:
+    """A stub that has been read once, and the descriptors of it that its listener keeps, to fill it when it has answered."""
     stub = stub_of(world, size=1 << 20)
     kept: list[int] = []
 
@@ -454,54 +477,44 @@ async def test_attributes_after_a_late_fill(world: World, accessor: Accessor) ->
 
     async with world.listener(Mark(PRE_ACCESS, stub.path), answer=answer, event_f_flags=os.O_RDWR):
         await accessor.run("pread_path", stub.path, 1, 0)
-        await accessor.run(act, stub.path, "devfuse_cached.described")
-        await trio.to_thread.run_sync(os.pwrite, kept[0], stub.content, 0)
-        status = stub.backing.stat()
-        began = trio.current_time()
-        with trio.fail_after(10):
-            while await accessor.run(act, stub.path, "devfuse_cached.described") != (
-                stub.size,
-                status.st_blocks,
-                status.st_mtime_ns,
-            ):
-                await trio.sleep(0.01)
-        assert trio.current_time() - began < 2
+        yield stub, kept
     for descriptor in kept:
         os.close(descriptor)
 
 
+async def test_attributes_after_a_late_fill(world: World, accessor: Accessor) -> None:
+    """A listener that goes on filling when it has answered is noticed too: a file is believed for as long as it has been quiet."""
+    async with kept_open(world, accessor) as (stub, kept):
+        await accessor.run(act, stub.path, "devfuse_cached.described")
+        await trio.to_thread.run_sync(os.pwrite, kept[0], stub.content, 0)
+        began = trio.current_time()
+        with trio.fail_after(10):
+            while await accessor.run(act, stub.path, "devfuse_cached.described") != described(stub.backing):
+                await trio.sleep(0.01)
+        assert trio.current_time() - began < 2
+
+
 async def test_attributes_once_nobody_can_fill_any_more(world: World, accessor: Accessor) -> None:
     """Nothing is believed for good while a listener has the file open for writing; then the kernel asks no more."""
-    stub = stub_of(world, size=1 << 20)
-    kept: list[int] = []
+    async with kept_open(world, accessor) as (stub, kept):
 
-    def answer(event: Event) -> int:
-        kept.append(os.dup(event.fd))
-        return 0
+        async def shown() -> object:
+            return await accessor.run(act, stub.path, "devfuse_cached.described")
 
-    async def shown() -> object:
-        return await accessor.run(act, stub.path, "devfuse_cached.described")
-
-    def on_backing() -> tuple[int, int, int]:
-        status = stub.backing.stat()
-        return stub.size, status.st_blocks, status.st_mtime_ns
-
-    async with world.listener(Mark(PRE_ACCESS, stub.path), answer=answer, event_f_flags=os.O_RDWR):
-        await accessor.run("pread_path", stub.path, 1, 0)
         await trio.sleep(0.8)  # longer than a fill that is over is waited for
         await shown()
         await trio.to_thread.run_sync(os.pwrite, kept[0], stub.content, 0)
         with trio.fail_after(10):
-            while await shown() != on_backing():
+            while await shown() != described(stub.backing):
                 await trio.sleep(0.05)
-        for descriptor in kept:
-            os.close(descriptor)
+        while kept:
+            os.close(kept.pop())
         quiet = 5.0  # more seconds than the file has been left alone by now
         await trio.sleep(quiet / 2)
-        assert await shown() == on_backing()
+        assert await shown() == described(stub.backing)
         before = await requests(world)
         await trio.sleep(quiet)
-        assert await shown() == on_backing()
+        assert await shown() == described(stub.backing)
         assert "GETATTR" not in await requests(world) - before
 
 
@@ -515,19 +528,27 @@ async def answer(event):
         os.utime(event.fd, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     if event.path.endswith("kept"):
         os.dup(event.fd)
-    if "stub" in event.path:
+    if "once" in event.path and os.fstat(event.fd).st_blocks or not os.fstat(event.fd).st_size:
+        return
+    if "stub" in event.path or "once" in event.path:
         os.pwrite(event.fd, bytes(range(256)) * (os.fstat(event.fd).st_size // 256), 0)
 """
 
 
 @pytest.fixture(scope="module")
-def refilled(make_shared_mount: MakeMount, session_directory: Path) -> Mount:
-    """A mount with the handler above."""
+def refilling(session_directory: Path) -> tuple[Path, dict[str, str]]:
+    """Where the handler above is, and the environment that finds it."""
     modules = session_directory / "refilling"
     modules.mkdir()
     (modules / "refilling.py").write_text(REFILLING)
-    environment = {"PYTHONPATH": f"{modules}:{os.getcwd()}"}
-    return make_shared_mount(*FIRST_ACCESS, "--handler", "refilling:answer", cwd=modules, env=environment)
+    return modules, {"PYTHONPATH": f"{modules}:{os.getcwd()}"}
+
+
+@pytest.fixture(scope="module")
+def refilled(make_shared_mount: MakeMount, refilling: tuple[Path, dict[str, str]]) -> Mount:
+    """A mount with it."""
+    cwd, env = refilling
+    return make_shared_mount(*FIRST_ACCESS, "--handler", "refilling:answer", cwd=cwd, env=env)
 
 
 async def test_attributes_after_a_fill_at_once(refilled: Mount, accessor: Accessor) -> None:
@@ -538,10 +559,29 @@ async def test_attributes_after_a_fill_at_once(refilled: Mount, accessor: Access
         os.truncate(backing, 1 << 16)
         path = str(refilled.path / backing.name)
         await accessor.run("stat", path)
-        data, described = await accessor.run(act, path, "devfuse_cached.read_and_stat")
-        status = backing.stat()
+        data, shown = await accessor.run(act, path, "devfuse_cached.read_and_stat")
         assert data == bytes(range(256)) * 256
-        assert described == (status.st_size, status.st_blocks, status.st_mtime_ns)
+        assert shown == described(backing)
+
+
+async def test_attributes_after_a_fill_at_open(
+    make_mount: MakeMount, accessor: Accessor, refilling: tuple[Path, dict[str, str]]
+) -> None:
+    """What an event at open has filled shows too, although the read after it changes nothing."""
+    cwd, env = refilling
+    options = ("--events", "exact", "--cache", "private", "--abi", "patch-v2")
+    mount = make_mount(*options, "--handler", "refilling:answer", cwd=cwd, env=env)
+    backing = mount.source / "once"
+    backing.touch()
+    os.truncate(backing, 1 << 16)
+    path = str(mount.path / backing.name)
+    await accessor.run("stat", path)
+    descriptor = await accessor.run("open", path, os.O_RDONLY)
+    await trio.sleep(0.1)  # longer than a change may be taken for the next one
+    assert await accessor.run("pread", descriptor, 1 << 16, 0) == bytes(range(256)) * 256
+    # Unlike stat(2), it does not ask for the time of access, which the read has made the kernel ask for.
+    shown = await trio.run_process(["stat", "-c", "%b", path], capture_stdout=True)
+    assert int(shown.stdout) == backing.stat().st_blocks
 
 
 @pytest.mark.parametrize("name", ["left", "changed", "kept"])
@@ -551,13 +591,9 @@ async def test_attributes_when_pages_were_reclaimed(refilled: Mount, accessor: A
     backing.write_bytes(CONTENT[: 2 * PAGE])
     path = str(world.path / name)
 
-    def on_backing() -> tuple[int, int, int]:
-        status = backing.stat()
-        return status.st_size, status.st_blocks, status.st_mtime_ns
-
     await accessor.run(act, path, "devfuse_cached.read_and_stat")
     await trio.sleep(0.8)  # longer than a fill that is over is waited for
-    assert await accessor.run(act, path, "devfuse_cached.described") == on_backing()
+    assert await accessor.run(act, path, "devfuse_cached.described") == described(backing)
     descriptor = await accessor.run("open", path, os.O_RDONLY)
     before = await requests(world)
     await accessor.run("posix_fadvise", descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -566,4 +602,4 @@ async def test_attributes_when_pages_were_reclaimed(refilled: Mount, accessor: A
     made = await requests(world) - before
     assert made["READ"] >= 1
     assert ("GETATTR" in made) == (name != "left"), made
-    assert await accessor.run(act, path, "devfuse_cached.described") == on_backing()
+    assert await accessor.run(act, path, "devfuse_cached.described") == described(backing)

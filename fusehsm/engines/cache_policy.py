@@ -28,9 +28,9 @@ class CachePolicy:
         """Seconds for which there is no such name; none where a denied O_CREAT would leave a file that the kernel never hears of."""
         return 0.0 if self._gate.may_deny_new(parent) else self._longest
 
-    def attributes(self, node: Node) -> float:
-        """Seconds for which a node's attributes hold."""
-        return min(self._gate.believe(node), self._longest)
+    def attributes(self, node: Node, status: os.stat_result) -> float:
+        """Seconds for which these attributes of a node hold."""
+        return min(self._gate.believe(node, status), self._longest)
 
     def mtime(self, node: Node, status: os.stat_result) -> int:
         """st_mtime to show, in nanoseconds."""

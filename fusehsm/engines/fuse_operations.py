@@ -102,7 +102,7 @@ class Operations:
         return Attributes(
             node.id,
             node.generation,
-            policy.attributes(node),
+            policy.attributes(node, status),
             status,
             policy.blocks(node, status),
             policy.mtime(node, status),

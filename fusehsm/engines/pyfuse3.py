@@ -78,7 +78,7 @@ class Operations(pyfuse3.Operations):
         entry.st_ino = node.id
         entry.generation = node.generation
         entry.entry_timeout = self._policy.names()
-        entry.attr_timeout = self._policy.attributes(node)
+        entry.attr_timeout = self._policy.attributes(node, status)
         entry.st_mode = status.st_mode
         entry.st_nlink = status.st_nlink
         entry.st_uid = status.st_uid
