@@ -1,4 +1,6 @@
-"""What accessors do to files in the tests of the devfuse engine: a module that the worker of accessor.py imports (standard library only).
+"""What accessors do to files in the tests of the devfuse engine: a module that the worker of accessor.py imports.
+
+It imports only what accessor_worker.py has loaded: an accessor that is another user may not reach this Python's library.
 
     accessor.run(act, path, "fallocate", 0, 5000, 100)      fallocate(path, 0, 5000, 100), in the accessor
 

@@ -3,7 +3,6 @@
 import mmap
 import os
 import signal
-from pathlib import Path
 
 from tests.devfuse_acts import opened, shared
 
@@ -194,7 +193,7 @@ def read_and_stat(path: str) -> tuple[bytes, tuple[int, int, int]]:
         return data, described(path)
 
 
-def described(path: str | Path) -> tuple[int, int, int]:
+def described(path: str | os.PathLike[str]) -> tuple[int, int, int]:
     """A file's size, blocks and modification time (ns)."""
     status = os.stat(path)
     return status.st_size, status.st_blocks, status.st_mtime_ns
