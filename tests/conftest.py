@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
+from fusehsm.conform.accessor import Accessor, Zygote
+from fusehsm.conform.ext4 import ext4_image
 from tests import engines, harness, leftovers
-from tests.accessor import Accessor, Zygote
 from tests.harness import Guardian, Mount
-from tests.loop_ext4 import ext4_image
 from tests.posix_trees import WATCHED, State, Tree, allowing_everything, expect_same
-from tests.requirements import require_pre_content_kernel
+from tests.requirements import require_pre_content_kernel, require_root
 from tests.worlds import World
 
 # A test that takes longer loses its mounts' daemons, so that it fails instead of hanging; none comes near it.
@@ -116,6 +116,7 @@ def session_directory(pytestconfig: pytest.Config) -> Path:
 @pytest.fixture(scope="session")
 def ext4(session_directory: Path) -> Iterator[Path]:
     """The root of an ext4 image of 4 GiB (sparse), mounted for the session. Needs root."""
+    require_root()
     with ext4_image(session_directory / "ext4", 4096) as root:
         yield root
 

@@ -30,7 +30,7 @@ def act(subject: object, name: str, *arguments: object) -> object:
 
     `name` may be `module.function`, of another module of the tests.
     """
-    root = os.path.dirname(os.path.dirname(sys.argv[0]))
+    root = os.path.dirname(os.path.dirname(os.path.dirname(sys.argv[0])))
     if root not in sys.path:
         sys.path.append(root)
     module, _, function = name.rpartition(".")

@@ -28,8 +28,8 @@ from fusehsm.abi import (
     decode_events,
     encode_response,
 )
+from fusehsm.conform.accessor import PATIENCE, Accessor, AccessorDied, Call
 from fusehsm.syscalls import fanotify_init, fanotify_mark
-from tests.accessor import PATIENCE, Accessor, AccessorDied, Call
 from tests.group_scenarios import QUEUE_LIMIT
 
 MakeAccessor = Callable[[], Accessor]

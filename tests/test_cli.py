@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from fusehsm.conform.accessor import Accessor
 from fusehsm.mountinfo import read_mounts
 from fusehsm.version import VERSION
 from tests import harness, leftovers
-from tests.accessor import Accessor
 from tests.conftest import MakeMount
 from tests.harness import NOBODY, PATIENCE, fusehsm, is_dead, unmount_lazily
 from tests.requirements import require_root

@@ -31,11 +31,11 @@ from fusehsm.abi import (
 from fusehsm.backends.connection import request
 from fusehsm.backends.emulated import EmulatedGroup
 from fusehsm.backends.opening import open_group
+from fusehsm.conform.accessor import Accessor
 from fusehsm.events import Event
 from fusehsm.handler import serve
 from fusehsm.protocol import Hello, Mark, Release, Request, Status
 from fusehsm.server import MOST_CONNECTIONS, MOST_GROUPS
-from tests.accessor import Accessor
 from tests.conftest import MakeAccessor, MakeMount
 from tests.harness import NOBODY, PATIENCE, Mount, environment
 

@@ -20,10 +20,10 @@ from fusehsm.abi import (
     FAN_MARK_REMOVE,
 )
 from fusehsm.backends.connection import request
+from fusehsm.conform.accessor import Accessor, AccessorDied
 from fusehsm.events import Event
 from fusehsm.mountinfo import mount_of
 from fusehsm.protocol import Drop, Status
-from tests.accessor import Accessor, AccessorDied
 from tests.conftest import MakeAccessor, MakeMount
 from tests.devfuse_acts import KEEP_SIZE, PUNCH_HOLE, act, fallocate_open
 from tests.devfuse_cached import described, expected_read_only, make_many

@@ -8,8 +8,8 @@ import time
 import pytest
 import trio
 
+from fusehsm.conform.accessor import Accessor, AccessorDied
 from fusehsm.events import Event
-from tests.accessor import Accessor, AccessorDied
 from tests.conftest import MakeAccessor
 from tests.devfuse_acts import act
 from tests.devfuse_worlds import engine as engine

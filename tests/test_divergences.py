@@ -19,8 +19,8 @@ import trio
 
 from fusehsm import syscalls
 from fusehsm.backends.opening import open_group
+from fusehsm.conform.accessor import Accessor, AccessorDied, Call
 from fusehsm.divergences import DIVERGENCES, markdown_table
-from tests.accessor import Accessor, AccessorDied, Call
 from tests.conftest import MakeAccessor, MakeMount
 from tests.engines import diverges
 from tests.harness import ROOT

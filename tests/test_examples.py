@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from examples.demo import Demo, DemoError
+from fusehsm.conform.accessor import Accessor
 from tests import engines, harness
-from tests.accessor import Accessor
 from tests.harness import ROOT, Mount
 
 OLD = 1_500_000_000_123_456_789  # nanoseconds since 1970: a time that no test could set by accident

@@ -40,7 +40,7 @@ from fusehsm.abi import (
     encode_response,
 )
 from fusehsm.backends.base import AT_FDCWD, Group
-from tests.accessor import Accessor
+from fusehsm.conform.accessor import Accessor
 from tests.conftest import MakeAccessor
 from tests.handler_sites import Site, pidfds
 

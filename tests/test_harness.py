@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from fusehsm.conform.accessor import Accessor, AccessorDied, AccessorTimeout
 from fusehsm.mountinfo import mount_of, read_mounts
 from tests import harness, leftovers
-from tests.accessor import Accessor, AccessorDied, AccessorTimeout
 from tests.conftest import MakeAccessor
 from tests.harness import NOBODY, PATIENCE
 from tests.requirements import require_root

@@ -16,9 +16,9 @@ import pytest
 
 from fusehsm import control_socket
 from fusehsm.cli import main
+from fusehsm.conform.accessor import Accessor
 from fusehsm.mount_options import MountError, directories
 from fusehsm.mountinfo import read_mounts
-from tests.accessor import Accessor
 from tests.conftest import MakeAccessor, MakeMount
 from tests.harness import (
     NOBODY,

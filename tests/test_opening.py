@@ -14,10 +14,10 @@ from fusehsm.abi import LINUX_6_14, PATCH_V2
 from fusehsm.backends.emulated import EmulatedGroup
 from fusehsm.backends.kernel import KernelGroup
 from fusehsm.backends.opening import open_group
+from fusehsm.conform.accessor import Accessor
 from fusehsm.events import Event
 from fusehsm.handler import serve
 from fusehsm.mountinfo import mount_of, read_mounts
-from tests.accessor import Accessor
 from tests.conftest import MakeAccessor, MakeMount
 from tests.harness import NOBODY, Mount, environment
 

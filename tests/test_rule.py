@@ -28,9 +28,9 @@ from fusehsm.abi import (
     LINUX_6_14,
 )
 from fusehsm.backends.opening import open_group
+from fusehsm.conform.accessor import Accessor, AccessorDied
 from fusehsm.events import Event
 from tests import ways
-from tests.accessor import Accessor, AccessorDied
 from tests.conftest import MakeAccessor, MakeMount
 from tests.engines import diverges
 from tests.harness import Mount, start

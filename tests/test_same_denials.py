@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import pytest
 
 from fusehsm.abi import FAN_CLASS_CONTENT, FAN_CLOEXEC, LINUX_6_14
+from fusehsm.conform.accessor import Accessor, AccessorDied
 from fusehsm.events import Event
-from tests.accessor import Accessor, AccessorDied
 from tests.conftest import MakeAccessor
 from tests.table import row_names
 from tests.test_same_programs import program, run_program

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.accessor import Accessor
+from fusehsm.conform.accessor import Accessor
 from tests.same_change_rows import CHANGE_ROWS
 from tests.same_rows import ROWS
 from tests.table import row_names

@@ -21,8 +21,8 @@ from fusehsm.abi import (
     FAN_REPORT_TID,
     encode_response,
 )
+from fusehsm.conform.accessor import Accessor
 from fusehsm.events import Event
-from tests.accessor import Accessor
 from tests.conftest import MakeAccessor
 from tests.listening import HOLD
 from tests.table import row_names

@@ -24,7 +24,7 @@ from fusehsm.abi import (
     FAN_ONDIR,
     FAN_OPEN,
 )
-from tests.accessor import Accessor
+from fusehsm.conform.accessor import Accessor
 from tests.conftest import MakeAccessor
 from tests.listening import HOLD
 from tests.table import row_names

@@ -9,8 +9,8 @@ import threading
 
 import pytest
 
+from fusehsm.conform.accessor import Accessor
 from fusehsm.events import Event
-from tests.accessor import Accessor
 from tests.conftest import MakeAccessor
 from tests.harness import NOBODY
 from tests.worlds import CONTENT, MIB, PAGE, SIZE, A, Expected, Failed, O, P, World, X, outcome

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import trio
 
+from fusehsm.conform.accessor import Accessor, AccessorDied
 from fusehsm.events import Event
-from tests.accessor import Accessor, AccessorDied
 from tests.conftest import MakeAccessor, MakeMount
 from tests.harness import NOBODY
 from tests.listening import HOLD

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import trio
 
-from tests.accessor import Accessor
+from fusehsm.conform.accessor import Accessor
 from tests.conftest import MakeMount
 from tests.harness import Mount, fusehsm
 from tests.listening import HOLD, listening

@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
+from fusehsm.conform.accessor import Accessor
 from fusehsm.mountinfo import read_mounts
 from fusehsm.trace import Line, as_text, quote
 from tests import harness
-from tests.accessor import Accessor
 from tests.conftest import MakeAccessor, MakeMount
 from tests.harness import COMMAND, PATIENCE, LogReader, fusehsm
 

@@ -17,16 +17,17 @@ import trio
 from fusehsm.abi import FAN_MARK_ADD, FAN_MARK_MOUNT, FAN_MARK_REMOVE, LINUX_6_14, deny_errno, encode_response
 from fusehsm.backends.emulated import EmulatedGroup
 from fusehsm.backends.opening import DEFAULT_EVENT_F_FLAGS, DEFAULT_FLAGS, open_group
+from fusehsm.conform.accessor import Accessor, Call
+from fusehsm.conform.ext4 import ext4_image
 from fusehsm.control_socket import connect
 from fusehsm.mountinfo import Mount as MountEntry
 from fusehsm.mountinfo import read_mounts
 from tests import ways
-from tests.accessor import Accessor, Call
 from tests.conftest import MakeAccessor, MakeMount
 from tests.harness import PATIENCE, Mount, fusehsm, start
 from tests.listening import HOLD, listening
-from tests.loop_ext4 import ext4_image
 from tests.pattern import Filler, Stub, content, make_stub
+from tests.requirements import require_root
 
 SIZE = 50_000
 PRE_ACCESS = LINUX_6_14.pre_access
@@ -379,6 +380,7 @@ def test_a_handler_that_blocks_on_its_own_mount(handled: Callable[..., Mount], a
 async def test_the_disk_is_full_under_a_fill(
     session_directory: Path, make_mount: MakeMount, accessor: Accessor
 ) -> None:
+    require_root()
     with ext4_image(session_directory / "small", 8) as small:
         mount = make_mount(source=small)
         stub = small / "stub"

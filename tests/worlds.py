@@ -28,10 +28,10 @@ from fusehsm.abi import (
 from fusehsm.backends.base import Group
 from fusehsm.backends.emulated import EmulatedGroup
 from fusehsm.backends.kernel import KernelGroup
+from fusehsm.conform.accessor import Accessor
 from fusehsm.divergences import DIVERGENCES
 from fusehsm.events import Event
 from fusehsm.mountinfo import mount_of
-from tests.accessor import Accessor
 from tests.engines import diverges
 from tests.listening import Answer, Heard, Listener
 

@@ -1,4 +1,4 @@
-"""Accessors: processes of their own that touch files for a test, and can be given up on when they wait for ever.
+"""Accessors: processes of their own that touch files for a workload or a test, and can be given up on when they wait for ever.
 
     accessor.call("pread", descriptor, 100, 0)      an operation of accessor_worker.py, or else of the module os
     accessor.call(lambda path: os.stat(path).st_size, path)    any function without closures; it sees os, mmap, errno, ...
@@ -23,9 +23,9 @@ from typing import Any, Self
 
 import trio
 
-from tests.accessor_worker import FORK, NUMBER, STATUS
+from fusehsm.conform.accessor_worker import FORK, NUMBER, STATUS
 
-PATIENCE = 60.0  # seconds after which an accessor is given up on; no test waits for it to pass
+PATIENCE = 60.0  # seconds after which an accessor is given up on; nobody waits for it to pass
 
 
 class AccessorTimeout(Exception):
@@ -106,7 +106,7 @@ class Call:
         raise value
 
     async def wait(self, timeout: float = PATIENCE) -> Any:
-        """result(), for tests that are an event loop."""
+        """result(), for callers that are an event loop."""
         if not self.done:
             with trio.move_on_after(timeout):
                 await trio.lowlevel.wait_readable(self._connection.fileno())
@@ -153,7 +153,7 @@ class Accessor:
     async def run(
         self, operation: str | Callable[..., Any], *arguments: Any, timeout: float = PATIENCE
     ) -> Any:
-        """call(), for tests that are an event loop."""
+        """call(), for callers that are an event loop."""
         return await self.start(operation, *arguments).wait(timeout)
 
     def signal(self, number: int) -> None:
@@ -196,6 +196,6 @@ class Accessor:
 def _pack(function: Callable[..., Any]) -> tuple[bytes, tuple[Any, ...] | None]:
     assert isinstance(function, types.FunctionType), "a function or lambda"
     assert not function.__closure__, (
-        "a function that travels cannot use variables of the test around it: pass them"
+        "a function that travels cannot use variables of what is around it: pass them"
     )
     return marshal.dumps(function.__code__), function.__defaults__

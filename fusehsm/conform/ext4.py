@@ -6,32 +6,30 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.requirements import require, require_root
-
 _PATIENCE = 60.0  # seconds for one command
 
 
 def _tool(name: str) -> str:
-    # What makes and mounts filesystems is often not in the PATH of a test run.
+    # What makes and mounts filesystems is often not in the PATH of an ordinary process.
     found = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin:/usr/bin:/bin")
-    require(found is not None, f"needs {name}")
-    assert found is not None
+    if found is None:
+        raise FileNotFoundError(f"{name}: not found; install it (Debian: e2fsprogs, mount)")
     return found
 
 
 def _run(*command: str) -> None:
     result = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=False)
     if result.returncode:
-        raise RuntimeError(f"{' '.join(command)}: exit code {result.returncode}: {result.stderr.strip()}")
+        raise OSError(f"{' '.join(command)}: exit code {result.returncode}: {result.stderr.strip()}")
 
 
 @contextlib.contextmanager
 def ext4_image(path: Path | str, size_mb: int = 64) -> Iterator[Path]:
-    """Make `path` (a directory, created) the root of a new ext4 of that many MiB, in the sparse file `path`.img.
+    """Make `path` (a directory, created) the root of a new ext4 of that many MiB, in the sparse file `path`.img. Needs root.
 
-    Unmounts at the end whatever happened, lazily if something still uses it; the loop device goes with its last user.
+    Unmounts at the end whatever happened, lazily if something still uses it; the loop device goes with its last user. Raises OSError in one
+    line when a tool is missing or fails.
     """
-    require_root()
     make_filesystem, mount, unmount = _tool("mkfs.ext4"), _tool("mount"), _tool("umount")
     mount_point = Path(path)
     image = mount_point.with_name(mount_point.name + ".img")

@@ -1,6 +1,6 @@
 """The far side of accessor.py: a process that forks others, which do to files what they are told. Standard library only, to fork fast.
 
-Run with the descriptor number of a socket to the tests. Everything ends when that socket does.
+Run with the descriptor number of a socket to them. Everything ends when that socket does.
 """
 
 import ctypes
@@ -168,7 +168,7 @@ def _work(connection: Connection, uid: int, gid: int) -> None:
 
 
 def main() -> None:
-    """Fork workers as asked until the tests have gone."""
+    """Fork workers as asked until whoever asks has gone."""
     control = socket.socket(fileno=int(sys.argv[1]))
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, 64, 1)
