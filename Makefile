@@ -1,5 +1,5 @@
 # `make demo` and `make test` set up everything they need themselves (scripts/bootstrap.sh).
-.PHONY: help demo test lint bench oldkernel setup clean
+.PHONY: help demo test lint bench conform oldkernel setup clean
 .DEFAULT_GOAL := help
 
 BIN := .venv/bin
@@ -11,6 +11,7 @@ help:
 	@echo "make test   formatting, lint, types and all tests (ARGS=\"--engine devfuse\": of one engine)"
 	@echo "make lint   formatting, lint and types only"
 	@echo "make bench  fusehsm, the real kernel and bindfs side by side (ARGS=--quick for a short run)"
+	@echo "make conform  the emulator against the real kernel, with both engines; docs/conform.md has the result"
 	@echo "make oldkernel  the core tests under Debian's Linux 6.1 in an emulated machine (KERNEL=5.10: that one)"
 	@echo "make clean  remove the virtual environment and caches"
 
@@ -27,6 +28,9 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m bench.run $(ARGS)
+
+conform: setup
+	$(BIN)/python scripts/conform_table.py
 
 # Not part of `make test`: it takes minutes.
 oldkernel:

@@ -63,9 +63,10 @@ def _os_error_line(error: OSError) -> str:
 
 
 def _is_one_line(error: Exception) -> bool:
+    from fusehsm.conform.sides import NoKernelEvents
     from fusehsm.mount_options import MountError
 
-    return isinstance(error, MountError)
+    return isinstance(error, MountError | NoKernelEvents)
 
 
 def _show_version(wanted: bool) -> None:
@@ -238,3 +239,26 @@ def doctor(
     from fusehsm.doctor import doctor as do_doctor
 
     return do_doctor(path, as_json=json)
+
+
+@app.command()
+def conform(
+    workloads: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[WORKLOAD]...", help="Families or names, shell patterns too (default: all)."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="JSON: one object a workload, one a line.")] = False,
+    record: Annotated[
+        bool, typer.Option("--record", help="Keep what was seen as the streams that come with the package.")
+    ] = False,
+    engine: Annotated[str, typer.Option(help="The emulator's: pyfuse3, devfuse or auto.")] = "auto",
+    list_: Annotated[bool, typer.Option("--list", help="Show the workloads' names and exit.")] = False,
+) -> int:
+    """The same workloads on the real kernel and on the emulator, event streams compared. Exit code 0 if only known divergences differ."""
+    from fusehsm.conform.command import conform as do_conform
+    from fusehsm.conform.command import list_workloads
+
+    if list_:
+        list_workloads(workloads or [])
+        return 0
+    return do_conform(workloads or [], engine=engine, as_json=json, record=record)

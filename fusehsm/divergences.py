@@ -4,6 +4,8 @@ One list, from which the README's table is made and against which `fusehsm confo
 Run this module to print the table.
 """
 
+import os
+import re
 from dataclasses import dataclass
 from typing import Final
 
@@ -74,6 +76,13 @@ DIVERGENCES: Final = (
         safe="Nothing happens without an event.",
         test="test_fallocate",
         engines=("pyfuse3",),
+    ),
+    Divergence(
+        name="fallocate modes",
+        difference="fallocate(2) with FALLOC_FL_COLLAPSE_RANGE, INSERT_RANGE or UNSHARE_RANGE makes no event and fails with EOPNOTSUPP.",
+        reason="FUSE refuses them before its server hears of it.",
+        safe="Nothing happens; programs that use them fall back to copying.",
+        test="test_fallocate_modes",
     ),
     Divergence(
         name="RWF_NOWAIT",
@@ -219,6 +228,13 @@ DIVERGENCES: Final = (
         test="test_the_event_descriptors_path",
     ),
     Divergence(
+        name="flags of event descriptors",
+        difference="With O_CLOEXEC in event_f_flags, F_GETFL of an event's descriptor does not show O_CLOEXEC; F_GETFD shows FD_CLOEXEC.",
+        reason="open(2) keeps that bit out of a file's flags; only a kernel that opens for itself leaves it there.",
+        safe="The descriptor is closed at exec(3) all the same.",
+        test="test_flags_of_event_descriptors",
+    ),
+    Divergence(
         name="blocks of stubs",
         difference="A watched file without any block on disk shows one block of 512 bytes.",
         reason="`tar -S` takes a file of no blocks for empty of data and stores zeros without reading it.",
@@ -255,6 +271,15 @@ DIVERGENCES: Final = (
         test="test_program_start",
     ),
 )
+
+_BY_NAME: Final = {entry.name: entry for entry in DIVERGENCES}
+
+
+def applying(name: str, engine: str) -> bool:
+    """Whether the emulator with that engine has the divergence of that name on the running kernel. Raises KeyError."""
+    entry = _BY_NAME[name]
+    major, minor = re.findall(r"\d+", os.uname().release)[:2]
+    return engine in entry.engines or (int(major), int(minor)) < entry.until
 
 
 def markdown_table() -> str:

@@ -12,11 +12,9 @@ from collections.abc import Iterable
 import pytest
 from _pytest.mark.structures import ParameterSet
 
-from fusehsm.divergences import DIVERGENCES, ENGINES
-from tests.requirements import kernel_version
+from fusehsm.divergences import ENGINES, applying
 
 _MARKS = {"kernel": pytest.mark.kernel}
-_ENTRIES = {entry.name: entry for entry in DIVERGENCES}
 
 
 def parameters(*without: str, words: Iterable[str] = ("",)) -> list[ParameterSet]:
@@ -38,8 +36,7 @@ def parameters(*without: str, words: Iterable[str] = ("",)) -> list[ParameterSet
 
 def diverges(name: str, engine: str) -> bool:
     """Whether the divergence of that name is that engine's; the real kernel ("") has none."""
-    entry = _ENTRIES[name]
-    return bool(engine) and (engine in entry.engines or kernel_version() < entry.until)
+    return bool(engine) and applying(name, engine)
 
 
 def of(request: pytest.FixtureRequest) -> str:

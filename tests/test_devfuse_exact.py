@@ -24,9 +24,9 @@ from tests.devfuse_worlds import engine as engine
 from tests.devfuse_worlds import needs_shared_mappings
 from tests.devfuse_worlds import whole_world as whole_world
 from tests.table import row_names
-from tests.test_same_denials import ANSWERS, Denier
 from tests.worlds import (
     ACCESS_PERM,
+    ANSWERS,
     CONTENT,
     EVERYTHING,
     MIB,
@@ -34,6 +34,7 @@ from tests.worlds import (
     PRE_ACCESS,
     SIZE,
     A,
+    Denier,
     Expected,
     Failed,
     Mark,

@@ -31,8 +31,8 @@ from tests.devfuse_worlds import ENGINE
 from tests.devfuse_worlds import engine as engine
 from tests.harness import NOBODY, Mount, fuse_device_for_everybody
 from tests.pattern import Filler, Stub, make_stub
-from tests.test_same_denials import ANSWERS
 from tests.worlds import (
+    ANSWERS,
     CONTENT,
     PAGE,
     PLAIN_DENY,

@@ -207,6 +207,26 @@ async def test_fallocate(kernel: Side, exact: Side, first_access: Side, accessor
             )
 
 
+def collapse(path: str, mode: int) -> int:
+    descriptor = os.open(path, os.O_RDWR)
+    libc = ctypes.CDLL(None, use_errno=True)
+    failed = libc.fallocate(descriptor, mode, ctypes.c_int64(4096), ctypes.c_int64(4096))
+    return ctypes.get_errno() if failed else 0
+
+
+@pytest.mark.parametrize("mode", [8, 0x20, 0x40], ids=["COLLAPSE", "INSERT", "UNSHARE"])
+async def test_fallocate_modes(
+    kernel: Side, exact: Side, first_access: Side, accessor: Accessor, mode: int
+) -> None:
+    for side in (kernel, exact, first_access):
+        path = side.file(f"collapsed-{mode}", size=4 * PAGE)
+        async with side.listening() as listener:
+            error = await accessor.run(collapse, path, mode)
+            ext4_has_it = mode != 0x40 and side is kernel
+            assert error == (0 if ext4_has_it else errno.EOPNOTSUPP)
+            assert listener.briefly() == ([("PRE_ACCESS", PAGE, PAGE)] if side is kernel else [])
+
+
 def read_nowait(descriptor: int) -> int:
     return os.preadv(descriptor, [bytearray(10)], 0, os.RWF_NOWAIT)
 
@@ -351,6 +371,22 @@ async def test_the_event_descriptors_path(kernel: Side, exact: Side, accessor: A
             assert [event.path for event in listener.take()] == [path]
         assert links == [str(side.backing / "named")]
         assert (links == [path]) == (side is kernel)
+
+
+async def test_flags_of_event_descriptors(kernel: Side, exact: Side, accessor: Accessor) -> None:
+    for side in (kernel, exact):
+        path = side.file("flagged")
+        flags: list[tuple[int, int]] = []
+
+        def note(event: Any, flags: list[tuple[int, int]] = flags) -> int:
+            flags.append((fcntl.fcntl(event.fd, fcntl.F_GETFL), fcntl.fcntl(event.fd, fcntl.F_GETFD)))
+            return 0
+
+        async with side.listening(answer=note):
+            await accessor.run("pread_path", path, 100, 0)
+        large = 0o100000  # O_LARGEFILE, which Python hides
+        shown = os.O_CLOEXEC if side is kernel else 0
+        assert flags == [(os.O_RDONLY | large | shown, fcntl.FD_CLOEXEC)]
 
 
 async def test_program_start(kernel: Side, exact: Side, accessor: Accessor) -> None:

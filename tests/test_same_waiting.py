@@ -10,11 +10,11 @@ import pytest
 import trio
 
 from fusehsm.conform.accessor import Accessor, AccessorDied
+from fusehsm.conform.workloads.denying import map_and_touch
 from fusehsm.events import Event
 from tests.conftest import MakeAccessor, MakeMount
 from tests.harness import NOBODY
 from tests.listening import HOLD
-from tests.test_same_denials import map_and_touch
 from tests.worlds import (
     CONTENT,
     EVERYTHING,
@@ -59,7 +59,7 @@ CALLS: dict[str, tuple[Callable[..., object] | str, tuple[object, ...], int]] = 
     "large_pread": ("pread_path", (3 << 20, 5000), PRE_ACCESS),
     "pwrite": ("pwrite_path", (b"new", 5000), PRE_ACCESS),
     "truncate": ("truncate", (5000,), PRE_ACCESS),
-    "touch": (map_and_touch, (2,), PRE_ACCESS),  # MAP_PRIVATE
+    "touch": (map_and_touch, (), PRE_ACCESS),
     "execve": (execute_here, (), OPEN_PERM),
 }
 

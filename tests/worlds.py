@@ -3,6 +3,7 @@
 The kernel is right. Where the emulator cannot do the same, a row says so with the name of an entry of fusehsm/divergences.py.
 """
 
+import errno
 import os
 import random
 from collections.abc import AsyncIterator, Callable
@@ -224,6 +225,28 @@ class Row:
 def bytes_at(*places: int) -> list[bytes]:
     """What a file made by World.file() holds there."""
     return [CONTENT[place : place + 1] for place in places]
+
+
+# What a listener may say, and what the accessor gets.
+ANSWERS = {PLAIN_DENY: errno.EPERM} | {number: number for number in sorted(LINUX_6_14.deny_errnos) if number}
+
+
+class Denier:
+    """An answer that denies the event of that name, the one after `skip` others, as it is told."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self._place = f"{world.path}/"
+        self._name = name
+        self.answer = 0
+        self.skip = 0
+
+    def __call__(self, event: Event) -> int:
+        if not self.answer or self._name not in event.names or not event.path.startswith(self._place):
+            return 0
+        if self.skip:
+            self.skip -= 1
+            return 0
+        return self.answer
 
 
 async def outcome(call: Callable[[], object]) -> object:

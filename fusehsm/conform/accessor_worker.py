@@ -110,7 +110,18 @@ def thread_id() -> int:
     return threading.get_native_id()
 
 
+def _prepared_libc() -> ctypes.CDLL:
+    prepared = ctypes.CDLL(None, use_errno=True)
+    prepared.mmap.restype = prepared.mremap.restype = ctypes.c_void_p
+    prepared.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
+    prepared.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int]
+    return prepared
+
+
+libc = _prepared_libc()
+
 _NAMES: dict[str, Any] = {
+    "libc": libc,
     "os": os,
     "errno": errno,
     "fcntl": fcntl,

@@ -1,0 +1,342 @@
+"""What a workload's script has to do with: its directory, its accessors, its listeners. Everything they do is noted in one stream.
+
+async def script(scene: Scene) -> None:
+    path = scene.file()
+    listener = await scene.listen(scene.everywhere())
+    await scene.call("pread_path", path, 100, 10)
+"""
+
+import errno
+import os
+import random
+import re
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from fusehsm.abi import (
+    FAN_ACCESS_PERM,
+    FAN_ALLOW,
+    FAN_CLASS_PRE_CONTENT,
+    FAN_CLOEXEC,
+    FAN_DENY,
+    FAN_MARK_ADD,
+    FAN_MARK_FILESYSTEM,
+    FAN_OPEN_EXEC_PERM,
+    FAN_OPEN_PERM,
+    FAN_UNLIMITED_QUEUE,
+    LINUX_6_14,
+    RawEvent,
+    decode_events,
+    deny_errno,
+    encode_response,
+)
+from fusehsm.backends.base import Group
+from fusehsm.conform.accessor import Accessor, AccessorDied, Call, Zygote
+from fusehsm.conform.sides import Side
+from fusehsm.conform.stream import Did, Stream, heard, shown
+
+PAGE = 4096
+MIB = 1 << 20
+SIZE = 20000  # bytes of a workload's file: not a multiple of the page size
+# What every file of a workload starts with; the same in every run.
+CONTENT = random.Random(20000).randbytes(6 * MIB)
+
+DIALECT = LINUX_6_14
+PRE_ACCESS = DIALECT.pre_access
+EVERYTHING = FAN_OPEN_PERM | FAN_OPEN_EXEC_PERM | FAN_ACCESS_PERM | PRE_ACCESS
+PRE_GROUP = FAN_CLASS_PRE_CONTENT | FAN_CLOEXEC | FAN_UNLIMITED_QUEUE
+READ_ONLY = os.O_RDONLY | os.O_CLOEXEC
+
+PLAIN_DENY = -2  # an answer: FAN_DENY without an errno
+HOLD = -1  # an answer: none for now
+_UNNAMED = re.compile(r"^#\d+ \(deleted\)$")  # what O_TMPFILE makes: ext4 names it after its inode
+_TEMPORARY = re.compile(r"^(sed)\w{6}$")  # what programs give a new name every time
+_PATIENCE = 30.0  # seconds after which a workload is given up on
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """An argument of fanotify_mark(2), FAN_MARK_ADD understood; `name` is of a file in the workload's directory, "" of that itself."""
+
+    mask: int
+    name: str = ""
+    flags: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """An event that a listener is to answer: its name without FAN_, the file's name, its range in bytes and its descriptor."""
+
+    name: str
+    path: str
+    offset: int | None
+    count: int | None
+    fd: int
+
+
+Answer = Callable[[Question], int]
+
+
+def allow(question: Question) -> int:
+    """The answer of a listener that lets everything pass."""
+    return 0
+
+
+class Listener:
+    """A group in a scene and who reads it. What it reads is in the scene's stream, in order."""
+
+    def __init__(self, scene: "Scene", name: str, group: Group, answer: Answer) -> None:
+        self.group = group
+        self.name = name
+        self.held: list[RawEvent] = []
+        self._scene = scene
+        self._answer = answer
+        self._news = trio.Condition()
+        self._reading = trio.CancelScope()
+        self._closed = False
+        self.heard = 0
+
+    async def mark(self, flags: int, mask: int, name: str = "", **how: Any) -> None:
+        """fanotify_mark(2) of a file in the scene's directory; noted, errors too."""
+        path = str(self._scene.path / name) if name else str(self._scene.path)
+        what = f"fanotify_mark {flags:#x} {mask:#x} {name or 'the directory'}"
+        await self._scene.note(self.name, what, lambda: self.group.mark(flags, mask, path=path, **how))
+
+    async def wait_for(self, number: int) -> None:
+        """Until it has read so many events in all."""
+        async with self._news:
+            while self.heard < number:
+                await self._news.wait()
+
+    def release(self, error: int = 0) -> None:
+        """Answer all that is held; that is not noted."""
+        held, self.held = self.held, []
+        for event in held:
+            self._finish(event, error)
+
+    def drain(self) -> None:
+        """Read what is queued, if the group is still open."""
+        while not self._closed:
+            try:
+                data = self.group.read(1 << 16)
+            except BlockingIOError:
+                return
+            start = 0
+            for event in decode_events(DIALECT, data):
+                self._take(event, data[start : start + event.length])
+                start += event.length
+
+    async def run(self) -> None:
+        """Read until close()."""
+        with self._reading, suppress(trio.ClosedResourceError):
+            while True:
+                await self.group.wait_readable()
+                self.drain()
+                async with self._news:
+                    self._news.notify_all()
+
+    def close(self) -> None:
+        """Close the group; whoever waits is allowed. Closing twice does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self._reading.cancel()
+        self.group.close()
+        for event in self.held:
+            _close(event)
+
+    def _take(self, event: RawEvent, data: bytes) -> None:
+        wanted = bool(event.mask & DIALECT.permission)
+        path = self._scene.relative(self.group.event_path(event)) if event.fd >= 0 else ""
+        by = self._scene.part_of(event.pid)
+        names = heard(self.name, by, path, event, data, "", DIALECT).names
+        verdict = 0
+        if wanted and event.fd >= 0:
+            verdict = self._answer(Question(names, path, event.offset, event.count, event.fd))
+        said = _SAID.get(verdict) or errno.errorcode[verdict]
+        answer = said if wanted and event.fd >= 0 else ""
+        self._scene.stream.append(heard(self.name, by, path, event, data, answer, DIALECT))
+        self.heard += 1
+        if verdict == HOLD:
+            self.held.append(event)
+        else:
+            self._finish(event, verdict)
+
+    def _finish(self, event: RawEvent, error: int) -> None:
+        if event.mask & DIALECT.permission and event.fd >= 0:
+            response = FAN_ALLOW if not error else FAN_DENY if error == PLAIN_DENY else deny_errno(error)
+            with suppress(FileNotFoundError):  # its accessor has been killed
+                self.group.write(encode_response(event.fd, response))
+        _close(event)
+
+
+_SAID = {0: "ALLOW", HOLD: "HELD", PLAIN_DENY: "DENY"}
+
+
+def _close(event: RawEvent) -> None:
+    for descriptor in (event.fd, event.pidfd):
+        if descriptor is not None and descriptor >= 0:
+            os.close(descriptor)
+
+
+class Scene:
+    """A directory of its own on one side, accessors and listeners that work in it, and the stream of what they did and heard."""
+
+    def __init__(self, side: Side, name: str, zygote: Zygote, nursery: trio.Nursery) -> None:
+        self.side = side
+        self.backing, self.path = side.backing / name, side.path / name
+        self.backing.mkdir()
+        self.backing.chmod(0o777)
+        self.stream: Stream = []
+        self.listeners: list[Listener] = []
+        self._accessors: list[Accessor] = []
+        self._parts: dict[int, str] = {os.getpid(): "the listener", 0: "nobody"}
+        self._zygote = zygote
+        self._nursery = nursery
+
+    # Files
+
+    def file(self, name: str = "file", size: int = SIZE, mode: int = 0o644) -> str:
+        """Make a file of that many bytes of CONTENT; its path for accessors."""
+        (self.backing / name).write_bytes(CONTENT[:size])
+        (self.backing / name).chmod(mode)
+        return str(self.path / name)
+
+    def content(self, name: str = "file") -> bytes:
+        """What the file holds now. Not while a listener watches: on the real kernel it would wait for itself."""
+        return (self.backing / name).read_bytes()
+
+    def relative(self, path: str) -> str:
+        """A path as the stream has it."""
+        if path == str(self.path):
+            return "."
+        name = path.removeprefix(f"{self.path}/")
+        return _TEMPORARY.sub(r"\1", _UNNAMED.sub("#inode (deleted)", name))
+
+    # Accessors
+
+    def accessor(self, *, uid: int = -1, gid: int = -1) -> Accessor:
+        """One more process that does what it is told. The first call() makes one by itself."""
+        made = Accessor(self._zygote, uid=uid, gid=gid)
+        number = len(self._accessors) + 1
+        self._accessors.append(made)
+        self._parts[made.pid] = "accessor" if number == 1 else f"accessor {number}"
+        return made
+
+    def part_of(self, pid: int) -> str:
+        """Who a process (or thread) is in this scene; those not met before are numbered."""
+        if pid not in self._parts:
+            process = _process_of(pid)
+            is_thread = process != pid and process in self._parts
+            kind = f"thread of {self._parts[process]}" if is_thread else "child"
+            met = sum(part.startswith(kind) for part in self._parts.values())
+            self._parts[pid] = f"{kind} {met + 1}"
+        return self._parts[pid]
+
+    async def call(
+        self, operation: str | Callable[..., Any], *arguments: Any, by: Accessor | None = None, what: str = ""
+    ) -> Any:
+        """Let an accessor do something to its end; noted. What it returned, or None if it failed."""
+        return await self.end(self.start(operation, *arguments, by=by), what or _named(operation), by)
+
+    def start(self, operation: str | Callable[..., Any], *arguments: Any, by: Accessor | None = None) -> Call:
+        """Let an accessor begin something."""
+        return (by or self.first()).start(operation, *arguments)
+
+    async def end(self, call: Call, what: str, by: Accessor | None = None) -> Any:
+        """Wait for the end of what was begun; noted. What it returned, or None if it failed."""
+        return await self.note(self.part_of((by or self.first()).pid), what, call.wait)
+
+    def first(self) -> Accessor:
+        """The accessor that call() takes."""
+        return self._accessors[0] if self._accessors else self.accessor()
+
+    async def note(self, who: str, what: str, call: Callable[[], Any]) -> Any:
+        """Await `call()` and note what came of it, after all that listeners heard of it. What it returned, or None if it failed."""
+        value: Any = None
+        try:
+            value = await call()
+            result = shown(value)
+        except OSError as error:
+            result = errno.errorcode.get(error.errno or 0, repr(error))
+        except AccessorDied as error:
+            result = f"died of {error}"
+        self.settle()
+        self.stream.append(Did(who, what, result))
+        return value
+
+    def say(self, who: str, what: str, result: object) -> None:
+        """Note something."""
+        self.stream.append(Did(who, what, shown(result)))
+
+    def settle(self) -> None:
+        """Let all listeners read what they have."""
+        for listener in self.listeners:
+            listener.drain()
+
+    # Listeners
+
+    def everywhere(self, mask: int = EVERYTHING) -> Mark:
+        """A mark on the whole filesystem."""
+        return Mark(mask, "", FAN_MARK_FILESYSTEM)
+
+    async def listen(
+        self,
+        *marks: Mark,
+        flags: int = PRE_GROUP,
+        event_f_flags: int = READ_ONLY,
+        answer: Answer = allow,
+        lazy: bool = False,
+    ) -> Listener:
+        """A group with those marks, and who reads it: at once, or (`lazy`) only when a call has ended."""
+        name = f"group {len(self.listeners) + 1}"
+        group = await self.side.open_group(flags, event_f_flags)
+        listener = Listener(self, name, group, answer)
+        self.listeners.append(listener)
+        for mark in marks:
+            path = self.path / mark.name if mark.name else self.path
+            await group.mark(FAN_MARK_ADD | mark.flags, mark.mask, path=str(path))
+        if not lazy:
+            self._nursery.start_soon(listener.run)
+        return listener
+
+    def close(self) -> None:
+        """End all that works here."""
+        for listener in self.listeners:
+            listener.close()
+        for accessor in self._accessors:
+            accessor.close()
+
+
+def _named(operation: str | Callable[..., Any]) -> str:
+    return operation if isinstance(operation, str) else operation.__name__
+
+
+def _process_of(thread: int) -> int:
+    """The process that a thread belongs to; the thread itself where that cannot be told."""
+    try:
+        for line in Path(f"/proc/{thread}/status").read_text().splitlines():
+            if line.startswith("Tgid:"):
+                return int(line[5:])
+    except OSError:
+        pass
+    return thread
+
+
+@asynccontextmanager
+async def scene(side: Side, name: str, zygote: Zygote) -> AsyncIterator[Scene]:
+    """A scene in a new directory of that name; all that works in it ends with it. Raises trio.TooSlowError where it does not come to an end."""
+    with trio.fail_after(_PATIENCE):
+        async with trio.open_nursery() as nursery:
+            made = Scene(side, name, zygote, nursery)
+            try:
+                yield made
+                made.settle()
+            finally:
+                nursery.cancel_scope.cancel()
+                made.close()

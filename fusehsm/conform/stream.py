@@ -1,0 +1,115 @@
+"""What a workload leaves: the events that its listeners read and what its calls returned, as plain values that can be compared and kept.
+
+What differs from run to run is taken out: descriptors' numbers are 0 (or the error they are), processes are named by their part in it.
+"""
+
+import hashlib
+import struct
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fusehsm.abi import Dialect, RawEvent, mask_names
+
+# Where the numbers are in an event (struct fanotify_event_metadata and, after it, the pidfd record).
+_FD, _PID, _METADATA = 16, 20, 24
+_PIDFD_RECORD, _PIDFD = 4, 28
+_INT = struct.Struct("=i")
+UNFINISHED = "the workload"  # who does what is not its script's, but its early end
+_LONGEST = 32  # bytes or characters of a result that are shown as they are
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """One event as a listener read it.
+
+    `group`: the listener's name; `names` without FAN_; `path` relative to the workload's directory; `offset` and `count` in bytes, None
+    without a range record; `record`: its bytes in hexadecimal, numbers taken out; `answer`: "ALLOW", "DENY", an errno's name, "HELD" or "".
+    """
+
+    group: str
+    names: str
+    by: str
+    path: str
+    offset: int | None
+    count: int | None
+    record: str
+    answer: str
+
+    def line(self) -> str:
+        """For people: one line."""
+        extent = "" if self.offset is None else f" {self.offset}+{self.count}"
+        return f"{self.group} hears {self.names}{extent} of {self.path} by {self.by}: {self.answer or 'no answer wanted'} [{self.record}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Did:
+    """What came of a call: `result` is what it returned, or the name of its errno."""
+
+    who: str
+    what: str
+    result: str
+
+    def line(self) -> str:
+        """For people: one line."""
+        return f"{self.who}: {self.what} = {self.result}"
+
+
+Entry = Heard | Did
+Stream = list[Entry]
+
+
+def lines(stream: Stream) -> list[str]:
+    """A stream for people, and for comparing."""
+    return [entry.line() for entry in stream]
+
+
+def to_json(stream: Stream) -> list[dict[str, Any]]:
+    """A stream as JSON has it; None and "" are left out."""
+    return [
+        {name: value for name, value in asdict(entry).items() if value not in (None, "")} for entry in stream
+    ]
+
+
+def from_json(entries: list[dict[str, Any]]) -> Stream:
+    """The stream that to_json() wrote. Raises TypeError for what it did not write."""
+    empty = {"offset": None, "count": None, "answer": "", "path": ""}
+    return [Heard(**{**empty, **entry}) if "names" in entry else Did(**entry) for entry in entries]
+
+
+def heard(
+    group: str, by: str, path: str, event: RawEvent, data: bytes, answer: str, dialect: Dialect
+) -> Heard:
+    """An event of the bytes `data`, decoded as `event`."""
+    names = "|".join(mask_names(event.mask, dialect)) or f"{event.mask:#x}"
+    return Heard(group, names, by, path, event.offset, event.count, _record(data), answer)
+
+
+def _record(data: bytes) -> str:
+    plain = bytearray(data)
+    _INT.pack_into(plain, _PID, 0)
+    _hide(plain, _FD)
+    if len(plain) > _METADATA and plain[_METADATA] == _PIDFD_RECORD:
+        _hide(plain, _PIDFD)
+    return plain.hex()
+
+
+def _hide(data: bytearray, place: int) -> None:
+    """A descriptor's number; what is negative is an error, and stays."""
+    if _INT.unpack_from(data, place)[0] >= 0:
+        _INT.pack_into(data, place, 0)
+
+
+def shown(value: object) -> str:
+    """What a call returned, the same in every run; long data as its length and hash."""
+    if isinstance(value, (bytes, bytearray)):
+        data = bytes(value)
+        if len(data) <= _LONGEST:
+            return repr(data)
+        return f"{len(data)} bytes {hashlib.sha256(data).hexdigest()[:12]}"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{shown(name)}: {shown(each)}" for name, each in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return f"({', '.join(shown(each) for each in value)})"
+    if isinstance(value, str) and len(value) > _LONGEST:
+        return f"{len(value)} characters {hashlib.sha256(value.encode()).hexdigest()[:12]}"
+    return repr(value)

@@ -1,0 +1,59 @@
+"""All workloads, family by family. A new one goes into its family's module, into the list at its end."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatch
+
+from fusehsm.conform.workload import Workload
+from fusehsm.conform.workloads import (
+    allocating,
+    calls,
+    copying,
+    denying,
+    executing,
+    groups,
+    mapping,
+    marks,
+    names,
+    opening,
+    processes,
+    programs,
+    reading,
+    truncating,
+    uring,
+    writing,
+)
+
+_FAMILIES = (
+    opening,
+    reading,
+    writing,
+    truncating,
+    allocating,
+    copying,
+    mapping,
+    names,
+    executing,
+    processes,
+    denying,
+    marks,
+    groups,
+    calls,
+    uring,
+    programs,
+)
+
+WORKLOADS: tuple[Workload, ...] = tuple(workload for family in _FAMILIES for workload in family.WORKLOADS)
+
+
+def chosen(patterns: Sequence[str]) -> list[Workload]:
+    """The workloads of those families or names, shell patterns understood; without any, all. Raises ValueError for what fits none."""
+    if not patterns:
+        return list(WORKLOADS)
+    for pattern in patterns:
+        if not any(_fits(workload, pattern) for workload in WORKLOADS):
+            raise ValueError(f"no workload is called {pattern}; `fusehsm conform --list` shows their names")
+    return [workload for workload in WORKLOADS if any(_fits(workload, pattern) for pattern in patterns)]
+
+
+def _fits(workload: Workload, pattern: str) -> bool:
+    return workload.family == pattern or fnmatch(workload.key, pattern)

@@ -1,0 +1,285 @@
+"""Every denial at every call: what it fails with, and that nobody remembers it."""
+
+import ctypes
+import mmap
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fusehsm.abi import FAN_CLASS_CONTENT, FAN_CLOEXEC, FAN_ONDIR
+from fusehsm.conform.accessor_worker import libc
+from fusehsm.conform.scene import (
+    DIALECT,
+    EVERYTHING,
+    MIB,
+    PLAIN_DENY,
+    PRE_ACCESS,
+    PRE_GROUP,
+    Question,
+    Scene,
+)
+from fusehsm.conform.workload import Workload
+
+ANSWERS = (PLAIN_DENY, *sorted(number for number in DIALECT.deny_errnos if number))
+
+# The functions run in an accessor: what they use are the names that accessor_worker.py gives them, not those of this module.
+
+
+def open_only(path: str, flags: int) -> None:
+    os.close(os.open(path, flags))
+
+
+def pread(path: str, count: int) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return os.pread(descriptor, count, 5000)
+    finally:
+        os.close(descriptor)
+
+
+def read(path: str) -> int:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return len(os.read(descriptor, 100))
+    finally:
+        os.close(descriptor)
+
+
+def readv(path: str) -> int:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return os.readv(descriptor, [bytearray(100), bytearray(50)])
+    finally:
+        os.close(descriptor)
+
+
+def pwrite(path: str, count: int, flags: int) -> int:
+    descriptor = os.open(path, os.O_WRONLY | flags)
+    try:
+        return os.pwrite(descriptor, bytes(count), 5000)
+    finally:
+        os.close(descriptor)
+
+
+def ftruncate(path: str) -> None:
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.ftruncate(descriptor, 5000)
+    finally:
+        os.close(descriptor)
+
+
+def fallocate(path: str) -> None:
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        if libc.fallocate(descriptor, 0, ctypes.c_int64(5000), ctypes.c_int64(100)):
+            raise OSError(ctypes.get_errno(), "fallocate")
+    finally:
+        os.close(descriptor)
+
+
+def send(path: str) -> int:
+    descriptor = os.open(path, os.O_RDONLY)
+    ours, theirs = socket.socketpair()
+    try:
+        return os.sendfile(theirs.fileno(), descriptor, 5000, 100)
+    finally:
+        os.close(descriptor)
+        ours.close()
+
+
+def splice_from(path: str) -> int:
+    descriptor = os.open(path, os.O_RDONLY)
+    reading, writing = os.pipe()
+    try:
+        return os.splice(descriptor, writing, 100, offset_src=5000)
+    finally:
+        for used in (descriptor, reading, writing):
+            os.close(used)
+
+
+def splice_to(path: str) -> int:
+    reading, writing = os.pipe()
+    os.write(writing, bytes(100))
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        return os.splice(reading, descriptor, 100, offset_dst=5000)
+    finally:
+        for used in (descriptor, reading, writing):
+            os.close(used)
+
+
+def copy_range(path: str) -> int:
+    source = os.open(path, os.O_RDONLY)
+    target = os.open(path, os.O_WRONLY)
+    try:
+        return os.copy_file_range(source, target, 100, 5000, 0)
+    finally:
+        os.close(source)
+        os.close(target)
+
+
+def execute(path: str) -> int:
+    child = os.fork()
+    if child == 0:
+        try:
+            os.execve(path, [path], {})
+        except OSError as error:
+            os._exit(error.errno or 0)
+    failed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if failed:
+        raise OSError(failed, os.strerror(failed))
+    return failed
+
+
+def map_and_touch(path: str) -> bytes:
+    descriptor = os.open(path, os.O_RDWR)
+    mapping = mmap.mmap(descriptor, 8192, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ, offset=4096)
+    return mapping[5000:5001]
+
+
+def read_again(path: str, count: int) -> list[object]:
+    descriptor = os.open(path, os.O_RDONLY)
+    results: list[object] = []
+    for _ in range(3):
+        try:
+            results.append(os.pread(descriptor, count, 5000))
+        except OSError as error:
+            results.append(error.errno)
+    return results
+
+
+@dataclass(slots=True)
+class Denier:
+    """A listener's answer: denies the event of that name, the one after `skip` others, as it is told; 0 allows."""
+
+    name: str
+    answer: int = 0
+    skip: int = 0
+
+    def __call__(self, question: Question) -> int:
+        """0, or what to deny with."""
+        if self.name not in question.name.split("|"):
+            return 0
+        if self.skip:
+            self.skip -= 1
+            return 0
+        return self.answer
+
+
+def row(
+    name: str,
+    denied: str,
+    act: Callable[..., object] | str,
+    *arguments: object,
+    skip: int = 0,
+    differs: str | tuple[str, ...] = (),
+    make: Callable[[Scene], str] = lambda scene: scene.file(size=MIB),
+    flags: int = PRE_GROUP,
+    mask: int = EVERYTHING,
+    steps: tuple[int, ...] = (*ANSWERS, 0),
+    unsteady: bool = False,
+) -> Workload:
+    """The call again and again, denied with each of `steps` (0: allowed); what the file holds in the end."""
+
+    async def script(scene: Scene) -> None:
+        path = make(scene)
+        denier = Denier(denied)
+        listener = await scene.listen(scene.everywhere(mask), flags=flags, answer=denier)
+        for denier.answer in steps:
+            denier.skip = skip
+            accessor = scene.accessor() if differs else scene.first()
+            await scene.call(act, path, *arguments, what=name, by=accessor)
+        listener.close()
+        if (scene.backing / "file").is_file():
+            scene.say("afterwards", "file holds", scene.content())
+
+    return Workload("denying", f"{denied} at {name}", script, differs, unsteady=unsteady)
+
+
+def program(scene: Scene) -> str:
+    """A copy of true(1)."""
+    shutil.copy(shutil.which("true") or "/bin/true", scene.backing / "file")
+    return str(scene.path / "file")
+
+
+def shell_script(scene: Scene) -> str:
+    """A script."""
+    (scene.backing / "file").write_text("#!/bin/sh\nexit 0\n")
+    (scene.backing / "file").chmod(0o755)
+    return str(scene.path / "file")
+
+
+def directory(scene: Scene) -> str:
+    """An empty directory."""
+    (scene.backing / "sub").mkdir()
+    return str(scene.path / "sub")
+
+
+def nothing(scene: Scene) -> str:
+    """Only a name."""
+    return str(scene.path / "file")
+
+
+OPEN, EXEC, ACCESS, PRE = "OPEN_PERM", "OPEN_EXEC_PERM", "ACCESS_PERM", "PRE_ACCESS"
+NO_PRE = EVERYTHING & ~PRE_ACCESS
+TOUCH = "mappings ask when touched"
+WORKLOADS = [
+    row("open for reading", OPEN, open_only, os.O_RDONLY),
+    row("open for both", OPEN, open_only, os.O_RDWR),
+    row("open with O_TRUNC", OPEN, open_only, os.O_WRONLY | os.O_TRUNC),
+    row("open with O_CREAT of a new file", OPEN, open_only, os.O_RDWR | os.O_CREAT, make=nothing),
+    row("open with O_EXCL", OPEN, open_only, os.O_RDWR | os.O_CREAT | os.O_EXCL, make=nothing),
+    row("pread", PRE, pread, 100),
+    row("pread", ACCESS, pread, 100),
+    row("a large pread", PRE, pread, 3 * MIB),
+    row("a large pread", ACCESS, pread, 3 * MIB),
+    row("read", PRE, read),
+    row("read", ACCESS, read),
+    row("readv", PRE, readv),
+    row("pwrite", PRE, pwrite, 100, 0),
+    row("a large pwrite", PRE, pwrite, 3 * MIB, 0),
+    row("an appending pwrite", PRE, pwrite, 100, os.O_APPEND),
+    row("truncate", PRE, "truncate", 5000),
+    row("ftruncate", PRE, ftruncate),
+    row("fallocate", PRE, fallocate, differs="fallocate"),
+    row("sendfile", PRE, send),
+    row("sendfile", ACCESS, send),
+    row("splice from a file", PRE, splice_from),
+    row("splice from a file", ACCESS, splice_from),
+    row("splice to a file", PRE, splice_to),
+    row("copy_file_range", PRE, copy_range),
+    row("copy_file_range", ACCESS, copy_range),
+    row("the target of copy_file_range", PRE, copy_range, skip=1),
+    row("mmap", PRE, map_and_touch, differs=TOUCH),
+    row("execve", EXEC, execute, make=program, steps=ANSWERS),
+    row("execve", OPEN, execute, make=program, steps=ANSWERS),
+    row("execve", PRE, execute, make=program, steps=ANSWERS),
+    row("execve", ACCESS, execute, make=program, steps=ANSWERS),
+    row("execve's second read", PRE, execute, make=program, steps=ANSWERS, skip=1),
+    row("execve's second read", ACCESS, execute, make=program, steps=ANSWERS, skip=1),
+    row("execve of a script", EXEC, execute, make=shell_script),
+    row("execve of a script", OPEN, execute, make=shell_script),
+    row("execve of a script", PRE, execute, make=shell_script),
+    row("execve of a script", ACCESS, execute, make=shell_script),
+    row("listing", OPEN, "listdir", make=directory, mask=NO_PRE | FAN_ONDIR),
+    row("listing", ACCESS, "listdir", make=directory, mask=NO_PRE | FAN_ONDIR),
+    row(
+        "open for a CONTENT group",
+        *(OPEN, open_only, os.O_RDONLY),
+        flags=FAN_CLASS_CONTENT | FAN_CLOEXEC,
+        mask=NO_PRE,
+        steps=(PLAIN_DENY, 0),
+    ),
+    row(
+        "pread for a CONTENT group",
+        *(ACCESS, pread, 100),
+        flags=FAN_CLASS_CONTENT | FAN_CLOEXEC,
+        mask=NO_PRE,
+        steps=(PLAIN_DENY, 0),
+    ),
+    row("the same descriptor", PRE, read_again, 100),
+    row("the same descriptor, large", PRE, read_again, 500000),
+]

@@ -1,0 +1,136 @@
+"""Programs, scripts and what only looks like them."""
+
+import ctypes
+import os
+import shutil
+import threading
+from collections.abc import Callable
+
+from fusehsm.conform.accessor_worker import libc
+from fusehsm.conform.scene import Scene
+from fusehsm.conform.workload import Workload
+
+# The functions run in an accessor: what they use are the names that accessor_worker.py gives them, not those of this module.
+
+
+def execute(path: str, *arguments: str) -> int:
+    child = os.fork()
+    if child == 0:
+        try:
+            os.execve(path, [path, *arguments], {})
+        except OSError as error:
+            os._exit(200 + (error.errno or 0))
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def execute_by_descriptor(path: str) -> int:
+    program = os.open(path, os.O_RDONLY)
+    child = os.fork()
+    if child == 0:
+        try:
+            os.execve(program, [path], {})
+        except OSError as error:
+            os._exit(200 + (error.errno or 0))
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def execute_in_thread(path: str) -> int:
+    child = os.fork()
+    if child == 0:
+        thread = threading.Thread(target=lambda: os.execve(path, [path], {}))
+        thread.start()
+        thread.join()
+        os._exit(100)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def check_execution(path: str) -> int:
+    nothing = (ctypes.c_char_p * 1)(None)
+    number = {"x86_64": 322, "aarch64": 281}[os.uname().machine]
+    failed = libc.syscall(number, -100, path.encode(), nothing, nothing, 0x10000)
+    return ctypes.get_errno() if failed else 0
+
+
+def write_while_it_runs(path: str) -> int:
+    child = os.fork()
+    if child == 0:
+        os.execve(path, [path, "1000"], {})
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    while os.readlink(f"/proc/{child}/exe") != path:
+        pass
+    try:
+        os.close(os.open(path, os.O_WRONLY))
+        return 0
+    except OSError as error:
+        return error.errno or 0
+    finally:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+
+
+def copied(program: str) -> Callable[[Scene], str]:
+    """Makes "file" a copy of one of the system's programs."""
+
+    def make(scene: Scene) -> str:
+        found = shutil.which(program)
+        if found is None:
+            raise FileNotFoundError(program)
+        shutil.copy(found, scene.backing / "file")
+        return str(scene.path / "file")
+
+    return make
+
+
+def written(text: str) -> Callable[[Scene], str]:
+    """Makes "file" that script."""
+
+    def make(scene: Scene) -> str:
+        (scene.backing / "file").write_text(text)
+        (scene.backing / "file").chmod(0o755)
+        return str(scene.path / "file")
+
+    return make
+
+
+def content(scene: Scene) -> str:
+    """Makes "file" what no kernel takes for a program."""
+    return scene.file(mode=0o755)
+
+
+def row(
+    name: str,
+    make: Callable[[Scene], str],
+    act: Callable[..., object],
+    *arguments: object,
+    differs: str | tuple[str, ...] = (),
+    unsteady: bool = False,
+) -> Workload:
+    """An accessor executes what `make` makes, while a listener hears all."""
+
+    async def script(scene: Scene) -> None:
+        path = make(scene)
+        listener = await scene.listen(scene.everywhere())
+        await scene.call(act, path, *arguments, what=name)
+        listener.close()
+
+    return Workload("executing", name, script, differs, unsteady=unsteady)
+
+
+START = "program start"
+WORKLOADS = [
+    row("a program", copied("true"), execute, differs=START, unsteady=True),
+    row("a program that fails", copied("false"), execute, differs=START, unsteady=True),
+    row("by descriptor", copied("true"), execute_by_descriptor, differs=START, unsteady=True),
+    row("in a thread", copied("true"), execute_in_thread, differs=START, unsteady=True),
+    row("a script", written("#!/bin/sh\nexit 7\n"), execute),
+    row("a script with arguments", written('#!/bin/sh -e\nexit "$1"\n'), execute, "9"),
+    row("a script of another interpreter", written("#!/usr/bin/perl\nexit 3\n"), execute),
+    row("a script without an interpreter", written("#!/missing\n"), execute),
+    row("a script that names no interpreter", written("exit 5\n"), execute),
+    row("what is no program", content, execute),
+    row("what is empty", written(""), execute),
+    row("what may not be executed", lambda scene: scene.file(mode=0o644), execute),
+    row("a check", copied("true"), check_execution),
+    row("a check of what is no program", content, check_execution),
+    row("written while it runs", copied("sleep"), write_while_it_runs, differs=START, unsteady=True),
+]

@@ -1,0 +1,247 @@
+"""Several groups: who is asked first, what one's denial keeps from the others, and what becomes of who waits when a group goes."""
+
+import errno
+import os
+import signal
+import threading
+
+from fusehsm.abi import (
+    FAN_CLASS_CONTENT,
+    FAN_CLOEXEC,
+    FAN_MARK_IGNORE,
+    FAN_MARK_IGNORED_SURV_MODIFY,
+    FAN_OPEN_PERM,
+)
+from fusehsm.conform.scene import (
+    EVERYTHING,
+    HOLD,
+    PAGE,
+    PLAIN_DENY,
+    PRE_ACCESS,
+    PRE_GROUP,
+    Answer,
+    Mark,
+    Question,
+    Scene,
+    allow,
+)
+from fusehsm.conform.workload import Script, Workload
+
+CONTENT_GROUP = FAN_CLASS_CONTENT | FAN_CLOEXEC
+PERMISSION = EVERYTHING & ~PRE_ACCESS  # what a group of class CONTENT may watch
+PRE, CONTENT = (PRE_GROUP, EVERYTHING), (CONTENT_GROUP, PERMISSION)
+
+# The functions run in an accessor: what they use are the names that accessor_worker.py gives them, not those of this module.
+
+
+def read_by_threads(path: str, number: int) -> list[int]:
+    descriptor = os.open(path, os.O_RDONLY)
+    counts = []
+    threads = [
+        threading.Thread(target=lambda: counts.append(len(os.pread(descriptor, 100, 5000))))
+        for _ in range(number)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return counts
+
+
+def denying(name: str, error: int) -> Answer:
+    """An answer that denies events of that name."""
+
+    def answer(question: Question) -> int:
+        return error if question.name == name else 0
+
+    return answer
+
+
+def asked(*members: tuple[tuple[int, int], Answer]) -> Script:
+    """Groups made in that order, and a file that is opened and read, written and truncated."""
+
+    async def script(scene: Scene) -> None:
+        path = scene.file()
+        for (flags, mask), answer in members:
+            await scene.listen(scene.everywhere(mask), flags=flags, answer=answer)
+        await scene.call("pread_path", path, 100, 5000)
+        await scene.call("pwrite_path", path, b"new", 5000)
+        await scene.call("truncate", path, 10000)
+
+    return script
+
+
+def row(name: str, *members: tuple[tuple[int, int], Answer], in_any_order: bool = False) -> Workload:
+    """asked(), as a workload."""
+    return Workload("groups", name, asked(*members), in_any_order=in_any_order)
+
+
+BUSY = errno.EBUSY
+ORDERS = [
+    row("PRE_CONTENT", (PRE, allow)),
+    row("CONTENT", (CONTENT, allow)),
+    row("PRE_CONTENT, then CONTENT", (PRE, allow), (CONTENT, allow)),
+    row("CONTENT, then PRE_CONTENT", (CONTENT, allow), (PRE, allow)),
+    row("two of CONTENT", (CONTENT, allow), (CONTENT, allow), in_any_order=True),
+    row("two of PRE_CONTENT", (PRE, allow), (PRE, allow), in_any_order=True),
+    row("three", (PRE, allow), (CONTENT, allow), (PRE, allow), in_any_order=True),
+    row("different masks", (CONTENT, allow), ((PRE_GROUP, PRE_ACCESS), allow)),
+    *(
+        row(f"PRE_CONTENT denies {name}", (CONTENT, allow), (PRE, denying(name, BUSY)))
+        for name in ("OPEN_PERM", "ACCESS_PERM", "PRE_ACCESS")
+    ),
+    *(
+        row(f"CONTENT denies {name}", (CONTENT, denying(name, PLAIN_DENY)), (PRE, allow))
+        for name in ("OPEN_PERM", "ACCESS_PERM")
+    ),
+    row("both deny", (CONTENT, denying("ACCESS_PERM", PLAIN_DENY)), (PRE, denying("PRE_ACCESS", BUSY))),
+]
+
+
+async def an_ignore_mark_is_its_own_groups(scene: Scene) -> None:
+    """The other group hears all the same."""
+    path = scene.file()
+    ignoring = Mark(PRE_ACCESS, "file", FAN_MARK_IGNORE | FAN_MARK_IGNORED_SURV_MODIFY)
+    await scene.listen(scene.everywhere(), ignoring)
+    await scene.listen(scene.everywhere(PERMISSION), flags=CONTENT_GROUP)
+    await scene.call("pread_path", path, 100, 5000)
+
+
+async def the_second_waits_for_the_first(scene: Scene) -> None:
+    """A group of lower class hears when the higher one has allowed."""
+    path = scene.file()
+    second = await scene.listen(scene.everywhere(PERMISSION), flags=CONTENT_GROUP)
+    first = await scene.listen(scene.everywhere(FAN_OPEN_PERM), answer=lambda question: HOLD)
+    call = scene.start("pread_path", path, 100, 5000)
+    await first.wait_for(1)
+    scene.say("group 1", "has heard", second.heard)
+    first.release()
+    await scene.end(call, "pread_path")
+
+
+async def answered_in_any_order(scene: Scene) -> None:
+    """Five accessors wait; the third, the first, the rest."""
+    paths = [scene.file(f"file-{number}") for number in range(5)]
+    accessors = [scene.accessor() for _ in paths]
+    listener = await scene.listen(scene.everywhere(PRE_ACCESS), answer=lambda question: HOLD)
+    calls = []
+    for number, (accessor, path) in enumerate(zip(accessors, paths, strict=True)):
+        calls.append(scene.start("pread_path", path, 100, number * PAGE, by=accessor))
+        await listener.wait_for(number + 1)
+    for number in (2, 0, 1, 3, 4):
+        event = next(event for event in listener.held if event.offset == number * PAGE)
+        listener.held.remove(event)
+        kept, listener.held = listener.held, [event]
+        listener.release(errno.EIO if number == 1 else 0)
+        listener.held = kept
+        await scene.end(calls[number], "pread_path", accessors[number])
+        scene.say("the others", "are done", [call.done for call in calls])
+
+
+async def threads_that_read_the_same(scene: Scene) -> None:
+    """An event each, at once."""
+    path = scene.file()
+    listener = await scene.listen(scene.everywhere(PRE_ACCESS), answer=lambda question: HOLD)
+    call = scene.start(read_by_threads, path, 5)
+    await listener.wait_for(5)
+    listener.release()
+    await scene.end(call, "read by five threads")
+
+
+async def accessors_of_one_file(scene: Scene) -> None:
+    """A writer and two readers of one file: each has its event at once, and the later ones may finish first."""
+    path = scene.file()
+    calls = [("pread_path", (100, 0)), ("pwrite_path", (b"new", 0)), ("pread_path", (100, 5000))]
+    listener = await scene.listen(scene.everywhere(PRE_ACCESS), answer=lambda question: HOLD)
+    begun = []
+    for number, (operation, arguments) in enumerate(calls):
+        accessor = scene.accessor()
+        begun.append((operation, accessor, scene.start(operation, path, *arguments, by=accessor)))
+        await listener.wait_for(number + 1)
+    held, listener.held = listener.held, []
+    for event, (operation, accessor, call) in reversed(list(zip(held, begun, strict=True))):
+        listener.held = [event]
+        listener.release()
+        await scene.end(call, operation, accessor)
+
+
+# Ends
+
+
+def closing(mask: int, taken: bool) -> Script:
+    """The group closes while somebody waits for it: he is allowed, and nobody is asked any more."""
+
+    async def script(scene: Scene) -> None:
+        path = scene.file()
+        listener = await scene.listen(scene.everywhere(mask), answer=lambda question: HOLD, lazy=not taken)
+        call = scene.start("pread_path", path, 100, 5000)
+        if taken:
+            await listener.wait_for(1)
+        else:
+            await listener.group.wait_readable()
+        scene.say("the accessor", "is done", call.done)
+        listener.close()
+        await scene.end(call, "pread_path")
+        await scene.call("pread_path", path, 100, 0)
+
+    return script
+
+
+def killed(
+    operation: str, *arguments: object, mask: int = PRE_ACCESS, number: int = signal.SIGKILL
+) -> Script:
+    """Who waits is killed after his event was read; others are asked as ever."""
+
+    async def script(scene: Scene) -> None:
+        path = scene.file()
+        victim, other = scene.accessor(), scene.accessor()
+        listener = await scene.listen(scene.everywhere(mask), answer=lambda question: HOLD)
+        call = scene.start(operation, path, *arguments, by=victim)
+        await listener.wait_for(1)
+        victim.signal(number)
+        await scene.end(call, operation, victim)
+        listener.release()
+        second = scene.start("pread_path", path, 100, 5000, by=other)
+        await listener.wait_for(2)
+        scene.say("the other", "is done", second.done)
+        listener.release()
+        if mask & FAN_OPEN_PERM:
+            listener.close()
+        await scene.end(second, "pread_path", other)
+
+    return script
+
+
+async def killed_while_queued(scene: Scene) -> None:
+    """The event goes with its accessor."""
+    path = scene.file()
+    victim = scene.accessor()
+    listener = await scene.listen(scene.everywhere(PRE_ACCESS), lazy=True)
+    call = scene.start("pread_path", path, 100, 5000, by=victim)
+    await listener.group.wait_readable()
+    victim.kill()
+    await scene.end(call, "pread_path", victim)
+
+
+MASKS = {"O": FAN_OPEN_PERM, "P": PRE_ACCESS, "A": EVERYTHING & ~PRE_ACCESS & ~FAN_OPEN_PERM}
+WORKLOADS = [
+    *ORDERS,
+    Workload("groups", "an ignore mark is its own group's", an_ignore_mark_is_its_own_groups),
+    Workload("groups", "the second waits for the first", the_second_waits_for_the_first),
+    Workload("groups", "answered in any order", answered_in_any_order),
+    Workload("groups", "accessors of one file", accessors_of_one_file),
+    Workload("groups", "threads that read the same", threads_that_read_the_same, in_any_order=True),
+    *(
+        Workload("groups", f"closed when {name} was {'read' if taken else 'queued'}", closing(mask, taken))
+        for name, mask in MASKS.items()
+        for taken in (True, False)
+    ),
+    Workload("groups", "killed in pread", killed("pread_path", 100, 5000)),
+    Workload("groups", "killed in a large pread", killed("pread_path", 3 << 20, 5000)),
+    Workload("groups", "killed in pwrite", killed("pwrite_path", b"new", 5000)),
+    Workload("groups", "killed in truncate", killed("truncate", 5000)),
+    Workload("groups", "killed in open", killed("open", os.O_RDONLY, mask=FAN_OPEN_PERM)),
+    Workload("groups", "ended by SIGINT", killed("pread_path", 100, 5000, number=signal.SIGINT)),
+    Workload("groups", "ended by SIGTERM", killed("pread_path", 100, 5000, number=signal.SIGTERM)),
+    Workload("groups", "killed while queued", killed_while_queued, "killed before it is read"),
+]
