@@ -209,10 +209,10 @@ class Content:
             file.bypasses, ours = caller.bypass_page_cache(*explanation.passing, file.node.id)
             if ours >= 0:
                 trio.lowlevel.start_thread_soon(lambda: os.close(ours), lambda outcome: None)
-        if not file.bypasses:
-            grant = file.grants.get((explanation.tid, explanation.direction))
-            repeats = min(grant.repeats if grant is not None else 0, 10)
-            self._stale.drop_range_later(file.node, offset, size, _PASSING_SECONDS * 2**repeats)
+        # Where that is done, other open files of the node still send what this call has cached.
+        grant = file.grants.get((explanation.tid, explanation.direction))
+        repeats = min(grant.repeats if grant is not None and not file.bypasses else 0, 10)
+        self._stale.drop_range_later(file.node, offset, size, _PASSING_SECONDS * 2**repeats)
 
     def _begin_filling(self, node: Node) -> None:
         self._filling[node.id] = self._filling.get(node.id, 0) + 1

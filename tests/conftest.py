@@ -32,6 +32,13 @@ MakeAccessor = Callable[..., Accessor]
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add ours."""
     engines.add_option(parser)
+    parser.addoption(
+        "--sequences",
+        type=int,
+        default=0,
+        metavar="N",
+        help="try N new sequences (test_conform_sequences.py) instead of the same few",
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

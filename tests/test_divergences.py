@@ -8,6 +8,7 @@ import mmap
 import os
 import shutil
 import signal
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -179,14 +180,21 @@ async def test_files_opened_before_the_mark(
             assert covers(listener.briefly(), 0, PAGE) == (side is not kernel)
 
 
+def send_past_the_end(descriptor: int) -> int:
+    return os.sendfile(os.memfd_create("target"), descriptor, 20480, 100)
+
+
 async def test_empty_reads_and_writes(kernel: Side, exact: Side, accessor: Accessor) -> None:
     for side in (kernel, exact):
-        path = side.file("empty")
+        path = side.file("empty", size=20000)
         async with side.listening() as listener:
             descriptor = await accessor.run("open", path, os.O_RDWR)
             assert await accessor.run("pread", descriptor, 0, 0) == b""
             assert await accessor.run("pwrite", descriptor, b"", 0) == 0
             assert listener.briefly() == ([("PRE_ACCESS", 0, 0)] * 2 if side is kernel else [])
+            assert await accessor.run(send_past_the_end, descriptor) == 0
+            past = [("PRE_ACCESS", 5 * PAGE, PAGE)]
+            assert listener.briefly() == (past if side is kernel else [])
 
 
 def call_fallocate(descriptor: int, length: int) -> int:
@@ -463,6 +471,26 @@ async def test_sent_from_the_cache(kernel: Side, exact: Side, accessor: Accessor
             await accessor.run(act, await accessor.run("open", path, os.O_RDONLY))
             heard = listener.briefly()
         assert heard == [("PRE_ACCESS", 0, PAGE)] * (1 if side.diverges("sent from the cache") else 2)
+
+
+def send_through_two(path: str, wait: float) -> None:
+    target = os.memfd_create("target")
+    for descriptor in [os.open(path, os.O_RDONLY) for _ in range(2)]:
+        os.sendfile(target, descriptor, 10, 100)
+        time.sleep(wait)
+
+
+async def test_sent_through_another_descriptor(kernel: Side, exact: Side, accessor: Accessor) -> None:
+    """At once it may be served from the cache; with devfuse not for long."""
+    for side in (kernel, exact):
+        path = side.file("sent-by-two")
+        for wait in (0.0, 0.5):
+            async with side.listening() as listener:
+                await accessor.run(send_through_two, path, wait)
+                heard = listener.briefly()
+            assert {*heard} == {("PRE_ACCESS", 0, PAGE)}
+            if side is kernel or (wait and not side.diverges("sent from the cache")):
+                assert len(heard) == 2
 
 
 def flags_after_sending(descriptor: int) -> int:

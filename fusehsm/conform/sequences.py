@@ -1,0 +1,165 @@
+"""Sequences of small steps, as a generator makes them: opens, reads, writes, marks, in any order.
+
+A step is a tuple of its name and plain values. Two accessors work on the files "one" and "two"; a group of class PRE_CONTENT watches PRE_ACCESS
+of all from beginning to end, so that every file is armed and nothing hangs on what was cached before; a second one, of class CONTENT, comes and goes.
+
+    ("open", accessor, file, flags)                     the numbers of `open` count these, from 0
+    ("pread", open, count, offset), ("read", open, count), ("lseek", open, offset)
+    ("pwrite", open, count, offset), ("write", open, count), ("ftruncate", open, size), ("fallocate", open, mode, offset, count)
+    ("sendfile", open, offset, count), ("map", open, offset, count), ("close", open)
+    ("truncate", accessor, file, size), ("rename", accessor, file, file), ("unlink", accessor, file)
+    ("mark", group, flags, mask, target)                target: a file's name, or "" for the directory
+    ("group",), ("close group",)                        the second group
+    ("deny", name, error)                               the first group denies events of that name from now on; error 0: allows
+"""
+
+import ctypes
+import fcntl
+import mmap
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fusehsm.abi import FAN_CLASS_CONTENT, FAN_CLOEXEC, FAN_MARK_FILESYSTEM
+from fusehsm.conform.accessor import Accessor
+from fusehsm.conform.accessor_worker import libc
+from fusehsm.conform.scene import PRE_ACCESS, Listener, Mark, Question, Scene
+from fusehsm.conform.workload import Script
+
+Step = tuple[Any, ...]
+FILES = ("one", "two")
+ACCESSORS = 2
+
+# The functions run in an accessor: what they use are the names that accessor_worker.py gives them, not those of this module.
+
+
+def fallocate(descriptor: int, mode: int, offset: int, count: int) -> None:
+    if libc.fallocate(descriptor, mode, ctypes.c_int64(offset), ctypes.c_int64(count)):
+        raise OSError(ctypes.get_errno(), "fallocate")
+
+
+def send(descriptor: int, offset: int, count: int) -> bytes:
+    if offset >= os.fstat(descriptor).st_size:
+        return b""  # the divergence "empty reads and writes"
+    target = os.memfd_create("target")
+    try:
+        return os.pread(target, os.sendfile(target, descriptor, offset, count), 0)
+    finally:
+        os.close(target)
+
+
+def map_and_touch(descriptor: int, offset: int, count: int) -> bytes:
+    if offset >= os.fstat(descriptor).st_size or fcntl.fcntl(descriptor, fcntl.F_GETFL) & 3 == os.O_WRONLY:
+        return b""  # the divergences "mappings ask when touched" and "calls that fail"
+    with mmap.mmap(descriptor, count, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ, offset=offset) as mapping:
+        return mapping[:1]
+
+
+_OPEN_FILE: dict[str, str | Callable[..., Any]] = {
+    "pread": "pread",
+    "read": "read",
+    "ftruncate": "ftruncate",
+    "fallocate": fallocate,
+    "sendfile": send,
+    "map": map_and_touch,
+    "close": "close",
+}
+
+
+class _Run:
+    """A sequence in a scene."""
+
+    def __init__(self, scene: Scene) -> None:
+        self._scene = scene
+        self._accessors = [scene.accessor() for _ in range(ACCESSORS)]
+        self._open: list[tuple[Accessor, int | None]] = []
+        self._denied: dict[str, int] = {}
+        self._groups: list[Listener | None] = []
+
+    async def begin(self) -> None:
+        for name in FILES:
+            self._scene.file(name)
+        mark = Mark(PRE_ACCESS, "", FAN_MARK_FILESYSTEM)
+        self._groups = [await self._scene.listen(mark, answer=self._answer), None]
+
+    def _answer(self, question: Question) -> int:
+        return self._denied.get(question.name, 0)
+
+    async def do(self, name: str, *values: Any) -> None:
+        step = getattr(self, f"_{name.replace(' ', '_')}", None)
+        await (step(*values) if step else self._use(name, *values))
+
+    async def _use(self, name: str, number: int, *values: Any) -> None:
+        accessor, descriptor = self._open[number]
+        if descriptor is not None:
+            await self._scene.call(_OPEN_FILE[name], descriptor, *values, by=accessor, what=name)
+
+    async def _open_(self, accessor: int, file: str, flags: int) -> None:
+        by = self._accessors[accessor]
+        descriptor = await self._scene.call("open", self._path(file), flags, 0o600, by=by)
+        self._open.append((by, descriptor))
+
+    async def _lseek(self, number: int, offset: int) -> None:
+        await self._use_with(number, "lseek", offset, os.SEEK_SET)
+
+    async def _pwrite(self, number: int, count: int, offset: int) -> None:
+        await self._use_with(number, "pwrite", b"w" * count, offset)
+
+    async def _write(self, number: int, count: int) -> None:
+        await self._use_with(number, "write", b"W" * count)
+
+    async def _use_with(self, number: int, operation: str, *values: Any) -> None:
+        accessor, descriptor = self._open[number]
+        if descriptor is not None:
+            await self._scene.call(operation, descriptor, *values, by=accessor)
+
+    async def _truncate(self, accessor: int, file: str, size: int) -> None:
+        await self._scene.call("truncate", self._path(file), size, by=self._accessors[accessor])
+
+    async def _rename(self, accessor: int, file: str, new: str) -> None:
+        by = self._accessors[accessor]
+        await self._scene.call("rename", self._path(file), self._path(new), by=by)
+
+    async def _unlink(self, accessor: int, file: str) -> None:
+        await self._scene.call("unlink", self._path(file), by=self._accessors[accessor])
+
+    async def _mark(self, group: int, flags: int, mask: int, target: str) -> None:
+        listener = self._groups[group]
+        if listener is not None:
+            await listener.mark(flags, mask, target)
+
+    async def _group(self) -> None:
+        if self._groups[1] is None:
+            self._groups[1] = await self._scene.listen(flags=FAN_CLASS_CONTENT | FAN_CLOEXEC)
+
+    async def _close_group(self) -> None:
+        listener = self._groups[1]
+        if listener is not None:
+            listener.close()
+            self._groups[1] = None
+
+    async def _deny(self, name: str, error: int) -> None:
+        self._denied[name] = error
+
+    def _path(self, file: str) -> str:
+        return str(self._scene.path / file)
+
+    async def end(self) -> None:
+        for listener in self._groups:
+            if listener is not None:
+                listener.close()
+        for path in sorted(self._scene.backing.iterdir()):
+            self._scene.say("afterwards", f"{path.name} holds", path.read_bytes())
+
+
+def sequence(steps: Sequence[Step]) -> Script:
+    """The script that takes those steps."""
+
+    async def script(scene: Scene) -> None:
+        run = _Run(scene)
+        await run.begin()
+        for name, *values in steps:
+            await run.do("open_" if name == "open" else name, *values)
+        await run.end()
+
+    return script

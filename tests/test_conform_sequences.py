@@ -1,0 +1,85 @@
+"""Sequences that nobody wrote: the same on the real kernel and on the emulator.
+
+The suite tries a few, the same in every run. `pytest tests/test_conform_sequences.py --sequences 2000` tries so many new ones; what that finds
+becomes a workload (fusehsm/conform/workloads/found.py).
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from fusehsm.conform.accessor import Zygote
+from fusehsm.conform.perform import Performer
+from fusehsm.conform.sequences import Step, sequence
+from fusehsm.conform.sides import Side, emulated_side, kernel_side
+from fusehsm.conform.verdict import Comparison, Verdict
+from fusehsm.conform.workload import Workload
+from fusehsm.divergences import applying
+from tests.conform_machine import machine
+
+pytestmark = [pytest.mark.fuse, pytest.mark.kernel]
+
+SAMPLE = 40  # sequences in the suite, for each engine
+BATCH = 250  # of those that are asked for: a test that takes minutes is taken for one that hangs
+STEPS = 20
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """As many batches as were asked for."""
+    if "batch" in metafunc.fixturenames:
+        wanted = metafunc.config.getoption("--sequences")
+        metafunc.parametrize("batch", range(max(1, -(-wanted // BATCH))))
+
+
+@pytest.fixture(scope="module")
+def sides(kernel_events: Path, session_directory: Path, engine: str) -> Iterator[tuple[Side, Side]]:
+    """The real kernel's and the emulator's."""
+    place = kernel_events / f"sequences-{engine}"
+    (place / "kernel").mkdir(parents=True)
+    path = session_directory / f"sequences-{engine}"
+    with emulated_side(place / "backing", path, engine, "--events", "exact") as emulated:
+        yield kernel_side(place / "kernel"), emulated
+
+
+@pytest.fixture(scope="module")
+def performer() -> Iterator[Performer]:
+    """What runs them."""
+    zygote = Zygote()
+    yield Performer(zygote)
+    zygote.close()
+
+
+def test_sequences(
+    sides: tuple[Side, Side], performer: Performer, engine: str, batch: int, pytestconfig: pytest.Config
+) -> None:
+    kernel, emulated = sides
+
+    def compare(steps: list[Step]) -> list[str]:
+        workload = Workload("sequences", "drawn", sequence(steps))
+        comparison = Comparison(
+            workload, performer.perform(workload, kernel), performer.perform(workload, emulated), ()
+        )
+        return [] if comparison.verdict is Verdict.IDENTICAL else comparison.difference()
+
+    wanted = pytestconfig.getoption("--sequences")
+    drawn = machine(
+        compare,
+        allocates=not applying("fallocate", engine),
+        copies=not applying("sent from the cache", engine),
+    )
+    run_state_machine_as_test(
+        drawn,
+        settings=settings(
+            max_examples=BATCH if wanted else SAMPLE,
+            stateful_step_count=STEPS,
+            derandomize=not wanted,
+            database=None,
+            deadline=None,
+            report_multiple_bugs=False,
+            suppress_health_check=list(HealthCheck),
+            phases=[Phase.generate, Phase.shrink],
+        ),
+    )
