@@ -15,6 +15,7 @@ import trio
 
 from fusehsm import caller
 from fusehsm import filesystem_calls as syscalls
+from fusehsm.abi import FAN_ACCESS, FAN_MODIFY
 from fusehsm.backing_reads import BackingReader, Buffer
 from fusehsm.events import Access, AccessKind, Armed
 from fusehsm.explain import Accessor, Explainer, Explanation
@@ -190,6 +191,9 @@ class Content:
                 _one_less(self._filling, file.node.id)
         if allowed:
             self._allowed(file, explanation)
+        elif listeners.notified & FAN_ACCESS and explanation.grant is not None:
+            # One call is one notification, in however many pieces it comes.
+            self._begun(file, explanation)
         if explanation.fills or (fills is None and self._explainer.is_fill(offset, size)):
             if allowed:
                 self._stale.asked_for(file.node.id)
@@ -198,6 +202,8 @@ class Content:
         if fills is None and not file.direct:
             self._filled.setdefault(file.node.id, RangeSet()).add(offset, offset + size)
         data = await self._read_backing(file, offset, size)
+        if listeners.notified & FAN_ACCESS and len(data):
+            self._notify(explanation, subject, file.node)
         if explanation.passing is not None:
             self._keep_asking(file, explanation, offset, size)
         return data
@@ -234,9 +240,22 @@ class Content:
         if node.id in self._mtimes:
             self._mtimes[node.id] = status.st_mtime_ns
 
+    def _notify(self, explanation: Explanation, subject: Subject, node: Node) -> None:
+        """Tell of a call whose first piece has just succeeded."""
+        if not explanation.continues:
+            for access in explanation.accesses:
+                self._listeners.notify(access, subject, node)
+
+    @staticmethod
+    def _begun(file: OpenFile[Node], explanation: Explanation) -> None:
+        assert explanation.grant is not None
+        explanation.grant.allowed = False
+        file.grants[explanation.tid, explanation.direction] = explanation.grant
+
     def _allowed(self, file: OpenFile[Node], explanation: Explanation) -> None:
         if explanation.grant is not None:
             grant = explanation.grant
+            grant.allowed = True
             if explanation.passing or grant.anywhere or grant.end > grant.next_offset:
                 file.grants[explanation.tid, explanation.direction] = grant
             else:
@@ -295,12 +314,14 @@ class Content:
         `uid`: for whom set-id bits must go (None: for the opener). `write_back`: whether it is the page cache that writes, None where the
         engine does not say. `durable`: RWF_DSYNC or RWF_SYNC of pwritev2(2).
         """
+        listeners = self._listeners
+        explanation = None
         if (
             not write_back
-            and not self._listeners.idle
-            and (file.armed is not Armed.NO or self._listeners.asks_unarmed)
+            and not listeners.idle
+            and (file.armed is not Armed.NO or listeners.asks_unarmed or listeners.notified & FAN_MODIFY)
         ):
-            await self._ask_write(file, offset, len(data), tid, write_back)
+            explanation = await self._ask_write(file, offset, len(data), tid, write_back)
         with self._handles.backing(file) as descriptor:
             self._overlay.before_write(file.node, descriptor, file.uid if uid is None else uid)
             if durable:
@@ -310,11 +331,14 @@ class Content:
             else:
                 written = os.pwrite(descriptor, data, offset)
         await self.modified(file.node, offset, offset + written)
+        if explanation is not None and listeners.notified & FAN_MODIFY and written:
+            self._notify(explanation, self._subject_of(file.node), file.node)
         return written
 
     async def _ask_write(
         self, file: OpenFile[Node], offset: int, size: int, tid: int, write_back: bool | None
-    ) -> None:
+    ) -> Explanation | None:
+        """What is behind a WRITE, once it is allowed; None for the page cache's own."""
         who = self._explainer.accessor(file, tid)
         explanation = await self._explainer.write(file, offset, size, who)
         if explanation is None:
@@ -327,7 +351,7 @@ class Content:
             ):
                 # Write-back of a mapping: memory reclaim waits for it, so it must never wait for a listener. The event that let the page in
                 # has covered it.
-                return
+                return None
             explanation = Explanation(
                 (Access(AccessKind.WRITE, offset, size, who.pid, who.tid),), who.tid, Direction.WRITE
             )
@@ -336,6 +360,7 @@ class Content:
             await self.ask(access, subject, file.node, _armed(file))
         # Also when nobody was asked: a write takes nothing out, and its pieces are one call.
         self._allowed(file, explanation)
+        return explanation
 
     async def truncate(self, node: Node, size: int, tid: int) -> None:
         """Ask for a truncation to `size`, which the caller then makes. Raises OSError."""
@@ -349,6 +374,7 @@ class Content:
         self, file: OpenFile[Node], mode: int, offset: int, length: int, tid: int, uid: int
     ) -> None:
         """fallocate(2). Raises OSError."""
+        access = None
         if not self._listeners.idle:
             who = self._explainer.accessor(file, tid)
             access = Access(AccessKind.FALLOCATE, offset, length, who.pid, who.tid)
@@ -359,6 +385,8 @@ class Content:
                 syscalls.fallocate, descriptor, mode, offset, length, limiter=self._copiers
             )
         await self.modified(file.node)
+        if access is not None:
+            self._listeners.notify(access, self._subject_of(file.node), file.node)
 
     async def copy(
         self,
@@ -371,6 +399,7 @@ class Content:
         uid: int,
     ) -> int:
         """copy_file_range(2); returns the number of bytes copied. Raises OSError."""
+        asked: list[tuple[OpenFile[Node], Access]] = []
         if not self._listeners.idle:
             for file, kind, offset in (
                 (source, AccessKind.READ, source_offset),
@@ -379,12 +408,16 @@ class Content:
                 who = self._explainer.accessor(file, tid)
                 access = Access(kind, offset, length, who.pid, who.tid)
                 await self.ask(access, self._subject_of(file.node), file.node, _armed(file))
+                asked.append((file, access))
         with self._handles.backing(source) as readable, self._handles.backing(target) as writable:
             self._overlay.before_write(target.node, writable, uid)
             copied = await trio.to_thread.run_sync(
                 syscalls.copy, readable, source_offset, writable, target_offset, length, limiter=self._copiers
             )
         await self.modified(target.node)
+        if copied:
+            for file, access in asked:
+                self._listeners.notify(access, self._subject_of(file.node), file.node)
         return copied
 
     def seek(self, file: OpenFile[Node], offset: int, whence: int) -> int:

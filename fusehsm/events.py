@@ -9,7 +9,20 @@ import enum
 from dataclasses import dataclass, field
 from typing import Final
 
-from fusehsm.abi import FAN_ACCESS_PERM, FAN_OPEN_EXEC_PERM, FAN_OPEN_PERM, LINUX_6_14, Dialect, mask_names
+from fusehsm.abi import (
+    FAN_ACCESS,
+    FAN_ACCESS_PERM,
+    FAN_CLOSE_NOWRITE,
+    FAN_CLOSE_WRITE,
+    FAN_MODIFY,
+    FAN_OPEN,
+    FAN_OPEN_EXEC,
+    FAN_OPEN_EXEC_PERM,
+    FAN_OPEN_PERM,
+    LINUX_6_14,
+    Dialect,
+    mask_names,
+)
 
 _U64: Final = 0xFFFF_FFFF_FFFF_FFFF
 
@@ -29,6 +42,8 @@ class AccessKind(enum.Enum):
     #: A page-cache fill that nothing else explains: read-ahead, fadvise, an unarmed file.
     FILL = enum.auto()
     READ_DIRECTORY = enum.auto()
+    #: The last descriptor of an open file is closed, and it is mapped nowhere.
+    CLOSE = enum.auto()
 
 
 # Not frozen, which would double what every event costs here; nobody changes one.
@@ -38,7 +53,7 @@ class Access:
 
     ``offset`` is, by kind: READ, WRITE, FALLOCATE: where the call starts (O_APPEND: the file position, not the end of
     file); TRUNCATE: the new size; MAP, FAULT, FILL: the range's start; READ_DIRECTORY: the directory's position.
-    ``writable``: OPEN: opened for writing; MAP, FAULT: a shared and writable mapping. ``exec``: OPEN by execve(2).
+    ``writable``: OPEN, CLOSE: opened for writing; MAP, FAULT: a shared and writable mapping. ``exec``: OPEN by execve(2).
     ``paged``: READ: served through the page cache (sendfile), whole pages of which are then there for everybody.
     ``pid`` is the process, ``tid`` the thread.
     """
@@ -121,6 +136,27 @@ def shapes(access: Access, dialect: Dialect, page_size: int) -> tuple[EventShape
                 return (_ACCESS_PERM,)
             # iterate_dir() names no count: fsnotify_file_perm() passes the position and 0.
             return (_ACCESS_PERM, EventShape(dialect.pre_access, access.offset, 0))
+        case AccessKind.CLOSE:
+            return ()
+
+
+def notification(access: Access) -> int:
+    """The mask of the one notification that this access makes when it has succeeded, and moved bytes if that is what it does; 0: none.
+
+    Measured on 6.18 for groups without FAN_REPORT_*FID, which hear nothing of truncation (the kernel's event of it has no path) and of
+    mappings. An execve(2) makes a single event of two bits.
+    """
+    match access.kind:
+        case AccessKind.OPEN:
+            return FAN_OPEN | FAN_OPEN_EXEC if access.exec else FAN_OPEN
+        case AccessKind.READ | AccessKind.READ_DIRECTORY:
+            return FAN_ACCESS
+        case AccessKind.WRITE | AccessKind.FALLOCATE:
+            return FAN_MODIFY
+        case AccessKind.CLOSE:
+            return FAN_CLOSE_WRITE if access.writable else FAN_CLOSE_NOWRITE
+        case AccessKind.TRUNCATE | AccessKind.MAP | AccessKind.FAULT | AccessKind.FILL:
+            return 0
 
 
 def _ranged(bit: int, access: Access, dialect: Dialect, page_size: int) -> EventShape:

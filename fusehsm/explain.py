@@ -46,6 +46,7 @@ class Explanation:
     is not known. `grant`: what to remember, under `direction`, when it is allowed. `announces`: byte ranges [start, end) that a mapping will
     touch without further events. `call`: what the accessor waits in, where that was looked at. `fills`: bytes go into the page cache.
     `passing`: only because the call goes through it (sendfile), by this descriptor of this process, and the next such call must ask again.
+    `continues`: this is a further piece of a call that has been seen.
     """
 
     accesses: tuple[Access, ...]
@@ -56,6 +57,7 @@ class Explanation:
     call: caller.Call | None = None
     fills: bool = False
     passing: tuple[int, int] | None = None
+    continues: bool = False
 
 
 class Explainer:
@@ -217,7 +219,12 @@ class Explainer:
             grant.next_offset = offset + size
             grant.repeats += offset == grant.start
             grant.progress = progress
-            return Explanation((), call.tid, direction, call=call, fills=fills, passing=passing)
+            if grant.allowed:
+                return Explanation(
+                    (), call.tid, direction, call=call, fills=fills, passing=passing, continues=True
+                )
+        else:
+            grant = None
         if transfer.source is not None:
             transfer = self._cut(call.tid, transfer, *transfer.source)
         start = transfer.offset
@@ -248,10 +255,11 @@ class Explainer:
             tuple(accesses),
             call.tid,
             direction,
-            Grant(call, start, end, offset + size, anywhere, progress),
+            grant or Grant(call, start, end, offset + size, anywhere, progress),
             call=call,
             fills=fills,
             passing=passing,
+            continues=grant is not None,
         )
 
     @staticmethod

@@ -15,7 +15,9 @@ from contextlib import contextmanager
 
 from fusehsm import caller, rules
 from fusehsm.abi import (
+    FAN_ACCESS,
     FAN_ACCESS_PERM,
+    FAN_CLOSE,
     FAN_MARK_ADD,
     FAN_MARK_FLUSH,
     FAN_OPEN_EXEC_PERM,
@@ -60,12 +62,15 @@ class Gate:
         self.destination = destination
         self.exact = exact
         self.default_dialect = dialect
-        self.listeners = Listeners(dialect, page_size, self._event_path, unattended, event_timeout)
+        self.listeners = Listeners(
+            dialect, page_size, self._event_path, unattended, event_timeout, notifies=exact
+        )
         self.handles: HandleTable[Node] = HandleTable(overlay.open, open_limit, overlay.is_pinned)
         self.requests: Callable[[], dict[str, int]] = dict
         """How many requests of each kind have come: the engine's to say."""
         self._destination = os.fsencode(destination).rstrip(b"/")
         self._page_size = page_size
+        self._own_pid = os.getpid()
         self._explainer = Explainer(page_size, self._size_of)
         self._stale = StalePages(overlay, self.listeners, self.subject)
         self.content = Content(
@@ -272,13 +277,20 @@ class Gate:
             os.close(descriptor)
             raise
         heard = self.listeners.hears_content(subject)
-        direct = self.exact and armed is not Armed.NO and heard
+        # What the page cache serves is not seen, so that nobody could be told of it either.
+        direct = self.exact and (
+            (armed is not Armed.NO and heard) or self.listeners.hears_notification(FAN_ACCESS, subject)
+        )
         # Opening without keep_cache makes the kernel drop the node's pages: those that came in unasked, and, so that every new mapping makes
         # its event as in the kernel, those of a direct_io file.
         # Not while a page of it waits for its listener, though: this open(2) would wait for that answer, and could not be killed.
         tainted = heard and node in self._stale
         keep = not tainted and (not direct or self.content.is_filling(node))
-        return self._opened(node, flags, descriptor, armed, direct, access.tid, access.pid, uid), keep
+        file = self._opened(node, flags, descriptor, armed, direct, access.tid, access.pid, uid)
+        if self.listeners.notified:
+            file.tells_closer = self.listeners.hears_notification(FAN_CLOSE, subject)
+            self.listeners.notify(access, subject, node)
+        return file, keep
 
     def _opened(
         self,
@@ -295,8 +307,25 @@ class Gate:
             node, flags, descriptor, armed=armed, direct=direct, tid=tid, pid=pid, uid=uid
         )
 
+    def flushed(self, handle: int, tid: int) -> None:
+        """A thread has closed a descriptor of an open file. Raises OSError EBADF."""
+        file = self.handles.get(handle)
+        if file.tells_closer:
+            pid = caller.process_of(tid)
+            # The mount itself closes what it takes from accessors to set O_DIRECT.
+            if pid != self._own_pid:
+                file.closer = pid, tid
+
     def release(self, handle: int) -> None:
-        """The kernel has closed an open file."""
+        """The kernel has closed an open file: the last descriptor of it is closed, and it is mapped nowhere. Raises OSError EBADF."""
+        if self.listeners.notified & FAN_CLOSE:
+            file = self.handles.get(handle)
+            pid, tid = file.closer or (file.pid or caller.process_of(file.tid), file.tid)
+            # Access mode 3 (for ioctl alone, open(2)) is none for writing.
+            writable = file.flags & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR)
+            access = Access(AccessKind.CLOSE, pid=pid, tid=tid, writable=writable)
+            # While the file is still open: it may have no name any more, by which to open it for a listener.
+            self.listeners.notify(access, self.subject(file.node), file.node)
         self.handles.release(handle)
 
     def forget(self, node_id: int, count: int) -> bool:
@@ -356,6 +385,12 @@ class Gate:
         if not self.listeners.idle:
             access = Access(AccessKind.OPEN, 0, 0, caller.process_of(tid), tid, directory=True)
             await self.listeners.ask(access, self.subject(node), node, armed=Armed.ALL)
+
+    def notify_of_directory(self, kind: AccessKind, node: Node, tid: int) -> None:
+        """A directory has been opened, read from or closed."""
+        if self.listeners.notified:
+            access = Access(kind, pid=caller.process_of(tid), tid=tid, directory=True)
+            self.listeners.notify(access, self.subject(node), node)
 
     async def read_directory(self, node: Node, tid: int) -> None:
         """Somebody reads entries of a directory. Raises OSError when it is denied."""

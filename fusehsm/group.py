@@ -132,6 +132,8 @@ class Group:
         # Keyed by the event itself: an accessor that is killed takes its event out of the middle.
         self._queue: OrderedDict[Pending, None] = OrderedDict()
         self._overflow: Pending | None = None
+        # The queued notifications that others are merged into.
+        self._notifications: dict[tuple[object, bytes, int], Pending] = {}
         self._outstanding: dict[Pending, None] = {}
         # Event fds by number. A number that was closed and reused has several events, in the order read.
         self._by_fd: dict[int, deque[Pending]] = {}
@@ -144,7 +146,8 @@ class Group:
     def put(
         self, shape: EventShape, *, pid: int, tid: int, target: object, path: bytes, permission: bool = True
     ) -> Pending | None:
-        """Queue an event. ``permission`` False: a notification (the place to merge equal ones, as the kernel does).
+        """Queue an event. ``permission`` False: a notification, which goes into one that is queued already, wherever in the queue, of
+        the same target by the same name and with the same reported pid (measured; kernel: ``fanotify_merge``).
 
         None: the queue is full or the group closed; the access is allowed, and an overflow event tells the listener.
         """
@@ -154,11 +157,20 @@ class Group:
             self._put_overflow()
             return None
         pending = Pending(shape, pid, tid, target, path, permission, self._clock())
+        if not permission:
+            # The queue is looked at first: a full one takes no notification, not even one that would be merged.
+            known = self._notifications.setdefault(self._merge_key(pending), pending)
+            if known is not pending:
+                known.shape = EventShape(known.shape.mask | shape.mask, None, None)
+                return known
         self._queue[pending] = None
         self._counts["queued"] += 1
         if self.on_readable is not None:
             self.on_readable()
         return pending
+
+    def _merge_key(self, pending: Pending) -> tuple[object, bytes, int]:
+        return pending.target, pending.path, self.reported_pid(pending)
 
     def put_taken(
         self, shape: EventShape, *, pid: int, tid: int, target: object, path: bytes
@@ -237,6 +249,8 @@ class Group:
             pending.state = PendingState.DELIVERED
             if pending is self._overflow:
                 self._overflow = None
+            else:
+                del self._notifications[self._merge_key(pending)]
         return pending
 
     def answer(self, pending: Pending, error: int) -> None:
@@ -359,6 +373,7 @@ class Group:
         self._outstanding.clear()
         self._by_fd.clear()
         self._queue.clear()
+        self._notifications.clear()
         self._overflow = None
         self.marks.clear()
         return unanswered

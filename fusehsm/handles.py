@@ -33,7 +33,8 @@ class Grant:
     """A system call that has been let pass: the pieces in which FUSE splits it make no further events.
 
     `call` identifies the call while it lasts (compared with ==), None when it could not be looked at; bytes [start, end) were allowed
-    and `next_offset` is where its next piece begins. For a call that goes through the page cache,
+    and `next_offset` is where its next piece begins. Not `allowed`: the call has begun, but nobody was asked, and its pieces are accesses
+    like others. For a call that goes through the page cache,
     `progress` is how far its thread had come, and `repeats` how often it has come back for its first page.
     """
 
@@ -44,6 +45,7 @@ class Grant:
     anywhere: bool
     progress: tuple[bool, int] | None = None
     repeats: int = 0
+    allowed: bool = True
 
 
 @dataclass(slots=True)
@@ -68,7 +70,8 @@ class OpenFile(Generic[NodeT]):
 
     `flags` as in open(2); `tid`, `pid` (0: not looked up yet) and `uid` are the opener's; `direct`: opened with FOPEN_DIRECT_IO; `armed`
     is the events' word for which accesses make events; `standing`: it stands for all of its node's, none of which is known;
-    `bypasses`: the kernel does not send it through the page cache any more.
+    `bypasses`: the kernel does not send it through the page cache any more; `tells_closer`: somebody is to be told who closes it, and
+    `closer` is the (process, thread) that has closed a descriptor of it last.
     """
 
     handle: int
@@ -88,6 +91,8 @@ class OpenFile(Generic[NodeT]):
     standing: bool = False
     released: bool = False
     bypasses: bool = False
+    tells_closer: bool = False
+    closer: tuple[int, int] | None = None
 
     @property
     def appends(self) -> bool:

@@ -10,7 +10,7 @@ import trio
 
 from fusehsm import caller
 from fusehsm.abi import FAN_ACCESS_PERM, FAN_OPEN_PERM, Dialect, mask_names
-from fusehsm.events import Access, AccessKind, Armed, EventShape, arm, heard_when, shapes
+from fusehsm.events import Access, AccessKind, Armed, EventShape, arm, heard_when, notification, shapes
 from fusehsm.group import Group, Pending
 from fusehsm.marks import MarkTable, Subject
 from fusehsm.unattended import EventTimeout, Unattended, UnattendedPolicy
@@ -65,7 +65,8 @@ def _is_pre_content(shape: EventShape, dialect: Dialect) -> bool:
 class Listeners:
     """The groups of a mount, asked in the kernel's order: PRE_CONTENT, then CONTENT, then NOTIF; the first denial ends it.
 
-    `dialect` is the mount's default, used where no group stands; `path_of` gives the accessor's path of a node.
+    `dialect` is the mount's default, used where no group stands; `path_of` gives the accessor's path of a node; `notifies`: whether the
+    mount's event mode has notifications at all.
     """
 
     def __init__(
@@ -75,8 +76,11 @@ class Listeners:
         path_of: Callable[[object], bytes],
         unattended: UnattendedPolicy,
         event_timeout: EventTimeout | None,
+        *,
+        notifies: bool = True,
     ) -> None:
         self.dialect = dialect
+        self._notifies = notifies
         self.groups: list[Group] = []
         self._page_size = page_size
         self._path_of = path_of
@@ -102,6 +106,11 @@ class Listeners:
         # Nothing to ask anybody: the hot path of a mount without listeners.
         self.idle = not self.dialects
         self.asks_unarmed = any(not dialect.arms_at_open for dialect in self.dialects)
+        # The notifications that any mark asks for: most mounts have none, and pay for looking here alone.
+        self.notified = 0
+        if self._notifies:
+            for group in self.groups:
+                self.notified |= group.marks.notified
 
     def add(self, group: Group) -> None:
         """A new group stands."""
@@ -193,6 +202,27 @@ class Listeners:
             & (FAN_OPEN_PERM | (group.dialect.pre_content if group.dialect.open_event else 0))
             for group in self.groups
         )
+
+    def hears_notification(self, mask: int, subject: Subject) -> bool:
+        """Whether anybody is to be told of one of these notifications about the subject."""
+        return bool(mask & self.notified) and any(group.marks.heard(mask, subject) for group in self.groups)
+
+    def notify(self, access: Access, subject: Subject, node: object) -> None:
+        """Tell every group that hears it of an access that has succeeded. Waits for nobody and never fails."""
+        mask = notification(access) & self.notified
+        if not mask:
+            return
+        for group in self.groups:
+            heard = group.marks.heard(mask, subject)
+            if heard:
+                group.put(
+                    EventShape(heard, None, None),
+                    pid=access.pid,
+                    tid=access.tid or access.pid,
+                    target=node,
+                    path=self._path_of(node),
+                    permission=False,
+                )
 
     def hears_content(self, subject: Subject) -> bool:
         """Whether a read of the subject would be asked for now; not so where ignore marks make it resident."""

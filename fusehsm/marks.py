@@ -27,6 +27,7 @@ from fusehsm.abi import (
     FAN_MARK_TYPE_MASK,
     FAN_ONDIR,
     LINUX_6_14,
+    NOTIFICATION_EVENTS,
     Dialect,
     mask_names,
 )
@@ -104,6 +105,8 @@ class MarkTable:
         self._wide_ignored = (0, 0)
         self._wide_watched = 0
         self._any_ends_with_write = False
+        #: The notifications that any of the marks asks for.
+        self.notified = 0
 
     @property
     def empty(self) -> bool:
@@ -217,6 +220,10 @@ class MarkTable:
         if self._filesystem is not None:
             yield self._filesystem
 
+    def _every(self) -> Iterator[_Mark]:
+        yield from self._wide()
+        yield from self._inodes.values()
+
     def _refresh(self) -> None:
         heard = [0, 0]
         ignored = [0, 0]
@@ -229,7 +236,11 @@ class MarkTable:
         self._wide_heard = heard[0], heard[1]
         self._wide_ignored = ignored[0], ignored[1]
         self._wide_watched = watched
-        self._any_ends_with_write = any(mark.ends_with_write for _, _, mark in self._all())
+        self._any_ends_with_write = False
+        self.notified = 0
+        for mark in self._every():
+            self._any_ends_with_write |= mark.ends_with_write
+            self.notified |= mark.mask & NOTIFICATION_EVENTS
 
     def flush(self, flags: int) -> None:
         """FAN_MARK_FLUSH: away with all marks of the one type that the flags name."""
@@ -247,7 +258,11 @@ class MarkTable:
         self._refresh()
 
     def hears(self, mask_bit: int, subject: Subject) -> bool:
-        """Whether the group is to be told of this event (one bit of a mask; notifications' bits too) about the subject.
+        """Whether the group is to be told of this event (one bit of a mask; notifications' bits too) about the subject."""
+        return self.heard(mask_bit, subject) != 0
+
+    def heard(self, mask: int, subject: Subject) -> int:
+        """The bits of an event's mask that the group is to be told of, about the subject.
 
         The masks of all its marks that cover the subject are united, then what any of them ignores is taken off.
         """
@@ -262,7 +277,7 @@ class MarkTable:
             child_heard, child_ignored = self._from_parents(subject)
             heard |= child_heard
             ignored |= child_ignored
-        return heard & mask_bit & ~ignored != 0
+        return heard & mask & ~ignored
 
     def _from_parents(self, subject: Subject) -> tuple[int, int]:
         # Any parent may have been the way here, so one that watches is enough, and an event is dropped only if every

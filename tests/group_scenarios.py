@@ -203,6 +203,21 @@ def notifications_and_permission_events_are_one_queue(make: Make) -> None:
     answer(side, third)
 
 
+def equal_notifications_are_merged(make: Make) -> None:
+    side = make()
+    side.notify()
+    reading = side.start_reading()
+    side.notify()
+    assert queued_events(side) == 2
+    notification, event = events_of(side)
+    assert (notification.mask, event.mask) == (FAN_OPEN, P)
+    # Not with one that has been read.
+    side.notify()
+    assert one_event(side).mask == FAN_OPEN
+    answer(side, event)
+    assert reading.result() == 0
+
+
 def a_short_event_that_fits_waits_behind_a_long_one(make: Make) -> None:
     side = make()
     side.notify()

@@ -4,7 +4,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusehsm.abi import DIALECTS, LINUX_6_14, PATCH_V1, PATCH_V2, Dialect
+from fusehsm.abi import (
+    DIALECTS,
+    FAN_ACCESS,
+    FAN_CLOSE_NOWRITE,
+    FAN_CLOSE_WRITE,
+    FAN_MODIFY,
+    FAN_OPEN,
+    FAN_OPEN_EXEC,
+    LINUX_6_14,
+    PATCH_V1,
+    PATCH_V2,
+    Dialect,
+)
 from fusehsm.events import (
     Access,
     AccessKind,
@@ -14,6 +26,7 @@ from fusehsm.events import (
     align_outward,
     arm,
     heard_when,
+    notification,
     shapes,
 )
 from tests.event_rows import EVENT_ROWS, OFFSET_LIMIT, PAGE, A, EventRow, Expected, O, P, X
@@ -221,3 +234,32 @@ def test_shapes_are_equal_by_mask_and_range() -> None:
 def test_event_names() -> None:
     assert Event(P | O, 1, 2, "/x", 0, 4096).names == ["OPEN_PERM", "PRE_ACCESS"]
     assert Event(OLD_M, 1, 2, "/x", 0, 4096, PATCH_V1).names == ["PRE_MODIFY"]
+
+
+@pytest.mark.parametrize(
+    ("access", "mask"),
+    [
+        (Access(AccessKind.OPEN), FAN_OPEN),
+        (Access(AccessKind.OPEN, writable=True), FAN_OPEN),
+        (Access(AccessKind.OPEN, exec=True), FAN_OPEN | FAN_OPEN_EXEC),
+        (Access(AccessKind.OPEN, directory=True), FAN_OPEN),
+        (Access(AccessKind.READ, 0, 100), FAN_ACCESS),
+        (Access(AccessKind.READ, 0, 100, paged=True), FAN_ACCESS),
+        (Access(AccessKind.READ_DIRECTORY, directory=True), FAN_ACCESS),
+        (Access(AccessKind.WRITE, 0, 100), FAN_MODIFY),
+        (Access(AccessKind.FALLOCATE, 0, 100), FAN_MODIFY),
+        (Access(AccessKind.TRUNCATE, 100), 0),
+        (Access(AccessKind.MAP, 0, 4096), 0),
+        (Access(AccessKind.FAULT, 0, 4096), 0),
+        (Access(AccessKind.FILL, 0, 4096), 0),
+        (Access(AccessKind.CLOSE), FAN_CLOSE_NOWRITE),
+        (Access(AccessKind.CLOSE, writable=True), FAN_CLOSE_WRITE),
+    ],
+)
+def test_notifications(access: Access, mask: int) -> None:
+    assert notification(access) == mask
+
+
+@EVERY_DIALECT
+def test_nobody_is_asked_for_a_close(dialect: Dialect) -> None:
+    assert shapes(Access(AccessKind.CLOSE), dialect, 4096) == ()

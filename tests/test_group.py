@@ -72,9 +72,15 @@ class EmulatedSide:
         self._open: set[int] = set()
 
     def put(
-        self, shape: EventShape, pid: int, tid: int, busy: bool = False, permission: bool = True
+        self,
+        shape: EventShape,
+        pid: int,
+        tid: int,
+        busy: bool = False,
+        permission: bool = True,
+        path: bytes = b"/file",
     ) -> Pending | None:
-        return self.group.put(shape, pid=pid, tid=tid, target=busy, path=b"/file", permission=permission)
+        return self.group.put(shape, pid=pid, tid=tid, target=busy, path=path, permission=permission)
 
     def start_reading(self, *, busy: bool = False) -> EmulatedReading:
         reading = EmulatedReading(self, next(self._pids), busy)
@@ -92,8 +98,9 @@ class EmulatedSide:
         self.put(OPENED, 1, 1, busy, permission=False)
 
     def fill_queue(self) -> None:
-        for _ in range(QUEUE_LIMIT):
-            self.notify()
+        # By a name of its own each: equal notifications are merged.
+        for number in range(QUEUE_LIMIT):
+            self.put(OPENED, 1, 1, permission=False, path=b"/links/%d" % number)
 
     def unmark(self) -> None:
         self.group.marks.clear()

@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusehsm.abi import FAN_MARK_FLUSH, FAN_OPEN, LINUX_6_14, PATCH_V1, PATCH_V2, Dialect
+from fusehsm.abi import (
+    FAN_ACCESS,
+    FAN_MARK_FLUSH,
+    FAN_MODIFY,
+    FAN_OPEN,
+    LINUX_6_14,
+    PATCH_V1,
+    PATCH_V2,
+    Dialect,
+)
 from fusehsm.events import Access, AccessKind
 from fusehsm.marks import MarkTable, Subject
 from fusehsm.rules import ObjectKind, check_mark
@@ -214,6 +223,23 @@ def test_notifications_bits_are_heard_like_others() -> None:
     table = table_with((ADD | FS, FAN_OPEN | P, None))
     assert table.hears(FAN_OPEN, FILE)
     assert not table.hears(FAN_OPEN, DIRECTORY)
+
+
+def test_which_bits_of_a_mask_are_heard() -> None:
+    table = table_with((ADD | FS, FAN_OPEN | P, None), (ADD, FAN_ACCESS, 5), (ADD | IGNORE_SURV, FAN_OPEN, 5))
+    assert table.heard(FAN_OPEN | FAN_ACCESS | FAN_MODIFY, FILE) == FAN_ACCESS
+    assert table.heard(FAN_OPEN | FAN_ACCESS, Subject(7, (2,), False)) == FAN_OPEN
+
+
+def test_which_notifications_are_asked_for_anywhere() -> None:
+    table = table_with(
+        (ADD | FS, FAN_OPEN | P, None), (ADD, FAN_ACCESS, 5), (ADD | IGNORE_SURV, FAN_MODIFY, 5)
+    )
+    assert table.notified == FAN_OPEN | FAN_ACCESS
+    table.flush(0)
+    assert table.notified == FAN_OPEN
+    table.clear()
+    assert table.notified == 0
 
 
 def test_watched_has_events_only() -> None:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import select
+import signal
 import socket
 import struct
 import sys
@@ -20,6 +21,7 @@ from fusehsm.abi import (
     FAN_NONBLOCK,
     FAN_REPORT_FD_ERROR,
     FAN_REPORT_PIDFD,
+    NOTIFICATION_EVENTS,
     Dialect,
     RawEvent,
     decode_events,
@@ -51,6 +53,7 @@ _MASK_OFFSET = 8
 _FD_OFFSET = 16
 _METADATA_LENGTH = 24
 _PIDFD_RECORD = 4
+_PID_OFFSET = 20
 _PIDFD_OFFSET = _METADATA_LENGTH + 4
 _DESCRIPTORS = socket.CMSG_SPACE(2 * _INT.size)  # the file and the pidfd
 
@@ -160,8 +163,8 @@ class EmulatedGroup(Group):
             if len(taken) + len(received.data) > size:
                 self._buffered.appendleft(received)
                 break
-            taken += received.data
             self._delivered(received)
+            taken += received.data
             if len(taken) + _METADATA_LENGTH > size:
                 break  # not even the shortest event fits
         if self._poll is not None:
@@ -185,6 +188,8 @@ class EmulatedGroup(Group):
         received = self._next_event()
         if received is None:
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        if self._poll is not None:
+            self._poll.set_buffered(bool(self._buffered))
         self._delivered(received)
         (raw,) = decode_events(self.dialect, received.data)
         path = received.path.decode(_ENCODING, _ENCODING_ERRORS) or self.event_path(raw)
@@ -237,8 +242,33 @@ class EmulatedGroup(Group):
 
     def _next_event(self) -> _Received | None:
         """The next event, None when there is none. Raises the errno of an event that came without its descriptor (denied already)."""
-        if self._buffered:
-            return self._buffered.popleft()
+        if not self._buffered:
+            received = self._receive()
+            if received is None or not received.mask & NOTIFICATION_EVENTS:
+                return received
+            self._buffered.append(received)
+        if self._buffered[0].mask & NOTIFICATION_EVENTS:
+            self._receive_all()
+        return self._buffered.popleft()
+
+    def _receive_all(self) -> None:
+        """Receive what waits, and merge equal notifications as the kernel does (group.py): they travel ahead of being read."""
+        with contextlib.suppress(OSError):  # a lost connection is told when nothing is left
+            while (received := self._receive()) is not None:
+                if not (received.mask & NOTIFICATION_EVENTS and self._merge(received)):
+                    self._buffered.append(received)
+
+    def _merge(self, received: _Received) -> bool:
+        for earlier in self._buffered:
+            if _are_of_one(earlier, received):
+                earlier.mask |= received.mask
+                _MASK.pack_into(earlier.data, _MASK_OFFSET, earlier.mask)
+                _close_all(_descriptors_of(received))
+                self._count_as_read()
+                return True
+        return False
+
+    def _receive(self) -> _Received | None:
         try:
             length, ancillary, _, _ = self._events.recvmsg_into(
                 [self._message], _DESCRIPTORS, self._receive_flags
@@ -282,6 +312,8 @@ class EmulatedGroup(Group):
 
     def _delivered(self, received: _Received) -> None:
         self._count_as_read()
+        if _has_pidfd(received.data):
+            self._check_pidfd(received)
         if received.fd < 0:
             return
         self._paths[received.fd] = received.path
@@ -291,6 +323,20 @@ class EmulatedGroup(Group):
             self._later_numbers.setdefault(received.fd, deque()).append(received.number)
         else:
             self._numbers[received.fd] = received.number
+
+    def _check_pidfd(self, received: _Received) -> None:
+        """The process may have gone since the event was sent: the kernel looks when it is read."""
+        (pidfd,) = _INT.unpack_from(received.data, _PIDFD_OFFSET)
+        if pidfd < 0:
+            return
+        try:
+            signal.pidfd_send_signal(pidfd, 0)
+        except ProcessLookupError:
+            os.close(pidfd)
+            gone = -errno.ESRCH if self.flags & FAN_REPORT_FD_ERROR else FAN_NOFD
+            _INT.pack_into(received.data, _PIDFD_OFFSET, gone)
+        except PermissionError:
+            pass
 
     def _count_as_read(self) -> None:
         self._read_since_credit += 1
@@ -342,6 +388,18 @@ class _Pollable:
 
 def _has_pidfd(data: bytearray) -> bool:
     return len(data) > _METADATA_LENGTH and data[_METADATA_LENGTH] == _PIDFD_RECORD
+
+
+def _are_of_one(first: _Received, second: _Received) -> bool:
+    """Whether two are notifications of the same file by the same name, and of the same process."""
+    if first.path != second.path or not first.mask & NOTIFICATION_EVENTS:
+        return False
+    if first.data[_PID_OFFSET:_METADATA_LENGTH] != second.data[_PID_OFFSET:_METADATA_LENGTH]:
+        return False
+    if first.fd < 0 or second.fd < 0:
+        return first.fd == second.fd
+    # What is replaced by another file keeps its name.
+    return os.path.sameopenfile(first.fd, second.fd)
 
 
 def _descriptors_of(received: _Received) -> list[int]:

@@ -295,6 +295,7 @@ class DevFuse:
                 # Nobody may switch it off later, when there are marks.
                 max_readahead = 0
         self._operations.negotiated = Init(flags & wanted)
+        self._operations.tells_closers = self._gate.exact and minor >= protocol.NOFLUSH_MINOR
         return protocol.init_out(min(minor, protocol.NEWEST_MINOR), max_readahead, flags & wanted)
 
     def _interrupt(self, request: Request) -> bytes:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Final
 
 from fusehsm.directory import DirectoryStream
+from fusehsm.events import AccessKind
 from fusehsm.gate import Gate
 from fusehsm.handles import OpenFile
 from fusehsm.overlay import RENAME_EXCHANGE, Caller, Node
@@ -111,12 +112,15 @@ class Filesystem:
         handle = self._next_directory
         self._next_directory += 1
         self._directories[handle] = (self._overlay.opendir(node), node, tid)
+        self._gate.notify_of_directory(AccessKind.OPEN, node, tid)
         return handle
 
-    async def readdir(self, handle: int) -> DirectoryStream:
-        """Ask for the permission to read entries of an open directory."""
-        stream, node, tid = self._directory(handle)
-        await self._gate.read_directory(node, tid)
+    async def readdir(self, handle: int, tid: int = 0) -> DirectoryStream:
+        """Ask for the permission to read entries of an open directory; `tid` is who reads, 0 where the engine does not say."""
+        stream, node, opener = self._directory(handle)
+        await self._gate.read_directory(node, tid or opener)
+        # The kernel tells of an empty answer at the end, too (measured on 6.18).
+        self._gate.notify_of_directory(AccessKind.READ_DIRECTORY, node, tid or opener)
         return stream
 
     def fsyncdir(self, handle: int, *, data_only: bool) -> None:
@@ -125,8 +129,10 @@ class Filesystem:
 
     def releasedir(self, handle: int) -> None:
         """The kernel has closed a directory."""
-        self._directory(handle)
-        self._directories.pop(handle)[0].close()
+        stream, node, opener = self._directory(handle)
+        self._gate.notify_of_directory(AccessKind.CLOSE, node, opener)
+        del self._directories[handle]
+        stream.close()
 
     def _directory(self, handle: int) -> tuple[DirectoryStream, Node, int]:
         try:

@@ -117,7 +117,9 @@ class Attribute(enum.IntFlag):
 FOPEN_DIRECT_IO: Final = 1 << 0
 FOPEN_KEEP_CACHE: Final = 1 << 1
 FOPEN_CACHE_DIR: Final = 1 << 3
+FOPEN_NOFLUSH: Final = 1 << 5
 FOPEN_PARALLEL_DIRECT_WRITES: Final = 1 << 6
+NOFLUSH_MINOR: Final = 35  # the first that knows it: Linux 5.16
 READ_LOCKOWNER: Final = 1 << 1  # READ for a call, not for the page cache (measured on 6.1 and 6.18)
 WRITE_CACHE: Final = 1 << 0
 WRITE_KILL_SUIDGID: Final = 1 << 2
@@ -149,6 +151,7 @@ CREATE_IN: Final = struct.Struct("=IIII")
 READ_IN: Final = struct.Struct("=QQIIQII")  # also READDIR
 WRITE_IN: Final = struct.Struct("=QQIIQII")
 RELEASE_IN: Final = struct.Struct("=QIIQ")
+FLUSH_IN: Final = struct.Struct("=QIIQ")
 FSYNC_IN: Final = struct.Struct("=QII")
 SETXATTR_IN: Final = struct.Struct("=II")
 GETXATTR_IN: Final = struct.Struct("=II")
