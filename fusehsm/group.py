@@ -16,6 +16,7 @@ from typing import Any, Final
 from fusehsm.abi import (
     FAN_CLASS_CONTENT,
     FAN_CLASS_PRE_CONTENT,
+    FAN_ENABLE_AUDIT,
     FAN_EVENT_METADATA_LEN,
     FAN_NOFD,
     FAN_Q_OVERFLOW,
@@ -35,6 +36,9 @@ from fusehsm.rules import check_init, fill_buffer, parse_response
 
 #: sysctl fs.fanotify.max_queued_events
 MAX_QUEUED_EVENTS: Final = 16384
+
+# The kernel's own: glibc's, and so Python's, is 0 on 64-bit machines.
+_O_LARGEFILE: Final = 0o100000
 
 _OVERFLOW_SHAPE: Final = EventShape(FAN_Q_OVERFLOW, None, None)
 
@@ -222,6 +226,16 @@ class Group:
     def outstanding_events(self) -> int:
         """How many events have been read and not answered."""
         return len(self._outstanding)
+
+    @property
+    def shown_flags(self) -> int:
+        """The flags of fanotify_init(2) as /proc/PID/fdinfo shows them: without FAN_ENABLE_AUDIT (measured)."""
+        return self.flags & ~FAN_ENABLE_AUDIT
+
+    @property
+    def event_flags(self) -> int:
+        """The flags of open(2) with which event fds are made, as /proc/PID/fdinfo shows them: O_LARGEFILE always."""
+        return self.event_f_flags | _O_LARGEFILE
 
     @property
     def statistics(self) -> dict[str, int]:

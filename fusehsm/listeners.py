@@ -411,6 +411,8 @@ class Listeners:
                 "class": {PRE_CONTENT: "PRE_CONTENT", 1: "CONTENT", 0: "NOTIF"}[group.priority],
                 "abi": group.dialect.name,
                 "pid": group.listener_pid,
+                "flags": group.shown_flags,
+                "event_flags": group.event_flags,
                 "marks": group.marks.describe(),
                 "statistics": group.statistics,
             }

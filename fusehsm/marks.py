@@ -344,7 +344,7 @@ class MarkTable:
             {
                 "type": kind,
                 "inode": inode,
-                "flags": mark.flags,
+                "mflags": mark.flags,
                 "mask": mark.mask,
                 "ignored_mask": mark.ignore_mask,
                 "events": mask_names(mark.mask, self.dialect),

@@ -55,6 +55,7 @@ def _mount_at(path: str) -> Mount:
 
 def _describe(mount: Mount, *, release: bool) -> dict[str, Any]:
     description: dict[str, Any] = {
+        "mount_id": mount.mount_id,
         "destination": mount.mount_point,
         "source": mount.source,
         "device": f"{mount.device[0]}:{mount.device[1]}",
@@ -83,6 +84,23 @@ async def _ask(mount: Mount, question: Request) -> dict[str, Any]:
     )
 
 
+def fdinfo(group: dict[str, Any], mount: dict[str, Any]) -> Iterator[str]:
+    """A group and its marks in the lines that /proc/PID/fdinfo/FD has for one of the kernel (proc_pid_fdinfo(5)): hexadecimal, `sdev` the
+    kernel's own form of a device number. File handles are left out."""
+    yield f"fanotify flags:{group['flags']:x} event-flags:{group['event_flags']:x}"
+    major, minor = map(int, mount["device"].split(":"))
+    device = f"sdev:{major << 20 | minor:x}"
+    for mark in group["marks"]:
+        where = {
+            "inode": f"ino:{mark['inode'] or 0:x} {device}",
+            "mount": f"mnt_id:{mount['mount_id']:x}",
+            "filesystem": device,
+        }[mark["type"]]
+        yield (
+            f"fanotify {where} mflags:{mark['mflags']:x} mask:{mark['mask']:x} ignored_mask:{mark['ignored_mask']:x}"
+        )
+
+
 def _as_text(mount: dict[str, Any]) -> Iterator[str]:
     yield f"{mount['destination']} (from {mount['source']})"
     if "error" in mount:
@@ -94,6 +112,8 @@ def _as_text(mount: dict[str, Any]) -> Iterator[str]:
     for index, group in enumerate(mount["groups"]):
         listener = f", process {group['pid']}" if group.get("pid") else ""
         yield f"  group {index}: {group['class']}, abi {group['abi']}, {len(group['marks'])} marks{listener}"
+        for line in fdinfo(group, mount):
+            yield f"    {line}"
     if not mount["groups"]:
         yield "  no groups: nobody listens"
     for waiter in mount["waiting"]:

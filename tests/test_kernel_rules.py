@@ -99,7 +99,7 @@ class _Pair:
 
     def our_marks(self) -> list[tuple[object, ...]]:
         rows = self.table.describe()
-        return sorted((r["type"], r["inode"] or 0, r["flags"], r["mask"], r["ignored_mask"]) for r in rows)
+        return sorted((r["type"], r["inode"] or 0, r["mflags"], r["mask"], r["ignored_mask"]) for r in rows)
 
 
 def _random_call(chance: random.Random) -> tuple[int, int]:

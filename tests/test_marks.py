@@ -132,7 +132,7 @@ def test_the_table_says_what_it_holds() -> None:
     )
     described = table.describe()
     assert json.loads(json.dumps(described)) == described
-    assert [(m["type"], m["inode"], m["flags"], m["mask"], m["ignored_mask"]) for m in described] == [
+    assert [(m["type"], m["inode"], m["mflags"], m["mask"], m["ignored_mask"]) for m in described] == [
         ("filesystem", None, 0, ALL_PERM, 0),
         ("mount", None, 0x440, 0, A | ONDIR),
         ("inode", 3, EVICTABLE, O | ONDIR, 0),
@@ -288,7 +288,7 @@ def by_definition(table: MarkTable, bit: int, subject: Subject) -> bool:
         own = mark["inode"] in (None, subject.inode)
         if not own and mark["inode"] not in subject.parents:
             continue
-        mask, ignore, flags = (int(str(mark[key])) for key in ("mask", "ignored_mask", "flags"))
+        mask, ignore, flags = (int(str(mark[key])) for key in ("mask", "ignored_mask", "mflags"))
         ignore_flags = ignore if flags & 0x400 else ONDIR | mask & EOC
         if (not subject.is_dir or mask & ONDIR) and (own or mask & EOC):
             asked |= mask

@@ -24,6 +24,7 @@ from fusehsm.abi import (
     FAN_CLASS_NOTIF,
     FAN_CLOEXEC,
     FAN_CLOSE,
+    FAN_ENABLE_AUDIT,
     FAN_EVENT_ON_CHILD,
     FAN_MARK_ADD,
     FAN_MARK_EVICTABLE,
@@ -50,7 +51,9 @@ from fusehsm.abi import (
 from fusehsm.backends.base import Group
 from fusehsm.caller import CallReader, reading
 from fusehsm.conform.accessor import Accessor
+from fusehsm.mountinfo import mount_of
 from tests.conftest import MakeAccessor
+from tests.harness import fusehsm
 from tests.listening import HOLD, PATIENCE
 from tests.table import row_names
 from tests.worlds import (
@@ -935,6 +938,53 @@ async def test_a_file_that_cannot_be_opened(world: World, accessor: Accessor, no
                 assert [one.file for one in await plain.told()] == ["file"]
         finally:
             busy.kill()
+
+
+# What a group looks like from outside
+
+
+def introspected(world: World, group: Group) -> list[str]:
+    """The lines that tell of a group and its marks: its fdinfo, or what `fusehsm status` says; the file's own number as "FILE" etc."""
+    if world.is_kernel:
+        with open(f"/proc/self/fdinfo/{group.fileno()}") as file:
+            lines = [line.split(" fhandle-bytes")[0].strip() for line in file if line.startswith("fanotify")]
+    else:
+        shown = fusehsm("status", world.path).stdout
+        lines = [line.strip() for line in shown.splitlines() if line.startswith("    fanotify")]
+    found = mount_of(str(world.path))
+    major, minor = found.device
+    names = {f"mnt_id:{found.mount_id:x}": "MOUNT", f"sdev:{major << 20 | minor:x}": "DEVICE"}
+    for path in world.path.iterdir():
+        names[f"ino:{path.stat().st_ino:x}"] = path.name
+    return [" ".join(names.get(word, word) for word in line.split()) for line in lines]
+
+
+async def test_introspection(world: World) -> None:
+    path, other = world.file(), world.file("other")
+    (world.backing / "sub").mkdir()
+    flags = PRE_GROUP | FAN_UNLIMITED_MARKS | FAN_ENABLE_AUDIT | FAN_REPORT_TID
+    group = await world.open_group(flags, READ_WRITE)
+    try:
+        for mark_flags, mask, place in (
+            (FAN_MARK_MOUNT, ALL | FAN_EVENT_ON_CHILD, path),
+            (FAN_MARK_FILESYSTEM, PRE_ACCESS | OPEN_PERM, path),
+            (FAN_MARK_EVICTABLE, ALL, path),
+            (FAN_MARK_IGNORE | SURVIVING, FAN_OPEN, path),
+            (FAN_MARK_IGNORED_MASK | SURVIVING, PRE_ACCESS, other),
+            (0, ALL | FAN_ONDIR | FAN_EVENT_ON_CHILD, str(world.path / "sub")),
+        ):
+            await group.mark(FAN_MARK_ADD | mark_flags, mask, path=place)
+        lines = await trio.to_thread.run_sync(introspected, world, group)
+    finally:
+        group.close()
+    assert lines[0] == "fanotify flags:13b event-flags:88002"
+    assert sorted(lines[1:]) == [
+        "fanotify DEVICE mflags:0 mask:110000 ignored_mask:0",
+        "fanotify MOUNT mflags:0 mask:103b ignored_mask:0",
+        "fanotify file DEVICE mflags:440 mask:103b ignored_mask:20",
+        "fanotify other DEVICE mflags:40 mask:0 ignored_mask:100000",
+        "fanotify sub DEVICE mflags:0 mask:4800103b ignored_mask:0",
+    ]
 
 
 async def test_unlimited_queues_and_marks(world: World, accessor: Accessor, notes: TakeNotes) -> None:

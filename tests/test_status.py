@@ -52,7 +52,11 @@ async def test_who_waits_on_which_listener_for_how_long(make_mount: MakeMount, a
         (group,) = now["groups"]
         assert group["class"] == "PRE_CONTENT"
         assert group["abi"] == "linux-6.14"
-        assert len(group["marks"]) == 1
+        (mark,) = group["marks"]
+        assert (mark["type"], mark["inode"], mark["mflags"], mark["ignored_mask"]) == ("mount", None, 0, 0)
+        assert (mark["events"], mark["mask"]) == (["PRE_ACCESS"], 0x100000)
+        assert group["flags"] & 0xC == 8
+        assert group["event_flags"] & 0o100000
         (waiter,) = now["waiting"]
         seconds = waiter.pop("seconds")
         expected = {
@@ -70,6 +74,8 @@ async def test_who_waits_on_which_listener_for_how_long(make_mount: MakeMount, a
         line = rf"waiting [0-9.]+ s on group 0: process {accessor.pid}, PRE_ACCESS 4096\+4096 {re.escape(path)}\n"
         assert re.search(line, shown)
         assert "group 0: PRE_CONTENT, abi linux-6.14, 1 marks" in shown
+        assert re.search(r"\n    fanotify flags:[0-9a-f]+ event-flags:[0-9a-f]+\n", shown)
+        assert re.search(r"\n    fanotify mnt_id:[0-9a-f]+ mflags:0 mask:100000 ignored_mask:0\n", shown)
         assert listener.release() == 1
         assert await call.wait() == bytes(100)
         (after,) = await status(path)
