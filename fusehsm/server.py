@@ -266,7 +266,7 @@ class _EventChannel:
         """The message of an event and its descriptors; None for one that is dropped because its file cannot be opened."""
         descriptors: list[int] = []
         if pending.shape.mask & FAN_Q_OVERFLOW:
-            fd = FAN_NOFD
+            fd = -errno.EBADF if self.group.flags & FAN_REPORT_FD_ERROR else FAN_NOFD
         else:
             fd = next(self._numbers)
             try:

@@ -15,6 +15,7 @@ from fusehsm.conform.accessor import Accessor, Zygote
 from fusehsm.conform.ext4 import ext4_image
 from tests import engines, harness, leftovers
 from tests.harness import Guardian, Mount
+from tests.notes import TakeNotes, note_taker
 from tests.posix_trees import WATCHED, State, Tree, allowing_everything, expect_same
 from tests.requirements import require_pre_content_kernel, require_root
 from tests.worlds import World
@@ -254,6 +255,12 @@ def whole_world(request: pytest.FixtureRequest) -> World:
 def world(whole_world: World, numbers: Iterator[int]) -> World:
     """All worlds, one after the other: an empty directory for the test in each."""
     return whole_world.inside(f"test-{next(numbers)}")
+
+
+@pytest.fixture
+def notes(world: World, make_accessor: MakeAccessor) -> TakeNotes:
+    """`async with notes(*marks, flags=..., event_f_flags=...)`: a group that is read when the test says so (tests/notes.py)."""
+    return note_taker(world, make_accessor())
 
 
 # The worlds of one POSIX expectation

@@ -164,7 +164,8 @@ class InProcessGroup(Group):
         if pending is None:
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         if pending.shape.mask & FAN_Q_OVERFLOW:
-            return [Event(pending.shape.mask, 0, FAN_NOFD, "", None, None, self.dialect)]
+            fd = -errno.EBADF if self.flags & FAN_REPORT_FD_ERROR else FAN_NOFD
+            return [Event(pending.shape.mask, 0, fd, "", None, None, self.dialect)]
         return [self._event(pending)]
 
     def _event(self, pending: Pending) -> Event:
