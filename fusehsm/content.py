@@ -240,11 +240,17 @@ class Content:
         if node.id in self._mtimes:
             self._mtimes[node.id] = status.st_mtime_ns
 
+    def notify(self, access: Access, subject: Subject, node: Node) -> None:
+        """listeners.notify(); who is told has a descriptor of the file, through which it may change it: see believe()."""
+        if self._listeners.notify(access, subject, node) and node.id not in self._asking:
+            self._events[node.id] = time.monotonic()
+            self._doubt(node)
+
     def _notify(self, explanation: Explanation, subject: Subject, node: Node) -> None:
         """Tell of a call whose first piece has just succeeded."""
         if not explanation.continues:
             for access in explanation.accesses:
-                self._listeners.notify(access, subject, node)
+                self.notify(access, subject, node)
 
     @staticmethod
     def _begun(file: OpenFile[Node], explanation: Explanation) -> None:
@@ -386,7 +392,7 @@ class Content:
             )
         await self.modified(file.node)
         if access is not None:
-            self._listeners.notify(access, self._subject_of(file.node), file.node)
+            self.notify(access, self._subject_of(file.node), file.node)
 
     async def copy(
         self,
@@ -417,7 +423,7 @@ class Content:
         await self.modified(target.node)
         if copied:
             for file, access in asked:
-                self._listeners.notify(access, self._subject_of(file.node), file.node)
+                self.notify(access, self._subject_of(file.node), file.node)
         return copied
 
     def seek(self, file: OpenFile[Node], offset: int, whence: int) -> int:

@@ -289,7 +289,7 @@ class Gate:
         file = self._opened(node, flags, descriptor, armed, direct, access.tid, access.pid, uid)
         if self.listeners.notified:
             file.tells_closer = self.listeners.hears_notification(FAN_CLOSE, subject)
-            self.listeners.notify(access, subject, node)
+            self.content.notify(access, subject, node)
         return file, keep
 
     def _opened(
@@ -325,7 +325,7 @@ class Gate:
             writable = file.flags & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR)
             access = Access(AccessKind.CLOSE, pid=pid, tid=tid, writable=writable)
             # While the file is still open: it may have no name any more, by which to open it for a listener.
-            self.listeners.notify(access, self.subject(file.node), file.node)
+            self.content.notify(access, self.subject(file.node), file.node)
         self.handles.release(handle)
 
     def forget(self, node_id: int, count: int) -> bool:
@@ -390,7 +390,7 @@ class Gate:
         """A directory has been opened, read from or closed."""
         if self.listeners.notified:
             access = Access(kind, pid=caller.process_of(tid), tid=tid, directory=True)
-            self.listeners.notify(access, self.subject(node), node)
+            self.content.notify(access, self.subject(node), node)
 
     async def read_directory(self, node: Node, tid: int) -> None:
         """Somebody reads entries of a directory. Raises OSError when it is denied."""

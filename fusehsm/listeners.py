@@ -207,14 +207,16 @@ class Listeners:
         """Whether anybody is to be told of one of these notifications about the subject."""
         return bool(mask & self.notified) and any(group.marks.heard(mask, subject) for group in self.groups)
 
-    def notify(self, access: Access, subject: Subject, node: object) -> None:
-        """Tell every group that hears it of an access that has succeeded. Waits for nobody and never fails."""
+    def notify(self, access: Access, subject: Subject, node: object) -> bool:
+        """Tell every group that hears it of an access that has succeeded; whether there is one. Waits for nobody and never fails."""
         mask = notification(access) & self.notified
         if not mask:
-            return
+            return False
+        told = False
         for group in self.groups:
             heard = group.marks.heard(mask, subject)
             if heard:
+                told = True
                 group.put(
                     EventShape(heard, None, None),
                     pid=access.pid,
@@ -223,6 +225,7 @@ class Listeners:
                     path=self._path_of(node),
                     permission=False,
                 )
+        return told
 
     def hears_content(self, subject: Subject) -> bool:
         """Whether a read of the subject would be asked for now; not so where ignore marks make it resident."""

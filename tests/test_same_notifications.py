@@ -152,6 +152,12 @@ def splice_in(descriptor: int, other: str) -> None:
     os.splice(reader, descriptor, 3, offset_dst=0)
 
 
+def send_in(descriptor: int, other: str) -> None:
+    source = os.open(other, os.O_RDONLY)
+    os.sendfile(descriptor, source, 0, 1000)
+    os.close(source)
+
+
 def copy_from_other(descriptor: int, other: str) -> None:
     source = os.open(other, os.O_RDONLY)
     os.copy_file_range(source, descriptor, 5000, 0, 0)
@@ -196,6 +202,7 @@ CALLS = [
     Call(send_from_the_end),
     Call(splice_out, ["file ACCESS"]),
     Call(splice_in, ["file MODIFY"]),
+    Call(send_in, ["other ACCESS|CLOSE_NOWRITE|OPEN", "file MODIFY"]),
     Call(copy_from_other, ["other ACCESS|CLOSE_NOWRITE|OPEN", "file MODIFY"]),
 ]
 

@@ -88,6 +88,25 @@ async def test_event_descriptors(world: World, accessor: Accessor, notes: TakeNo
         assert await group.names() == []
 
 
+async def test_what_is_changed_through_it(world: World, accessor: Accessor, notes: TakeNotes) -> None:
+    """Is seen by the accessor, although it does not wait for that."""
+    path = world.file()
+    async with notes(event_f_flags=READ_WRITE) as group:
+        descriptor = await accessor.run("open", path, os.O_RDONLY)
+        (event,) = await group.read()
+        for size in (100, 50000):
+            assert await accessor.run(size_of, descriptor) != size
+            os.ftruncate(event.fd, size)
+            with trio.fail_after(PATIENCE):
+                while await accessor.run(size_of, descriptor) != size:
+                    assert not world.is_kernel
+        close(event)
+
+
+def size_of(descriptor: int) -> int:
+    return os.fstat(descriptor).st_size
+
+
 async def test_pidfds(world: World, make_accessor: MakeAccessor, notes: TakeNotes) -> None:
     path = world.file()
     async with notes(flags=NOTIF_GROUP | FAN_REPORT_PIDFD) as group:
