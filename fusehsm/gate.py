@@ -341,6 +341,8 @@ class Gate:
 
     def forgotten(self, node: Node) -> None:
         """The kernel has forgotten a node, its pages with it."""
+        for group in self.listeners.groups:
+            group.marks.evicted(node.id)
         self._stale.forget(node.id)
         self.content.forgotten(node.id)
         self.handles.forget(node)

@@ -231,6 +231,18 @@ def test_which_bits_of_a_mask_are_heard() -> None:
     assert table.heard(FAN_OPEN | FAN_ACCESS, Subject(7, (2,), False)) == FAN_OPEN
 
 
+def test_evictable_marks_go_with_their_inode() -> None:
+    table = table_with(
+        (ADD | EVICTABLE, FAN_OPEN, 5),
+        (ADD | EVICTABLE, FAN_OPEN, 6),
+        (ADD, FAN_ACCESS, 6),
+        (ADD, FAN_OPEN, 7),
+    )
+    for inode in (5, 6, 7, 8):
+        table.evicted(inode)
+    assert [mark["inode"] for mark in table.describe()] == [6, 7]
+
+
 def test_which_notifications_are_asked_for_anywhere() -> None:
     table = table_with(
         (ADD | FS, FAN_OPEN | P, None), (ADD, FAN_ACCESS, 5), (ADD | IGNORE_SURV, FAN_MODIFY, 5)

@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 from functools import partial
+from pathlib import Path
 
 import pytest
 import trio
@@ -264,6 +265,33 @@ async def masks_and_descriptors(group: Group) -> list[tuple[int, int]]:
                 close(event)
                 found.append((event.mask, min(event.fd, 0)))
     return found
+
+
+async def test_evictable_marks(world: World) -> None:
+    """They go when the kernel needs the inode's memory; a mark that is not evictable keeps it."""
+    kinds = {
+        "evictable": [FAN_MARK_EVICTABLE],
+        "ignoring": [FAN_MARK_EVICTABLE | FAN_MARK_IGNORE | SURVIVING],
+        "kept": [0],
+        "kept-later": [FAN_MARK_EVICTABLE, 0],
+    }
+    for kind in kinds:
+        world.file(kind, size=0)
+    group = await world.open_group()
+    try:
+        for kind, all_flags in kinds.items():
+            for flags in all_flags:
+                await group.mark(FAN_MARK_ADD | flags, FAN_OPEN, path=str(world.path / kind))
+        with trio.fail_after(PATIENCE):
+            left = set(kinds)
+            while len(left) > 2:
+                # Names and inodes only, of which pages hold none here: a blunter tool than memory running out.
+                await trio.to_thread.run_sync(Path("/proc/sys/vm/drop_caches").write_text, "2")
+                lines = await trio.to_thread.run_sync(introspected, world, group)
+                left = {kind for kind in kinds if any(f" {kind} " in line for line in lines)}
+    finally:
+        group.close()
+    assert left == {"kept", "kept-later"}
 
 
 # The same flags with permission events

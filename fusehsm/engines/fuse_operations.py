@@ -260,6 +260,7 @@ class Operations:
         if self._policy.keeps_pages(file) and keep:
             flags |= protocol.FOPEN_KEEP_CACHE
         if self.tells_closers and not file.tells_closer:
+            # Nothing to learn from a close(2). What a mapping has written is then written back at munmap(2) or msync(2), not at close(2).
             flags |= protocol.FOPEN_NOFLUSH
         return protocol.OPEN_OUT.pack(file.handle, flags, 0)
 
