@@ -71,10 +71,10 @@ def test_the_emulator_as_the_kernel(
     known = tuple(name for name in workload.divergences if applying(name, emulated.engine))
     if workload.unsteady and not known:
         return  # what was recorded once is no measure; `fusehsm conform` compares with the kernel as it does it now
-    comparison = Comparison(
+    comparison = performer.compare(
         workload,
         recording.kernel[workload.key],
-        performer.perform(workload, emulated),
+        emulated,
         known,
         recording.emulated.get(f"{emulated.engine}: {workload.key}"),
     )

@@ -15,7 +15,7 @@ from fusehsm.conform.accessor import Zygote
 from fusehsm.conform.perform import Performer
 from fusehsm.conform.sequences import Step, sequence
 from fusehsm.conform.sides import Side, emulated_side, kernel_side
-from fusehsm.conform.verdict import Comparison, Verdict
+from fusehsm.conform.verdict import Verdict
 from fusehsm.conform.workload import Workload
 from fusehsm.divergences import applying
 from tests.conform_machine import machine
@@ -59,9 +59,7 @@ def test_sequences(
 
     def compare(steps: list[Step]) -> list[str]:
         workload = Workload("sequences", "drawn", sequence(steps))
-        comparison = Comparison(
-            workload, performer.perform(workload, kernel), performer.perform(workload, emulated), ()
-        )
+        comparison = performer.compare(workload, performer.perform(workload, kernel), emulated, (), None)
         return [] if comparison.verdict is Verdict.IDENTICAL else comparison.difference()
 
     wanted = pytestconfig.getoption("--sequences")

@@ -104,10 +104,10 @@ def _compare(
         if workload.needs_root and os.geteuid() != 0:
             yield Comparison(workload, wanted, [], (), left_out=True)
             continue
-        yield Comparison(
+        yield performer.compare(
             workload,
             wanted,
-            performer.perform(workload, emulated),
+            emulated,
             tuple(name for name in workload.divergences if applying(name, emulated.engine)),
             None if anew else recording.emulated.get(f"{emulated.engine}: {workload.key}"),
         )

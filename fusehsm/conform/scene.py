@@ -38,7 +38,7 @@ from fusehsm.abi import (
 from fusehsm.backends.base import Group
 from fusehsm.conform.accessor import Accessor, AccessorDied, Call, Zygote
 from fusehsm.conform.sides import Side
-from fusehsm.conform.stream import Did, Stream, heard, shown
+from fusehsm.conform.stream import Did, Heard, Stream, heard, shown
 
 PAGE = 4096
 MIB = 1 << 20
@@ -90,9 +90,10 @@ def allow(question: Question) -> int:
 class Listener:
     """A group in a scene and who reads it. What it reads is in the scene's stream, in order."""
 
-    def __init__(self, scene: "Scene", name: str, group: Group, answer: Answer) -> None:
+    def __init__(self, scene: "Scene", name: str, group: Group, answer: Answer, *, lazy: bool) -> None:
         self.group = group
         self.name = name
+        self.lazy = lazy
         self.held: list[RawEvent] = []
         self._scene = scene
         self._answer = answer
@@ -130,6 +131,12 @@ class Listener:
             for event in decode_events(DIALECT, data):
                 self._take(event, data[start : start + event.length])
                 start += event.length
+
+    async def read_until(self, name: str) -> None:
+        """Read until an event of the file of that name has come."""
+        while not any(isinstance(entry, Heard) and entry.path == name for entry in self._scene.stream):
+            await self.group.wait_readable()
+            self.drain()
 
     async def run(self) -> None:
         """Read until close()."""
@@ -275,9 +282,10 @@ class Scene:
         self.stream.append(Did(who, what, shown(result)))
 
     def settle(self) -> None:
-        """Let all listeners read what they have."""
+        """Let all listeners read what they have, but the lazy ones."""
         for listener in self.listeners:
-            listener.drain()
+            if not listener.lazy:
+                listener.drain()
 
     # Listeners
 
@@ -293,10 +301,10 @@ class Scene:
         answer: Answer = allow,
         lazy: bool = False,
     ) -> Listener:
-        """A group with those marks, and who reads it: at once, or (`lazy`) only when a call has ended."""
+        """A group with those marks, and who reads it: at once, or (`lazy`) when the script says so."""
         name = f"group {len(self.listeners) + 1}"
         group = await self.side.open_group(flags, event_f_flags)
-        listener = Listener(self, name, group, answer)
+        listener = Listener(self, name, group, answer, lazy=lazy)
         self.listeners.append(listener)
         for mark in marks:
             path = self.path / mark.name if mark.name else self.path

@@ -14,6 +14,7 @@ from fusehsm.conform.workloads import (
     mapping,
     marks,
     names,
+    notifying,
     opening,
     processes,
     programs,
@@ -38,6 +39,7 @@ _FAMILIES = (
     marks,
     groups,
     calls,
+    notifying,
     uring,
     programs,
 )

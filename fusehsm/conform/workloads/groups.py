@@ -221,6 +221,7 @@ async def killed_while_queued(scene: Scene) -> None:
     await listener.group.wait_readable()
     victim.kill()
     await scene.end(call, "pread_path", victim)
+    listener.drain()
 
 
 MASKS = {"O": FAN_OPEN_PERM, "P": PRE_ACCESS, "A": EVERYTHING & ~PRE_ACCESS & ~FAN_OPEN_PERM}

@@ -1,0 +1,199 @@
+"""Notifications with a descriptor: OPEN, OPEN_EXEC, ACCESS, MODIFY, CLOSE_WRITE, CLOSE_NOWRITE; what is merged, and who is told."""
+
+import os
+import shutil
+from collections.abc import Callable
+
+from fusehsm.abi import (
+    FAN_ACCESS,
+    FAN_CLASS_CONTENT,
+    FAN_CLASS_NOTIF,
+    FAN_CLOEXEC,
+    FAN_CLOSE,
+    FAN_CLOSE_WRITE,
+    FAN_EVENT_ON_CHILD,
+    FAN_MARK_FILESYSTEM,
+    FAN_MARK_IGNORE,
+    FAN_MARK_IGNORED_SURV_MODIFY,
+    FAN_MARK_MOUNT,
+    FAN_MODIFY,
+    FAN_ONDIR,
+    FAN_OPEN,
+    FAN_REPORT_FD_ERROR,
+    FAN_REPORT_PIDFD,
+    FAN_REPORT_TID,
+    NOTIFICATION_EVENTS,
+)
+from fusehsm.conform.scene import EVERYTHING, MIB, PAGE, PRE_ACCESS, PRE_GROUP, Mark, Question, Scene
+from fusehsm.conform.workload import Workload
+from fusehsm.conform.workloads import (
+    allocating,
+    copying,
+    executing,
+    mapping,
+    opening,
+    processes,
+    reading,
+    truncating,
+    writing,
+)
+
+NOTIF_GROUP = FAN_CLASS_NOTIF | FAN_CLOEXEC
+ALL = Mark(NOTIFICATION_EVENTS, "", FAN_MARK_FILESYSTEM)
+FENCE = "fence"
+
+
+async def fenced(scene: Scene, act: Callable[..., object] | str, *arguments: object) -> None:
+    """The call, and the end of its accessor, which closes all it has open; what another one then opens is the last to be heard of."""
+    accessor = scene.accessor()
+    await scene.call(act, *arguments, by=accessor)
+    accessor.kill()
+    accessor.wait_exit()
+    await scene.accessor().run("open", str(scene.path / FENCE), os.O_RDONLY)
+
+
+def row(
+    name: str,
+    act: Callable[..., object],
+    *arguments: object,
+    marks: tuple[Mark, ...] = (ALL,),
+    flags: int = NOTIF_GROUP,
+    size: int = 20000,
+    differs: str | tuple[str, ...] = (),
+    make: Callable[[Scene], str] | None = None,
+) -> Workload:
+    """The call, for a group that reads when all is over, so that what is merged does not hang on time."""
+
+    async def script(scene: Scene) -> None:
+        path = make(scene) if make else scene.file(size=size)
+        scene.file("other", size=size)
+        scene.file(FENCE)
+        listener = await scene.listen(*marks, Mark(FAN_OPEN, FENCE), flags=flags, lazy=True)
+        await fenced(scene, act, path, *arguments)
+        await listener.read_until(FENCE)
+
+    return Workload("notifying", name, script, differs)
+
+
+def program(scene: Scene) -> str:
+    """A copy of true(1)."""
+    shutil.copy(shutil.which("true") or "/bin/true", scene.backing / "file")
+    return str(scene.path / "file")
+
+
+async def beside_permission_events(scene: Scene) -> None:
+    """One group for both: one queue."""
+    path = scene.file()
+    scene.file(FENCE)
+    marks = (scene.everywhere(), ALL)
+    listener = await scene.listen(*marks)
+    accessor = scene.accessor()
+    descriptor = await scene.call("open", path, os.O_RDWR, by=accessor)
+    await scene.call("pread", descriptor, 100, 5000, by=accessor)
+    await scene.call("pwrite", descriptor, b"new", 5000, by=accessor)
+    await scene.call("ftruncate", descriptor, 5000, by=accessor)
+    await accessor.run("close", descriptor)
+    await accessor.run("open", str(scene.path / FENCE), os.O_RDONLY)
+    await listener.read_until(FENCE)
+
+
+async def after_a_denial(scene: Scene) -> None:
+    """What is denied is not notified."""
+    path = scene.file()
+    scene.file(FENCE)
+
+    def answer(question: Question) -> int:
+        return 5 if question.path == "file" else 0
+
+    notified = await scene.listen(ALL, flags=NOTIF_GROUP, lazy=True)
+    for mask in (EVERYTHING, PRE_ACCESS):
+        listener = await scene.listen(scene.everywhere(mask), answer=answer)
+        await scene.call("pread_path", path, 100, 0)
+        await scene.call("pwrite_path", path, b"new", 0)
+        listener.close()
+    await scene.accessor().run("open", str(scene.path / FENCE), os.O_RDONLY)
+    await notified.read_until(FENCE)
+
+
+async def two_processes(scene: Scene) -> None:
+    """What different processes do is not merged."""
+    path = scene.file()
+    scene.file(FENCE)
+    listener = await scene.listen(ALL, flags=NOTIF_GROUP, lazy=True)
+    for accessor in (scene.accessor(), scene.accessor()):
+        await scene.call("open", path, os.O_RDONLY, by=accessor)
+    await scene.accessor().run("open", str(scene.path / FENCE), os.O_RDONLY)
+    await listener.read_until(FENCE)
+
+
+MASKS = {
+    "OPEN": FAN_OPEN,
+    "ACCESS": FAN_ACCESS,
+    "MODIFY": FAN_MODIFY,
+    "CLOSE": FAN_CLOSE,
+    "CLOSE_WRITE": FAN_CLOSE_WRITE,
+}
+WORKLOADS = [
+    row("open for reading", opening.open_with, os.O_RDONLY),
+    row("open for writing", opening.open_with, os.O_WRONLY),
+    row("open with O_TRUNC", opening.open_with, os.O_RDWR | os.O_TRUNC),
+    row("open with O_CREAT", opening.open_with, os.O_RDWR | os.O_CREAT, "new"),
+    row("open of nothing", opening.open_with, os.O_RDONLY, "missing"),
+    row("O_PATH", opening.open_with, os.O_PATH),
+    row("pread", reading.pread, 100, 5000),
+    row("a large pread", reading.pread, 3 * MIB, 5, size=4 * MIB),
+    row("pread past the end", reading.pread, 100, 30000),
+    row("reads on", reading.read_on, 5000, 3),
+    row("readv", reading.readv, [100, 5000]),
+    row("pwrite", writing.pwrite_only, 100, 5000),
+    row("a large pwrite", writing.pwrite_only, 3 * MIB, 5),
+    row("append", writing.write_on, [10, 20], os.O_APPEND),
+    row("write and read", writing.write_and_read),
+    row("truncate", truncating.truncate, 5000),
+    row("ftruncate", truncating.ftruncate, 5000),
+    row("fallocate", allocating.fallocate, 0, 5000, 100, differs="fallocate"),
+    row("sendfile", copying.send, 100, 1000),
+    row("sendfile to a file", copying.send_to_file, 20000),
+    row("copy_file_range", copying.copy_range, 5000, 100, 5000, "other"),
+    row("splice to a file", copying.splice_to, 5000, 100),
+    row("a mapping", mapping.map_and_touch, 8192, 0, [5000]),
+    row("threads", processes.read_in_threads_one_after_the_other),
+    row(
+        "threads with REPORT_TID",
+        processes.read_in_threads_one_after_the_other,
+        flags=NOTIF_GROUP | FAN_REPORT_TID,
+    ),
+    row("a child", processes.read_in_child, 100, differs=("pid", "who closes")),
+    row("a program", executing.execute, make=program),
+    row("names and attributes", opening.do_nothing_to_open_file),
+    row(
+        "a directory",
+        opening.list_directory,
+        marks=(Mark(NOTIFICATION_EVENTS | FAN_ONDIR, "", FAN_MARK_FILESYSTEM),),
+    ),
+    row("a directory, without ONDIR", opening.list_directory),
+    *(
+        row(f"{name} only", writing.write_and_read, marks=(Mark(mask, "file"),))
+        for name, mask in MASKS.items()
+    ),
+    row("children", writing.write_and_read, marks=(Mark(NOTIFICATION_EVENTS | FAN_EVENT_ON_CHILD),)),
+    row("the mount", writing.write_and_read, marks=(Mark(NOTIFICATION_EVENTS, "", FAN_MARK_MOUNT),)),
+    row(
+        "ignored",
+        *(writing.write_and_read,),
+        marks=(ALL, Mark(FAN_MODIFY | FAN_ACCESS, "file", FAN_MARK_IGNORE | FAN_MARK_IGNORED_SURV_MODIFY)),
+    ),
+    row("class CONTENT", writing.write_and_read, flags=FAN_CLASS_CONTENT | FAN_CLOEXEC),
+    row("class PRE_CONTENT", writing.write_and_read, flags=PRE_GROUP),
+    row("REPORT_PIDFD", reading.pread, 100, PAGE, flags=NOTIF_GROUP | FAN_REPORT_PIDFD),
+    row(
+        "REPORT_PIDFD and FD_ERROR",
+        reading.pread,
+        100,
+        PAGE,
+        flags=NOTIF_GROUP | FAN_REPORT_PIDFD | FAN_REPORT_FD_ERROR,
+    ),
+    Workload("notifying", "beside permission events", beside_permission_events),
+    Workload("notifying", "after a denial", after_a_denial),
+    Workload("notifying", "two processes", two_processes),
+]
