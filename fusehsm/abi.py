@@ -156,12 +156,13 @@ class Dialect:
     #: A read makes its pre-content event before ACCESS_PERM, else after it.
     pre_content_first: bool
     truncate_event: bool
-    #: mmap() makes an event for the whole mapping.
+    #: mmap() makes an event for the whole mapping, and page faults none; else each page fault makes its own.
     map_event: bool
-    #: A page fault makes ACCESS_PERM (a reading one) and a pre-content event of its own.
-    fault_event: bool
     #: Directories make pre-content events for marks with FAN_ONDIR; where not, FAN_ONDIR with the bit is an error.
     directory_events: bool
+    #: FAN_MARK_ADD of pre-content events looks at the object's kind before the event flags of a FAN_MARK_IGNORE, else after
+    #: them: which of EINVAL and ENOTDIR comes, where both are due (kernel: ``fanotify_events_supported``).
+    kind_check_first: bool
     deny_errnos: frozenset[int] = DENY_ERRNOS
 
     @property
@@ -191,8 +192,8 @@ LINUX_6_14: Final = Dialect(
     pre_content_first=True,
     truncate_event=True,
     map_event=True,
-    fault_event=False,
     directory_events=False,
+    kind_check_first=True,
 )
 PATCH_V2: Final = Dialect(
     name="patch-v2",
@@ -205,8 +206,8 @@ PATCH_V2: Final = Dialect(
     pre_content_first=False,
     truncate_event=False,
     map_event=False,
-    fault_event=True,
     directory_events=True,
+    kind_check_first=False,
 )
 PATCH_V1: Final = Dialect(
     name="patch-v1",
@@ -219,8 +220,8 @@ PATCH_V1: Final = Dialect(
     pre_content_first=False,
     truncate_event=False,
     map_event=False,
-    fault_event=False,
     directory_events=True,
+    kind_check_first=False,
 )
 DIALECTS: Final[Mapping[str, Dialect]] = MappingProxyType(
     {dialect.name: dialect for dialect in (LINUX_6_14, PATCH_V2, PATCH_V1)}

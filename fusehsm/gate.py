@@ -230,21 +230,23 @@ class Gate:
         return await self._open_armed(access, subject, node, flags, descriptor, armed, uid)
 
     async def created(
-        self, node: Node, flags: int, descriptor: int, tid: int, uid: int
+        self, node: Node, flags: int, descriptor: int, tid: int, uid: int, *, unnamed: bool = False
     ) -> tuple[OpenFile[Node], bool]:
-        """A file has just been created and opened: it stays created even if its open is denied, as in the kernel."""
+        """A file has just been created and opened (`unnamed`: by O_TMPFILE): it stays created even if its open is denied, as in the kernel."""
         flags &= ~(_FMODE_EXEC | os.O_DIRECT)
         if self.listeners.idle:
             return self._opened(node, flags, descriptor, Armed.NO, False, tid, 0, uid), True
         try:
-            access, subject, armed = await self._ask_to_open(node, flags, tid, executing=False)
+            access, subject, armed = await self._ask_to_open(
+                node, flags, tid, executing=False, unnamed=unnamed
+            )
         except BaseException:
             os.close(descriptor)
             raise
         return await self._open_armed(access, subject, node, flags, descriptor, armed, uid)
 
     async def _ask_to_open(
-        self, node: Node, flags: int, tid: int, *, executing: bool
+        self, node: Node, flags: int, tid: int, *, executing: bool, unnamed: bool = False
     ) -> tuple[Access, Subject, Armed]:
         """Ask for the permission to open; what was asked, about what, and how the file is armed. Raises OSError when it is denied."""
         subject = self.subject(node)
@@ -254,9 +256,11 @@ class Gate:
             AccessKind.OPEN,
             pid=caller.process_of(tid),
             tid=tid,
-            writable=flags & os.O_ACCMODE != os.O_RDONLY,
+            # The access mode 3, for ioctl(2) only, may not write (FMODE_WRITER).
+            writable=flags & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR),
             exec=executing,
             directory=node.is_dir,
+            unnamed=unnamed,
         )
         await self.content.ask(access, subject, node, Armed.ALL, only=FAN_OPEN_PERM | FAN_OPEN_EXEC_PERM)
         return access, subject, armed
@@ -394,10 +398,12 @@ class Gate:
             access = Access(kind, pid=caller.process_of(tid), tid=tid, directory=True)
             self.content.notify(access, self.subject(node), node)
 
-    async def read_directory(self, node: Node, tid: int) -> None:
-        """Somebody reads entries of a directory. Raises OSError when it is denied."""
+    async def read_directory(self, node: Node, position: int, tid: int) -> None:
+        """Somebody reads entries of a directory, from a position on. Raises OSError when it is denied."""
         if not self.listeners.idle:
-            access = Access(AccessKind.READ_DIRECTORY, 0, 0, caller.process_of(tid), tid, directory=True)
+            access = Access(
+                AccessKind.READ_DIRECTORY, position, 0, caller.process_of(tid), tid, directory=True
+            )
             await self.listeners.ask(access, self.subject(node), node, armed=Armed.ALL)
 
     def file_status(self, handle: int) -> os.stat_result:

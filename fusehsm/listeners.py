@@ -290,11 +290,21 @@ class Listeners:
             held = True
 
     def _hearers(self, shape: EventShape, subject: Subject, dialect: Dialect) -> list[Group]:
+        if shape.with_pre_content and not self._watches_itself(subject, dialect):
+            return []
         return [
             group
             for group in self.groups
             if group.dialect is dialect and group.marks.hears(shape.mask, subject)
         ]
+
+    def _watches_itself(self, subject: Subject, dialect: Dialect) -> bool:
+        """Whether pre-content events of that dialect are watched for on the subject, or on all of the mount; its parents do not count."""
+        itself = subject._replace(parents=())
+        return any(
+            group.dialect is dialect and group.marks.watched(itself) & dialect.pre_content
+            for group in self.groups
+        )
 
     def _shapes(self, access: Access, armed: Armed, only: int) -> Sequence[tuple[Dialect, EventShape]]:
         return [

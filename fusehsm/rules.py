@@ -215,19 +215,15 @@ def _check_object(dialect: Dialect, flags: int, mask: int, object_kind: ObjectKi
     # fanotify_events_supported(), then the FAN_MARK_IGNORE check of do_fanotify_mark(), in that order.
     directory = object_kind is ObjectKind.DIRECTORY
     inode_mark = flags & FAN_MARK_TYPE_MASK == FAN_MARK_INODE
-    if mask & dialect.pre_content and object_kind is ObjectKind.OTHER:
-        raise _invalid("fanotify_mark: pre-content events exist only for regular files and directories")
-    if mask & dialect.pre_modify and directory:
-        # Patch 05 looks at the path's own kind, whatever the mark's type is.
-        raise _invalid(
-            "fanotify_mark: FAN_PRE_MODIFY cannot be set through a directory; name a regular file",
-            errno.EISDIR,
-        )
+    if dialect.kind_check_first:
+        _check_kind(dialect, mask, object_kind)
     if inode_mark and not directory and flags & FAN_MARK_IGNORE and mask & FAN_EVENT_FLAGS:
         raise _invalid(
             "fanotify_mark: FAN_ONDIR and FAN_EVENT_ON_CHILD of a FAN_MARK_IGNORE need a directory",
             errno.ENOTDIR,
         )
+    if not dialect.kind_check_first:
+        _check_kind(dialect, mask, object_kind)
     if flags & FAN_MARK_IGNORE and not flags & FAN_MARK_IGNORED_SURV_MODIFY:
         if not inode_mark:
             raise _invalid(
@@ -236,6 +232,17 @@ def _check_object(dialect: Dialect, flags: int, mask: int, object_kind: ObjectKi
         if directory:
             message = "fanotify_mark: FAN_MARK_IGNORE on a directory needs FAN_MARK_IGNORED_SURV_MODIFY"
             raise _invalid(message, errno.EISDIR)
+
+
+def _check_kind(dialect: Dialect, mask: int, object_kind: ObjectKind) -> None:
+    if mask & dialect.pre_content and object_kind is ObjectKind.OTHER:
+        raise _invalid("fanotify_mark: pre-content events exist only for regular files and directories")
+    if mask & dialect.pre_modify and object_kind is ObjectKind.DIRECTORY:
+        # Patch 05 looks at the path's own kind, whatever the mark's type is.
+        raise _invalid(
+            "fanotify_mark: FAN_PRE_MODIFY cannot be set through a directory; name a regular file",
+            errno.EISDIR,
+        )
 
 
 def parse_response(

@@ -84,9 +84,8 @@ def test_the_postings(dialect: Dialect, access: Access, expected: list[Expected]
         (LINUX_6_14, True, []),
         (PATCH_V2, False, [(A, None, None), (OLD_P, 8192, 4096)]),
         (PATCH_V2, True, [(OLD_M, 8192, 4096)]),
-        # No event of its own: the page still has to be asked for.
-        (PATCH_V1, False, [(OLD_P, 8192, 4096)]),
-        (PATCH_V1, True, [(OLD_P, 8192, 4096)]),
+        (PATCH_V1, False, [(A, None, None), (OLD_P, 8192, 4096)]),
+        (PATCH_V1, True, [(OLD_M, 8192, 4096)]),
     ],
 )
 def test_page_faults(dialect: Dialect, writable: bool, expected: list[Expected]) -> None:

@@ -115,10 +115,11 @@ class Filesystem:
         self._gate.notify_of_directory(AccessKind.OPEN, node, tid)
         return handle
 
-    async def readdir(self, handle: int, tid: int = 0) -> DirectoryStream:
-        """Ask for the permission to read entries of an open directory; `tid` is who reads, 0 where the engine does not say."""
+    async def readdir(self, handle: int, position: int, tid: int = 0) -> DirectoryStream:
+        """Ask for the permission to read entries of an open directory, from a position on; `tid` is who reads, 0 where the engine does not
+        say."""
         stream, node, opener = self._directory(handle)
-        await self._gate.read_directory(node, tid or opener)
+        await self._gate.read_directory(node, position, tid or opener)
         # The kernel tells of an empty answer at the end, too (measured on 6.18).
         self._gate.notify_of_directory(AccessKind.READ_DIRECTORY, node, tid or opener)
         return stream

@@ -295,7 +295,9 @@ class Operations:
         parent = self._overlay.node(request.node_id)
         node, status, descriptor = self._overlay.create_unnamed(parent, flags, mode, caller)
         try:
-            file, keep = await self._gate.created(node, flags, descriptor, caller.pid, caller.uid)
+            file, keep = await self._gate.created(
+                node, flags, descriptor, caller.pid, caller.uid, unnamed=True
+            )
         except BaseException:
             self._gate.forget(node.id, 1)
             raise
@@ -394,11 +396,10 @@ class Operations:
 
     async def _entries(self, request: Request, *, plus: bool) -> bytes:
         handle, offset, size, _, _, _, _ = protocol.READ_IN.unpack_from(request.body)
-        stream = (
-            await self._filesystem.readdir(handle, request.pid)
-            if handle
-            else self._unopened_directory(request)
-        )
+        if handle:
+            stream = await self._filesystem.readdir(handle, offset, request.pid)
+        else:
+            stream = self._unopened_directory(request)
         answer = bytearray()
         with closing(stream.entries(offset, dots=True)) as entries:
             for entry in entries:

@@ -239,7 +239,7 @@ class Operations(pyfuse3.Operations):
 
     @_errors_to_fuse
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        stream = await self._filesystem.readdir(fh)
+        stream = await self._filesystem.readdir(fh, start_id)
         with closing(stream.entries(start_id, dots=True)) as entries:
             for entry in entries:
                 # A reply that was taken counts as a lookup of the entry, one that did not fit does not.
