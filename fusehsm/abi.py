@@ -209,6 +209,8 @@ PATCH_V2: Final = Dialect(
     directory_events=True,
     kind_check_first=False,
 )
+# The bits are those that programs for it have (its proof of concept, remote-fetch.c); its own headers had 0x00100000 and 0x00200000, changed with
+# the second posting.
 PATCH_V1: Final = Dialect(
     name="patch-v1",
     pre_access=0x00080000,

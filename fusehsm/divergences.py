@@ -1,4 +1,5 @@
-"""Where the emulator differs from a real kernel (Linux 6.14 and later), and on which side it errs. None is silent.
+"""Where the emulator differs from a real kernel (Linux 6.14 and later; for patch-v1 and patch-v2 from the series as it was posted), and on which
+side it errs. None is silent.
 
 One list, from which the README's table is made and against which `fusehsm conform` will judge; each entry names the test that shows it.
 Run this module to print the table.
@@ -288,10 +289,41 @@ DIVERGENCES: Final = (
     ),
     Divergence(
         name="page cache (patch-v1, patch-v2)",
-        difference="sendfile(2) and splice(2) ask for whole pages; a fault in a writable shared mapping asks for PRE_ACCESS besides PRE_MODIFY.",
-        reason="Those versions ask for exactly the accessor's bytes, or only for PRE_MODIFY, and the rest of the page would be cached unasked.",
+        difference="sendfile(2) and splice(2) from a file ask for whole pages.",
+        reason="Those versions ask for exactly the accessor's bytes, and the rest of the page would be cached unasked.",
         safe="More is asked.",
         test="test_page_cache_in_the_old_dialects",
+    ),
+    Divergence(
+        name="copies (patch-v1, patch-v2)",
+        difference="copy_file_range(2) asks for whole pages of its source.",
+        reason="pyfuse3 has no handler for it, and without one the kernel copies through its page cache.",
+        safe="More is asked.",
+        test="test_copies_in_the_old_dialects",
+        engines=("pyfuse3",),
+    ),
+    Divergence(
+        name="page faults (patch-v1, patch-v2)",
+        difference="In a writable shared mapping a page fault asks for PRE_MODIFY (if nobody hears that, PRE_ACCESS), in any other for ACCESS_PERM "
+        "and PRE_ACCESS; as posted, a fault that writes asks for the one and a fault that reads for the others.",
+        reason="FUSE does not tell its server what the page is wanted for.",
+        safe="No page comes in unasked; what is written into a private mapping never reaches the file.",
+        test="test_page_faults_in_the_old_dialects",
+    ),
+    Divergence(
+        name="page faults and marks on directories (patch-v1, patch-v2)",
+        difference="A mark on a directory's children hears their page faults (PRE_ACCESS and PRE_MODIFY); as posted, it does not.",
+        reason="A mapping would show a stub's zeros.",
+        safe="More is asked.",
+        test="test_page_faults_and_marks_on_directories_in_the_old_dialects",
+    ),
+    Divergence(
+        name="files opened before the mark (patch-v1, patch-v2)",
+        difference="Through a descriptor opened while the file was not watched, reads ask for what enters the page cache: whole pages, PRE_ACCESS "
+        "alone; as posted, for ACCESS_PERM and for exactly the accessor's bytes, each time.",
+        reason="Files that nobody watches have the page cache, which an open file cannot be made to do without later.",
+        safe="Every byte has been asked for since it is watched.",
+        test="test_files_opened_before_the_mark_in_the_old_dialects",
     ),
     Divergence(
         name="killed with a passed descriptor",

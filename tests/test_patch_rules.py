@@ -36,8 +36,11 @@ AREA_PERM = "02+03, include/linux/fsnotify.h, fsnotify_file_area_perm"
 FILE_PERM = "03, include/linux/fsnotify.h, fsnotify_file_perm"
 FILE_RANGE = "06, include/linux/fsnotify.h, fsnotify_file_range"
 DO_OPEN = "03, fs/namei.c, do_open"
-FAULT = "13, mm/filemap.c, filemap_maybe_emit_fsnotify_event"
-WATCHES = "10, fs/notify/fsnotify.c, fsnotify_file_has_pre_content_watches"
+FAULT = "13, mm/filemap.c, filemap_maybe_emit_fsnotify_event; v1 10, mm/filemap.c, filemap_fault"
+WATCHES = (
+    "10, fs/notify/fsnotify.c, fsnotify_file_has_pre_content_watches; "
+    "v1 10, fs/notify/fsnotify.c, fsnotify_file_has_content_watches"
+)
 EVENTS_SUPPORTED = "04, fs/notify/fanotify/fanotify_user.c, fanotify_events_supported"
 MODIFY_SUPPORTED = "05, fs/notify/fanotify/fanotify_user.c, fanotify_events_supported"
 MARK = "04, fs/notify/fanotify/fanotify_user.c, do_fanotify_mark"
@@ -53,8 +56,8 @@ GET_RESPONSE = "09, fs/notify/fanotify/fanotify.c, fanotify_get_response"
 @pytest.mark.parametrize(
     ("attribute", "value", "hunk"),
     [
-        ("pre_access", P, "04, include/uapi/linux/fanotify.h, FAN_PRE_ACCESS"),
-        ("pre_modify", M, "05, include/uapi/linux/fanotify.h, FAN_PRE_MODIFY"),
+        ("pre_access", P, "04, include/uapi/linux/fanotify.h, FAN_PRE_ACCESS; v1: remote-fetch.c"),
+        ("pre_modify", M, "05, include/uapi/linux/fanotify.h, FAN_PRE_MODIFY; v1: remote-fetch.c"),
         ("pre_content", P | M, "05, include/linux/fanotify.h, FANOTIFY_PRE_CONTENT_EVENTS"),
         ("permission", O | A | X | P | M, "04, include/linux/fanotify.h, FANOTIFY_PERM_EVENTS"),
     ],
@@ -69,7 +72,7 @@ def _metadata(length: int, mask: int) -> bytes:
 
 
 PIDFD = struct.pack("=BBHi", 4, 0, 8, 9)
-# 08, include/uapi/linux/fanotify.h: header, u64, u64; the compiler aligns them. v1: as the public proof of concept has it.
+# 08, include/uapi/linux/fanotify.h: header, u64 offset, u64 count, aligned by the compiler; v1 08: header, u32 count, u64 offset.
 RECORDS = {
     "patch-v2": struct.pack("=BBHIQQ", 6, 0, 24, 0, 5001, 300),
     "patch-v1": struct.pack("=BBHIQ", 6, 0, 16, 300, 5001),
