@@ -35,7 +35,6 @@ _SAME_FAULT_SECONDS = 0.05
 # When a page is dropped that a call passes through the page cache: as soon as this call has had it. Nobody tells us when that is; at once it
 # would come back for the page again and again (measured on 6.18), so that is given some time, and more whenever it has come back.
 _PASSING_SECONDS = 0.0002
-_LAST_PASSING_SECONDS = 0.05
 # From when on a file that has been quiet is looked at more closely: most fills are soon over, and the look costs more than a stat.
 _SETTLING_SECONDS = 0.5
 _TICK_NANOSECONDS = 20_000_000  # twice the longest that Linux offers
@@ -216,13 +215,10 @@ class Content:
             file.bypasses, ours = caller.bypass_page_cache(*explanation.passing, file.node.id)
             if ours >= 0:
                 trio.lowlevel.start_thread_soon(lambda: os.close(ours), lambda outcome: None)
-        if file.bypasses:
-            # What this call has cached, other open files of the node would still send. Not before it is likely to have come to its end.
-            self._stale.drop_range_later(file.node, offset, size, _LAST_PASSING_SECONDS)
-            return
-        grant = file.grants.get((explanation.tid, explanation.direction))
-        repeats = min(grant.repeats if grant is not None else 0, 10)
-        self._stale.drop_range_later(file.node, offset, size, _PASSING_SECONDS * 2**repeats)
+        if not file.bypasses:
+            grant = file.grants.get((explanation.tid, explanation.direction))
+            repeats = min(grant.repeats if grant is not None else 0, 10)
+            self._stale.drop_range_later(file.node, offset, size, _PASSING_SECONDS * 2**repeats)
 
     def _begin_filling(self, node: Node) -> None:
         self._filling[node.id] = self._filling.get(node.id, 0) + 1

@@ -206,8 +206,8 @@ DIVERGENCES: Final = (
     ),
     Divergence(
         name="sent through another descriptor",
-        difference="What sendfile(2), splice(2) or copy_file_range(2) has just read makes no event if another open file sends it at once (exact).",
-        reason="The first such call of an open file goes through the page cache, and its pages are dropped a moment after it.",
+        difference="What an open file's first sendfile(2), splice(2) or copy_file_range(2) has read makes no event if another sends it (exact).",
+        reason="The first such call goes through the page cache. Every open(2) of a watched file empties it.",
         safe="An allowed event covered those bytes when they came in.",
         test="test_sent_through_another_descriptor",
         engines=("devfuse",),

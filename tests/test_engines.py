@@ -12,7 +12,7 @@ from tests.harness import ROOT, environment
 
 EITHER = (
     "tests/test_posix_caches.py::test_reused_inode_numbers",
-    "tests/test_same_programs.py::test_hard_links",
+    "tests/test_same_waiting.py::test_a_killed_thread_takes_its_process_along",
 )
 
 
@@ -28,14 +28,18 @@ def test_each_engine_has_its_tests() -> None:
     ids = [f"test_reused_inode_numbers[{name}]" for name in ENGINES]
     assert collected(*EITHER) == [
         *ids,
-        "test_hard_links[kernel]",
-        *(f"test_hard_links[{name}]" for name in ENGINES),
+        "test_a_killed_thread_takes_its_process_along[kernel]",
+        *(f"test_a_killed_thread_takes_its_process_along[{name}]" for name in ENGINES),
     ]
 
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_one_engine_alone(name: str) -> None:
-    expected = [f"test_reused_inode_numbers[{name}]", "test_hard_links[kernel]", f"test_hard_links[{name}]"]
+    expected = [
+        f"test_reused_inode_numbers[{name}]",
+        "test_a_killed_thread_takes_its_process_along[kernel]",
+        f"test_a_killed_thread_takes_its_process_along[{name}]",
+    ]
     assert collected(*EITHER, "--engine", name) == expected
 
 

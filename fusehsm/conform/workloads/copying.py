@@ -4,7 +4,6 @@ import ctypes
 import fcntl
 import os
 import socket
-import time
 from functools import partial
 
 from fusehsm.conform.accessor_worker import libc
@@ -88,7 +87,6 @@ def send_through_two(path: str) -> bytes:
     ours, theirs = socket.socketpair()
     for descriptor in [os.open(path, os.O_RDONLY) for _ in range(2)]:
         os.sendfile(theirs.fileno(), descriptor, 5000, 100)
-        time.sleep(0.3)
     return ours.recv(200)
 
 
@@ -122,7 +120,11 @@ WORKLOADS = [
     row("large copy_file_range", copy_range, 10, 5, 3 * MIB, "other", size=5 * MIB),
     row("sendfile again", send_again, 5, differs="sent from the cache"),
     row("splice again", splice_again, 5, differs="sent from the cache"),
-    row("sendfile through two descriptors", send_through_two, differs="sent from the cache"),
+    row(
+        "sendfile through two descriptors",
+        send_through_two,
+        differs=("sent from the cache", "sent through another descriptor"),
+    ),
     row("large sendfile", send_to_memory, 5000, MIB, size=2 * MIB),
     row("sendfile of nothing", send, 100, 0, differs="empty reads and writes"),
     row("tee", tee),
