@@ -63,10 +63,9 @@ def _os_error_line(error: OSError) -> str:
 
 
 def _is_one_line(error: Exception) -> bool:
-    from fusehsm.conform.sides import NoKernelEvents
     from fusehsm.mount_options import MountError
 
-    return isinstance(error, MountError | NoKernelEvents)
+    return isinstance(error, MountError)
 
 
 def _show_version(wanted: bool) -> None:

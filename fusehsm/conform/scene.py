@@ -12,8 +12,7 @@ import random
 import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import trio
@@ -36,6 +35,7 @@ from fusehsm.abi import (
     encode_response,
 )
 from fusehsm.backends.base import Group
+from fusehsm.caller import process_of
 from fusehsm.conform.accessor import Accessor, AccessorDied, Call, Zygote
 from fusehsm.conform.sides import Side
 from fusehsm.conform.stream import Did, Heard, Stream, heard, shown
@@ -102,11 +102,11 @@ class Listener:
         self._closed = False
         self.heard = 0
 
-    async def mark(self, flags: int, mask: int, name: str = "", **how: Any) -> None:
+    async def mark(self, flags: int, mask: int, name: str = "") -> None:
         """fanotify_mark(2) of a file in the scene's directory; noted, errors too."""
-        path = str(self._scene.path / name) if name else str(self._scene.path)
+        path = str(self._scene.path / name)
         what = f"fanotify_mark {flags:#x} {mask:#x} {name or 'the directory'}"
-        await self._scene.note(self.name, what, lambda: self.group.mark(flags, mask, path=path, **how))
+        await self._scene.note(self.name, what, lambda: self.group.mark(flags, mask, path=path))
 
     async def wait_for(self, number: int) -> None:
         """Until it has read so many events in all."""
@@ -158,16 +158,14 @@ class Listener:
             _close(event)
 
     def _take(self, event: RawEvent, data: bytes) -> None:
-        wanted = bool(event.mask & DIALECT.permission)
+        wanted = bool(event.mask & DIALECT.permission) and event.fd >= 0
         path = self._scene.relative(self.group.event_path(event)) if event.fd >= 0 else ""
-        by = self._scene.part_of(event.pid)
-        names = heard(self.name, by, path, event, data, "", DIALECT).names
+        entry = heard(self.name, self._scene.part_of(event.pid), path, event, data, DIALECT)
         verdict = 0
-        if wanted and event.fd >= 0:
-            verdict = self._answer(Question(names, path, event.offset, event.count, event.fd))
-        said = _SAID.get(verdict) or errno.errorcode[verdict]
-        answer = said if wanted and event.fd >= 0 else ""
-        self._scene.stream.append(heard(self.name, by, path, event, data, answer, DIALECT))
+        if wanted:
+            verdict = self._answer(Question(entry.names, path, event.offset, event.count, event.fd))
+            entry = replace(entry, answer=_SAID.get(verdict) or errno.errorcode[verdict])
+        self._scene.stream.append(entry)
         self.heard += 1
         if verdict == HOLD:
             self.held.append(event)
@@ -238,7 +236,7 @@ class Scene:
     def part_of(self, pid: int) -> str:
         """Who a process (or thread) is in this scene; those not met before are numbered."""
         if pid not in self._parts:
-            process = _process_of(pid)
+            process = process_of(pid)
             is_thread = process != pid and process in self._parts
             kind = f"thread of {self._parts[process]}" if is_thread else "child"
             met = sum(part.startswith(kind) for part in self._parts.values())
@@ -307,8 +305,7 @@ class Scene:
         listener = Listener(self, name, group, answer, lazy=lazy)
         self.listeners.append(listener)
         for mark in marks:
-            path = self.path / mark.name if mark.name else self.path
-            await group.mark(FAN_MARK_ADD | mark.flags, mark.mask, path=str(path))
+            await group.mark(FAN_MARK_ADD | mark.flags, mark.mask, path=str(self.path / mark.name))
         if not lazy:
             self._nursery.start_soon(listener.run)
         return listener
@@ -323,17 +320,6 @@ class Scene:
 
 def _named(operation: str | Callable[..., Any]) -> str:
     return operation if isinstance(operation, str) else operation.__name__
-
-
-def _process_of(thread: int) -> int:
-    """The process that a thread belongs to; the thread itself where that cannot be told."""
-    try:
-        for line in Path(f"/proc/{thread}/status").read_text().splitlines():
-            if line.startswith("Tgid:"):
-                return int(line[5:])
-    except OSError:
-        pass
-    return thread
 
 
 @asynccontextmanager

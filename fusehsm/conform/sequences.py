@@ -33,6 +33,18 @@ ACCESSORS = 2
 # The functions run in an accessor: what they use are the names that accessor_worker.py gives them, not those of this module.
 
 
+def lseek(descriptor: int, offset: int) -> int:
+    return os.lseek(descriptor, offset, os.SEEK_SET)
+
+
+def pwrite(descriptor: int, count: int, offset: int) -> int:
+    return os.pwrite(descriptor, b"w" * count, offset)
+
+
+def write(descriptor: int, count: int) -> int:
+    return os.write(descriptor, b"W" * count)
+
+
 def fallocate(descriptor: int, mode: int, offset: int, count: int) -> None:
     if libc.fallocate(descriptor, mode, ctypes.c_int64(offset), ctypes.c_int64(count)):
         raise OSError(ctypes.get_errno(), "fallocate")
@@ -58,6 +70,9 @@ def map_and_touch(descriptor: int, offset: int, count: int) -> bytes:
 _OPEN_FILE: dict[str, str | Callable[..., Any]] = {
     "pread": "pread",
     "read": "read",
+    "lseek": lseek,
+    "pwrite": pwrite,
+    "write": write,
     "ftruncate": "ftruncate",
     "fallocate": fallocate,
     "sendfile": send,
@@ -72,7 +87,7 @@ class _Run:
     def __init__(self, scene: Scene) -> None:
         self._scene = scene
         self._accessors = [scene.accessor() for _ in range(ACCESSORS)]
-        self._open: list[tuple[Accessor, int | None]] = []
+        self._opened: list[tuple[Accessor, int | None]] = []
         self._denied: dict[str, int] = {}
         self._groups: list[Listener | None] = []
 
@@ -90,28 +105,14 @@ class _Run:
         await (step(*values) if step else self._use(name, *values))
 
     async def _use(self, name: str, number: int, *values: Any) -> None:
-        accessor, descriptor = self._open[number]
+        accessor, descriptor = self._opened[number]
         if descriptor is not None:
             await self._scene.call(_OPEN_FILE[name], descriptor, *values, by=accessor, what=name)
 
-    async def _open_(self, accessor: int, file: str, flags: int) -> None:
+    async def _open(self, accessor: int, file: str, flags: int) -> None:
         by = self._accessors[accessor]
         descriptor = await self._scene.call("open", self._path(file), flags, 0o600, by=by)
-        self._open.append((by, descriptor))
-
-    async def _lseek(self, number: int, offset: int) -> None:
-        await self._use_with(number, "lseek", offset, os.SEEK_SET)
-
-    async def _pwrite(self, number: int, count: int, offset: int) -> None:
-        await self._use_with(number, "pwrite", b"w" * count, offset)
-
-    async def _write(self, number: int, count: int) -> None:
-        await self._use_with(number, "write", b"W" * count)
-
-    async def _use_with(self, number: int, operation: str, *values: Any) -> None:
-        accessor, descriptor = self._open[number]
-        if descriptor is not None:
-            await self._scene.call(operation, descriptor, *values, by=accessor)
+        self._opened.append((by, descriptor))
 
     async def _truncate(self, accessor: int, file: str, size: int) -> None:
         await self._scene.call("truncate", self._path(file), size, by=self._accessors[accessor])
@@ -159,7 +160,7 @@ def sequence(steps: Sequence[Step]) -> Script:
         run = _Run(scene)
         await run.begin()
         for name, *values in steps:
-            await run.do("open_" if name == "open" else name, *values)
+            await run.do(name, *values)
         await run.end()
 
     return script

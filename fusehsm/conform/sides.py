@@ -15,12 +15,13 @@ from fusehsm.abi import FAN_CLASS_PRE_CONTENT, FAN_CLOEXEC, FAN_MARK_ADD, LINUX_
 from fusehsm.backends.base import Group
 from fusehsm.backends.emulated import EmulatedGroup
 from fusehsm.backends.kernel import KernelGroup
-from fusehsm.mountinfo import mount_of, read_mounts
+from fusehsm.engines.fuse_mount import unmount
+from fusehsm.mountinfo import mount_of
 
 _PATIENCE = 30.0  # seconds for a daemon to come up or to go
 
 
-class NoKernelEvents(Exception):
+class NoKernelEvents(OSError):
     """This kernel, or this user, cannot have pre-content events; the message says why, in one line."""
 
 
@@ -109,9 +110,7 @@ def _end(daemon: "subprocess.Popen[str]", path: Path) -> None:
     if daemon.poll() is None:
         daemon.kill()
         daemon.wait()
-    point = os.path.join(os.path.realpath(path.parent), path.name)
-    if any(mount.mount_point == point and mount.is_fusehsm for mount in read_mounts()):
-        tool = ["umount", "-l"] if os.geteuid() == 0 else ["fusermount3", "-u", "-z"]
-        subprocess.run([*tool, point], check=False, timeout=_PATIENCE)
+    with suppress(OSError):  # it is gone already, as a daemon that ends leaves it
+        unmount(os.path.join(os.path.realpath(path.parent), path.name), lazily=True)
     if daemon.stderr is not None:
         daemon.stderr.close()

@@ -76,12 +76,10 @@ def from_json(entries: list[dict[str, Any]]) -> Stream:
     return [Heard(**{**empty, **entry}) if "names" in entry else Did(**entry) for entry in entries]
 
 
-def heard(
-    group: str, by: str, path: str, event: RawEvent, data: bytes, answer: str, dialect: Dialect
-) -> Heard:
+def heard(group: str, by: str, path: str, event: RawEvent, data: bytes, dialect: Dialect) -> Heard:
     """An event of the bytes `data`, decoded as `event`."""
     names = "|".join(mask_names(event.mask, dialect)) or f"{event.mask:#x}"
-    return Heard(group, names, by, path, event.offset, event.count, _record(data), answer)
+    return Heard(group, names, by, path, event.offset, event.count, _record(data), "")
 
 
 def _record(data: bytes) -> str:
