@@ -67,15 +67,18 @@ def list_workloads(patterns: Sequence[str]) -> None:
 def _kernel(
     stack: ExitStack, directory: Path, recording: Recording, record: bool
 ) -> tuple[Side | None, Path]:
-    """The real kernel's side, None where it has to be a recording; and a directory for the emulator's files, on ext4 where that can be."""
-    place = directory
+    """The real kernel's side, None where it has to be a recording; and a directory for the emulator's files, on ext4 where that can be.
+
+    Not on the same one: a mark on the whole of it would hear the emulator close what it has open of the workload before.
+    """
+    backing = directory / "backing"
     try:
         try:
-            place = stack.enter_context(ext4_image(directory / "ext4", _IMAGE_MIB))
+            backing = stack.enter_context(ext4_image(backing, _IMAGE_MIB))
+            place = stack.enter_context(ext4_image(directory / "kernel", _IMAGE_MIB))
         except OSError as error:
             raise NoKernelEvents(f"no ext4 for the real kernel's side: {error}") from None
-        (place / "kernel").mkdir()
-        return kernel_side(place / "kernel"), place / "backing"
+        return kernel_side(place), backing
     except NoKernelEvents as error:
         if record or not recording.kernel:
             raise
@@ -83,7 +86,7 @@ def _kernel(
             f"fusehsm: {error}; comparing with what Linux {recording.release} did on {recording.date}",
             file=sys.stderr,
         )
-        return None, place / "backing"
+        return None, backing
 
 
 def _compare(
