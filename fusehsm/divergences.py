@@ -5,10 +5,10 @@ One list, from which the README's table is made and against which `fusehsm confo
 Run this module to print the table.
 """
 
-import os
-import re
 from dataclasses import dataclass
 from typing import Final
+
+from fusehsm.kernel_version import kernel_version
 
 ENGINES: Final = ("pyfuse3", "devfuse")
 
@@ -355,8 +355,7 @@ _BY_NAME: Final = {entry.name: entry for entry in DIVERGENCES}
 def applying(name: str, engine: str) -> bool:
     """Whether the emulator with that engine has the divergence of that name on the running kernel. Raises KeyError."""
     entry = _BY_NAME[name]
-    major, minor = re.findall(r"\d+", os.uname().release)[:2]
-    return engine in entry.engines or (int(major), int(minor)) < entry.until
+    return engine in entry.engines or kernel_version() < entry.until
 
 
 def markdown_table() -> str:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.requirements import kernel_version, require
+from fusehsm.kernel_version import kernel_version
+from tests.requirements import require
 from tests.worlds import World
 
 ENGINE = "devfuse"

@@ -1,9 +1,10 @@
 """What a test needs of the machine. Elsewhere than in CI a lack skips it; in CI it is a failure: no silent holes there."""
 
 import os
-import re
 
 import pytest
+
+from fusehsm.kernel_version import kernel_version
 
 _PRE_CONTENT_KERNEL = (6, 14)
 
@@ -15,13 +16,6 @@ def require(condition: bool, reason: str) -> None:
     if os.environ.get("CI"):
         pytest.fail(f"in CI nothing may be skipped, but here: {reason}", pytrace=False)
     pytest.skip(reason)
-
-
-def kernel_version() -> tuple[int, int]:
-    """(major, minor) of the running kernel."""
-    match = re.match(r"(\d+)\.(\d+)", os.uname().release)
-    assert match is not None, os.uname().release
-    return int(match[1]), int(match[2])
 
 
 def require_root() -> None:

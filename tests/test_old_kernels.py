@@ -16,12 +16,12 @@ from fusehsm.conform.accessor import Accessor
 from fusehsm.engines import fuse_protocol as protocol
 from fusehsm.engines.fuse_mount import mount
 from fusehsm.engines.fuse_protocol import Init
+from fusehsm.kernel_version import kernel_version
 from fusehsm.mountinfo import mount_of
 from fusehsm.protocol import Status
 from tests.conftest import MakeMount
 from tests.harness import PATIENCE, Mount, unmount_lazily
 from tests.listening import listening
-from tests.requirements import kernel_version
 
 pytestmark = [pytest.mark.fuse, pytest.mark.any_engine, pytest.mark.engine("devfuse")]
 # The kernel's protocol 7.x, where that has been looked at.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import platform
-import re
 from typing import TYPE_CHECKING, Final
+
+from fusehsm.kernel_version import kernel_version
 
 if TYPE_CHECKING:
     from fusehsm.engines.base import Engine
@@ -22,7 +22,7 @@ def resolved(name: str) -> str:
 
 def maps_direct_files_shared(name: str) -> bool:
     """Whether MAP_SHARED works for the files of exact mode with that engine on this kernel."""
-    return resolved(name) == "devfuse" and _kernel() >= _SHARED_DIRECT_MAPPINGS
+    return resolved(name) == "devfuse" and kernel_version() >= _SHARED_DIRECT_MAPPINGS
 
 
 def make(name: str, gate: Gate, *, private: bool) -> Engine:
@@ -35,8 +35,3 @@ def make(name: str, gate: Gate, *, private: bool) -> Engine:
     from fusehsm.engines.pyfuse3 import PyFuse3
 
     return PyFuse3(gate, private=private)
-
-
-def _kernel() -> tuple[int, int]:
-    found = re.match(r"(\d+)\.(\d+)", platform.release())
-    return (int(found[1]), int(found[2])) if found else (0, 0)
