@@ -99,6 +99,11 @@ FAN_EVENT_METADATA_LEN: Final = 24
 FAN_EVENT_INFO_TYPE_PIDFD: Final = 4
 FAN_EVENT_INFO_TYPE_RANGE: Final = 6
 PIDFD_RECORD_LENGTH: Final = 8
+#: Where things are in an event: in struct fanotify_event_metadata and, where has_pidfd(), in the pidfd record that follows it.
+EVENT_MASK_OFFSET: Final = 8
+EVENT_FD_OFFSET: Final = 16
+EVENT_PID_OFFSET: Final = 20
+EVENT_PIDFD_OFFSET: Final = FAN_EVENT_METADATA_LEN + 4
 RESPONSE_LENGTH: Final = 8
 AUDIT_RULE_LENGTH: Final = 16
 
@@ -241,6 +246,11 @@ class RawEvent:
     count: int | None
     pidfd: int | None
     length: int
+
+
+def has_pidfd(event: bytes | bytearray) -> bool:
+    """Whether one event's bytes have a pidfd record."""
+    return len(event) > FAN_EVENT_METADATA_LEN and event[FAN_EVENT_METADATA_LEN] == FAN_EVENT_INFO_TYPE_PIDFD
 
 
 def event_length(dialect: Dialect, *, has_range: bool, has_pidfd: bool) -> int:

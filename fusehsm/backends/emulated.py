@@ -16,6 +16,11 @@ import trio
 from fusehsm import rules
 from fusehsm.abi import (
     DIALECTS,
+    EVENT_FD_OFFSET,
+    EVENT_MASK_OFFSET,
+    EVENT_PID_OFFSET,
+    EVENT_PIDFD_OFFSET,
+    FAN_EVENT_METADATA_LEN,
     FAN_MARK_FLUSH,
     FAN_NOFD,
     FAN_NONBLOCK,
@@ -25,6 +30,7 @@ from fusehsm.abi import (
     Dialect,
     RawEvent,
     decode_events,
+    has_pidfd,
 )
 from fusehsm.backends.base import AT_FDCWD, Group
 from fusehsm.backends.connection import ControlConnection
@@ -48,13 +54,6 @@ _ENCODING = sys.getfilesystemencoding()
 _ENCODING_ERRORS = sys.getfilesystemencodeerrors()
 _INT = struct.Struct("=i")
 _MASK = struct.Struct("=Q")
-# Where things are in an event (struct fanotify_event_metadata, and the pidfd record that follows it where there is one).
-_MASK_OFFSET = 8
-_FD_OFFSET = 16
-_METADATA_LENGTH = 24
-_PIDFD_RECORD = 4
-_PID_OFFSET = 20
-_PIDFD_OFFSET = _METADATA_LENGTH + 4
 _DESCRIPTORS = socket.CMSG_SPACE(2 * _INT.size)  # the file and the pidfd
 
 
@@ -165,7 +164,7 @@ class EmulatedGroup(Group):
                 break
             self._delivered(received)
             taken += received.data
-            if len(taken) + _METADATA_LENGTH > size:
+            if len(taken) + FAN_EVENT_METADATA_LEN > size:
                 break  # not even the shortest event fits
         if self._poll is not None:
             self._poll.set_buffered(bool(self._buffered))
@@ -262,7 +261,7 @@ class EmulatedGroup(Group):
         for earlier in self._buffered:
             if _are_of_one(earlier, received):
                 earlier.mask |= received.mask
-                _MASK.pack_into(earlier.data, _MASK_OFFSET, earlier.mask)
+                _MASK.pack_into(earlier.data, EVENT_MASK_OFFSET, earlier.mask)
                 _close_all(_descriptors_of(received))
                 self._count_as_read()
                 return True
@@ -284,17 +283,17 @@ class EmulatedGroup(Group):
         return self._unpack(self._message[:split], bytes(self._message[split:length]), descriptors)
 
     def _unpack(self, data: bytearray, path: bytes, descriptors: list[int]) -> _Received:
-        (mask,) = _MASK.unpack_from(data, _MASK_OFFSET)
-        (number,) = _INT.unpack_from(data, _FD_OFFSET)
+        (mask,) = _MASK.unpack_from(data, EVENT_MASK_OFFSET)
+        (number,) = _INT.unpack_from(data, EVENT_FD_OFFSET)
         fd = number
         if number >= 0:
             if not descriptors:
                 return self._without_descriptor(data, number, mask, path)
             fd = descriptors[0]
-            _INT.pack_into(data, _FD_OFFSET, fd)
+            _INT.pack_into(data, EVENT_FD_OFFSET, fd)
             del descriptors[0]
-        if _has_pidfd(data) and _INT.unpack_from(data, _PIDFD_OFFSET)[0] >= 0:
-            _INT.pack_into(data, _PIDFD_OFFSET, descriptors[0] if descriptors else FAN_NOFD)
+        if has_pidfd(data) and _INT.unpack_from(data, EVENT_PIDFD_OFFSET)[0] >= 0:
+            _INT.pack_into(data, EVENT_PIDFD_OFFSET, descriptors[0] if descriptors else FAN_NOFD)
         return _Received(data, number, fd, mask, path)
 
     def _without_descriptor(self, data: bytearray, number: int, mask: int, path: bytes) -> _Received:
@@ -305,14 +304,14 @@ class EmulatedGroup(Group):
         if not self.flags & FAN_REPORT_FD_ERROR:
             self._count_as_read()
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        _INT.pack_into(data, _FD_OFFSET, -errno.EMFILE)
-        if _has_pidfd(data):
-            _INT.pack_into(data, _PIDFD_OFFSET, FAN_NOFD)
+        _INT.pack_into(data, EVENT_FD_OFFSET, -errno.EMFILE)
+        if has_pidfd(data):
+            _INT.pack_into(data, EVENT_PIDFD_OFFSET, FAN_NOFD)
         return _Received(data, number, -errno.EMFILE, mask, path)
 
     def _delivered(self, received: _Received) -> None:
         self._count_as_read()
-        if _has_pidfd(received.data):
+        if has_pidfd(received.data):
             self._check_pidfd(received)
         if received.fd < 0:
             return
@@ -326,7 +325,7 @@ class EmulatedGroup(Group):
 
     def _check_pidfd(self, received: _Received) -> None:
         """The process may have gone since the event was sent: the kernel looks when it is read."""
-        (pidfd,) = _INT.unpack_from(received.data, _PIDFD_OFFSET)
+        (pidfd,) = _INT.unpack_from(received.data, EVENT_PIDFD_OFFSET)
         if pidfd < 0:
             return
         try:
@@ -334,7 +333,7 @@ class EmulatedGroup(Group):
         except ProcessLookupError:
             os.close(pidfd)
             gone = -errno.ESRCH if self.flags & FAN_REPORT_FD_ERROR else FAN_NOFD
-            _INT.pack_into(received.data, _PIDFD_OFFSET, gone)
+            _INT.pack_into(received.data, EVENT_PIDFD_OFFSET, gone)
         except PermissionError:
             pass
 
@@ -386,15 +385,14 @@ class _Pollable:
         os.close(self._buffered)
 
 
-def _has_pidfd(data: bytearray) -> bool:
-    return len(data) > _METADATA_LENGTH and data[_METADATA_LENGTH] == _PIDFD_RECORD
-
-
 def _are_of_one(first: _Received, second: _Received) -> bool:
     """Whether two are notifications of the same file by the same name, and of the same process."""
     if first.path != second.path or not first.mask & NOTIFICATION_EVENTS:
         return False
-    if first.data[_PID_OFFSET:_METADATA_LENGTH] != second.data[_PID_OFFSET:_METADATA_LENGTH]:
+    if (
+        first.data[EVENT_PID_OFFSET:FAN_EVENT_METADATA_LEN]
+        != second.data[EVENT_PID_OFFSET:FAN_EVENT_METADATA_LEN]
+    ):
         return False
     if first.fd < 0 or second.fd < 0:
         return first.fd == second.fd
@@ -404,8 +402,8 @@ def _are_of_one(first: _Received, second: _Received) -> bool:
 
 def _descriptors_of(received: _Received) -> list[int]:
     found = [received.fd]
-    if _has_pidfd(received.data):
-        found.append(_INT.unpack_from(received.data, _PIDFD_OFFSET)[0])
+    if has_pidfd(received.data):
+        found.append(_INT.unpack_from(received.data, EVENT_PIDFD_OFFSET)[0])
     return [descriptor for descriptor in found if descriptor >= 0]
 
 

@@ -8,11 +8,16 @@ import struct
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fusehsm.abi import Dialect, RawEvent, mask_names
+from fusehsm.abi import (
+    EVENT_FD_OFFSET,
+    EVENT_PID_OFFSET,
+    EVENT_PIDFD_OFFSET,
+    Dialect,
+    RawEvent,
+    has_pidfd,
+    mask_names,
+)
 
-# Where the numbers are in an event (struct fanotify_event_metadata and, after it, the pidfd record).
-_FD, _PID, _METADATA = 16, 20, 24
-_PIDFD_RECORD, _PIDFD = 4, 28
 _INT = struct.Struct("=i")
 UNFINISHED = "the workload"  # who does what is not its script's, but its early end
 _LONGEST = 32  # bytes or characters of a result that are shown as they are
@@ -84,10 +89,10 @@ def heard(group: str, by: str, path: str, event: RawEvent, data: bytes, dialect:
 
 def _record(data: bytes) -> str:
     plain = bytearray(data)
-    _INT.pack_into(plain, _PID, 0)
-    _hide(plain, _FD)
-    if len(plain) > _METADATA and plain[_METADATA] == _PIDFD_RECORD:
-        _hide(plain, _PIDFD)
+    _INT.pack_into(plain, EVENT_PID_OFFSET, 0)
+    _hide(plain, EVENT_FD_OFFSET)
+    if has_pidfd(plain):
+        _hide(plain, EVENT_PIDFD_OFFSET)
     return plain.hex()
 
 
