@@ -256,8 +256,7 @@ class Gate:
             AccessKind.OPEN,
             pid=caller.process_of(tid),
             tid=tid,
-            # The access mode 3, for ioctl(2) only, may not write (FMODE_WRITER).
-            writable=flags & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR),
+            writable=_may_write(flags),
             exec=executing,
             directory=node.is_dir,
             unnamed=unnamed,
@@ -325,9 +324,7 @@ class Gate:
         if self.listeners.notified & FAN_CLOSE:
             file = self.handles.get(handle)
             pid, tid = file.closer or (file.pid or caller.process_of(file.tid), file.tid)
-            # Access mode 3 (for ioctl alone, open(2)) is none for writing.
-            writable = file.flags & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR)
-            access = Access(AccessKind.CLOSE, pid=pid, tid=tid, writable=writable)
+            access = Access(AccessKind.CLOSE, pid=pid, tid=tid, writable=_may_write(file.flags))
             # While the file is still open: it may have no name any more, by which to open it for a listener.
             self.content.notify(access, self.subject(file.node), file.node)
         self.handles.release(handle)
@@ -435,3 +432,8 @@ class Gate:
         self.listeners.abandon()
         self.handles.close()
         self._explainer.close()
+
+
+def _may_write(flags: int) -> bool:
+    """Whether a file that is opened with those flags is open for writing; it is not with the access mode 3, for ioctl(2) only (FMODE_WRITER)."""
+    return flags & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR)
