@@ -5,7 +5,6 @@ The kernel is right. Where the emulator cannot do the same, a row says so with t
 
 import errno
 import os
-import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -15,14 +14,11 @@ import trio
 
 from fusehsm.abi import (
     FAN_ACCESS_PERM,
-    FAN_CLASS_PRE_CONTENT,
-    FAN_CLOEXEC,
     FAN_DENY,
     FAN_MARK_ADD,
     FAN_MARK_FILESYSTEM,
     FAN_OPEN_EXEC_PERM,
     FAN_OPEN_PERM,
-    FAN_UNLIMITED_QUEUE,
     LINUX_6_14,
     encode_response,
 )
@@ -30,26 +26,24 @@ from fusehsm.backends.base import Group
 from fusehsm.backends.emulated import EmulatedGroup
 from fusehsm.backends.kernel import KernelGroup
 from fusehsm.conform.accessor import Accessor
+from fusehsm.conform.scene import CONTENT as CONTENT
+from fusehsm.conform.scene import EVERYTHING as EVERYTHING
+from fusehsm.conform.scene import MIB as MIB
+from fusehsm.conform.scene import PAGE as PAGE
+from fusehsm.conform.scene import PLAIN_DENY as PLAIN_DENY
+from fusehsm.conform.scene import PRE_ACCESS as PRE_ACCESS
+from fusehsm.conform.scene import PRE_GROUP as PRE_GROUP
+from fusehsm.conform.scene import READ_ONLY as READ_ONLY
+from fusehsm.conform.scene import SIZE as SIZE
 from fusehsm.divergences import DIVERGENCES
 from fusehsm.events import Event
 from fusehsm.mountinfo import mount_of
 from tests.engines import diverges
 from tests.listening import Answer, Heard, Listener
 
-PAGE = 4096
-SIZE = 20000  # bytes of a test's file: not a multiple of the page size
-MIB = 1 << 20
-READ_ONLY = os.O_RDONLY | os.O_CLOEXEC
-PLAIN_DENY = -2  # an answer: FAN_DENY without an errno
-
 OPEN_PERM, EXEC_PERM, ACCESS_PERM = FAN_OPEN_PERM, FAN_OPEN_EXEC_PERM, FAN_ACCESS_PERM
-PRE_ACCESS = LINUX_6_14.pre_access
-EVERYTHING = OPEN_PERM | EXEC_PERM | ACCESS_PERM | PRE_ACCESS
-PRE_GROUP = FAN_CLASS_PRE_CONTENT | FAN_CLOEXEC | FAN_UNLIMITED_QUEUE
 
 KNOWN_DIVERGENCES = frozenset(entry.name for entry in DIVERGENCES)
-# What every file of a test starts with; the same in every run.
-CONTENT = random.Random(20000).randbytes(6 * MIB)
 
 
 @dataclass(frozen=True, slots=True)
