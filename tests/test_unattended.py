@@ -453,14 +453,14 @@ async def test_rubbish_on_the_sockets(make_mount: MakeMount, accessor: Accessor)
     await group.mark(FAN_MARK_ADD | FAN_MARK_MOUNT, PRE_ACCESS, path=str(mount.path))
     call = accessor.start("pread_path", stub.path, 10, 0)
     await group.wait_readable()
-    group._events.send(b"rubbish")
+    group._stream.socket.send(b"rubbish")
     assert await error_in(call) == errno.EBUSY
     group.close()
     half = await EmulatedGroup.connect(entry(mount), DEFAULT_FLAGS, DEFAULT_EVENT_F_FLAGS)
     await half.mark(FAN_MARK_ADD | FAN_MARK_MOUNT, PRE_ACCESS, path=str(mount.path))
     call = accessor.start("pread_path", stub.path, 10, 0)
     await half.wait_readable()
-    half._events.shutdown(socket.SHUT_WR)  # half of it goes: no answer can come any more
+    half._stream.socket.shutdown(socket.SHUT_WR)  # half of it goes: no answer can come any more
     assert await error_in(call) == errno.EBUSY
     half.close()
     async with listening(mount.path, ("PRE_ACCESS",), answer=filler):
