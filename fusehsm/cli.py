@@ -135,6 +135,14 @@ def mount(
             metavar="FILE", help="Where the server logs (default: the system's log, with -f stderr)."
         ),
     ] = None,
+    direct: Annotated[
+        bool,
+        typer.Option(
+            "--direct",
+            help="Keep files out of the page cache also while nobody watches them, so that what is opened before its mark needs nobody's answer.",
+        ),
+    ] = False,
+    lifeline: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> int:
     """Overlay SRC at DST and make events of what is done there. Returns when the mount answers."""
     from fusehsm.mount import mount as do_mount
@@ -155,6 +163,8 @@ def mount(
             allow_other=allow_other,
             cache=cache,
             log_file=log_file,
+            direct=direct,
+            lifeline=lifeline,
         )
     )
 

@@ -17,7 +17,7 @@ from fusehsm import caller
 from fusehsm import filesystem_calls as syscalls
 from fusehsm.abi import FAN_ACCESS, FAN_MODIFY
 from fusehsm.backing_reads import BackingReader, Buffer
-from fusehsm.events import Access, AccessKind, Armed
+from fusehsm.events import STRENGTH, Access, AccessKind, Armed
 from fusehsm.explain import Accessor, Explainer, Explanation
 from fusehsm.handles import DeniedFill, Direction, HandleTable, OpenFile
 from fusehsm.listeners import Listeners
@@ -161,7 +161,8 @@ class Content:
         engine does not say. Raises OSError."""
         listeners = self._listeners
         if listeners.idle:
-            self._stale.taint(file.node.id)
+            if fills is not False:
+                self._stale.taint(file.node.id)
             return await self._read_backing(file, offset, size)
         subject = self._subject_of(file.node)
         who = self._explainer.accessor(file, tid)
@@ -266,8 +267,7 @@ class Content:
                 file.grants[explanation.tid, explanation.direction] = grant
             else:
                 file.grants.pop((explanation.tid, explanation.direction), None)
-        # Where every fault makes its own event, a mapping announces nothing.
-        if all(dialect.map_event for dialect in self._listeners.dialects):
+        if self._maps_are_asked_for:
             for start, end in explanation.announces:
                 file.announced.add(start, end)
 
@@ -367,6 +367,31 @@ class Content:
         # Also when nobody was asked: a write takes nothing out, and its pieces are one call.
         self._allowed(file, explanation)
         return explanation
+
+    async def map(
+        self, node: Node, offset: int, length: int, flags: int, tid: int, *, writable: bool
+    ) -> None:
+        """Ask for a mapping at mmap(2), which FUSE does not tell of, of an open file with the `flags` of open(2). Raises OSError."""
+        pid = caller.process_of(tid)
+        # Which of the node's open files it is nobody can say. Of those that fit, the accessor's own are likeliest, and one that is armed asks.
+        files = [
+            file
+            for file in self._handles.of_node(node)
+            if file.direct and (file.flags ^ flags) & os.O_ACCMODE == 0
+        ]
+        files = [file for file in files if file.pid == pid] or files
+        if self._listeners.idle or not files:
+            return
+        armed = max((_armed(file) for file in files), key=STRENGTH.__getitem__)
+        access = Access(AccessKind.MAP, offset, length, pid, tid, writable=writable)
+        if await self.ask(access, self._subject_of(node), node, armed) and self._maps_are_asked_for:
+            for file in files:
+                file.announced.add(offset, offset + length)
+
+    @property
+    def _maps_are_asked_for(self) -> bool:
+        """Whether a mapping announces what its faults bring in; not where every fault makes an event of its own."""
+        return all(dialect.map_event for dialect in self._listeners.dialects)
 
     async def truncate(self, node: Node, size: int, tid: int) -> None:
         """Ask for a truncation to `size`, which the caller then makes. Raises OSError."""

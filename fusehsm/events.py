@@ -96,6 +96,9 @@ class Armed(enum.Enum):
     ALL = enum.auto()
 
 
+#: The more events the higher.
+STRENGTH: Final = {Armed.NO: 0, Armed.PRE: 1, Armed.ALL: 2}
+
 _OPEN_PERM: Final = EventShape(FAN_OPEN_PERM, None, None, needs_arming=False)
 _OPEN_EXEC_PERM: Final = EventShape(FAN_OPEN_EXEC_PERM, None, None, needs_arming=False)
 _ACCESS_PERM: Final = EventShape(FAN_ACCESS_PERM, None, None)

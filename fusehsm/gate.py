@@ -43,7 +43,8 @@ class Gate:
     """The content operations of one mount.
 
     `destination` is the mount point (events show paths under it), `exact` the event mode, `page_size` in bytes, `open_limit` how many backing
-    files may be open for handles at once.
+    files may be open for handles at once; `direct`: files that nobody watches go past the page cache, too, so that what is opened before it
+    is marked reads and writes as on the real kernel: asking nobody, and waiting for nobody who does (exact).
     """
 
     def __init__(
@@ -57,8 +58,10 @@ class Gate:
         event_timeout: EventTimeout | None,
         page_size: int,
         open_limit: int,
+        direct: bool = False,
     ) -> None:
         self.overlay = overlay
+        self._all_direct = direct and exact
         self.destination = destination
         self.exact = exact
         self.default_dialect = dialect
@@ -176,6 +179,13 @@ class Gate:
         else:
             await self._stale.drop_heard([node])
 
+    async def map(
+        self, node: Node, offset: int, length: int, flags: int, tid: int, *, writable: bool
+    ) -> None:
+        """A thread that waits is about to map `length` bytes of an open file, which has the `flags` of open(2). Raises OSError when it is
+        denied."""
+        await self.content.map(node, offset, length, flags, tid, writable=writable)
+
     async def drop(self, node: Node) -> None:
         """Drop a node's cached pages, and forget what its mappings announced: its next access makes an event again."""
         self._forget_announced(node)
@@ -222,7 +232,7 @@ class Gate:
             descriptor = self.overlay.open(node, flags, uid)
             if flags & os.O_TRUNC:
                 await self.content.modified(node)
-            return self._opened(node, flags, descriptor, Armed.NO, False, tid, 0, uid), True
+            return self._opened(node, flags, descriptor, Armed.NO, self._all_direct, tid, 0, uid), True
         access, subject, armed = await self._ask_to_open(node, flags, tid, executing=executing)
         descriptor = self.overlay.open(node, flags, uid)
         if flags & os.O_TRUNC:
@@ -235,7 +245,7 @@ class Gate:
         """A file has just been created and opened (`unnamed`: by O_TMPFILE): it stays created even if its open is denied, as in the kernel."""
         flags &= ~(_FMODE_EXEC | os.O_DIRECT)
         if self.listeners.idle:
-            return self._opened(node, flags, descriptor, Armed.NO, False, tid, 0, uid), True
+            return self._opened(node, flags, descriptor, Armed.NO, self._all_direct, tid, 0, uid), True
         try:
             access, subject, armed = await self._ask_to_open(
                 node, flags, tid, executing=False, unnamed=unnamed
@@ -281,8 +291,9 @@ class Gate:
             raise
         heard = self.listeners.hears_content(subject)
         # What the page cache serves is not seen, so that nobody could be told of it either.
-        direct = self.exact and (
-            (armed is not Armed.NO and heard) or self.listeners.hears_notification(FAN_ACCESS, subject)
+        direct = self._all_direct or (
+            self.exact
+            and ((armed is not Armed.NO and heard) or self.listeners.hears_notification(FAN_ACCESS, subject))
         )
         # Opening without keep_cache makes the kernel drop the node's pages: those that came in unasked, and, so that every new mapping makes
         # its event as in the kernel, those of a direct_io file.

@@ -35,6 +35,10 @@ class GateFace(Protocol):
     async def drop(self, node: Any) -> None:
         """Drop a node's cached pages: its next access makes an event again."""
 
+    async def map(self, node: Any, offset: int, length: int, flags: int, tid: int, *, writable: bool) -> None:
+        """A thread that waits is about to map `length` bytes of an open file, which has the `flags` of open(2). Raises OSError when it is
+        denied."""
+
     def open_event_fd(self, group: Group, pending: Pending, /) -> int:
         """A new descriptor of an event's file, by the group's event_f_flags. Raises OSError."""
 

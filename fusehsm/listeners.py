@@ -10,7 +10,17 @@ import trio
 
 from fusehsm import caller
 from fusehsm.abi import FAN_ACCESS_PERM, FAN_OPEN_PERM, Dialect, mask_names
-from fusehsm.events import Access, AccessKind, Armed, EventShape, arm, heard_when, notification, shapes
+from fusehsm.events import (
+    STRENGTH,
+    Access,
+    AccessKind,
+    Armed,
+    EventShape,
+    arm,
+    heard_when,
+    notification,
+    shapes,
+)
 from fusehsm.group import Group, Pending
 from fusehsm.marks import MarkTable, Subject
 from fusehsm.unattended import EventTimeout, Unattended, UnattendedPolicy
@@ -21,7 +31,6 @@ _KILL_WATCH_INTERVAL = 0.25
 _ORPHANED = -1  # the verdict of a group that closed instead of answering
 # What an accessor that dies leaves at once, whoever is still at work for it: an open(2) must not be left open.
 _INTERRUPTIBLE = frozenset(AccessKind) - {AccessKind.OPEN, AccessKind.READ_DIRECTORY}
-_STRONGER = {Armed.NO: 0, Armed.PRE: 1, Armed.ALL: 2}
 
 
 @dataclass(slots=True, eq=False)
@@ -192,7 +201,7 @@ class Listeners:
         for group in self.groups:
             watched[group.dialect.name] = watched.get(group.dialect.name, 0) | group.marks.watched(subject)
         for dialect in self.dialects:
-            armed = max(armed, arm(watched.get(dialect.name, 0), dialect), key=_STRONGER.__getitem__)
+            armed = max(armed, arm(watched.get(dialect.name, 0), dialect), key=STRENGTH.__getitem__)
         return armed
 
     def asks_at_open(self, subject: Subject) -> bool:

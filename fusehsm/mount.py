@@ -167,6 +167,7 @@ def _serve(options: MountOptions, plan: Plan, ready: Callable[[], None]) -> None
         event_timeout=plan.event_timeout,
         page_size=resource.getpagesize(),
         open_limit=open_limit // 3,
+        direct=options.direct,
     )
     engine = make(options.engine, gate, private=plan.private)
     noted = _note_signals()
@@ -179,7 +180,7 @@ def _serve(options: MountOptions, plan: Plan, ready: Callable[[], None]) -> None
         device = _device_of(plan.destination)
         gate.mounted(device, engine.caches(device))
         gate.requests = engine.requests
-        unmounted = _run(gate, engine, plan, device, ready, noted)
+        unmounted = _run(gate, engine, plan, device, ready, noted, options.lifeline)
     finally:
         gate.close()
         engine.close(unmount=not unmounted)
@@ -202,8 +203,10 @@ def _run(
     device: tuple[int, int],
     ready: Callable[[], None],
     noted: list[int],
+    lifeline: int | None,
 ) -> bool:
-    """The event loop; returns whether the filesystem has been unmounted already. Ends when it can if signals have been `noted` before."""
+    """The event loop; returns whether the filesystem has been unmounted already. Ends when it can if signals have been `noted` before, and
+    when nobody holds the other end of the pipe `lifeline` any more."""
     import trio
 
     from fusehsm.backends.inprocess import serve_in_process
@@ -216,6 +219,10 @@ def _run(
             async for number in signals:
                 noted.append(number)
                 engine.stop()
+
+    async def end_with(lifeline: int) -> None:
+        await trio.lowlevel.wait_readable(lifeline)
+        engine.stop()
 
     async def announce() -> None:
         # Nobody answers it any more once the engine has stopped.
@@ -232,6 +239,8 @@ def _run(
             if plan.handler is not None:
                 await nursery.start(serve_in_process, gate, plan.handler)
             nursery.start_soon(announce)
+            if lifeline is not None:
+                nursery.start_soon(end_with, lifeline)
             await engine.serve()
             stopped_by_signal = mountinfo_has(device)
             gate.listeners.abandon()

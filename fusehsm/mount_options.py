@@ -45,6 +45,8 @@ class MountOptions:
     allow_other: bool = False
     cache: str | None = None
     log_file: str | None = None
+    direct: bool = False
+    lifeline: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

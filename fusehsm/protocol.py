@@ -59,7 +59,10 @@ def event_message_split(message: bytearray | bytes) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """Make a group: fanotify_init(2)'s flags, and a dialect's name or None for the mount's. Answered with Welcome and the event socket."""
+    """Make a group: fanotify_init(2)'s flags, and a dialect's name or None for the mount's. Answered with Welcome and the event socket.
+
+    A pipe's writing end that comes along is a doorbell: after every event that has been sent a byte is written there.
+    """
 
     version: int
     flags: int
@@ -105,14 +108,33 @@ class Drop:
     inode: int
 
 
+@dataclass(frozen=True, slots=True)
+class Map:
+    """mmap(2) of an open file whose accessor (thread `tid`) waits meanwhile; answered when its event is, with the denial's errno.
+
+    The node as the client has looked it up (st_dev, st_ino); `offset` and `length` in bytes as in the call, `flags` of the open file,
+    `writable`: a shared and writable mapping.
+    """
+
+    major: int
+    minor: int
+    inode: int
+    offset: int
+    length: int
+    flags: int
+    tid: int
+    writable: int
+
+
 # Further requests (evict, pin) belong here, and in server.py's table.
-Request = Hello | Mark | Status | Release | Drop
+Request = Hello | Mark | Status | Release | Drop | Map
 _REQUESTS: dict[str, type[Request]] = {
     "hello": Hello,
     "mark": Mark,
     "status": Status,
     "release": Release,
     "drop": Drop,
+    "map": Map,
 }
 _NAMES = {kind: name for name, kind in _REQUESTS.items()}
 _OPTIONAL = {(Hello, "dialect"): str, (Mark, "inode"): int}

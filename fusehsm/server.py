@@ -9,6 +9,7 @@ import errno
 import logging
 import os
 import socket
+import stat
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -29,7 +30,7 @@ from fusehsm.abi import (
 )
 from fusehsm.gate_face import GateFace
 from fusehsm.group import Group, Pending
-from fusehsm.protocol import CREDIT, Drop, Hello, Mark, Release, Request, Status, Welcome
+from fusehsm.protocol import CREDIT, Drop, Hello, Map, Mark, Release, Request, Status, Welcome
 
 MOST_GROUPS: Final = 128  # as fs.fanotify.max_user_groups
 MOST_CONNECTIONS: Final = 256
@@ -112,6 +113,7 @@ class _Session:
         self._gate = server.gate
         self._connection = connection
         self._channel: _EventChannel | None = None
+        self._doorbell: int | None = None
 
     async def run(self) -> None:
         """Serve until the client goes, which either of its sockets may tell, or breaks the protocol."""
@@ -126,13 +128,15 @@ class _Session:
             self._channel.close()
             self._gate.remove_group(self._channel.group)
             self._server.groups -= 1
+        if self._doorbell is not None:
+            os.close(self._doorbell)
         self._connection.close()
 
     async def _serve_requests(self) -> None:
         while True:
             await trio.lowlevel.wait_readable(self._connection)
             try:
-                message = self._connection.recv(protocol.LARGEST_REQUEST + 1)
+                message = self._receive()
             except BlockingIOError:
                 continue
             if not message or len(message) > protocol.LARGEST_REQUEST:
@@ -150,6 +154,19 @@ class _Session:
             finally:
                 for descriptor in descriptors:
                     os.close(descriptor)
+
+    def _receive(self) -> bytes:
+        """One request. What comes with a hello is the doorbell: opened anew, because whoever sent it shares the flags of what was sent,
+        and could have us wait for room in the pipe."""
+        message, descriptors, _, _ = socket.recv_fds(self._connection, protocol.LARGEST_REQUEST + 1, 1)
+        for descriptor in descriptors:
+            if self._doorbell is None and stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+                with contextlib.suppress(OSError):  # nobody holds the other end any more
+                    self._doorbell = os.open(
+                        f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC
+                    )
+            os.close(descriptor)
+        return message
 
     async def _reply(self, parts: list[bytes], descriptors: list[int]) -> None:
         for position, part in enumerate(parts):
@@ -178,6 +195,10 @@ class _Session:
                 self._check_device(request.major, request.minor)
                 await self._gate.drop(self._gate.overlay.node(request.inode))
                 return {}
+            case Map():
+                self._check_device(request.major, request.minor)
+                await self._map(request)
+                return {}
 
     def _hello(self, hello: Hello) -> tuple[Welcome, int]:
         if hello.version != protocol.VERSION:
@@ -194,7 +215,9 @@ class _Session:
         group.listener_pid = self._pid
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
-        self._channel = _EventChannel(self._gate, group, ours, self._nursery.cancel_scope.cancel)
+        self._channel = _EventChannel(
+            self._gate, group, ours, self._nursery.cancel_scope.cancel, self._doorbell
+        )
         self._server.groups += 1
         self._gate.add_group(group)
         self._nursery.start_soon(self._listen, self._channel)
@@ -222,15 +245,47 @@ class _Session:
         node = self._gate.overlay.node(mark.inode)
         await self._gate.mark(self._channel.group, mark.flags, mark.mask, node)
 
+    async def _map(self, request: Map) -> None:
+        """Ask for a mapping, as long as the client waits: it hangs up when the accessor is killed, of which nobody else tells us."""
+        node = self._gate.overlay.node(request.inode)
+        denial: OSError | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._cancel_when_gone, nursery.cancel_scope)
+            try:
+                await self._gate.map(
+                    node,
+                    request.offset,
+                    request.length,
+                    request.flags,
+                    request.tid,
+                    writable=bool(request.writable),
+                )
+            except OSError as error:
+                denial = error
+            nursery.cancel_scope.cancel()
+        if denial is not None:
+            raise denial
+
+    async def _cancel_when_gone(self, scope: trio.CancelScope) -> None:
+        await trio.lowlevel.wait_readable(self._connection)
+        # A client that sends the next request before it has the answer to this one breaks the protocol.
+        scope.cancel()
+
 
 class _EventChannel:
     """Carries a group's events to its client and the answers back."""
 
     def __init__(
-        self, gate: GateFace, group: Group, channel: socket.socket, disconnect: Callable[[], None]
+        self,
+        gate: GateFace,
+        group: Group,
+        channel: socket.socket,
+        disconnect: Callable[[], None],
+        doorbell: int | None,
     ) -> None:
         self.group = group
         self._disconnect = disconnect
+        self._doorbell = doorbell
         self._gate = gate
         self._socket = channel
         self._credit = CREDIT
@@ -310,6 +365,10 @@ class _EventChannel:
             # The client has gone, or reads no more: then it owes an answer to nothing.
             self._open = False
             self._disconnect()
+        else:
+            if self._doorbell is not None:
+                with contextlib.suppress(OSError):  # full, which is loud enough, or nobody hears it any more
+                    os.write(self._doorbell, b"!")
         for descriptor in descriptors:
             os.close(descriptor)
         return True

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -74,6 +75,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 def pytest_configure(config: pytest.Config) -> None:
     """Let every temporary file lie where leftovers are looked for, reachable by other users."""
+    # A background job of a shell ignores it, and so would every process that a test ends with it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     directory = Path(tempfile.mkdtemp(prefix="fusehsm-tests-"))
     directory.chmod(0o755)
     config.stash[_DIRECTORY] = directory

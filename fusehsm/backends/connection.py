@@ -1,8 +1,11 @@
 """A client's end of the control socket: requests and their replies."""
 
+import contextlib
 import errno
 import os
 import socket
+import threading
+from collections.abc import Sequence
 from typing import Any
 
 import trio
@@ -98,3 +101,51 @@ async def request(mount: Mount, message: Request) -> dict[str, Any]:
         return result
     finally:
         connection.close()
+
+
+class BlockingConnection:
+    """A connection to the server of a mount for threads, which wait in it; requests go one after the other, whoever makes them."""
+
+    def __init__(self, mount: Mount) -> None:
+        """Connect. Raises OSError with one line, ENOTCONN where nobody serves the mount."""
+        self._socket = control_socket.connect(mount)
+        self._destination = mount.mount_point
+        self._turn = threading.Lock()
+
+    def request(self, request: Request, descriptors: Sequence[int] = ()) -> tuple[dict[str, Any], int | None]:
+        """The result of a request, which `descriptors` go along with, and the descriptor that came with it, if any. Raises the OSError that
+        the server answers with, and ENOTCONN when the mount is gone or hang_up() was called."""
+        with self._turn:
+            try:
+                socket.send_fds(self._socket, [encode_request(request)], descriptors)
+                parts, descriptor = self._receive()
+            except (ConnectionError, ValueError):
+                raise self.gone() from None
+        return decode_reply(parts), descriptor
+
+    def _receive(self) -> tuple[list[bytes], int | None]:
+        parts: list[bytes] = []
+        descriptor: int | None = None
+        while not parts or not is_last_part(parts[-1]):
+            part, ancillary, _, _ = self._socket.recvmsg(
+                LARGEST_REPLY_PART + 1, _DESCRIPTORS, socket.MSG_CMSG_CLOEXEC
+            )
+            for _level, _type, data in ancillary:
+                descriptor = int.from_bytes(data[:4], "little")
+            if not part:
+                raise ConnectionResetError
+            parts.append(part)
+        return parts, descriptor
+
+    def gone(self) -> OSError:
+        """What to raise when the server does not answer any more."""
+        return OSError(errno.ENOTCONN, f"{self._destination}: the mount is gone")
+
+    def hang_up(self) -> None:
+        """Have the request that waits, in another thread, fail, and every later one."""
+        with contextlib.suppress(OSError):  # the server was quicker
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close; no request may be waiting."""
+        self._socket.close()

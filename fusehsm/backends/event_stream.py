@@ -105,6 +105,16 @@ class EventStream:
             self.receive_all()
         return self._buffered.popleft()
 
+    @property
+    def waits(self) -> bool:
+        """Whether take() would find something."""
+        if self._buffered:
+            return True
+        try:
+            return bool(self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except OSError:
+            return False
+
     def put_back(self, received: Received) -> None:
         """Let an event that was taken be the next one again."""
         self._buffered.appendleft(received)

@@ -2,11 +2,8 @@
 
 import errno
 import os
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +12,8 @@ from fusehsm.abi import FAN_CLASS_PRE_CONTENT, FAN_CLOEXEC, FAN_MARK_ADD, LINUX_
 from fusehsm.backends.base import Group
 from fusehsm.backends.emulated import EmulatedGroup
 from fusehsm.backends.kernel import KernelGroup
-from fusehsm.engines.fuse_mount import unmount
+from fusehsm.foreground_mount import foreground_mount
 from fusehsm.mountinfo import mount_of
-
-_PATIENCE = 30.0  # seconds for a daemon to come up or to go
 
 
 class NoKernelEvents(OSError):
@@ -75,42 +70,5 @@ def emulated_side(backing: Path, path: Path, engine: str, *options: str) -> Iter
     """
     for place in (backing, path):
         place.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "fusehsm", "mount", "--foreground", "--engine", engine, *options]
-    allow_other = ["--allow-other"] if os.geteuid() == 0 else []
-    daemon = subprocess.Popen(
-        [*command, *allow_other, str(backing), str(path)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-        text=True,
-    )
-    try:
-        _wait_until_ready(daemon)
+    with foreground_mount(str(backing), str(path), "--engine", engine, *options):
         yield Side(backing, path, engine)
-    finally:
-        _end(daemon, path)
-
-
-def _wait_until_ready(daemon: "subprocess.Popen[str]") -> None:
-    assert daemon.stderr is not None
-    said = []
-    for line in daemon.stderr:
-        if line == "ready\n":
-            return
-        said.append(line.strip())
-    raise OSError(f"the mount did not come up: {' '.join(said) or f'exit code {daemon.wait()}'}")
-
-
-def _end(daemon: "subprocess.Popen[str]", path: Path) -> None:
-    """Unmount as a service manager would; if that takes too long, kill the daemon, which ends the connection, and unmount lazily."""
-    daemon.send_signal(signal.SIGTERM)
-    with suppress(subprocess.TimeoutExpired):
-        daemon.wait(_PATIENCE)
-    if daemon.poll() is None:
-        daemon.kill()
-        daemon.wait()
-    with suppress(OSError):  # it is gone already, as a daemon that ends leaves it
-        unmount(os.path.join(os.path.realpath(path.parent), path.name), lazily=True)
-    if daemon.stderr is not None:
-        daemon.stderr.close()

@@ -1,0 +1,77 @@
+"""Mounts for as long as the process that wants them lives: `fusehsm mount --foreground` as a child."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from fusehsm.engines.fuse_mount import unmount
+
+_PATIENCE = 30.0  # seconds for a daemon to go
+
+
+@contextmanager
+def foreground_mount(source: str, destination: str, *options: str) -> Iterator[None]:
+    """`fusehsm mount` of one directory at another, which other users may use where root mounts it; unmounted at the end whatever happened.
+
+    It ends, too, when this process is killed: it holds the other end of a pipe (PR_SET_PDEATHSIG does not outlast a change of setfsuid(2), as
+    servers of file systems make it). Raises OSError with what the command said if the mount does not come up.
+    """
+    lifeline, held = os.pipe()
+    command = [sys.executable, "-m", "fusehsm", "mount", "--foreground", "--lifeline", str(lifeline)]
+    allow_other = ["--allow-other"] if os.geteuid() == 0 else []
+    try:
+        with os.fdopen(lifeline, "rb", buffering=0):
+            daemon = subprocess.Popen(
+                [*command, *options, *allow_other, source, destination],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+                pass_fds=[lifeline],
+                text=True,
+            )
+        try:
+            _wait_until_ready(daemon)
+            # What it logs belongs to whoever wants the mount, and must not fill the pipe.
+            threading.Thread(target=_pass_on, args=(daemon,), daemon=True).start()
+            yield
+        finally:
+            _end(daemon, destination)
+    finally:
+        os.close(held)
+
+
+def _wait_until_ready(daemon: "subprocess.Popen[str]") -> None:
+    assert daemon.stderr is not None
+    said = []
+    for line in daemon.stderr:
+        if line == "ready\n":
+            return
+        said.append(line.strip().removeprefix("fusehsm: "))
+    raise OSError(" ".join(said) or f"the mount did not come up: exit code {daemon.wait()}")
+
+
+def _pass_on(daemon: "subprocess.Popen[str]") -> None:
+    assert daemon.stderr is not None
+    with suppress(ValueError):  # closed meanwhile
+        for line in daemon.stderr:
+            sys.stderr.write(line)
+
+
+def _end(daemon: "subprocess.Popen[str]", destination: str) -> None:
+    """Unmount as a service manager would; if that takes too long, kill the daemon, which ends the connection, and unmount lazily."""
+    daemon.send_signal(signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        daemon.wait(_PATIENCE)
+    if daemon.poll() is None:
+        daemon.kill()
+        daemon.wait()
+    absolute = os.path.abspath(destination)
+    with suppress(OSError):  # it is gone already, as a daemon that ends leaves it
+        unmount(
+            os.path.join(os.path.realpath(os.path.dirname(absolute)), os.path.basename(absolute)), lazily=True
+        )
