@@ -169,6 +169,36 @@ def mount(
     )
 
 
+@app.command(context_settings={"allow_interspersed_args": False})
+def run(
+    command: Annotated[
+        list[str], typer.Argument(metavar="COMMAND...", help="The program and its arguments.")
+    ],
+    mounts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--mount", metavar="DIR", help="Overlay DIR in place while the command runs; may be given again."
+        ),
+    ] = None,
+    abi: Annotated[
+        str | None,
+        typer.Option(help="What the command speaks: linux-6.14 (default), patch-v2 or patch-v1."),
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the mounts when the command ends.")] = False,
+    accessor: Annotated[
+        bool,
+        typer.Option("--accessor", help="The command is no listener: only have its mmap(2) ask at once."),
+    ] = False,
+) -> int:
+    """Run an unmodified fanotify program: its system calls are answered by the emulator. Exit code: the command's."""
+    from fusehsm.supervisor.command import RunOptions
+    from fusehsm.supervisor.command import run as do_run
+
+    return do_run(
+        RunOptions(command=tuple(command), mounts=tuple(mounts or ()), abi=abi, keep=keep, accessor=accessor)
+    )
+
+
 @app.command()
 def umount(destination: Annotated[str, typer.Argument(metavar="DST", help="The mount point.")]) -> None:
     """Unmount and wait for the daemon."""

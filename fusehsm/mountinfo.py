@@ -48,9 +48,9 @@ class Mount:
         return self.filesystem_type == FILESYSTEM_TYPE
 
 
-def read_mounts() -> Iterator[Mount]:
-    """Every mount of this process's mount namespace, in the file's order (a later line may hide an earlier one)."""
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+def read_mounts(process: int | str = "self") -> Iterator[Mount]:
+    """Every mount of a process's mount namespace, by default this one's, in the file's order (a later line may hide an earlier one)."""
+    with open(f"/proc/{process}/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
         for line in lines:
             yield Mount.parse(line)
 

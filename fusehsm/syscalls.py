@@ -1,6 +1,7 @@
-"""fanotify_init(2), fanotify_mark(2), mount(2), umount2(2): one small function each, raising OSError with the kernel's errno."""
+"""System calls that Python does not have, for fanotify(7) and mounting: one small function each, raising OSError with the kernel's errno."""
 
 import ctypes
+import errno
 import os
 from typing import Any, Final
 
@@ -9,6 +10,10 @@ AT_FDCWD: Final = -100
 MS_BIND: Final = 0x1000  # mount(2)
 MS_REC: Final = 0x4000
 MNT_DETACH: Final = 2  # umount2(2)
+
+_SYS_FACCESSAT2: Final = 439  # on every architecture; Linux 5.8
+_AT_EACCESS: Final = 0x200
+_AT_EMPTY_PATH: Final = 0x1000
 
 _libc: Final[Any] = ctypes.CDLL(None, use_errno=True)
 _fanotify_init: Final[Any] = _libc.fanotify_init
@@ -48,3 +53,17 @@ def mount(
 def umount2(target: bytes, flags: int) -> None:
     """umount2(2)."""
     _check(_umount2(target, flags), target)
+
+
+def may_read(descriptor: int) -> bool:
+    """Whether the calling thread, by its effective rights, may read what a descriptor (O_PATH will do) is open on."""
+    if _libc.syscall(_SYS_FACCESSAT2, descriptor, b"", os.R_OK, _AT_EACCESS | _AT_EMPTY_PATH) == 0:
+        return True
+    if ctypes.get_errno() in (errno.ENOSYS, errno.EINVAL):
+        return os.access(f"/proc/self/fd/{descriptor}", os.R_OK, effective_ids=True)
+    return False
+
+
+def prctl(option: int, value: int) -> None:
+    """prctl(2) with one argument."""
+    _check(_libc.prctl(option, value, 0, 0, 0))

@@ -6,6 +6,7 @@ import os
 import stat
 from dataclasses import dataclass
 
+from fusehsm import syscalls
 from fusehsm.abi import FAN_MARK_DONT_FOLLOW, FAN_MARK_ONLYDIR
 from fusehsm.rules import ObjectKind
 
@@ -25,12 +26,18 @@ def look_up(flags: int, dirfd: int, path: str | bytes | None) -> FoundObject:
 
     Blocks as long as the filesystems on the way do.
     """
-    descriptor = _duplicate(dirfd) if path is None else os.open(path, _open_flags(flags), dir_fd=dirfd)
+    return found(
+        flags, _duplicate(dirfd) if path is None else os.open(path, _open_flags(flags), dir_fd=dirfd)
+    )
+
+
+def found(flags: int, descriptor: int) -> FoundObject:
+    """What a descriptor is open on, which is owned from now on; the checks that are made of it. Raises OSError."""
     try:
         status = os.fstat(descriptor)
         if flags & FAN_MARK_ONLYDIR and not stat.S_ISDIR(status.st_mode):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        if not os.access(f"/proc/self/fd/{descriptor}", os.R_OK, effective_ids=True):
+        if not syscalls.may_read(descriptor):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         device = (os.major(status.st_dev), os.minor(status.st_dev))
         return FoundObject(descriptor, device, status.st_ino, _kind(status.st_mode))

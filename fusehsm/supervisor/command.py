@@ -1,0 +1,280 @@
+"""`fusehsm run`: the mounts, the command under the filter, signals on their way, the exit code."""
+
+import errno
+import logging
+import marshal
+import os
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from fusehsm.abi import DIALECTS
+from fusehsm.foreground_mount import foreground_mount
+from fusehsm.supervisor import filters
+from fusehsm.supervisor.calls import Calls
+from fusehsm.supervisor.launch import FAILURE
+from fusehsm.supervisor.notifier import Notifier
+from fusehsm.supervisor.numbers import (
+    HIGHEST_DESCRIPTOR,
+    PR_SET_CHILD_SUBREAPER,
+    RESERVED_DESCRIPTORS,
+    SECCOMP_FILTER_FLAG_NEW_LISTENER,
+    SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV,
+    Architecture,
+    architecture,
+)
+from fusehsm.supervisor.workers import Workers
+from fusehsm.syscalls import prctl
+
+NOT_FOUND, NOT_EXECUTABLE = 127, 126  # as shells say it
+
+_OLDEST_KERNEL: Final = (5, 9)
+_FEWEST_DESCRIPTORS: Final = 2 * RESERVED_DESCRIPTORS
+_LAST_GROUPS: Final = 0.01  # seconds between looks at groups that have outlived the command
+_FROM_TERMINAL: Final = 0x80  # SI_KERNEL: the terminal has sent it to the command as well
+_PASSED_ON: Final = (
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGCONT,
+)
+_JOB_CONTROL: Final = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
+_MENDS: Final = {
+    errno.EINVAL: "this kernel has no seccomp user notification; it needs Linux 5.9 or later",
+    errno.ENOSYS: "this kernel has no seccomp; it needs Linux 5.9 or later with CONFIG_SECCOMP_FILTER",
+    errno.EBUSY: "a supervisor of system calls is at work here already (fusehsm run within fusehsm run, or a container's); run it outside",
+    errno.EPERM: "seccomp(2) is forbidden here; in a container allow it (--security-opt seccomp=unconfined)",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """The command line of `fusehsm run`."""
+
+    command: tuple[str, ...]
+    mounts: tuple[str, ...] = ()
+    abi: str | None = None
+    keep: bool = False
+    accessor: bool = False
+
+
+class RunError(OSError):
+    """One line for the user: thing: cause; mend."""
+
+
+def run(options: RunOptions) -> int:
+    """Run the command; its exit code. If a signal has killed it, the same kills this process. Raises OSError with one line, ValueError for
+    bad usage."""
+    if options.abi is not None and options.abi not in DIALECTS:
+        raise ValueError(f"--abi {options.abi}: not a dialect; choose {', '.join(DIALECTS)}")
+    if options.keep and not options.mounts:
+        raise ValueError("--keep: there is no --mount that could be kept")
+    machine = architecture()
+    _check_kernel(os.uname().release)
+    logging.basicConfig(level=logging.WARNING, format="fusehsm run: %(message)s")
+    directory = os.getcwd()
+    with ExitStack() as mounts:
+        # One after the other: a directory may lie in another.
+        for place in dict.fromkeys(map(os.path.realpath, options.mounts)):
+            _mount(mounts, place, options)
+        code = _Run(options, machine, directory).run()
+    sys.stdout.flush()
+    if code < 0:
+        _die_of(-code)
+    return code
+
+
+def _check_kernel(release: str) -> None:
+    version = tuple(int(number) for number in re.findall(r"\d+", release)[:2])
+    if version < _OLDEST_KERNEL:
+        raise RunError(
+            f"fusehsm run: Linux {release} cannot hand descriptors to a supervised process; it needs 5.9 or later"
+        )
+
+
+def _mount(mounts: ExitStack, place: str, options: RunOptions) -> None:
+    arguments = ["--direct", *(["--abi", options.abi] if options.abi else [])]
+    if not options.keep:
+        mounts.enter_context(foreground_mount(place, place, *arguments))
+        return
+    arguments += ["--allow-other"] if os.geteuid() == 0 else []
+    done = subprocess.run(
+        [sys.executable, "-m", "fusehsm", "mount", *arguments, place, place],
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    if done.returncode:
+        raise RunError(done.stderr.strip().removeprefix("fusehsm: "))
+
+
+def _die_of(number: int) -> None:
+    """End as the command has, so that whoever waits for us sees the same; without a core of our own."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
+    if number != signal.SIGKILL:
+        signal.signal(number, signal.SIG_DFL)
+    sys.stderr.flush()
+    os.kill(os.getpid(), number)
+
+
+class _Run:
+    """One command under the filter."""
+
+    def __init__(self, options: RunOptions, machine: Architecture, directory: str) -> None:
+        self._options = options
+        self._machine = machine
+        self._directory = directory
+        self._descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)
+        soft = self._descriptors[0]
+        if soft != resource.RLIM_INFINITY and soft < _FEWEST_DESCRIPTORS:
+            raise RunError(
+                f"fusehsm run: only {soft} descriptors are allowed here; set ulimit -n {_FEWEST_DESCRIPTORS} or more"
+            )
+        end = HIGHEST_DESCRIPTOR if soft == resource.RLIM_INFINITY else min(HIGHEST_DESCRIPTOR, soft)
+        self._reserved = range(end - RESERVED_DESCRIPTORS, end)
+
+    def run(self) -> int:
+        """The exit code, negative for a signal."""
+        with suppress(OSError, ValueError):  # events bring descriptors, of all groups together
+            resource.setrlimit(resource.RLIMIT_NOFILE, (self._descriptors[1], self._descriptors[1]))
+        if os.geteuid() != 0:
+            # Where Yama guards ptrace(2), and so a process's memory, it lets only ancestors pass: what the command leaves behind stays ours.
+            prctl(PR_SET_CHILD_SUBREAPER, 1)
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (*_PASSED_ON, *_JOB_CONTROL, signal.SIGCHLD))
+        try:
+            return self._run(blocked)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+    def _run(self, blocked: set[signal.Signals | int]) -> int:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours:
+            with theirs:
+                # What was left open for the command stays open.
+                os.set_inheritable(theirs.fileno(), True)
+                launcher = Path(__file__).with_name("launch.py")
+                command = [sys.executable, "-I", "-S", str(launcher), str(theirs.fileno())]
+                child = subprocess.Popen(command, close_fds=False)
+            ours.send(marshal.dumps(self._orders(blocked)))
+            message, descriptors, _, _ = socket.recv_fds(ours, FAILURE.size, 1)
+            if not descriptors:
+                child.wait()
+                return self._failed(message)
+            os.set_inheritable(descriptors[0], False)
+            step, _ = FAILURE.unpack(message)
+            calls = self._serve(Notifier(descriptors[0]), killable=step.startswith(b"running"))
+            message = ours.recv(FAILURE.size)
+            if message:
+                child.wait()
+                return self._failed(message)
+        return self._wait(child, calls)
+
+    def _orders(self, blocked: set[signal.Signals | int]) -> dict[str, object]:
+        lowest, end = self._reserved.start, self._reserved.stop
+        program = (
+            filters.for_accessors(self._machine)
+            if self._options.accessor
+            else filters.for_listeners(self._machine, lowest, end)
+        )
+        return {
+            "command": list(self._options.command),
+            # By its name: if it lies on a mount, what was open before is underneath.
+            "directory": self._directory,
+            "program": program,
+            "seccomp": self._machine.seccomp,
+            "flags": [
+                SECCOMP_FILTER_FLAG_NEW_LISTENER | SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV,
+                SECCOMP_FILTER_FLAG_NEW_LISTENER,
+            ],
+            "descriptors": self._descriptors,
+            "ignored": [int(number) for number in _PASSED_ON if signal.getsignal(number) == signal.SIG_IGN],
+            "blocked": [int(number) for number in blocked],
+            "supervisor": os.getpid(),
+        }
+
+    def _serve(self, notifier: Notifier, *, killable: bool) -> Calls:
+        dialect = None if self._options.abi is None else DIALECTS[self._options.abi]
+        calls = Calls(notifier, self._machine, dialect, self._reserved, killable=killable)
+        Workers(notifier, calls)
+        return calls
+
+    def _failed(self, message: bytes) -> int:
+        """The command has not been started. Returns its exit code, or raises RunError."""
+        if not message:
+            raise RunError("fusehsm run: the command was killed before it began")
+        name, number = FAILURE.unpack(message)
+        step = name.rstrip(b"\0").decode()
+        if step == "filter":
+            raise RunError(f"fusehsm run: {_MENDS.get(number, os.strerror(number))}")
+        if step == "directory":
+            raise RunError(f"{self._directory}: {os.strerror(number)}; run it from another directory")
+        found = "not found" if number == errno.ENOENT else os.strerror(number)
+        mend = (
+            "give a program that is in the PATH, or its path"
+            if number == errno.ENOENT
+            else "give a program that can be run"
+        )
+        print(f"fusehsm: {self._options.command[0]}: {found}; {mend}", file=sys.stderr, flush=True)
+        return NOT_FOUND if number == errno.ENOENT else NOT_EXECUTABLE
+
+    def _wait(self, child: "subprocess.Popen[bytes]", calls: Calls) -> int:
+        """Until the command has ended, and so have the groups that processes of it still hold: a daemon goes on when what started it ends."""
+        code: int | None = None
+        watched = {*_PASSED_ON, *_JOB_CONTROL, signal.SIGCHLD}
+        while code is None or calls.groups:
+            if code is None:
+                code = self._look_at(child)
+                if code is not None:
+                    continue
+                got = signal.sigwaitinfo(watched)
+            else:
+                late = signal.sigtimedwait(watched, _LAST_GROUPS)
+                if late is None:
+                    continue
+                got = late
+            if (
+                got.si_signo in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)
+                and code is not None
+            ):
+                break
+            if got.si_signo in _PASSED_ON and got.si_code != _FROM_TERMINAL:
+                child.send_signal(got.si_signo)
+            if got.si_signo == signal.SIGCHLD:
+                self._reap_strays(child)
+        return code
+
+    def _look_at(self, child: "subprocess.Popen[bytes]") -> int | None:
+        """The command's exit code once it has ended; if the terminal has stopped it, stop with it."""
+        with suppress(ChildProcessError):
+            stopped = os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOHANG)
+            if stopped is not None and stopped.si_status in _JOB_CONTROL:
+                os.kill(os.getpid(), signal.SIGSTOP)
+        return child.poll()
+
+    @staticmethod
+    def _reap_strays(child: "subprocess.Popen[bytes]") -> None:
+        """What the command has left behind has become ours (PR_SET_CHILD_SUBREAPER)."""
+        if os.geteuid() == 0:
+            return
+        with suppress(OSError, ValueError):
+            pids = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+            for pid in map(int, pids):
+                status = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                if pid != child.pid and status[0] == "Z" and _is_stray(pid):
+                    os.waitpid(pid, os.WNOHANG)
+
+
+def _is_stray(pid: int) -> bool:
+    """Not one of our own, the servers of the mounts, which lead their sessions."""
+    return os.getsid(pid) != pid

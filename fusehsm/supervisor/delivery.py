@@ -1,0 +1,172 @@
+"""Events into a process of the command: their bytes into its memory, their descriptors into its table."""
+
+import contextlib
+import errno
+import os
+import select
+import struct
+from dataclasses import dataclass, field
+from typing import Final
+
+from fusehsm.abi import (
+    EVENT_FD_OFFSET,
+    EVENT_PIDFD_OFFSET,
+    FAN_EVENT_METADATA_LEN,
+    FAN_NOFD,
+    FAN_REPORT_FD_ERROR,
+)
+from fusehsm.backends.event_stream import Received
+from fusehsm.supervisor import memory
+from fusehsm.supervisor.groups import Source, SupervisedGroup
+from fusehsm.supervisor.notifier import Call, CallIsOver, Notifier
+from fusehsm.supervisor.parked import Parked, ParkedCalls
+
+_INT: Final = struct.Struct("=i")
+
+
+@dataclass(slots=True)
+class Reading:
+    """One read(2) of a group by a thread of the command. Nothing that it has taken counts before settle(): a call that is over has read
+    nothing, and undo() gives it back."""
+
+    notifier: Notifier
+    parked: ParkedCalls
+    call: Call
+    group: SupervisedGroup
+    _taken: list[tuple[Source, Received, int]] = field(default_factory=list)
+
+    def into(self, parts: list[tuple[int, int]]) -> int:
+        """Read into the (address, size) parts of a buffer; the number of bytes. Raises OSError as read(2) does, CallIsOver.
+
+        A part is gone on from only when it has been filled to its last byte (measured on 6.18).
+        """
+        total = 0
+        for address, size in parts:
+            try:
+                filled = self._fill(address, size)
+            except OSError:
+                if total:
+                    break
+                raise
+            total += filled
+            if filled != size:
+                break
+        return total
+
+    def _fill(self, address: int, size: int) -> int:
+        if (address + size) >> 63:
+            # The kernel looks at the pointer first; a bad one in the program's own half is found out only with an event at hand.
+            raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
+        filled = 0
+        while True:
+            try:
+                source, received = self.group.take(size - filled)
+            except BlockingIOError:
+                if filled:
+                    return filled
+                if self.group.nonblocking:
+                    raise
+                self._wait()
+                continue
+            except OSError:
+                if filled:
+                    return filled
+                raise
+            try:
+                self._deliver(source, received, address + filled)
+            except OSError:
+                if filled:
+                    return filled
+                raise
+            filled += len(received.data)
+            if size - filled < FAN_EVENT_METADATA_LEN:
+                return filled
+
+    def _wait(self) -> None:
+        """Until events wait, or there may be some. Raises CallIsOver, OSError for a signal."""
+        wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        verdict: list[int | None] = []
+
+        def end(number: int | None) -> None:
+            verdict.append(number)
+            os.eventfd_write(wake, 1)
+
+        parked = Parked(self.call, end, interruptible=True)
+        poll = select.poll()
+        poll.register(wake, select.POLLIN)
+        for descriptor in self.group.begin_waiting(wake):
+            poll.register(descriptor, select.POLLIN)
+        self.parked.park(parked)
+        try:
+            poll.poll()
+        finally:
+            self.parked.unpark(parked)
+            self.group.end_waiting(wake)
+            os.close(wake)
+        if verdict:
+            if verdict[0] is None:
+                raise CallIsOver
+            raise OSError(verdict[0], "a signal")
+        if self.group.closed:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    def _deliver(self, source: Source, received: Received, address: int) -> None:
+        """Raises OSError: EFAULT, EMFILE; the event has been denied then."""
+        try:
+            number = self._hand_over(received, address)
+        except CallIsOver:
+            self.group.take_back(source, received, FAN_NOFD)
+            raise
+        except OSError:
+            self.group.refuse(source, received)
+            received.close()
+            raise
+        if number < 0 and received.fd >= 0:
+            self.group.refuse(source, received)
+        elif number >= 0:
+            self.group.handed_over(source, received, number)
+        self._taken.append((source, received, number))
+
+    def _hand_over(self, received: Received, address: int) -> int:
+        """Put an event into the process; the descriptor's number there, or the error that stands in its place."""
+        tid = self.call.tid
+        data = bytearray(received.data)
+        pidfd = received.pidfd
+        if received.fd >= 0:
+            # First without descriptors: nobody could take them back if the memory is not there.
+            _INT.pack_into(data, EVENT_FD_OFFSET, FAN_NOFD)
+        if pidfd >= 0:
+            _INT.pack_into(data, EVENT_PIDFD_OFFSET, FAN_NOFD)
+        self.notifier.check(self.call)
+        try:
+            memory.write(tid, address, data)
+            number = received.fd
+            if number >= 0:
+                number = self._add(received.fd, bool(self.group.event_f_flags & os.O_CLOEXEC))
+                memory.write(tid, address + EVENT_FD_OFFSET, _INT.pack(number))
+            if pidfd >= 0:
+                memory.write(tid, address + EVENT_PIDFD_OFFSET, _INT.pack(self._add(pidfd, True)))
+        except ProcessLookupError:
+            raise CallIsOver from None
+        return number
+
+    def _add(self, descriptor: int, close_on_exec: bool) -> int:
+        try:
+            return self.notifier.add_descriptor(self.call, descriptor, close_on_exec=close_on_exec)
+        except OSError as error:
+            if not self.group.flags & FAN_REPORT_FD_ERROR:
+                raise
+            return -(error.errno or errno.EMFILE)
+
+    def settle(self) -> None:
+        """The call has returned what was read."""
+        for _, received, _ in self._taken:
+            received.close()
+        self._taken.clear()
+
+    def undo(self) -> None:
+        """The call is over, and has returned nothing."""
+        for source, received, number in reversed(self._taken):
+            with contextlib.suppress(OSError):
+                self.group.take_back(source, received, number)
+        self._taken.clear()

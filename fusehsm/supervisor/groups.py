@@ -1,0 +1,324 @@
+"""A fanotify group as the processes of the command share it: events of every mount that it has marks on, one set of descriptors' numbers."""
+
+import contextlib
+import errno
+import logging
+import os
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fusehsm import rules, syscalls
+from fusehsm.abi import (
+    FAN_CLASS_CONTENT,
+    FAN_CLASS_PRE_CONTENT,
+    FAN_EVENT_METADATA_LEN,
+    FAN_MARK_ADD,
+    FAN_MARK_DONT_FOLLOW,
+    FAN_MARK_FLUSH,
+    FAN_NONBLOCK,
+    LINUX_6_14,
+    PATCH_V2,
+    Dialect,
+)
+from fusehsm.backends.connection import BlockingConnection
+from fusehsm.backends.event_stream import EventStream, Received
+from fusehsm.backends.lookup import FoundObject
+from fusehsm.mountinfo import Mount, read_mounts
+from fusehsm.protocol import VERSION, Hello, Mark
+from fusehsm.supervisor.readiness import Bell
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Source:
+    """One mount's events for a group."""
+
+    mount: Mount
+    connection: BlockingConnection
+    stream: EventStream
+
+    def close(self) -> None:
+        """Its marks go, and what it has not answered is let pass."""
+        self.connection.hang_up()
+        self.stream.close()
+
+
+class SupervisedGroup:
+    """May be used by any number of threads at once. Nothing here touches the memory of the command, or waits, but mark().
+
+    `nonblocking` is O_NONBLOCK; `dialect` None: nobody has said, so it is what mainline speaks, and what may mean something else is refused.
+    """
+
+    def __init__(self, flags: int, event_f_flags: int, dialect: Dialect | None, bell: Bell) -> None:
+        """Raises OSError EINVAL as fanotify_init(2)."""
+        rules.check_init(flags, event_f_flags)
+        self.flags = flags
+        self.event_f_flags = event_f_flags
+        self.dialect = dialect or LINUX_6_14
+        self.bell = bell
+        self.nonblocking = bool(flags & FAN_NONBLOCK)
+        self._told_dialect = dialect is not None
+        self._lock = threading.Lock()
+        self._connecting = threading.Lock()
+        self._sources: list[Source] = []
+        # By the descriptor's number in the command: a number that was closed and used again names several events, in the order read.
+        self._numbers: dict[int, deque[tuple[Source, int]]] = {}
+        self._readers: dict[int, None] = {}
+        self._unheld = False
+        self._closed = False
+
+    # Marks
+
+    def mark(self, flags: int, mask: int, look_up: Callable[[], FoundObject]) -> None:
+        """fanotify_mark(2), what it is about to be found by `look_up`. Raises OSError as the kernel does; of what is on no mount of ours
+        what this kernel says."""
+        self._check_dialect(mask)
+        rules.check_mark(self.flags, self.dialect, flags, mask, None)
+        if flags & FAN_MARK_FLUSH:
+            for source in list(self._sources):
+                self._request(source, Mark(flags, mask, *source.mount.device, None))
+            return
+        found = look_up()
+        try:
+            mount = _mount_of(found.device)
+            if mount is None:
+                raise self._elsewhere(flags, mask, found)
+            rules.check_mark(self.flags, self.dialect, flags, mask, found.kind)
+            source = self._source(mount, flags)
+            self._request(source, Mark(flags, mask, *mount.device, found.inode))
+        finally:
+            os.close(found.descriptor)
+
+    def _check_dialect(self, mask: int) -> None:
+        old = PATCH_V2.pre_access
+        if mask & old and not self._told_dialect:
+            raise _refused(
+                errno.EINVAL,
+                f"a mark with {old:#x}, FAN_PRE_ACCESS in patch-v2 and patch-v1 only: say which it is, with --abi patch-v2 or --abi patch-v1",
+            )
+
+    def _request(self, source: Source, mark: Mark) -> None:
+        try:
+            source.connection.request(mark)
+        except OSError as error:
+            if error.errno != errno.ENOTCONN:
+                raise
+            # A file system that is unmounted takes its marks along.
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
+
+    def _source(self, mount: Mount, flags: int) -> Source:
+        with self._connecting:
+            for source in self._sources:
+                if source.mount.device == mount.device:
+                    return source
+            if not flags & FAN_MARK_ADD:
+                raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+            source = self._connect(mount)
+            with self._lock:
+                if self._closed:
+                    source.close()
+                    raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+                self._sources.append(source)
+                self._wake_readers()
+            return source
+
+    def _connect(self, mount: Mount) -> Source:
+        connection = BlockingConnection(mount)
+        try:
+            name = self.dialect.name
+            hello = Hello(
+                VERSION, self.flags | FAN_NONBLOCK, self.event_f_flags, name if self._told_dialect else None
+            )
+            result, descriptor = connection.request(hello, [self.bell.fileno()])
+            if descriptor is None:
+                raise connection.gone()
+            events = socket.socket(fileno=descriptor)
+            if result["dialect"] != name:
+                events.close()
+                raise _refused(
+                    errno.EINVAL,
+                    f"{mount.mount_point} speaks {result['dialect']}, where a mark's bits mean something else than in {name}: "
+                    f"say what the command speaks, with --abi {result['dialect']} or --abi {name}",
+                )
+        except BaseException:
+            connection.close()
+            raise
+        stream = EventStream(events, self.flags, self.dialect, connection.gone, close_on_exec=True)
+        return Source(mount, connection, stream)
+
+    def _elsewhere(self, flags: int, mask: int, found: FoundObject) -> OSError:
+        """What this kernel says to the mark."""
+        try:
+            probe = syscalls.fanotify_init(
+                self.flags & (FAN_CLASS_PRE_CONTENT | FAN_CLASS_CONTENT), os.O_RDONLY | os.O_CLOEXEC
+            )
+        except OSError as error:
+            return error
+        try:
+            path = os.fsencode(f"/proc/self/fd/{found.descriptor}")
+            # Nothing must come between: whoever opens what is marked waits for this very thread.
+            syscalls.fanotify_mark(probe, flags & ~FAN_MARK_DONT_FOLLOW, mask, path=path)
+        except OSError as error:
+            return error
+        finally:
+            os.close(probe)
+        major, minor = found.device
+        return _refused(
+            errno.EOPNOTSUPP,
+            f"a mark on what is on no fusehsm mount (device {major}:{minor}), which only the kernel could watch: give its directory to --mount",
+        )
+
+    # Events
+
+    def take(self, size: int) -> tuple[Source, Received]:
+        """The next event, which must not be longer than `size` bytes.
+
+        Raises BlockingIOError when there is none, OSError EINVAL when it does not fit (it stays), and the errno of an event that came
+        without its descriptor.
+        """
+        with self._lock:
+            for source in list(self._sources):
+                try:
+                    received = source.stream.take()
+                except OSError as error:
+                    if error.errno != errno.ENOTCONN:
+                        raise
+                    self._drop(source)
+                    continue
+                if received is None:
+                    continue
+                if len(received.data) > size:
+                    source.stream.put_back(received)
+                    raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+                source.stream.delivered(received)
+                return source, received
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    def _drop(self, source: Source) -> None:
+        """The mount is gone, and nobody waits there any more."""
+        self._sources.remove(source)
+        source.close()
+        for number, waiting in list(self._numbers.items()):
+            self._numbers[number] = deque(pair for pair in waiting if pair[0] is not source)
+            if not self._numbers[number]:
+                del self._numbers[number]
+
+    def handed_over(self, source: Source, received: Received, number: int) -> None:
+        """A process is about to read the event with that descriptor."""
+        if received.mask & self.dialect.permission:
+            with self._lock:
+                self._numbers.setdefault(number, deque()).append((source, received.number))
+
+    def take_back(self, source: Source, received: Received, number: int) -> None:
+        """The process has not read it: somebody else will."""
+        with self._lock:
+            waiting = self._numbers.get(number)
+            if waiting is not None and (source, received.number) in waiting:
+                waiting.remove((source, received.number))
+                if not waiting:
+                    del self._numbers[number]
+            if self._closed or source not in self._sources:
+                received.close()
+            else:
+                source.stream.put_back(received)
+
+    def refuse(self, source: Source, received: Received) -> None:
+        """Nobody can be told of the event: deny it with EPERM, as the kernel does."""
+        if received.mask & self.dialect.permission:
+            with self._lock, contextlib.suppress(OSError):
+                source.stream.answer(received.number, errno.EPERM)
+
+    def respond(self, data: bytes) -> int:
+        """write(2) of one response; the bytes taken. Raises OSError EINVAL or ENOENT as the kernel does."""
+        response = rules.parse_response(data, self.flags, self.dialect)
+        if response.probe:
+            return response.length
+        with self._lock:
+            waiting = self._numbers.get(response.fd)
+            if not waiting:
+                raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+            source, number = waiting.popleft()
+            if not waiting:
+                del self._numbers[response.fd]
+            with contextlib.suppress(
+                OSError
+            ):  # the mount is gone: the kernel too takes an answer that nobody waits for
+                source.stream.answer(number, response.decision_errno)
+        return response.length
+
+    @property
+    def queued_bytes(self) -> int:
+        """What ioctl(FIONREAD) says: 24 bytes an event, whatever its real length; of each mount at most as many as may lie in a socket."""
+        with self._lock:
+            for source in self._sources:
+                source.stream.receive_all()
+            return FAN_EVENT_METADATA_LEN * sum(source.stream.buffered for source in self._sources)
+
+    def show_readiness(self) -> None:
+        """Let the group's descriptor be readable if events wait, and only then."""
+        with self._lock:
+            if not self._closed:
+                self.bell.show(any(source.stream.waits for source in self._sources))
+
+    # Those who wait, and the end
+
+    def begin_waiting(self, wake: int) -> list[int]:
+        """A thread waits for events, which eventfd(2) `wake` tells to look again: the descriptors that are readable when there are some.
+        Raises OSError EBADF when the group is closed."""
+        with self._lock:
+            if self._closed:
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+            self._readers[wake] = None
+            return [source.stream.socket.fileno() for source in self._sources]
+
+    def end_waiting(self, wake: int) -> None:
+        """It waits no more."""
+        with self._lock:
+            self._readers.pop(wake, None)
+            last = self._unheld and not self._readers
+        if last:
+            self.close()
+
+    def _wake_readers(self) -> None:
+        for wake in self._readers:
+            os.eventfd_write(wake, 1)
+
+    def unheld(self) -> None:
+        """The last descriptor is closed; a thread that is reading keeps the group, as in the kernel."""
+        with self._lock:
+            self._unheld = True
+            read = bool(self._readers)
+        if not read:
+            self.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is over."""
+        return self._closed
+
+    def close(self) -> None:
+        """Its marks go, and what it has not answered is let pass (fanotify(7)). Closing twice does nothing."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            for source in self._sources:
+                source.close()
+            self._sources.clear()
+            self._numbers.clear()
+            self.bell.close()
+            self._wake_readers()
+
+
+def _mount_of(device: tuple[int, int]) -> Mount | None:
+    return next((mount for mount in read_mounts() if mount.is_fusehsm and mount.device == device), None)
+
+
+def _refused(number: int, why: str) -> OSError:
+    """What the command is told is an errno alone; the reason is for whoever started it."""
+    _log.warning("%s", why)
+    return OSError(number, os.strerror(number))

@@ -1,0 +1,126 @@
+"""What a thread of the command means by a path: its root, working directory, descriptors and rights count, not ours."""
+
+import ctypes
+import errno
+import os
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, Final
+
+from fusehsm.backends.lookup import FoundObject, found, look_up
+from fusehsm.supervisor import tasks
+from fusehsm.supervisor.notifier import CallIsOver
+from fusehsm.supervisor.numbers import Architecture
+from fusehsm.syscalls import AT_FDCWD
+
+_CLONE_FS: Final = 0x200
+_CLONE_NEWNS: Final = 0x20000
+
+_libc: Final[Any] = ctypes.CDLL(None, use_errno=True)
+
+
+def find(architecture: Architecture, tid: int, flags: int, dirfd: int, path: bytes | None) -> FoundObject:
+    """What fanotify_mark(2) of that thread is to mark, errno for errno as backends/lookup.py; may wait for as long as the file systems on
+    the way do. Raises CallIsOver when the thread has gone."""
+    rights = tasks.rights_of(tid)
+    if rights is None:
+        raise CallIsOver
+    with ExitStack() as opened:
+
+        def hold(where: str, missing: int) -> int:
+            try:
+                descriptor = os.open(f"/proc/{tid}/{where}", os.O_PATH | os.O_CLOEXEC)
+            except FileNotFoundError:
+                raise OSError(missing, os.strerror(missing)) from None
+            opened.callback(os.close, descriptor)
+            return descriptor
+
+        if path is None:
+            return _by_descriptor(tid, flags, dirfd)
+        start = hold("cwd", errno.ENOENT)
+        if dirfd != AT_FDCWD and not path.startswith(b"/"):
+            start = hold(f"fd/{dirfd}", errno.EBADF)
+        root = hold("root", errno.ESRCH)
+        here = _same_namespace(tid) and os.path.samestat(os.fstat(root), os.stat("/"))
+        if here and rights == _OUR_RIGHTS:
+            return look_up(flags, start, path)
+        namespace = None if here else opened.enter_context(open(f"/proc/{tid}/ns/mnt", "rb"))
+        return _in_its_place(
+            lambda: look_up(flags, start, path),
+            architecture,
+            None if here else root,
+            None if namespace is None else namespace.fileno(),
+            rights,
+        )
+
+
+def _by_descriptor(tid: int, flags: int, dirfd: int) -> FoundObject:
+    descriptor = None if dirfd < 0 else tasks.descriptor_of(tid, dirfd)
+    if descriptor is None or descriptor.flags & os.O_PATH:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+    return found(flags, os.open(f"/proc/{tid}/fd/{dirfd}", os.O_PATH | os.O_CLOEXEC))
+
+
+def _same_namespace(tid: int) -> bool:
+    return os.readlink(f"/proc/{tid}/ns/mnt") == os.readlink("/proc/self/ns/mnt")
+
+
+def _own_rights() -> tasks.Rights:
+    rights = tasks.rights_of(os.getpid())
+    assert rights is not None
+    return rights
+
+
+_OUR_RIGHTS: Final = _own_rights()
+
+
+def _in_its_place(
+    look: Callable[[], FoundObject],
+    architecture: Architecture,
+    root: int | None,
+    namespace: int | None,
+    rights: tasks.Rights,
+) -> FoundObject:
+    """`look` in a thread that has another root and other rights, which Linux keeps for each thread, and which ends with it."""
+    outcome: list[FoundObject | BaseException] = []
+
+    def in_thread() -> None:
+        try:
+            if root is not None:
+                _check(_libc.unshare(_CLONE_FS))
+                assert namespace is not None
+                if os.geteuid() == 0:
+                    _check(_libc.setns(namespace, _CLONE_NEWNS))
+                os.fchdir(root)
+                os.chroot(".")
+            _take(architecture, rights)
+            outcome.append(look())
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=in_thread, daemon=True)
+    thread.start()
+    thread.join()
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    return outcome[0]
+
+
+def _take(architecture: Architecture, rights: tasks.Rights) -> None:
+    """Open files by these rights from now on, in this thread alone: glibc's own functions would change every thread's."""
+    if rights == _OUR_RIGHTS:
+        return
+    groups = (ctypes.c_uint * len(rights.groups))(*rights.groups)
+    _check(_libc.syscall(architecture.setgroups, len(groups), groups))
+    # These two do not say whether they have succeeded, but what was before.
+    for number, wanted in ((architecture.setfsgid, rights.gid), (architecture.setfsuid, rights.uid)):
+        _libc.syscall(number, wanted)
+        if _libc.syscall(number, wanted) != wanted:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+def _check(result: int) -> None:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))

@@ -1,0 +1,130 @@
+"""System calls of the command as they come to us, and what is answered (seccomp_unotify(2))."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import select
+import struct
+from typing import Final, NamedTuple
+
+_NOTIFICATION: Final = struct.Struct("=QII iIQ 6Q")  # id, tid, flags; struct seccomp_data
+_RESPONSE: Final = struct.Struct("=QqiI")  # id, value, error, flags
+_ADDED: Final = struct.Struct("=QIIII")  # id, flags, source, target, flags of the target
+_ID: Final = struct.Struct("=Q")
+
+_RECEIVE: Final = 0xC0502100  # SECCOMP_IOCTL_NOTIF_RECV
+_SEND: Final = 0xC0182101  # SECCOMP_IOCTL_NOTIF_SEND
+_IS_VALID: Final = 0x40082102  # SECCOMP_IOCTL_NOTIF_ID_VALID
+_ADD: Final = 0x40182103  # SECCOMP_IOCTL_NOTIF_ADDFD
+_SET_FLAGS: Final = 0x40082104  # SECCOMP_IOCTL_NOTIF_SET_FLAGS
+_SYNC_WAKE_UP: Final = 1  # SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP
+_CONTINUE: Final = 1  # SECCOMP_USER_NOTIF_FLAG_CONTINUE
+_AT_NUMBER: Final = 1  # SECCOMP_ADDFD_FLAG_SETFD
+
+
+class Ended(Exception):
+    """Nobody runs under the filter any more."""
+
+
+class CallIsOver(Exception):
+    """The call has ended without us: its thread was killed, or (before Linux 5.19) a signal has interrupted it."""
+
+
+class Call(NamedTuple):
+    """A system call whose thread `tid` waits for our answer; `arguments` as unsigned 64-bit numbers."""
+
+    id: int
+    tid: int
+    number: int
+    arguments: tuple[int, ...]
+
+    def unsigned(self, position: int) -> int:
+        """An argument of type unsigned int."""
+        return self.arguments[position] & 0xFFFF_FFFF
+
+    def signed(self, position: int) -> int:
+        """An argument of type int."""
+        value = self.arguments[position] & 0xFFFF_FFFF
+        return value - (1 << 32) if value >> 31 else value
+
+
+class Notifier:
+    """The filter's descriptor, which is owned; may be used by any number of threads at once."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        with contextlib.suppress(OSError):  # Linux 6.6: whoever is answered runs at once, on this CPU
+            fcntl.ioctl(descriptor, _SET_FLAGS, _SYNC_WAKE_UP)
+
+    def receive(self) -> Call:
+        """The next call; waits for it. Raises Ended."""
+        while True:
+            buffer = bytearray(_NOTIFICATION.size)
+            try:
+                fcntl.ioctl(self._descriptor, _RECEIVE, buffer)
+            except OSError as error:
+                if error.errno != errno.ENOENT:  # its thread was killed meanwhile, or nobody is left
+                    raise
+                if self.has_ended():
+                    raise Ended from None
+                continue
+            number, tid, _, call, _, _, *arguments = _NOTIFICATION.unpack(buffer)
+            return Call(number, tid, call, tuple(arguments))
+
+    def has_ended(self) -> bool:
+        """Whether nobody runs under the filter any more."""
+        poll = select.poll()
+        poll.register(self._descriptor, 0)
+        return any(events & select.POLLHUP for _, events in poll.poll(0))
+
+    def is_valid(self, call: Call) -> bool:
+        """Whether the call still waits: if so, `tid` was still its thread's a moment ago."""
+        try:
+            fcntl.ioctl(self._descriptor, _IS_VALID, _ID.pack(call.id))
+        except OSError:
+            return False
+        return True
+
+    def check(self, call: Call) -> None:
+        """Raises CallIsOver if the call does not wait any more."""
+        if not self.is_valid(call):
+            raise CallIsOver
+
+    def succeed(self, call: Call, value: int) -> None:
+        """Have the call return `value`. Raises CallIsOver."""
+        self._respond(call, value, 0, 0)
+
+    def fail(self, call: Call, number: int) -> None:
+        """Have the call fail with that errno. Raises CallIsOver."""
+        self._respond(call, 0, -number, 0)
+
+    def go_on(self, call: Call) -> None:
+        """Let the kernel do the call. Raises CallIsOver."""
+        self._respond(call, 0, 0, _CONTINUE)
+
+    def _respond(self, call: Call, value: int, error: int, flags: int) -> None:
+        try:
+            fcntl.ioctl(self._descriptor, _SEND, _RESPONSE.pack(call.id, value, error, flags))
+        except OSError as failure:
+            if failure.errno != errno.ENOENT:
+                raise
+            raise CallIsOver from None
+
+    def add_descriptor(
+        self, call: Call, descriptor: int, *, close_on_exec: bool, number: int | None = None
+    ) -> int:
+        """Give the call's process a copy of a descriptor of ours: at `number`, in place of what is there, or at the lowest that is free,
+        which is returned. Raises OSError EMFILE when it may have no more, CallIsOver."""
+        flags, target = (0, 0) if number is None else (_AT_NUMBER, number)
+        cloexec = os.O_CLOEXEC if close_on_exec else 0
+        # Mutable: else ioctl() returns the buffer, and not the number.
+        request = bytearray(_ADDED.pack(call.id, flags, descriptor, target, cloexec))
+        try:
+            return int(fcntl.ioctl(self._descriptor, _ADD, request))
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.EINPROGRESS, errno.ESRCH):
+                raise CallIsOver from None
+            if error.errno == errno.EBADF:  # above its limit
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE)) from None
+            raise

@@ -1,0 +1,121 @@
+"""Calls that wait for long, and what ends them besides what they wait for: a signal, or the death of their thread.
+
+From Linux 5.19 on a call that we have taken is interrupted by nothing but death (SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV), so that what we do
+for it is done once. Signals that a blocking read(2) must heed are therefore looked for here, and nobody tells of them, nor of a death.
+"""
+
+import errno
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+from fusehsm.supervisor import tasks
+from fusehsm.supervisor.notifier import Call, Notifier
+
+#: The kernel's own, for a call that is to be made again, or end with EINTR, as the handler was set up (SA_RESTART). It never reaches a
+#: program, as long as a signal really waits for its thread.
+ERESTARTSYS: Final = 512
+
+_SHORTEST, _LONGEST = 0.005, 0.05  # seconds between two looks
+_SHARE = 20  # of the time at most one in so many is spent on looking
+
+_LOOKS_TO_LAST = 3  # in how many looks in a row a signal must wait to be one that nobody else takes
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Parked:
+    """A call that waits. `end` is called at most once, in the thread that looks, and must not wait: with an errno that the call is to fail
+    with, or None when it is over. `interruptible`: whether signals end it. `seen`: at how many looks in a row a signal of its process waited."""
+
+    call: Call
+    end: Callable[[int | None], None]
+    interruptible: bool
+    since: float = field(default_factory=time.monotonic)
+    seen: int = 0
+
+
+class ParkedCalls:
+    """Looks after the calls that wait. `killable`: whether only death ends a call that has been taken."""
+
+    def __init__(self, notifier: Notifier, *, killable: bool) -> None:
+        self._notifier = notifier
+        self._killable = killable
+        self._calls: dict[Parked, None] = {}
+        self._changed = threading.Condition()
+        threading.Thread(target=self._look_again_and_again, name="parked", daemon=True).start()
+
+    def park(self, parked: Parked) -> None:
+        """Look after a call from now on."""
+        with self._changed:
+            self._calls[parked] = None
+            self._changed.notify()
+
+    def unpark(self, parked: Parked) -> None:
+        """It waits no more; `end` is not called from now on."""
+        with self._changed:
+            self._calls.pop(parked, None)
+
+    def look_now(self) -> None:
+        """Somebody may have died."""
+        with self._changed:
+            self._changed.notify()
+
+    def _look_again_and_again(self) -> None:
+        pause = _SHORTEST
+        while True:
+            with self._changed:
+                while not self._calls:
+                    self._changed.wait()
+                    pause = _SHORTEST
+                # What has just been parked may be over before anybody looks, as nearly all are: no hurry, unless somebody says so.
+                self._changed.wait(pause)
+                calls = list(self._calls)
+            begun = time.monotonic()
+            try:
+                self._look(calls)
+            except Exception:
+                _log.exception("looking after waiting calls failed")
+            newest = max((parked.since for parked in calls), default=0.0)
+            pause = _SHORTEST if begun - newest < 1 else _LONGEST
+            pause = max(pause, (time.monotonic() - begun) * _SHARE)
+
+    def _look(self, calls: list[Parked]) -> None:
+        shared: dict[int, list[Parked]] = {}
+        for parked in calls:
+            if not self._notifier.is_valid(parked.call):
+                self._end(parked, None)
+            elif parked.interruptible and self._killable:
+                signals = tasks.signals_of(parked.call.tid)
+                if signals is None:
+                    continue
+                if signals.own or (signals.shared and signals.threads == 1):
+                    self._end(parked, ERESTARTSYS)
+                elif signals.shared:
+                    shared.setdefault(signals.process, []).append(parked)
+                    parked.seen += 1
+                else:
+                    parked.seen = 0
+        for process, candidates in shared.items():
+            self._end_one(process, candidates)
+
+    def _end_one(self, process: int, candidates: list[Parked]) -> None:
+        """A signal of a process of several threads: the kernel has chosen one for it (complete_signal()), the main one if that takes it, and
+        does not say which. If it goes on waiting, that one is waiting for us."""
+        lasting = [parked for parked in candidates if parked.seen >= _LOOKS_TO_LAST]
+        if not lasting:
+            return
+        first = next((parked for parked in lasting if parked.call.tid == process), lasting[0])
+        # In a thread that no signal waits for, ERESTARTSYS would show as it is.
+        certain = first.call.tid == process or len(candidates) == 1
+        self._end(first, ERESTARTSYS if certain else errno.EINTR)
+
+    def _end(self, parked: Parked, number: int | None) -> None:
+        with self._changed:
+            if parked in self._calls:
+                del self._calls[parked]
+                parked.end(number)

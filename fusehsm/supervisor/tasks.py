@@ -1,0 +1,100 @@
+"""What /proc tells of a thread of the command. Nothing here touches a file system but proc, so none of it waits."""
+
+import os
+import re
+from dataclasses import dataclass
+
+from fusehsm import mountinfo
+
+_FIELD = re.compile(rb"^([A-Za-z]+):[ \t]*(.*)$", re.MULTILINE)
+_SIGNAL_FIELDS = (b"SigPnd", b"ShdPnd", b"SigBlk")
+
+
+@dataclass(frozen=True, slots=True)
+class Signals:
+    """Of a thread: signals that wait to be handled and are not blocked, as bit masks (bit 0: signal 1): its own, and its process's.
+    `process`: the process's number, and `threads`: how many it has."""
+
+    own: int
+    shared: int
+    process: int
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class OpenDescriptor:
+    """What fdinfo tells: the mount that the file lies on, its inode there (0 before Linux 5.14), the flags of open(2)."""
+
+    mount_id: int
+    inode: int
+    flags: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rights:
+    """By whose rights a thread opens files."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+
+
+def pipe_of(tid: int, descriptor: int) -> str | None:
+    """The name of the pipe that a descriptor is an end of ("pipe:[12345]"), None where it is something else or closed."""
+    try:
+        link = os.readlink(f"/proc/{tid}/fd/{descriptor}")
+    except OSError:
+        return None
+    return link if link.startswith("pipe:") else None
+
+
+def is_open(tid: int, descriptor: int) -> bool:
+    """Whether a descriptor is in use."""
+    return os.path.lexists(f"/proc/{tid}/fd/{descriptor}")
+
+
+def signals_of(tid: int) -> Signals | None:
+    """None for a thread that has gone."""
+    fields = _status(tid)
+    if fields is None:
+        return None
+    own, shared, blocked = (int(fields.get(name, b"0"), 16) for name in _SIGNAL_FIELDS)
+    return Signals(own & ~blocked, shared & ~blocked, int(fields[b"Tgid"]), int(fields[b"Threads"]))
+
+
+def rights_of(tid: int) -> Rights | None:
+    """None for a thread that has gone."""
+    fields = _status(tid)
+    if fields is None:
+        return None
+    groups = tuple(sorted(int(group) for group in fields[b"Groups"].split()))
+    return Rights(int(fields[b"Uid"].split()[3]), int(fields[b"Gid"].split()[3]), groups)
+
+
+def _status(tid: int) -> dict[bytes, bytes] | None:
+    try:
+        with open(f"/proc/{tid}/status", "rb", buffering=0) as file:
+            return dict(_FIELD.findall(file.read(8192)))
+    except (OSError, ValueError):
+        return None
+
+
+def descriptor_of(tid: int, descriptor: int) -> OpenDescriptor | None:
+    """What a descriptor is open on; None where it is closed."""
+    try:
+        with open(f"/proc/{tid}/fdinfo/{descriptor}", "rb", buffering=0) as file:
+            fields = dict(_FIELD.findall(file.read(4096)))
+    except OSError:
+        return None
+    return OpenDescriptor(
+        int(fields.get(b"mnt_id", b"0")), int(fields.get(b"ino", b"0")), int(fields.get(b"flags", b"0"), 8)
+    )
+
+
+def mount_of(tid: int, mount_id: int) -> mountinfo.Mount | None:
+    """The mount of that number in the thread's mount namespace; None where there is none."""
+    try:
+        mounts = list(mountinfo.read_mounts(tid))
+    except OSError:
+        return None
+    return next((mount for mount in mounts if mount.mount_id == mount_id), None)
