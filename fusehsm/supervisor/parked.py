@@ -20,6 +20,7 @@ from fusehsm.supervisor.notifier import Call, Notifier
 ERESTARTSYS: Final = 512
 
 _SHORTEST, _LONGEST = 0.005, 0.05  # seconds between two looks
+_AWAKE = 1.0  # seconds that it goes on looking when no call waits
 _SHARE = 20  # of the time at most one in so many is spent on looking
 
 _LOOKS_TO_LAST = 3  # in how many looks in a row a signal must wait to be one that nobody else takes
@@ -47,13 +48,15 @@ class ParkedCalls:
         self._killable = killable
         self._calls: dict[Parked, None] = {}
         self._changed = threading.Condition()
+        self._asleep = False
         threading.Thread(target=self._look_again_and_again, name="parked", daemon=True).start()
 
     def park(self, parked: Parked) -> None:
         """Look after a call from now on."""
         with self._changed:
             self._calls[parked] = None
-            self._changed.notify()
+            if self._asleep:
+                self._changed.notify()
 
     def unpark(self, parked: Parked) -> None:
         """It waits no more; `end` is not called from now on."""
@@ -67,15 +70,19 @@ class ParkedCalls:
 
     def _look_again_and_again(self) -> None:
         pause = _SHORTEST
+        last = 0.0
         while True:
             with self._changed:
-                while not self._calls:
+                # To be woken costs whoever parks a call more than these looks do, so that not every one is told of.
+                if not self._calls and time.monotonic() - last > _AWAKE:
+                    self._asleep = True
                     self._changed.wait()
-                    pause = _SHORTEST
-                # What has just been parked may be over before anybody looks, as nearly all are: no hurry, unless somebody says so.
+                    self._asleep = False
                 self._changed.wait(pause)
                 calls = list(self._calls)
             begun = time.monotonic()
+            if calls:
+                last = begun
             try:
                 self._look(calls)
             except Exception:
