@@ -93,6 +93,7 @@ missing_packages() {
     command -v setcap > /dev/null || echo libcap2-bin
     command -v bindfs > /dev/null || echo bindfs
     command -v git > /dev/null || echo git
+    command -v go > /dev/null || echo golang-go # for the tests: a listener whose runtime has signals and an epoll of its own
     [ -e /dev/fuse ] || command -v modprobe > /dev/null || echo kmod
     if [ "$FOR" = oldkernel ]; then
         command -v qemu-system-x86_64 > /dev/null || echo qemu-system-x86

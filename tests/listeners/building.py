@@ -1,0 +1,60 @@
+"""Makes the programs from their sources, each once a session. What there is no compiler for is not offered, except where it belongs to the set-up."""
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+SOURCES = Path(__file__).parent
+_C = ("gcc", "-O1", "-g", "-Wall", "-Wextra", "-Wno-sign-compare", "-Werror", "-pthread")
+_LISTENER = ("listener.c", "events.c", "marking.c", "waiting.c", "lives.c")
+_PATIENCE = 120.0  # seconds for one compiler
+
+
+@functools.cache
+def rust_compiler() -> str | None:
+    """rustc, also where a user has it for himself; no distribution's set-up brings it along."""
+    home = os.path.expanduser("~/.cargo/bin")
+    return shutil.which("rustc") or shutil.which("rustc", path=home)
+
+
+def _commands(build: str, target: str) -> list[str]:
+    if build == "go":
+        return ["go", "build", "-o", target, "listener.go"]
+    if build == "rust":
+        compiler = rust_compiler()
+        assert compiler is not None
+        return [compiler, "--edition", "2021", "-C", "opt-level=1", "-o", target, "listener.rs"]
+    sources = ("calls.c",) if build.startswith("calls") else _LISTENER
+    static = ("-static",) if build.endswith("static") else ()
+    return [*_C, *static, "-o", target, *sources]
+
+
+@functools.cache
+def program(directory: Path, build: str) -> tuple[str, ...]:
+    """How to start it: `dynamic`, `static`, `go`, `rust`, `python` (listeners), `pyfanotify`, `calls`. Compiled programs lie in `directory`."""
+    if build in ("python", "pyfanotify"):
+        return (sys.executable, "-u", str(SOURCES / f"{build}_listener.py"))
+    target = str(directory / f"listener-{build}")
+    environment = {
+        **os.environ,
+        "PATH": f"{os.environ.get('PATH', '')}:/usr/local/go/bin",
+        # The Go compiler wants neither a home nor a network.
+        "GOCACHE": str(directory / "go-cache"),
+        "GO111MODULE": "off",
+        "GOTOOLCHAIN": "local",
+        "CGO_ENABLED": "0",
+    }
+    done = subprocess.run(
+        _commands(build, target),
+        cwd=SOURCES,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=_PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return (target,)
