@@ -1,0 +1,55 @@
+/* What the parts of calls.c share. */
+#ifndef CALLS_H
+#define CALLS_H
+
+#include <errno.h>
+#include <stdint.h>
+#include <sys/fanotify.h>
+#include <sys/types.h>
+
+#ifndef FAN_PRE_ACCESS
+#define FAN_PRE_ACCESS 0x00100000
+#endif
+#ifndef FAN_REPORT_FD_ERROR
+#define FAN_REPORT_FD_ERROR 0x00002000
+#endif
+#ifndef FAN_MARK_IGNORE
+#define FAN_MARK_IGNORE 0x00000400
+#endif
+#ifndef FAN_INFO
+#define FAN_INFO 0x20
+#endif
+
+#define P FAN_PRE_ACCESS
+#define BAD ((void *)1)
+#define NO_DESCRIPTOR 9999
+
+/* A call with its name, and the line of what it returned. */
+#define ROW(name, call) (errno = 0, row(name, (long)(call)))
+/* The same for a call that gives a descriptor, whose number is nobody's business. */
+#define ROW_FD(name, call) (errno = 0, row_fd(name, (call)))
+
+void row(const char *name, long result);
+void row_fd(const char *name, int fd);
+void need(int condition, const char *what);
+
+int new_group(unsigned int flags);
+const char *in(const char *name);
+
+/* A child that reads the first byte of a file. It has no copy of the group. Its event is queued when this returns. */
+struct reader {
+	pid_t pid;
+};
+struct reader start_reading(int group, const char *name);
+void row_reader(const char *name, struct reader reader);
+
+void calls_init(void);
+void calls_mark(void);
+void calls_read(void);
+void calls_readv(void);
+void calls_write(void);
+void calls_descriptor(void);
+void calls_poll(void);
+void calls_copies(void);
+
+#endif
