@@ -162,7 +162,11 @@ class NodeTable:
 
     def known(self, status: os.stat_result) -> Node | None:
         """The node of that inode, if there is one."""
-        node_id = self._id_of(status.st_dev, status.st_ino)
+        return self.known_as(status.st_dev, status.st_ino)
+
+    def known_as(self, device: int, inode: int) -> Node | None:
+        """The node of the inode with those st_dev and st_ino, if there is one."""
+        node_id = self._id_of(device, inode)
         return None if node_id is None else self._nodes.get(node_id)
 
     def enter(self, status: os.stat_result, parent: Node, name: bytes, dir_fd: int) -> Node:

@@ -83,6 +83,10 @@ class Overlay:
         """All known nodes, the root included."""
         return list(self._table)
 
+    def node_of_backing(self, major: int, minor: int, inode: int) -> Node | None:
+        """The node of a file of the backing, None if it is not one that the kernel knows of."""
+        return self._table.known_as(os.makedev(major, minor), inode)
+
     def node(self, node_id: int) -> Node:
         """The node of an id the kernel uses; ESTALE when it is not known (any more)."""
         node = self._table.get(node_id)

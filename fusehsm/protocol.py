@@ -80,7 +80,8 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """fanotify_mark(2) on a node that the client has looked up itself (st_dev, st_ino); inode None with FAN_MARK_FLUSH."""
+    """fanotify_mark(2) on a node that the client has looked up itself (st_dev, st_ino), on the mount or, as through an event's descriptor, on
+    the backing; inode None with FAN_MARK_FLUSH."""
 
     flags: int
     mask: int

@@ -239,10 +239,13 @@ class _Session:
         if mark.flags & FAN_MARK_FLUSH:
             await self._gate.mark(self._channel.group, mark.flags, mark.mask, None)
             return
-        self._check_device(mark.major, mark.minor)
         if mark.inode is None:
             raise OSError(errno.EINVAL, "a mark needs an inode")
-        node = self._gate.overlay.node(mark.inode)
+        # What an event's descriptor leads to, by which listeners like to mark, is the file on the backing.
+        node = self._gate.overlay.node_of_backing(mark.major, mark.minor, mark.inode)
+        if node is None:
+            self._check_device(mark.major, mark.minor)
+            node = self._gate.overlay.node(mark.inode)
         await self._gate.mark(self._channel.group, mark.flags, mark.mask, node)
 
     async def _map(self, request: Map) -> None:

@@ -92,20 +92,21 @@ class EmulatedGroup(Group):
     ) -> None:
         """fanotify_mark(2). Additional error: EXDEV for a path that is not on this group's mount."""
         rules.check_mark(self.flags, self.dialect, flags, mask, None)
-        major, minor = self._mount.device
         if flags & FAN_MARK_FLUSH:
-            await self._connection.request(Mark(flags, mask, major, minor, None))
+            await self._connection.request(Mark(flags, mask, *self._mount.device, None))
             return
         # In a thread: the path may lead through a mount that this very event loop serves.
         found = await trio.to_thread.run_sync(look_up, flags, dirfd, path)
         try:
             rules.check_mark(self.flags, self.dialect, flags, mask, found.kind)
-            if found.device != self._mount.device:
+            try:
+                await self._connection.request(Mark(flags, mask, *found.device, found.inode))
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
                 where = "the descriptor" if path is None else os.fsdecode(path)
-                raise OSError(
-                    errno.EXDEV, f"{where}: not on the fusehsm mount {self._mount.mount_point} of this group"
-                )
-            await self._connection.request(Mark(flags, mask, major, minor, found.inode))
+                message = f"{where}: not on the fusehsm mount {self._mount.mount_point} of this group"
+                raise OSError(errno.EXDEV, message) from None
         finally:
             os.close(found.descriptor)
 

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import logging
 import os
+import resource
 import struct
 import termios
 import threading
@@ -27,7 +28,7 @@ from fusehsm.backends.lookup import FoundObject
 from fusehsm.supervisor import memory, tasks
 from fusehsm.supervisor.delivery import Reading
 from fusehsm.supervisor.groups import SupervisedGroup
-from fusehsm.supervisor.lookup import find
+from fusehsm.supervisor.lookup import find, of_this_process
 from fusehsm.supervisor.mappings import Mappings
 from fusehsm.supervisor.notifier import Call, CallIsOver, Notifier
 from fusehsm.supervisor.numbers import Architecture
@@ -40,7 +41,11 @@ _INT: Final = struct.Struct("=i")
 _PATH_MAX: Final = 4096
 _MOST_BYTES: Final = 0x7FFF_F000  # MAX_RW_COUNT
 _LARGEST_RESPONSE: Final = 4096  # what is longer is wrong whatever follows
+_SEEK_MAX: Final = 4
 _NO_POSITION: Final = 0xFFFF_FFFF_FFFF_FFFF  # preadv2(2) as readv(2)
+
+_F_SETPIPE_SZ: Final = 1031  # linux/fcntl.h
+_F_GETPIPE_SZ: Final = 1032
 
 _log = logging.getLogger(__name__)
 
@@ -86,6 +91,13 @@ class Calls:
             (architecture.dup3, self._dup3),
             (architecture.lseek, self._lseek),
         ]
+        self._refused = {
+            architecture.fallocate: errno.ENODEV,
+            architecture.splice: errno.EINVAL,
+            architecture.tee: errno.EINVAL,
+            architecture.vmsplice: errno.EBADF,
+        }
+        table += [(number, self._refuse) for number in self._refused]
         self._table = {number: function for number, function in table if number is not None}
         self._reads = {
             architecture.read: self._read_parts,
@@ -199,6 +211,8 @@ class Calls:
         def look_up() -> FoundObject:
             path = memory.read_string(call.tid, address, _PATH_MAX) if address else None
             self._notifier.check(call)
+            if path is not None:
+                path = of_this_process(path, call.tid)
             return find(self._architecture, call.tid, flags, dirfd, path)
 
         group.mark(flags, mask, look_up)
@@ -210,7 +224,9 @@ class Calls:
         group = self._group(call)
         reading = Reading(self._notifier, self._parked, call, group)
         try:
-            total = reading.into(self._reads[call.number](call))
+            parts = self._reads[call.number](call)
+            # Of several parts that are all empty the kernel does not even ask the group.
+            total = reading.into(parts) if call.number == self._architecture.read or _size(parts) else 0
             group.show_readiness()
             self._notifier.succeed(call, total)
         except CallIsOver:
@@ -257,6 +273,8 @@ class Calls:
         return self._respond(call, group, self._parts(call))
 
     def _respond(self, call: Call, group: SupervisedGroup, parts: list[tuple[int, int]]) -> int:
+        if not _size(parts) and call.number != self._architecture.write:
+            return 0
         total = 0
         for address, size in parts:
             try:
@@ -284,7 +302,15 @@ class Calls:
 
     def _lseek(self, call: Call) -> int:
         self._group(call)
+        if call.unsigned(2) > _SEEK_MAX:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         return 0
+
+    def _refuse(self, call: Call) -> int:
+        """What the kernel does to a pipe, and to no group."""
+        self._group(call)
+        number = self._refused[call.number]
+        raise OSError(number, os.strerror(number))
 
     # Descriptors
 
@@ -309,7 +335,13 @@ class Calls:
             group.nonblocking = bool(argument & os.O_NONBLOCK)
             return 0
         if command in (fcntl.F_DUPFD, fcntl.F_DUPFD_CLOEXEC):
+            if argument >= _limit_of_descriptors(call.tid):
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
             return self._place(call, group, close_on_exec=command == fcntl.F_DUPFD_CLOEXEC, lowest=argument)
+        if command in (_F_SETPIPE_SZ, _F_GETPIPE_SZ):
+            raise OSError(
+                errno.EBADF, os.strerror(errno.EBADF)
+            )  # what the process holds is a pipe, but it should not know
         raise _GoOn
 
     def _dup(self, call: Call) -> int:
@@ -339,3 +371,15 @@ class Calls:
             )
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         return self._place(call, group, close_on_exec=close_on_exec, number=number)
+
+
+def _size(parts: list[tuple[int, int]]) -> int:
+    return sum(size for _, size in parts)
+
+
+def _limit_of_descriptors(tid: int) -> int:
+    try:
+        soft, _ = resource.prlimit(tid, resource.RLIMIT_NOFILE)
+    except OSError:
+        raise CallIsOver from None
+    return soft

@@ -84,7 +84,7 @@ class Reading:
 
     def _wait(self) -> None:
         """Until events wait, or there may be some. Raises CallIsOver, OSError for a signal."""
-        wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        wake = self.parked.wake()
         verdict: list[int | None] = []
 
         def end(number: int | None) -> None:
@@ -102,7 +102,8 @@ class Reading:
         finally:
             self.parked.unpark(parked)
             self.group.end_waiting(wake)
-            os.close(wake)
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(wake)
         if verdict:
             if verdict[0] is None:
                 raise CallIsOver

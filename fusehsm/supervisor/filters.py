@@ -42,6 +42,10 @@ def for_listeners(architecture: Architecture, lowest: int, end: int) -> bytes:
         architecture.dup2,
         architecture.dup3,
         architecture.lseek,
+        architecture.fallocate,
+        architecture.splice,
+        architecture.tee,
+        architecture.vmsplice,
         architecture.fanotify_mark,
     ]
     lines: list[str | _Line] = [

@@ -85,13 +85,25 @@ class SupervisedGroup:
         found = look_up()
         try:
             mount = _mount_of(found.device)
-            if mount is None:
+            message = Mark(flags, mask, *found.device, found.inode)
+            if mount is None and not self._marked_on_backing(message):
                 raise self._elsewhere(flags, mask, found)
-            rules.check_mark(self.flags, self.dialect, flags, mask, found.kind)
-            source = self._source(mount, flags)
-            self._request(source, Mark(flags, mask, *mount.device, found.inode))
+            if mount is not None:
+                rules.check_mark(self.flags, self.dialect, flags, mask, found.kind)
+                self._request(self._source(mount, flags), message)
         finally:
             os.close(found.descriptor)
+
+    def _marked_on_backing(self, mark: Mark) -> bool:
+        """Whether it is a file of a mount that the mark names by its backing, as through an event's descriptor; if so the mark is made."""
+        for source in list(self._sources):
+            try:
+                self._request(source, mark)
+                return True
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+        return False
 
     def _check_dialect(self, mask: int) -> None:
         old = PATCH_V2.pre_access

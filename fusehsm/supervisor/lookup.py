@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Final
 
+from fusehsm import caller
 from fusehsm.backends.lookup import FoundObject, found, look_up
 from fusehsm.supervisor import tasks
 from fusehsm.supervisor.notifier import CallIsOver
@@ -18,6 +19,20 @@ _CLONE_FS: Final = 0x200
 _CLONE_NEWNS: Final = 0x20000
 
 _libc: Final[Any] = ctypes.CDLL(None, use_errno=True)
+
+
+def of_this_process(path: bytes, tid: int) -> bytes:
+    """The path with /proc/self, /proc/thread-self and /dev/fd in it as they are to that thread: to us they would be ourselves. (A symbolic
+    link of another name that leads there is not noticed.)"""
+    process = b"/proc/%d" % caller.process_of(tid)
+    for ours, theirs in (
+        (b"/proc/self", process),
+        (b"/proc/thread-self", b"%s/task/%d" % (process, tid)),
+        (b"/dev/fd", process + b"/fd"),
+    ):
+        if path == ours or path.startswith(ours + b"/"):
+            return theirs + path[len(ours) :]
+    return path
 
 
 def find(architecture: Architecture, tid: int, flags: int, dirfd: int, path: bytes | None) -> FoundObject:

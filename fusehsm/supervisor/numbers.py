@@ -46,6 +46,10 @@ class Architecture:
     dup2: int | None
     dup3: int
     lseek: int
+    fallocate: int
+    splice: int
+    tee: int
+    vmsplice: int
     mmap: int
     fanotify_init: int
     fanotify_mark: int
@@ -70,6 +74,10 @@ X86_64: Final = Architecture(
     dup2=33,
     dup3=292,
     lseek=8,
+    fallocate=285,
+    splice=275,
+    tee=276,
+    vmsplice=278,
     mmap=9,
     fanotify_init=300,
     fanotify_mark=301,
@@ -93,6 +101,10 @@ AARCH64: Final = Architecture(
     dup2=None,
     dup3=24,
     lseek=62,
+    fallocate=47,
+    splice=76,
+    tee=77,
+    vmsplice=75,
     mmap=222,
     fanotify_init=262,
     fanotify_mark=263,

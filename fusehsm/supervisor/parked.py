@@ -6,6 +6,7 @@ for it is done once. Signals that a blocking read(2) must heed are therefore loo
 
 import errno
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from fusehsm.supervisor.notifier import Call, Notifier
 #: program, as long as a signal really waits for its thread.
 ERESTARTSYS: Final = 512
 
-_SHORTEST, _LONGEST = 0.005, 0.05  # seconds between two looks
+_SHORTEST, _LONGEST = 0.002, 0.05  # seconds between two looks
 _AWAKE = 1.0  # seconds that it goes on looking when no call waits
 _SHARE = 20  # of the time at most one in so many is spent on looking
 
@@ -40,6 +41,16 @@ class Parked:
     seen: int = 0
 
 
+class _EventFd:
+    """Goes with its thread."""
+
+    def __init__(self) -> None:
+        self.descriptor = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
 class ParkedCalls:
     """Looks after the calls that wait. `killable`: whether only death ends a call that has been taken."""
 
@@ -49,7 +60,16 @@ class ParkedCalls:
         self._calls: dict[Parked, None] = {}
         self._changed = threading.Condition()
         self._asleep = False
+        self._own = threading.local()
         threading.Thread(target=self._look_again_and_again, name="parked", daemon=True).start()
+
+    def wake(self) -> int:
+        """The calling thread's own eventfd(2), not to be closed: to make one for every event that is waited for would cost."""
+        try:
+            eventfd: _EventFd = self._own.eventfd
+        except AttributeError:
+            eventfd = self._own.eventfd = _EventFd()
+        return eventfd.descriptor
 
     def park(self, parked: Parked) -> None:
         """Look after a call from now on."""
@@ -78,18 +98,20 @@ class ParkedCalls:
                     self._asleep = True
                     self._changed.wait()
                     self._asleep = False
+                    pause = _SHORTEST
                 self._changed.wait(pause)
                 calls = list(self._calls)
-            begun = time.monotonic()
+            begun, spent = time.monotonic(), time.thread_time()
             if calls:
                 last = begun
             try:
                 self._look(calls)
             except Exception:
                 _log.exception("looking after waiting calls failed")
-            newest = max((parked.since for parked in calls), default=0.0)
-            pause = _SHORTEST if begun - newest < 1 else _LONGEST
-            pause = max(pause, (time.monotonic() - begun) * _SHARE)
+            newest = max((parked.since for parked in calls), default=begun)
+            # Soon for what has just begun to wait: a signal may have come together with it.
+            pause = min(max((begun - newest) / 10, _SHORTEST), _LONGEST)
+            pause = max(pause, (time.thread_time() - spent) * _SHARE)
 
     def _look(self, calls: list[Parked]) -> None:
         shared: dict[int, list[Parked]] = {}

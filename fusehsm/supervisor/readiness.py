@@ -17,6 +17,7 @@ from typing import Final
 
 _INT: Final = struct.Struct("=i")
 _ALL = 1 << 16  # a pipe holds no more
+_FULL = _ALL // 2
 
 
 class Bell:
@@ -45,12 +46,13 @@ class Bell:
             os.close(reading)
 
     def show(self, waiting: bool) -> None:
-        """Whether events wait. If so everybody who polls is told once more: edge-triggered epoll(7) hears of every event."""
+        """Whether events wait. Of those that do the bell has been rung already, once for each: edge-triggered epoll(7) hears of that."""
         (rung,) = _INT.unpack(fcntl.ioctl(self._descriptor, termios.FIONREAD, bytes(_INT.size)))
-        if rung:
+        if rung > (_FULL if waiting else 0):
             with self.reading_end() as reading, contextlib.suppress(BlockingIOError):
                 os.read(reading, _ALL)
-        if waiting:
+            rung = 0
+        if waiting and not rung:
             with contextlib.suppress(OSError):  # nobody is there any more
                 os.write(self._descriptor, b"!")
 
