@@ -2,6 +2,7 @@
  * The accessor of the benchmark: does one thing many times and prints nanoseconds.
  *
  *   accessor pread FILE COUNT SIZE      COUNT preads of SIZE bytes at different offsets of one open file
+ *   accessor map   FILE COUNT           COUNT times mmap and munmap of its first page
  *   accessor stat  LIST                 fstatat() of every path in LIST (one a line, relative to the working directory)
  *   accessor open  LIST                 open, read to the end, close of every path in LIST
  *   accessor missing LIST               fstatat() of every path in LIST, none of which exists
@@ -109,6 +110,28 @@ static void preads(const char *path, size_t count, size_t size)
 		before = after;
 	}
 	report(before - start, each, count, bytes);
+}
+
+/* Maps the first page and looks at nothing. */
+static void maps(const char *path, size_t count)
+{
+	uint64_t *each = allocate(count * sizeof(*each)), start, before, after;
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	size_t index;
+
+	if (fd < 0)
+		fail(path);
+	start = before = now();
+	for (index = 0; index < count; index++) {
+		void *place = mmap(NULL, 4096, PROT_READ, MAP_PRIVATE, fd, 0);
+
+		if (place == MAP_FAILED || munmap(place, 4096))
+			fail("mmap");
+		after = now();
+		each[index] = after - before;
+		before = after;
+	}
+	report(after - start, each, count, 0);
 }
 
 static char **read_list(const char *path, size_t *count)
@@ -244,6 +267,8 @@ int main(int count, char **arguments)
 
 	if (!strcmp(action, "pread") && count == 5)
 		preads(arguments[2], strtoul(arguments[3], NULL, 10), strtoul(arguments[4], NULL, 10));
+	else if (!strcmp(action, "map") && count == 4)
+		maps(arguments[2], (size_t)atol(arguments[3]));
 	else if (!strcmp(action, "stat") && count == 3)
 		each_of(arguments[2], STAT);
 	else if (!strcmp(action, "open") && count == 3)
@@ -256,7 +281,7 @@ int main(int count, char **arguments)
 		many(arguments[2], arguments[3], strtoul(arguments[4], NULL, 10), strtoul(arguments[5], NULL, 10),
 		     strtoul(arguments[6], NULL, 10));
 	else {
-		fputs("usage: accessor pread FILE COUNT SIZE | stat LIST | open LIST | missing LIST | read FILE SIZE | many ...\n", stderr);
+		fputs("usage: accessor pread FILE COUNT SIZE | map FILE COUNT | stat LIST | open LIST | missing LIST | read FILE SIZE | many ...\n", stderr);
 		return 2;
 	}
 	return 0;

@@ -22,7 +22,7 @@ from rich.console import Console
 if __name__ == "__main__":  # run as a script: make the packages beside this directory importable
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from bench import kernel_build, large_tree, parts, resident, waiting
+from bench import kernel_build, large_tree, parts, resident, supervised, waiting
 from bench.report import Quantity, as_json, table_of, targets_of, verdicts
 from bench.scene import Scene, SceneError
 from bench.sizes import FULL, QUICK, Note, Sizes
@@ -33,6 +33,7 @@ PARTS = {
     "g": kernel_build.kernel_build,
     "h": waiting.many_waiting,
     "i": large_tree.large_tree,
+    "j": supervised.supervised,
 }
 RESULTS = Path(__file__).resolve().parent / "results"
 IMAGE = 24 << 30  # bytes; sparse

@@ -89,9 +89,9 @@ class Scene:
     ) -> None:
         self._stack.close()
 
-    def measure(self, directory: Path, *arguments: str) -> Timing:
-        """Run bench/accessor.c with `directory` as its working directory."""
-        output = run(str(self.work / "accessor"), *arguments, directory=directory)
+    def measure(self, directory: Path, *arguments: str, before: Sequence[str] = ()) -> Timing:
+        """Run bench/accessor.c, as arguments of the command `before` if there is one, with `directory` as its working directory."""
+        output = run(*before, str(self.work / "accessor"), *arguments, directory=directory)
         return Timing(*map(int, output.split()))
 
     def drop_caches(self) -> None:
@@ -175,9 +175,10 @@ class Stage:
         """Start a Python listener on the real kernel ("kernel") or on a mount of ours ("fuse")."""
         self._start_listener([sys.executable, "-m", "bench.listen", str(path), backend])
 
-    def listen_in_c(self, path: Path) -> None:
-        """Start bench/listener.c on one file. SceneError where the kernel has no pre-content events."""
-        self._start_listener([str(self._scene.work / "listener"), str(path)])
+    def listen_in_c(self, path: Path, *before: str) -> None:
+        """Start bench/listener.c on one file, as arguments of the command `before` if there is one. SceneError where the kernel has no
+        pre-content events."""
+        self._start_listener([*before, str(self._scene.work / "listener"), str(path)])
 
     def mirror(self, origin: Path, root: Path, counts: Path) -> None:
         """Start the handler of examples/mirror.py as a listener of the real kernel; at its end it writes to `counts` how many events it had."""

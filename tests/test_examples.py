@@ -310,7 +310,7 @@ def test_the_demonstration_sees_a_stubs_zeros(tmp_path: Path) -> None:
 @pytest.mark.kernel
 @pytest.mark.fuse
 def test_the_benchmark(fuse: None, kernel_events: Path, tmp_path: Path) -> None:
-    quickly = ("--quick", "--only", "a,b", "--repetitions", "1", "--json", "-")
+    quickly = ("--quick", "--only", "a,b,j", "--repetitions", "1", "--json", "-")
     done = run("bench/run.py", *quickly, TMPDIR=str(tmp_path))
     assert done.returncode == 0, done.stderr
     results: dict[str, Any] = json.loads(done.stdout)
@@ -322,7 +322,10 @@ def test_the_benchmark(fuse: None, kernel_events: Path, tmp_path: Path) -> None:
         "fusehsm, over the socket",
     }
     assert expected < cases["pread of 4 KiB, one event, any core"]
-    assert len(results["targets"]) == 6 - ("bindfs" not in cases["stat, warm, 500 files"])
+    assert {"kernel, C listener", "fusehsm run, the same C listener"} < cases[
+        "pread of 4 KiB, one event, C listener, any core"
+    ]
+    assert len(results["targets"]) == 8 - ("bindfs" not in cases["stat, warm, 500 files"])
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,93 @@
+"""(j) Unmodified listeners under `fusehsm run`: the same C listener on the real kernel and under it, and what starting a command costs."""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+from bench.parts import SOCKET, pread_microseconds
+from bench.report import Quantity, Target, interleave
+from bench.scene import Scene, Stage, make_file, placed_on, run, stopwatch
+from bench.sizes import Note, Sizes
+
+KERNEL = "kernel, C listener"
+SUPERVISED = "fusehsm run, the same C listener"
+TARGETS = (Target(SUPERVISED, KERNEL, at_most=4.0),)
+NATIVE = "native"
+WITHOUT_MOUNT = "fusehsm run"
+WITH_MOUNT = "fusehsm run --mount"
+ACCESSOR = "fusehsm run --accessor"
+RUN = (sys.executable, "-m", "fusehsm", "run")
+MAPPINGS = 2_000
+FUSEHSM_MOUNT = "fusehsm run, on a mount"
+
+
+def supervised(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity]:
+    """(j) The event of a pread, an mmap(2) and the start of a command, under `fusehsm run`."""
+    yield from _round_trip(scene, sizes, note)
+    yield from _mappings(scene, sizes, note)
+    yield from _start_up(scene, sizes, note)
+
+
+def _round_trip(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity]:
+    directory = scene.files / "j"
+    files = {name: make_file(directory / name / "file", 16 << 20) for name in ("c", "run", "python")}
+    for placement, cores in (("any core", None), ("one core", {min(os.sched_getaffinity(0))})):
+        with placed_on(cores), Stage(scene) as stage:
+            paths = {SUPERVISED: files["run"]}
+            if scene.has_kernel:
+                stage.listen_in_c(files["c"])
+                paths[KERNEL] = files["c"]
+            stage.listen_in_c(files["run"], *RUN, "--mount", str(files["run"].parent), "--")
+            point, _ = stage.mount(files["python"].parent, "--events", "exact")
+            stage.listen(point, "fuse")
+            paths[SOCKET] = point / "file"
+            cases = {
+                case: partial(pread_microseconds, scene, sizes.preads, path) for case, path in paths.items()
+            }
+            values = interleave(sizes.repetitions, cases, note)
+        yield Quantity(
+            "j", f"pread of 4 KiB, one event, C listener, {placement}", "µs", values, KERNEL, TARGETS
+        )
+
+
+def _mappings(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity]:
+    """mmap(2) and munmap(2) of one page of a file that nobody watches."""
+    directory = scene.files / "j-mapped"
+    file = make_file(directory / "file", 1 << 20)
+    elsewhere = make_file(scene.files / "j-elsewhere" / "file", 1 << 20)
+    with Stage(scene) as stage:
+        point, _ = stage.mount(directory, "--direct")
+        reachable = ("env", f"XDG_RUNTIME_DIR={scene.work}")  # where the stage's mounts have their sockets
+        cases = {
+            NATIVE: partial(_map_microseconds, scene, (), str(elsewhere)),
+            WITHOUT_MOUNT: partial(_map_microseconds, scene, (*RUN, "--"), str(elsewhere)),
+            ACCESSOR: partial(_map_microseconds, scene, (*RUN, "--accessor", "--"), str(elsewhere)),
+            FUSEHSM_MOUNT: partial(
+                _map_microseconds, scene, (*reachable, *RUN, "--"), str(point / file.name)
+            ),
+        }
+        values = interleave(sizes.repetitions, cases, note)
+    yield Quantity("j", "mmap and munmap of a file", "µs", values, NATIVE)
+
+
+def _map_microseconds(scene: Scene, before: Sequence[str], path: str) -> float:
+    return scene.measure(scene.work, "map", path, str(MAPPINGS), before=before).microseconds
+
+
+def _start_up(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity]:
+    directory = scene.files / "j-started"
+    directory.mkdir()
+
+    def seconds(*command: str) -> float:
+        with stopwatch() as taken:
+            run(*command)
+        return taken[0]
+
+    cases = {
+        NATIVE: partial(seconds, "true"),
+        WITHOUT_MOUNT: partial(seconds, *RUN, "--", "true"),
+        WITH_MOUNT: partial(seconds, *RUN, "--mount", str(directory), "--", "true"),
+    }
+    values = interleave(sizes.repetitions, cases, note)
+    yield Quantity("j", "start and end of true(1)", "s", values, NATIVE)
