@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fusehsm import mountinfo
 
-_FIELD = re.compile(rb"^([A-Za-z]+):[ \t]*(.*)$", re.MULTILINE)
+_FIELD = re.compile(rb"^([A-Za-z_]+):[ \t]*(.*)$", re.MULTILINE)
 _SIGNAL_FIELDS = (b"SigPnd", b"ShdPnd", b"SigBlk")
 
 
