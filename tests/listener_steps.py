@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fusehsm.conform.accessor import Accessor
-from tests.run_worlds import STEP
+from tests.run_worlds import STEP, Program, RunWorld, mounts_at, processes_at
 from tests.worlds import Failed
 
 PAGE = 4096
@@ -146,3 +146,19 @@ LEFT: dict[str, bytes] = {
     "mapped": planned(0, 2 * PAGE) + bytes(SIZE - 2 * PAGE),
     "whole": planned(0, SIZE),
 }
+
+
+def finish(world: RunWorld, listener: Program, accessor: Accessor) -> list[str]:
+    """Let a listener end in peace; what it said since it was ready."""
+    ending = accessor.start("pread_path", str(world.place / "end"), 1, 0)
+    assert listener.end() == 0, listener.complaints.lines
+    assert listener.complaints.wait_for_end(STEP) == []
+    lines = listener.lines
+    if world.is_kernel:
+        assert len(ending.result(STEP)) == 1
+    else:  # where it may come too late for its mount
+        assert mounts_at(world.place) == 0
+    assert processes_at(world.place) == []
+    end = next(number for number, line in enumerate(lines) if " end " in line)
+    assert end == len(lines) - 1, lines
+    return lines[lines.index("ready") + 1 : end]

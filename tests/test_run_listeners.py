@@ -5,8 +5,6 @@ Every expectation is held against the real kernel and against `fusehsm run`. Pro
 
 import errno
 import signal
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
@@ -22,78 +20,20 @@ from tests.listener_steps import (
     SIZE,
     Step,
     asked,
-    make_files,
+    finish,
     planned,
     read_in_thread,
     take,
 )
-from tests.listeners.building import program, rust_compiler
-from tests.run_worlds import STEP, Program, RunWorld, ended_by, mounts_at, processes_at, standing
+from tests.listeners.building import rust_compiler
+from tests.run_fixtures import Start
+from tests.run_worlds import STEP, RunWorld, ended_by, mounts_at
 from tests.worlds import Failed
 
 pytestmark = pytest.mark.any_engine
+pytest_plugins = ["tests.run_fixtures"]
 
-WORLDS = [pytest.param("kernel", marks=pytest.mark.kernel), pytest.param("run", marks=pytest.mark.fuse)]
 EPERM = Failed(errno.EPERM)
-
-
-@pytest.fixture(params=WORLDS)
-def run_world(
-    request: pytest.FixtureRequest, places: Callable[[str], Path], kernel_events: Path, fuse: None
-) -> Iterator[RunWorld]:
-    """A directory of stubs on ext4, in each world."""
-    place = places("listeners")
-    make_files(place)
-    with standing(request.param, place) as world:
-        yield world
-
-
-Start = Callable[..., Program]
-
-
-@pytest.fixture
-def start(run_world: RunWorld, session_directory: Path) -> Iterator[Start]:
-    """start(style, *arguments, build=..., marks=..., keep=...) -> a listener that is ready; it goes with the test."""
-    started: list[Program] = []
-
-    def start(
-        style: str,
-        *arguments: str,
-        build: str = "dynamic",
-        marks: tuple[tuple[str, str, str], ...] = (("add|mount", "PRE_ACCESS", ""),),
-        keep: bool = False,
-    ) -> Program:
-        words = [
-            word for flags, mask, file in marks for word in ("--mark", flags, mask, _in(run_world, file))
-        ]
-        command = [*program(session_directory, build), "--style", style, *arguments, *words]
-        started.append(Program(run_world.command(*command, str(run_world.place), keep=keep)))
-        started[-1].wait_ready()
-        return started[-1]
-
-    yield start
-    for listener in started:
-        listener.close()
-
-
-def _in(world: RunWorld, file: str) -> str:
-    return str(world.place / file) if file else str(world.place)
-
-
-def finish(world: RunWorld, listener: Program, accessor: Accessor) -> list[str]:
-    """Let a listener end in peace; what it said since it was ready."""
-    ending = accessor.start("pread_path", str(world.place / "end"), 1, 0)
-    assert listener.end() == 0, listener.complaints.lines
-    assert listener.complaints.wait_for_end(STEP) == []
-    lines = listener.lines
-    if world.is_kernel:
-        assert len(ending.result(STEP)) == 1
-    else:  # where it may come too late for its mount
-        assert mounts_at(world.place) == 0
-    assert processes_at(world.place) == []
-    end = next(number for number, line in enumerate(lines) if " end " in line)
-    assert end == len(lines) - 1, lines
-    return lines[lines.index("ready") + 1 : end]
 
 
 def several_at_once(world: RunWorld, make_accessor: MakeAccessor) -> list[str]:

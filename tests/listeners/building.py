@@ -10,6 +10,7 @@ from pathlib import Path
 SOURCES = Path(__file__).parent
 _C = ("gcc", "-O1", "-g", "-w", "-pthread")  # what calls.c does on purpose, compilers warn of
 _LISTENER = ("listener.c", "events.c", "marking.c", "waiting.c", "lives.c")
+_SOURCES = {"calls": ("calls.c", "calls_io.c"), "hostile": ("hostile.c",)}
 _PATIENCE = 120.0  # seconds for one compiler
 
 
@@ -27,14 +28,17 @@ def _commands(build: str, target: str) -> list[str]:
         compiler = rust_compiler()
         assert compiler is not None
         return [compiler, "--edition", "2021", "-C", "opt-level=1", "-o", target, "listener.rs"]
-    sources = ("calls.c", "calls_io.c") if build.startswith("calls") else _LISTENER
-    static = ("-static",) if build.endswith("static") else ()
+    sources = _SOURCES.get(build, _LISTENER)
+    static = ("-static",) if build == "static" else ()
     return [*_C, *static, "-o", target, *sources]
 
 
 @functools.cache
 def program(directory: Path, build: str) -> tuple[str, ...]:
-    """How to start it: `dynamic`, `static`, `go`, `rust`, `python` (listeners), `pyfanotify`, `calls`. Compiled programs lie in `directory`."""
+    """How to start it: `dynamic`, `static`, `go`, `rust`, `python` (listeners), `pyfanotify`, `calls`, `hostile`.
+
+    Compiled programs lie in `directory`.
+    """
     if build in ("python", "pyfanotify"):
         return (sys.executable, "-u", str(SOURCES / f"{build}_listener.py"))
     target = str(directory / f"listeners-{build}")
@@ -58,3 +62,18 @@ def program(directory: Path, build: str) -> tuple[str, ...]:
     )
     assert done.returncode == 0, done.stderr
     return (target,)
+
+
+Marks = tuple[tuple[str, str, str], ...]  # flags, mask, and the file in the watched directory ("": itself)
+
+
+def listener_words(
+    directory: Path, place: Path, style: str, *arguments: str, build: str = "dynamic", marks: Marks = ()
+) -> list[str]:
+    """The command line of a listener of `place`."""
+    marked = [
+        word
+        for flags, mask, file in marks
+        for word in ("--mark", flags, mask, str(place / file if file else place))
+    ]
+    return [*program(directory, build), "--style", style, *arguments, *marked, str(place)]
