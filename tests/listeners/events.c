@@ -14,7 +14,11 @@
 
 #define PAGE 4096
 
-const uint64_t permission_events = FAN_OPEN_PERM | FAN_ACCESS_PERM | FAN_OPEN_EXEC_PERM | FAN_PRE_ACCESS;
+/* Before it was merged, the series that brought PRE_ACCESS had it at another bit, which no kernel has given away. */
+#define POSTED_PRE_ACCESS 0x00080000
+
+const uint64_t permission_events =
+	FAN_OPEN_PERM | FAN_ACCESS_PERM | FAN_OPEN_EXEC_PERM | FAN_PRE_ACCESS | POSTED_PRE_ACCESS;
 
 static const struct {
 	uint64_t bit;
@@ -23,7 +27,7 @@ static const struct {
 	{FAN_PRE_ACCESS, "PRE_ACCESS"},	  {FAN_OPEN_PERM, "OPEN_PERM"},	    {FAN_ACCESS_PERM, "ACCESS_PERM"},
 	{FAN_OPEN_EXEC_PERM, "OPEN_EXEC_PERM"}, {FAN_OPEN, "OPEN"},	    {FAN_ACCESS, "ACCESS"},
 	{FAN_MODIFY, "MODIFY"},		  {FAN_CLOSE_WRITE, "CLOSE_WRITE"}, {FAN_CLOSE_NOWRITE, "CLOSE_NOWRITE"},
-	{FAN_Q_OVERFLOW, "Q_OVERFLOW"},	  {FAN_ONDIR, "ONDIR"},
+	{FAN_Q_OVERFLOW, "Q_OVERFLOW"},	  {FAN_ONDIR, "ONDIR"},		    {POSTED_PRE_ACCESS, "0x80000"},
 };
 
 struct range {

@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 struct word {
@@ -53,11 +54,11 @@ static uint64_t value_of(const struct word *words, const char *text)
 		const struct word *word = words;
 		while (word->name && strcmp(word->name, part))
 			word++;
-		if (!word->name) {
+		if (!word->name && strncmp(part, "0x", 2)) {
 			errno = EINVAL;
 			die(part);
 		}
-		value |= word->value;
+		value |= word->name ? word->value : strtoull(part, NULL, 16);
 	}
 	return value;
 }
