@@ -86,6 +86,16 @@ def map_and_look(path: str, length: int, place: int) -> bytes:
         os.close(descriptor)
 
 
+def read_often(path: str, times: int) -> bytes:
+    """The first byte, again and again."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        (byte,) = {os.pread(descriptor, 1, 0) for _ in range(times)}
+        return byte
+    finally:
+        os.close(descriptor)
+
+
 def read_in_thread(path: str, size: int) -> bytes:
     """open(2) in the process's first thread, read(2) in another."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -10,9 +10,8 @@ import pytest
 
 from tests.listener_steps import make_files
 from tests.listeners.building import Marks, listener_words
-from tests.run_worlds import Program, RunWorld, standing
+from tests.run_worlds import Program, RunWorld, Start, standing
 
-Start = Callable[..., Program]
 WORLDS = [pytest.param("kernel", marks=pytest.mark.kernel), pytest.param("run", marks=pytest.mark.fuse)]
 
 

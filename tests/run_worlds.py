@@ -6,7 +6,7 @@ A program is started the same way in both, on a directory that is a mount of its
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +119,9 @@ class Program:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+Start = Callable[..., Program]  # see the fixture `start`
 
 
 def ended_by(code: int, number: int) -> bool:

@@ -58,6 +58,7 @@ def _run(name: str, place: Path, calls: tuple[str, ...]) -> Lines:
     for file in ("file", "other", "third"):
         (place / file).write_bytes(b"content")
     (place / "folder").mkdir()
+    (place / "folder" / "mine").write_bytes(b"content")
     (place / "link").symlink_to("file")
     (place / "nowhere").symlink_to("missing")
     os.mkfifo(place / "fifo")

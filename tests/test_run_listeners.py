@@ -23,11 +23,11 @@ from tests.listener_steps import (
     finish,
     planned,
     read_in_thread,
+    read_often,
     take,
 )
 from tests.listeners.building import rust_compiler
-from tests.run_fixtures import Start
-from tests.run_worlds import STEP, RunWorld, ended_by, mounts_at
+from tests.run_worlds import STEP, RunWorld, Start, ended_by, mounts_at
 from tests.worlds import Failed
 
 pytestmark = pytest.mark.any_engine
@@ -64,6 +64,8 @@ STYLES = (
     "workers",
     "early",
     "copy",
+    "copy-to",
+    "handed",
     "exec",
     "alarm",
     "alarm-restart",
@@ -112,6 +114,37 @@ def test_pyfanotify(run_world: RunWorld, start: Start, accessor: Accessor) -> No
     )
     expected = take(accessor, run_world.place, steps)
     assert finish(run_world, listener, accessor) == expected
+
+
+CROWDED = (
+    ("dynamic", "blocking"),
+    ("dynamic", "epoll-edge"),
+    ("dynamic", "readv"),
+    ("dynamic", "writev"),
+    ("dynamic", "threads"),
+    ("dynamic", "workers"),
+    ("dynamic", "alarm"),
+    ("dynamic", "alarm-restart"),
+    ("static", "threads"),
+    ("go", "blocking"),
+    ("go", "netpoll"),
+)
+
+
+@pytest.mark.parametrize(("build", "style"), CROWDED)
+def test_many_at_once(
+    build: str, style: str, run_world: RunWorld, start: Start, make_accessor: MakeAccessor
+) -> None:
+    """No event is lost, and none comes twice, when several processes read as fast as they are answered."""
+    listener = start(style, build=build)
+    accessors = [make_accessor() for _ in range(4)]
+    calls = [
+        accessor.start(read_often, str(run_world.place / f"many-{number}"), 100)
+        for number, accessor in enumerate(accessors)
+    ]
+    assert [call.result(2 * STEP) for call in calls] == [planned(0, 1)] * 4
+    said = [line for line in finish(run_world, listener, accessors[0]) if line != "interrupted"]
+    assert sorted(said) == [asked(0, PAGE, f"many-{number}") for number in range(4) for _ in range(100)]
 
 
 # What events tell
@@ -174,6 +207,22 @@ def test_death_of_a_listener_that_holds_events(
     # Nobody is asked any more.
     take(first, run_world.place, (Step("pread_path", "cut", (10, 0), bytes(10)),))
     assert mounts_at(run_world.place) == 1
+
+
+def test_becoming_a_program_without_the_group(
+    run_world: RunWorld, start: Start, make_accessor: MakeAccessor
+) -> None:
+    first, second = make_accessor(), make_accessor()
+    listener = start("exec-away")
+    read = first.start("pread_path", str(run_world.place / "stub"), 10, 0)
+    listener.output.wait_for(lambda line: line.endswith("HELD"), STEP)
+    queued = second.start("pread_path", str(run_world.place / "whole"), 10, 0)
+    # The group went with its last descriptor: everybody is let go, and nobody is asked any more.
+    assert (read.result(STEP), queued.result(STEP)) == (bytes(10), bytes(10))
+    take(first, run_world.place, (Step("pread_path", "cut", (10, 0), bytes(10)),))
+    assert listener.process.poll() is None
+    listener.process.terminate()
+    assert ended_by(listener.end(), signal.SIGTERM)
 
 
 # Groups and marks

@@ -10,7 +10,7 @@ from pathlib import Path
 SOURCES = Path(__file__).parent
 _C = ("gcc", "-O1", "-g", "-w", "-pthread")  # what calls.c does on purpose, compilers warn of
 _LISTENER = ("listener.c", "events.c", "marking.c", "waiting.c", "lives.c")
-_SOURCES = {"calls": ("calls.c", "calls_io.c"), "hostile": ("hostile.c",)}
+_SOURCES = {"calls": ("calls.c", "calls_io.c", "calls_ends.c"), "hostile": ("hostile.c",)}
 _PATIENCE = 120.0  # seconds for one compiler
 
 

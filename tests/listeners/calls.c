@@ -248,5 +248,8 @@ int main(int argc, char **argv)
 	calls_descriptor();
 	calls_poll();
 	calls_copies();
+	calls_placed();
+	calls_foreign();
+	calls_ends();
 	return 0;
 }

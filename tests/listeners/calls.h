@@ -43,6 +43,16 @@ struct reader {
 struct reader start_reading(int group, const char *name);
 void row_reader(const char *name, struct reader reader);
 
+/* calls_io.c: the events of groups that are marked on three files, and their answers. */
+#define PRE (FAN_CLASS_PRE_CONTENT | FAN_NONBLOCK | FAN_CLOEXEC)
+#define EVENT 48 /* bytes of a PRE_ACCESS event */
+extern char buffer[4096];
+int marked_group(unsigned int flags);
+int event_fd_at(size_t place);
+ssize_t answer(int group, int fd, unsigned int response, size_t size);
+void row_answer(const char *name, int group, int fd, unsigned int response);
+void row_queued(const char *name, int group);
+
 void calls_init(void);
 void calls_mark(void);
 void calls_read(void);
@@ -51,5 +61,8 @@ void calls_write(void);
 void calls_descriptor(void);
 void calls_poll(void);
 void calls_copies(void);
+void calls_placed(void);
+void calls_foreign(void);
+void calls_ends(void);
 
 #endif

@@ -12,6 +12,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
 #include <sys/time.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -45,7 +46,16 @@ void live_threads(int group)
 		pause();
 }
 
-/* Forked workers read and answer; the parent only waits for the one that sees the end. */
+/*
+ * Forked workers read and answer; the parent only waits for the one that sees the end. Answers name events by descriptor, and descriptors
+ * are each process's own: two workers that hold the same number would answer for each other. So each has other numbers free.
+ */
+static void fill_descriptors(int height)
+{
+	while (dup(STDERR_FILENO) < height)
+		;
+}
+
 void live_workers(int group)
 {
 	pid_t workers[MANY];
@@ -55,8 +65,10 @@ void live_workers(int group)
 		workers[i] = fork();
 		if (workers[i] < 0)
 			die("fork");
-		if (!workers[i])
+		if (!workers[i]) {
+			fill_descriptors(20 * i);
 			share((void *)(intptr_t)group);
+		}
 	}
 	close(group); /* the workers' copies keep the group */
 	say("ready");
@@ -81,17 +93,64 @@ static void answer_through_copy(int group, const struct fanotify_response *respo
 
 void live_copy(int group)
 {
-	int first = dup(group), second = fcntl(first, F_DUPFD_CLOEXEC, 100), third = dup3(group, 200, O_CLOEXEC);
+	int first = dup(group), second = fcntl(group, F_DUPFD_CLOEXEC, 100);
 
-	if (first < 0 || second < 100 || third != 200)
+	if (first < 0 || second < 100)
 		die("dup");
-	if (fcntl(first, F_GETFD) || fcntl(second, F_GETFD) != FD_CLOEXEC || fcntl(third, F_GETFD) != FD_CLOEXEC)
+	if (fcntl(first, F_GETFD) || fcntl(second, F_GETFD) != FD_CLOEXEC)
 		die("close-on-exec");
 	close(group);
-	close(first);
-	answering = third;
+	answering = first;
 	answer = answer_through_copy;
 	wait_blocking(second);
+}
+
+/* The same with copies that have their numbers from the program: those below 3 are where daemons like to have things. */
+void live_copy_to(int group)
+{
+	int placed = dup3(group, 200, O_CLOEXEC);
+
+	if (placed != 200 || dup2(group, STDIN_FILENO) != STDIN_FILENO)
+		die("dup");
+	if (fcntl(placed, F_GETFD) != FD_CLOEXEC || fcntl(STDIN_FILENO, F_GETFD))
+		die("close-on-exec");
+	close(group);
+	answering = placed;
+	answer = answer_through_copy;
+	wait_blocking(STDIN_FILENO);
+}
+
+/* Sent over a socket to a child that has no other copy: who may open a group need not be who serves it. */
+void live_handed(int group)
+{
+	int ends[2], status;
+	union {
+		char bytes[CMSG_SPACE(sizeof(int))];
+		struct cmsghdr header;
+	} control = {0};
+	char byte = 0;
+	struct iovec part = {&byte, 1};
+	struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof(control)};
+
+	if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends))
+		die("socketpair");
+	pid_t child = fork();
+	if (child < 0)
+		die("fork");
+	if (!child) {
+		close(group);
+		if (recvmsg(ends[1], &message, MSG_CMSG_CLOEXEC) != 1 || !CMSG_FIRSTHDR(&message))
+			die("recvmsg");
+		wait_blocking(*(int *)CMSG_DATA(CMSG_FIRSTHDR(&message)));
+	}
+	control.header = (struct cmsghdr){.cmsg_len = CMSG_LEN(sizeof(int)), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS};
+	*(int *)CMSG_DATA(&control.header) = group;
+	if (sendmsg(ends[0], &message, 0) != 1)
+		die("sendmsg");
+	close(group);
+	if (waitpid(child, &status, 0) != child)
+		die("waitpid");
+	exit(WIFEXITED(status) ? WEXITSTATUS(status) : 1);
 }
 
 /* Goes on as another program, which has the group from this one; events may have been queued before it does. */
@@ -108,6 +167,25 @@ void live_exec(int group)
 	arguments[count++] = number;
 	execv("/proc/self/exe", arguments);
 	die("execv");
+}
+
+/* Becomes another program, which does not have the group, with an event read and another one queued. */
+void live_exec_away(int group)
+{
+	char buffer[ONE_EVENT] __attribute__((aligned(8)));
+	int queued = 0;
+
+	say("ready");
+	if (read(group, buffer, sizeof(buffer)) != sizeof(buffer))
+		die("read");
+	describe((const void *)buffer, "HELD");
+	while (!queued) {
+		if (ioctl(group, FIONREAD, &queued))
+			die("FIONREAD");
+		usleep(1000);
+	}
+	execlp("sleep", "sleep", "1000", NULL);
+	die("execlp");
 }
 
 /* A signal every millisecond. */
