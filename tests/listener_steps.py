@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fusehsm.conform.accessor import Accessor
-from tests.run_worlds import STEP, Program, RunWorld, mounts_at, processes_at
+from tests.run_worlds import STEP, Program, RunWorld, mounts_at, processes_at, wait_until
 from tests.worlds import Failed
 
 PAGE = 4096
@@ -168,7 +168,7 @@ def finish(world: RunWorld, listener: Program, accessor: Accessor) -> list[str]:
         assert len(ending.result(STEP)) == 1
     else:  # where it may come too late for its mount
         assert mounts_at(world.place) == 0
-    assert processes_at(world.place) == []
+    wait_until(lambda: not processes_at(world.place))
     end = next(number for number, line in enumerate(lines) if " end " in line)
     assert end == len(lines) - 1, lines
     return lines[lines.index("ready") + 1 : end]

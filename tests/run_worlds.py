@@ -6,6 +6,7 @@ A program is started the same way in both, on a directory that is a mount of its
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -68,6 +69,14 @@ def end_everything_at(place: Path) -> None:
         leftovers.kill(pid)
     for _ in range(mounts_at(place)):
         umount2(bytes(place), MNT_DETACH)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Until something is so that nobody tells of."""
+    deadline = time.monotonic() + STEP
+    while not condition():
+        assert time.monotonic() < deadline, "it has not come to be"
+        time.sleep(0.01)
 
 
 class Program:

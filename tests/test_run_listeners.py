@@ -347,7 +347,6 @@ IMPOSSIBLE_MARKS = (
     (("add|ignore|surv", "PRE_ACCESS|CHILD", "stub"), "ENOTDIR"),
     (("add|mount|evictable", P, ""), "EINVAL"),
     (("add", "-", "stub"), "EINVAL"),
-    (("add", "0x80000", "stub"), "EINVAL"),
 )
 
 
