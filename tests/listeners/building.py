@@ -1,4 +1,4 @@
-"""Makes the programs from their sources, each once a session. What there is no compiler for is not offered, except where it belongs to the set-up."""
+"""Makes the programs from their sources, each once a session. The set-up brings the compilers of C and Go along; Rust's is used where it is."""
 
 import functools
 import os
@@ -16,9 +16,12 @@ _PATIENCE = 120.0  # seconds for one compiler
 
 @functools.cache
 def rust_compiler() -> str | None:
-    """rustc, also where a user has it for himself; no distribution's set-up brings it along."""
-    home = os.path.expanduser("~/.cargo/bin")
-    return shutil.which("rustc") or shutil.which("rustc", path=home)
+    """A rustc that works, also where a user has it for himself (rustup's stands there without any compiler behind it, too)."""
+    found = shutil.which("rustc") or shutil.which("rustc", path=os.path.expanduser("~/.cargo/bin"))
+    if found is None:
+        return None
+    tried = subprocess.run([found, "--version"], capture_output=True, timeout=_PATIENCE, check=False)
+    return found if tried.returncode == 0 else None
 
 
 def _commands(build: str, target: str) -> list[str]:
@@ -44,7 +47,6 @@ def program(directory: Path, build: str) -> tuple[str, ...]:
     target = str(directory / f"listeners-{build}")
     environment = {
         **os.environ,
-        "PATH": f"{os.environ.get('PATH', '')}:/usr/local/go/bin",
         # The Go compiler wants neither a home nor a network.
         "GOCACHE": str(directory / "go-cache"),
         "GO111MODULE": "off",
