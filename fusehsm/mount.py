@@ -148,6 +148,9 @@ def _run_daemon(options: MountOptions, plan: Plan, writer: int) -> None:
 
 def _serve(options: MountOptions, plan: Plan, ready: Callable[[], None]) -> None:
     """Mount and serve until unmounted. Raises MountError when it cannot be mounted."""
+    import fusehsm.backends.inprocess
+    import fusehsm.self_access
+    import fusehsm.server  # noqa: F401 (these three are used once it is mounted: see _import_from_elsewhere)
     from fusehsm.engines.base import MountRefused
     from fusehsm.engines.choice import make
     from fusehsm.gate import Gate
@@ -170,6 +173,7 @@ def _serve(options: MountOptions, plan: Plan, ready: Callable[[], None]) -> None
         direct=options.direct,
     )
     engine = make(options.engine, gate, private=plan.private)
+    _import_from_elsewhere(plan.destination)
     noted = _note_signals()
     try:
         engine.mount(plan.destination, plan.fuse_options)
@@ -185,6 +189,15 @@ def _serve(options: MountOptions, plan: Plan, ready: Callable[[], None]) -> None
         gate.close()
         engine.close(unmount=not unmounted)
         overlay.close()
+
+
+def _import_from_elsewhere(destination: str) -> None:
+    """Look for modules no more in what is about to be mounted: an import would wait for this very process. `python -m` puts the working
+    directory first."""
+    inside = os.path.join(destination, "")
+    sys.path[:] = [
+        place for place in sys.path if not os.path.join(os.path.realpath(place), "").startswith(inside)
+    ]
 
 
 def _note_signals() -> list[int]:

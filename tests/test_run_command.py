@@ -1,5 +1,6 @@
 """`fusehsm run`: a command under it is as it would be without; what it mounts goes, whatever happened."""
 
+import ctypes
 import fcntl
 import os
 import signal
@@ -359,6 +360,11 @@ def test_a_dialect(world: RunWorld, session_directory: Path, accessor: Accessor)
         assert lines[lines.index("ready") + 1 :] == [*expected, "PRE_ACCESS 0 0 end ALLOW"]
 
 
+def become_dumpable() -> None:
+    """A process that was root once hides its mappings from those who are like it now, as no process of an ordinary user does."""
+    ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE
+
+
 @pytest.fixture
 def open_device() -> Iterator[None]:
     """/dev/fuse for every user."""
@@ -377,6 +383,7 @@ def test_an_ordinary_user(
     words = listener_words(session_directory, world.place, style, "--deny", "*.denied=EIO", marks=EVERYTHING)
     assert all(os.stat(words[0]).st_mode & bit for bit in (stat.S_IXOTH, stat.S_IROTH))
     accessor = make_accessor(uid=NOBODY, gid=NOBODY)
+    accessor.call(become_dumpable)
     with Program(
         [*command, "run", "--mount", str(world.place), "--", *words],
         env=harness.environment(**environment),
