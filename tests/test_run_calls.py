@@ -26,6 +26,8 @@ KNOWN = {
     "read-just-enough": "48",
     "read-bad-pointer-reader": "-1 EPERM",
     "fionread-three": "72",
+    "readv-until-interrupted": "48",
+    "readv-was-interrupted": "1",
     "probe-errno": "24",
     "write-deny-eio": "8",
     "write-reader": "-1 EIO",

@@ -4,6 +4,7 @@
 
 #include <fcntl.h>
 #include <poll.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -12,6 +13,7 @@
 #include <sys/mman.h>
 #include <sys/select.h>
 #include <sys/sendfile.h>
+#include <sys/time.h>
 #include <sys/uio.h>
 #include <termios.h>
 #include <unistd.h>
@@ -105,6 +107,31 @@ void calls_read(void)
 	close(group);
 }
 
+static void interrupted(int number)
+{
+	(void)number;
+}
+
+/* A full first part is no reason to return: the kernel reads again for the second, and waits there with an event in its hands. */
+static void calls_readv_waiting(void)
+{
+	int group = marked_group(FAN_CLASS_PRE_CONTENT);
+	struct iovec parts[] = {{buffer, EVENT}, {buffer + EVENT, EVENT}};
+	struct sigaction action = {.sa_handler = interrupted}, before;
+	struct itimerval soon = {.it_value = {0, 200000}}, left;
+	struct reader reader = start_reading(group, "file");
+
+	need(!sigaction(SIGALRM, &action, &before) && !setitimer(ITIMER_REAL, &soon, NULL), "setitimer");
+	ROW("readv-until-interrupted", readv(group, parts, 2));
+	need(!getitimer(ITIMER_REAL, &left), "getitimer");
+	ROW("readv-was-interrupted", !left.it_value.tv_usec);
+	need(!sigaction(SIGALRM, &before, NULL), "sigaction");
+	alarm(60);
+	row_answer("readv-until-interrupted-answered", group, event_fd_at(0), FAN_ALLOW);
+	row_reader("readv-until-interrupted-reader", reader);
+	close(group);
+}
+
 void calls_readv(void)
 {
 	int group = marked_group(PRE);
@@ -148,6 +175,7 @@ void calls_readv(void)
 	for (int i = 0; i < 3; i++)
 		row_reader("readv-reader", readers[i]);
 	close(group);
+	calls_readv_waiting();
 }
 
 struct audit_rule {
