@@ -189,12 +189,12 @@ def run(
         bool,
         typer.Option("--accessor", help="The command is no listener: only have its mmap(2) ask at once."),
     ] = False,
-) -> int:
+) -> None:
     """Run an unmodified fanotify program: its system calls are answered by the emulator. Exit code: the command's."""
     from fusehsm.supervisor.command import RunOptions
     from fusehsm.supervisor.command import run as do_run
 
-    return do_run(
+    do_run(
         RunOptions(command=tuple(command), mounts=tuple(mounts or ()), abi=abi, keep=keep, accessor=accessor)
     )
 

@@ -334,7 +334,9 @@ def test_a_mark_of_another_dialect(world: RunWorld, session_directory: Path, acc
         assert running.output.lines[0].endswith(": EINVAL")
         accessor.start("pread_path", str(world.place / "end"), 1, 0)
         assert running.end() == 0
-        (line,) = running.complaints.wait_for_end(STEP)
+        said = running.complaints.wait_for_end(STEP)
+        assert len(said) == 1, said
+        line = said[0]
         assert "--abi" in line
 
 

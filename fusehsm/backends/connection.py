@@ -14,6 +14,7 @@ from fusehsm import control_socket
 from fusehsm.mountinfo import Mount
 from fusehsm.protocol import LARGEST_REPLY_PART, Request, decode_reply, encode_request, is_last_part
 
+_FINISH = 2.0  # seconds
 _DESCRIPTORS = socket.CMSG_SPACE(4)  # a reply brings one descriptor at most
 
 
@@ -145,6 +146,13 @@ class BlockingConnection:
         """Have the request that waits, in another thread, fail, and every later one."""
         with contextlib.suppress(OSError):  # the server was quicker
             self._socket.shutdown(socket.SHUT_RDWR)
+
+    def finish(self) -> None:
+        """Tell the server that this is all, and wait until it has put everything away: what a group owed is settled then."""
+        with contextlib.suppress(OSError):  # it is gone, or does not answer
+            self._socket.shutdown(socket.SHUT_WR)
+            self._socket.settimeout(_FINISH)
+            self._socket.recv(1)
 
     def close(self) -> None:
         """Close; no request may be waiting."""

@@ -105,10 +105,12 @@ class Calls:
             architecture.preadv2: self._preadv2_parts,
         }
 
-    @property
-    def groups(self) -> int:
-        """How many groups some process of the command holds."""
-        return len(self._groups)
+    def close(self) -> None:
+        """Close every group: what waits for an answer is let pass before the mounts go."""
+        with self._lock:
+            groups = list(self._groups.values())
+        for group in groups:
+            group.close()
 
     def answer(self, call: Call) -> None:
         """Do a call and answer it; never raises."""

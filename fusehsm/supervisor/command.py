@@ -13,7 +13,7 @@ import sys
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 from fusehsm.abi import DIALECTS
 from fusehsm.foreground_mount import foreground_mount
@@ -37,7 +37,6 @@ NOT_FOUND, NOT_EXECUTABLE = 127, 126  # as shells say it
 
 _OLDEST_KERNEL: Final = (5, 9)
 _FEWEST_DESCRIPTORS: Final = 2 * RESERVED_DESCRIPTORS
-_LAST_GROUPS: Final = 0.01  # seconds between looks at groups that have outlived the command
 _FROM_TERMINAL: Final = 0x80  # SI_KERNEL: the terminal has sent it to the command as well
 _PASSED_ON: Final = (
     signal.SIGINT,
@@ -72,9 +71,9 @@ class RunError(OSError):
     """One line for the user: thing: cause; mend."""
 
 
-def run(options: RunOptions) -> int:
-    """Run the command; its exit code. If a signal has killed it, the same kills this process. Raises OSError with one line, ValueError for
-    bad usage."""
+def run(options: RunOptions) -> NoReturn:
+    """Run the command and end as it does: with its exit code, or by the signal that has killed it. Raises OSError with one line, ValueError
+    for bad usage."""
     if options.abi is not None and options.abi not in DIALECTS:
         raise ValueError(f"--abi {options.abi}: not a dialect; choose {', '.join(DIALECTS)}")
     if options.keep and not options.mounts:
@@ -89,9 +88,11 @@ def run(options: RunOptions) -> int:
             _mount(mounts, place, options)
         code = _Run(options, machine, directory).run()
     sys.stdout.flush()
+    sys.stderr.flush()
     if code < 0:
         _die_of(-code)
-    return code
+    # Threads that still wait for calls, or for what somebody else's file system owes them, are not to be waited for.
+    os._exit(code)
 
 
 def _check_kernel(release: str) -> None:
@@ -124,7 +125,6 @@ def _die_of(number: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
     if number != signal.SIGKILL:
         signal.signal(number, signal.SIG_DFL)
-    sys.stderr.flush()
     os.kill(os.getpid(), number)
 
 
@@ -178,7 +178,9 @@ class _Run:
             if message:
                 child.wait()
                 return self._failed(message)
-        return self._wait(child, calls)
+        code = self._wait(child)
+        calls.close()
+        return code
 
     def _orders(self, blocked: set[signal.Signals | int]) -> dict[str, object]:
         lowest, end = self._reserved.start, self._reserved.stop
@@ -228,26 +230,11 @@ class _Run:
         print(f"fusehsm: {self._options.command[0]}: {found}; {mend}", file=sys.stderr, flush=True)
         return NOT_FOUND if number == errno.ENOENT else NOT_EXECUTABLE
 
-    def _wait(self, child: "subprocess.Popen[bytes]", calls: Calls) -> int:
-        """Until the command has ended, and so have the groups that processes of it still hold: a daemon goes on when what started it ends."""
-        code: int | None = None
+    def _wait(self, child: "subprocess.Popen[bytes]") -> int:
+        """Until the command has ended."""
         watched = {*_PASSED_ON, *_JOB_CONTROL, signal.SIGCHLD}
-        while code is None or calls.groups:
-            if code is None:
-                code = self._look_at(child)
-                if code is not None:
-                    continue
-                got = signal.sigwaitinfo(watched)
-            else:
-                late = signal.sigtimedwait(watched, _LAST_GROUPS)
-                if late is None:
-                    continue
-                got = late
-            if (
-                got.si_signo in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)
-                and code is not None
-            ):
-                break
+        while (code := self._look_at(child)) is None:
+            got = signal.sigwaitinfo(watched)
             if got.si_signo in _PASSED_ON and got.si_code != _FROM_TERMINAL:
                 child.send_signal(got.si_signo)
             if got.si_signo == signal.SIGCHLD:

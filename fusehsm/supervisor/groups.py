@@ -46,6 +46,12 @@ class Source:
         self.connection.hang_up()
         self.stream.close()
 
+    def finish(self) -> None:
+        """close(), and wait until that is so."""
+        self.stream.close()
+        self.connection.finish()
+        self.connection.hang_up()
+
 
 class SupervisedGroup:
     """May be used by any number of threads at once. Nothing here touches the memory of the command, or waits, but mark().
@@ -318,12 +324,13 @@ class SupervisedGroup:
             if self._closed:
                 return
             self._closed = True
-            for source in self._sources:
-                source.close()
+            sources = list(self._sources)
             self._sources.clear()
             self._numbers.clear()
             self.bell.close()
             self._wake_readers()
+        for source in sources:
+            source.finish()
 
 
 def _mount_of(device: tuple[int, int]) -> Mount | None:
