@@ -162,7 +162,8 @@ def finish(world: RunWorld, listener: Program, accessor: Accessor) -> list[str]:
     """Let a listener end in peace; what it said since it was ready."""
     ending = accessor.start("pread_path", str(world.place / "end"), 1, 0)
     assert listener.end() == 0, listener.complaints.lines
-    assert listener.complaints.wait_for_end(STEP) == []
+    complaints = listener.complaints.wait_for_end(STEP)
+    assert complaints == [], complaints
     lines = listener.lines
     if world.is_kernel:
         assert len(ending.result(STEP)) == 1

@@ -64,8 +64,6 @@ STYLES = (
     "workers",
     "early",
     "copy",
-    "copy-to",
-    "handed",
     "exec",
     "alarm",
     "alarm-restart",
@@ -90,14 +88,35 @@ def test_ways_to_wait(
     listener = start(style, "--deny", "*.denied=EIO", build=build)
     if style == "alarm":
         listener.output.wait_for(lambda line: line == "interrupted", STEP)
-    expected = take(accessor, run_world.place, SERIES)
+    series: tuple[Step, ...] = SERIES
+    left = LEFT
+    if style == "early" and not run_world.is_kernel:
+        # While a truncation waits FUSE holds the inode's lock, while a fault does, the page's, and the listener's own write waits for those.
+        series = tuple(step for step in SERIES if step.file not in ("cut", "mapped"))
+        left = {name: content for name, content in LEFT.items() if name not in ("cut", "mapped")}
+    expected = take(accessor, run_world.place, series)
     at_once = several_at_once(run_world, make_accessor)
     said = finish(run_world, listener, accessor)
     if style == "alarm":
         said.remove("interrupted")
     assert said[: len(expected)] == expected
     assert sorted(said[len(expected) :]) == at_once
-    assert {name: (run_world.place / name).read_bytes() for name in LEFT} == LEFT
+    assert {name: (run_world.place / name).read_bytes() for name in left} == left
+
+
+@pytest.mark.parametrize("run_world", ["kernel"], indirect=True)
+@pytest.mark.parametrize("style", ["copy-to", "handed"])
+def test_copies_at_any_number(style: str, run_world: RunWorld, start: Start, accessor: Accessor) -> None:
+    """dup3(2) to a number of one's own, and a group that came through a socket: fusehsm run cannot tell their calls from others."""
+    listener = start(style, "--deny", "*.denied=EIO")
+    expected = take(accessor, run_world.place, SERIES)
+    assert finish(run_world, listener, accessor) == expected
+
+
+@pytest.mark.parametrize("run_world", ["run"], indirect=True)
+def test_a_copy_at_another_number_is_refused(run_world: RunWorld, start: Start) -> None:
+    with pytest.raises(AssertionError, match=r"at descriptor 200, and has EBADF: only at 960 to 1023"):
+        start("copy-to")
 
 
 def test_one_event_for_each_edge(run_world: RunWorld, start: Start, accessor: Accessor) -> None:

@@ -168,7 +168,7 @@ class Calls:
             number = self._place(call, group, close_on_exec=bool(flags & FAN_CLOEXEC))
         except BaseException:
             self._forget(group)
-            group.close()
+            group.unheld()
             raise
         self._closings.watch(bell, lambda: self._unheld(group))
         return number

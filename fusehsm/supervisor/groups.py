@@ -327,7 +327,8 @@ class SupervisedGroup:
             sources = list(self._sources)
             self._sources.clear()
             self._numbers.clear()
-            self.bell.close()
+            if self._unheld:  # else it is being listened to, until the supervisor ends
+                self.bell.close()
             self._wake_readers()
         for source in sources:
             source.finish()

@@ -223,9 +223,22 @@ static void wait_interrupted(int group, int may_be_interrupted)
 	}
 }
 
+/* Under a supervisor any call can be interrupted in the moment before it is taken, not only read(2) as in the kernel. */
+static void answer_until_taken(int group, const struct fanotify_response *response)
+{
+	ssize_t taken;
+
+	do
+		taken = write(group, response, sizeof(*response));
+	while (taken < 0 && errno == EINTR);
+	if (taken != sizeof(*response))
+		die("answer");
+}
+
 /* Without SA_RESTART: read(2) fails with EINTR, now and then with an event on its way. */
 void live_alarm(int group)
 {
+	answer = answer_until_taken;
 	start_alarm(0);
 	wait_interrupted(group, 1);
 }
