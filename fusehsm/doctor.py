@@ -17,6 +17,7 @@ from enum import Enum
 from importlib import metadata
 from pathlib import Path
 
+from fusehsm.abi import FAN_CLASS_PRE_CONTENT
 from fusehsm.mountinfo import mount_of, read_mounts
 
 # Seconds that the trial mount may take, several times what a slow machine needs.
@@ -193,6 +194,31 @@ def _trial_mend() -> str:
     return "in a container, start it with --device /dev/fuse --cap-add SYS_ADMIN; else try fusehsm mount --foreground"
 
 
+def _supervision() -> Check:
+    """Whether a program's own fanotify_init(2) is answered under `fusehsm run`."""
+    name = "unmodified listeners"
+    program = (
+        f"import ctypes; raise SystemExit(ctypes.CDLL(None).fanotify_init({FAN_CLASS_PRE_CONTENT}, 0) < 0)"
+    )
+    command = [sys.executable, "-m", "fusehsm", "run", "--", sys.executable, "-S", "-c", program]
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_TRIAL_PATIENCE
+        )
+    except subprocess.TimeoutExpired:
+        return Check(name, Verdict.LIMITED, "fusehsm run did not end", "report it: it should have")
+    if done.returncode == 0:
+        return Check(name, Verdict.GOOD, "fusehsm run answers their system calls")
+    complaint = done.stderr.strip().removeprefix("fusehsm: ").removeprefix("fusehsm run: ")
+    found, _, mend = complaint.partition("; ")
+    return Check(
+        name,
+        Verdict.LIMITED,
+        found or f"fusehsm run: exit code {done.returncode}",
+        mend or "in a container allow seccomp(2): --security-opt seccomp=unconfined",
+    )
+
+
 def _kernel_events(place: str) -> Check:
     from fusehsm.backends.opening import kernel_can_watch
 
@@ -330,6 +356,7 @@ _CHECKS: tuple[Callable[[], Check], ...] = (
     _fusermount,
     _allow_other,
     _trial,
+    _supervision,
     _system_calls,
     _read_ahead,
     _waiting_fills,

@@ -32,6 +32,7 @@ def test_here(fuse: None, ext4: Path) -> None:
         assert (check["mend"] is None) == (check["verdict"] == "good")
     assert checks["Python"]["found"] == ".".join(map(str, sys.version_info[:3]))
     assert checks["trial mount"]["verdict"] == "good"
+    assert checks["unmodified listeners"]["verdict"] == "good"
     try:
         kernel_can_watch(str(ext4))
         expected = "good"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fusehsm.mountinfo import read_mounts
 from tests import harness, leftovers
 from tests.harness import PATIENCE, ROOT, LogReader, fusehsm, unmount_lazily
 
@@ -38,38 +39,60 @@ def tree(fuse: None, backing: Path) -> Iterator[Path]:
     unmount_lazily(backing)
 
 
+class Session:
+    """What the README shows of a terminal, for another tree: the commands (as words) and what they print."""
+
+    def __init__(self, tree: Path, first: str) -> None:
+        (text,) = [block for block in blocks("") if block.startswith(f"$ {first}")]
+        lines = text.replace("/tmp/tree", str(tree)).splitlines()
+        self.commands = [line[2:].split() for line in lines if line.startswith("$ ")]
+        self.printed = [line for line in lines if not line.startswith("$ ")]
+
+
+def listen_and_look(listener: "subprocess.Popen[str]", look: list[str]) -> list[str]:
+    """What a listener and a command print that is run once it listens; the listener is ended as by `kill`."""
+    assert listener.stdout is not None
+    assert listener.stderr is not None
+    try:
+        output, complaints = LogReader(listener.stdout), LogReader(listener.stderr)
+        output.wait_for(lambda line: line == "listening")
+        shown = subprocess.run(look, capture_output=True, text=True, timeout=PATIENCE, check=True).stdout
+        listener.terminate()
+        listener.wait(PATIENCE)
+        assert complaints.wait_for_end() == []
+        return [*output.wait_for_end(), *shown.splitlines()]
+    finally:
+        listener.kill()
+        listener.wait()
+        listener.stdout.close()
+        listener.stderr.close()
+
+
 @pytest.mark.fuse
 def test_the_handler_and_its_output(tree: Path, tmp_path: Path) -> None:
-    (session,) = [block for block in blocks("") if block.startswith("$ ")]
-    commands = [
-        line[2:].replace("/tmp/tree", str(tree)) for line in session.splitlines() if line.startswith("$ ")
-    ]
-    printed = [
-        line.replace("/tmp/tree", str(tree)) for line in session.splitlines() if not line.startswith("$ ")
-    ]
-    _mkdir, truncate, mount, python, head, _kill, umount = [command.split() for command in commands]
+    session = Session(tree, "mkdir")
+    _mkdir, truncate, mount, python, head, _kill, umount = session.commands
     subprocess.run(truncate, check=True)
     assert fusehsm(*mount[1:]).returncode == 0
     handler = harness.start([sys.executable, str(program_in(tmp_path, tree))], cwd=tmp_path)
     assert python == ["python", "handler.py", "&"]
-    assert handler.stdout is not None
-    assert handler.stderr is not None
-    try:
-        output, complaints = LogReader(handler.stdout), LogReader(handler.stderr)
-        output.wait_for(lambda line: line == "listening")
-        shown = subprocess.run(head, capture_output=True, text=True, timeout=PATIENCE, check=True).stdout
-        handler.terminate()
-        handler.wait(PATIENCE)
-        assert [*output.wait_for_end(), *shown.splitlines()] == printed
-        assert complaints.wait_for_end() == []
-        assert fusehsm(*umount[1:]).returncode == 0
-    finally:
-        handler.kill()
-        handler.wait()
-        handler.stdout.close()
-        handler.stderr.close()
+    assert listen_and_look(handler, head) == session.printed
+    assert fusehsm(*umount[1:]).returncode == 0
     # What was fetched is in the backing.
-    assert (tree / "hello").read_text() == printed[-1] + "\n"
+    assert (tree / "hello").read_text() == session.printed[-1] + "\n"
+
+
+@pytest.mark.fuse
+def test_a_program_in_c_and_its_output(tree: Path, tmp_path: Path) -> None:
+    session = Session(tree, "gcc")
+    gcc, _mkdir, truncate, run, head, _kill = session.commands
+    program = str(tmp_path / "hsmd")
+    subprocess.run([program if word == "/tmp/hsmd" else word for word in gcc], check=True, cwd=ROOT)
+    subprocess.run(truncate, check=True)
+    command = [program if word == "/tmp/hsmd" else word for word in run[1:-1]]
+    assert listen_and_look(harness.start([*harness.COMMAND, *command]), head) == session.printed
+    assert not any(mount.mount_point == str(tree) for mount in read_mounts())
+    assert (tree / "hello").read_text() == session.printed[-1] + "\n"
 
 
 @pytest.mark.fuse
@@ -96,7 +119,7 @@ def test_the_handler_has_about_twenty_lines() -> None:
 def test_it_names_the_commands_that_are_there() -> None:
     named = set(re.findall(r"^\| `fusehsm (\w+)", README, re.MULTILINE))
     described = fusehsm("--help").stdout
-    assert named == {"mount", "umount", "trace", "status", "conform", "doctor"}
+    assert named == {"mount", "umount", "run", "trace", "status", "conform", "doctor"}
     assert all(re.search(rf"\b{name}\b", described) for name in named)
     targets = set(re.findall(r"(?:^|`)make (\w+)", README, re.MULTILINE))
     assert targets <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
