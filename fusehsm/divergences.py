@@ -341,6 +341,13 @@ DIVERGENCES: Final = (
         test="test_rename_whiteout",
     ),
     Divergence(
+        name="running programs",
+        difference="open(2) for writing of a program that runs fails with ETXTBSY.",
+        reason="As without any listener; a real kernel permits it once reads are watched, and so does not know a program that runs.",
+        safe="A running program cannot be overwritten; who wants to replace it makes a new file.",
+        test="test_running_programs",
+    ),
+    Divergence(
         name="program start",
         difference="execve(2) makes as many events as pages are read, with other ranges than the kernel's per mapped segment.",
         reason="As for mappings: segments ask when touched.",

@@ -5,17 +5,33 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 from fusehsm.engines.fuse_mount import unmount
 
 _PATIENCE = 30.0  # seconds for a daemon to go
 
 
+@dataclass(frozen=True, slots=True)
+class ForegroundMount:
+    """A mount that is ready: its server, and the thread that reads what it says, which ends with it."""
+
+    daemon: "subprocess.Popen[str]"
+    reader: threading.Thread
+
+
+def _complain(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 @contextmanager
-def foreground_mount(source: str, destination: str, *options: str) -> Iterator[None]:
+def foreground_mount(
+    source: str, destination: str, *options: str, hear: Callable[[str], None] = _complain
+) -> Iterator[ForegroundMount]:
     """`fusehsm mount` of one directory at another, which other users may use where root mounts it; unmounted at the end whatever happened.
+    What its server says from now on goes to `hear`, a line at a time, in another thread.
 
     It ends, too, when this process is killed: it holds the other end of a pipe (PR_SET_PDEATHSIG does not outlast a change of setfsuid(2), as
     servers of file systems make it). Raises OSError with what the command said if the mount does not come up.
@@ -36,9 +52,9 @@ def foreground_mount(source: str, destination: str, *options: str) -> Iterator[N
             )
         try:
             _wait_until_ready(daemon)
-            # What it logs belongs to whoever wants the mount, and must not fill the pipe.
-            threading.Thread(target=_pass_on, args=(daemon,), daemon=True).start()
-            yield
+            reader = threading.Thread(target=_pass_on, args=(daemon, hear), daemon=True)
+            reader.start()
+            yield ForegroundMount(daemon, reader)
         finally:
             _end(daemon, destination)
     finally:
@@ -55,11 +71,11 @@ def _wait_until_ready(daemon: "subprocess.Popen[str]") -> None:
     raise OSError(" ".join(said) or f"the mount did not come up: exit code {daemon.wait()}")
 
 
-def _pass_on(daemon: "subprocess.Popen[str]") -> None:
+def _pass_on(daemon: "subprocess.Popen[str]", hear: Callable[[str], None]) -> None:
     assert daemon.stderr is not None
-    with suppress(ValueError):  # closed meanwhile
+    with daemon.stderr:
         for line in daemon.stderr:
-            sys.stderr.write(line)
+            hear(line.rstrip("\n"))
 
 
 def _end(daemon: "subprocess.Popen[str]", destination: str) -> None:

@@ -3,17 +3,29 @@
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fusehsm.conform import command
 from fusehsm.conform.accessor import Zygote
+from fusehsm.conform.arrangement import arranged
 from fusehsm.conform.perform import Performer
 from fusehsm.conform.recording import SHIPPED, Recording
 from fusehsm.conform.scene import Scene
 from fusehsm.conform.sides import Side, emulated_side, kernel_side
-from fusehsm.conform.stream import UNFINISHED, Did, Heard, Stream, from_json, lines, shown, to_json
+from fusehsm.conform.stream import (
+    UNFINISHED,
+    Did,
+    Heard,
+    Stream,
+    ended_early,
+    from_json,
+    lines,
+    shown,
+    to_json,
+)
 from fusehsm.conform.verdict import Comparison, Verdict
 from fusehsm.conform.workload import Workload, one_call
 from fusehsm.conform.workloads import WORKLOADS, chosen
@@ -57,7 +69,7 @@ def test_the_kernel_as_recorded(
     workload: Workload, real: Side, performer: Performer, recording: Recording
 ) -> None:
     stream = performer.perform(workload, real)
-    assert not any(isinstance(entry, Did) and entry.who == UNFINISHED for entry in stream), lines(stream)
+    assert not ended_early(stream), lines(stream)
     if not workload.unsteady:
         assert lines(stream) == lines(recording.kernel[workload.key])
 
@@ -106,7 +118,9 @@ def test_the_recording_is_of_these_workloads(recording: Recording) -> None:
 
 
 HEARD = Heard("group 1", "PRE_ACCESS", "accessor", "file", 0, 4096, "00", "ALLOW")
-OTHER = Heard("group 1", "PRE_ACCESS", "accessor", "file", 4096, 4096, "00", "ALLOW")
+OTHER = Heard("group 1", "PRE_ACCESS", "accessor", "file", 4096, 4096, "01", "ALLOW")
+DID = Did("accessor", "pread", "b''")
+END = Did(UNFINISHED, "ended", "too late")
 
 
 @pytest.mark.parametrize(
@@ -120,13 +134,11 @@ OTHER = Heard("group 1", "PRE_ACCESS", "accessor", "file", 4096, 4096, "00", "AL
         ([HEARD], [OTHER], ("pid",), [OTHER], Verdict.KNOWN),
         ([HEARD], [OTHER], ("pid",), [], Verdict.DIFFERENT),
         ([HEARD], [HEARD], ("pid",), [OTHER], Verdict.IDENTICAL),
-        (
-            [Did(UNFINISHED, "ended", "too late")],
-            [Did(UNFINISHED, "ended", "too late")],
-            (),
-            None,
-            Verdict.DIFFERENT,
-        ),
+        ([END], [END], (), None, Verdict.DIFFERENT),
+        ([END], [END], ("pid",), None, Verdict.DIFFERENT),
+        ([HEARD], [END], ("pid",), None, Verdict.DIFFERENT),
+        ([HEARD], [HEARD, END], ("pid",), [HEARD, END], Verdict.DIFFERENT),
+        ([END], [HEARD], ("pid",), [HEARD], Verdict.DIFFERENT),
     ],
 )
 def test_verdicts(
@@ -135,14 +147,54 @@ def test_verdicts(
     workload = one_call("family", "name", "stat")
     comparison = Comparison(workload, kernel, emulator, divergences, expected)
     assert comparison.verdict is verdict
-    if verdict is Verdict.DIFFERENT and kernel != emulator:
-        assert comparison.difference()
+    assert bool(comparison.difference()) is (verdict is not Verdict.IDENTICAL)
+
+
+@pytest.mark.parametrize(
+    ("emulator", "divergences", "verdict"),
+    [
+        ([HEARD, DID], ("pid",), Verdict.IDENTICAL),
+        ([OTHER, OTHER, DID], ("pid",), Verdict.KNOWN),
+        ([OTHER, DID], (), Verdict.DIFFERENT),
+        ([HEARD, Did("accessor", "pread", "EIO")], ("pid",), Verdict.DIFFERENT),
+        ([HEARD, DID, DID], ("pid",), Verdict.DIFFERENT),
+        ([HEARD, DID, END], ("pid",), Verdict.DIFFERENT),
+    ],
+)
+def test_verdicts_of_what_is_never_the_same(
+    emulator: Stream, divergences: tuple[str, ...], verdict: Verdict
+) -> None:
+    """What is heard changes; what calls do must not."""
+    workload = replace(one_call("family", "name", "stat"), unsteady=True)
+    assert Comparison(workload, [HEARD, DID], emulator, divergences).verdict is verdict
+
+
+def test_a_second_attempt_is_shown() -> None:
+    workload = one_call("family", "name", "stat")
+    assert Comparison(workload, [HEARD], [HEARD], ()).first_difference() == []
+    found = Comparison(workload, [HEARD], [HEARD], (), first=[OTHER]).first_difference()
+    assert f"+{OTHER.line()}" in found
+
+
+def test_groups_that_may_change_places_do_so_for_one_event_only() -> None:
+    first, second, third = (replace(HEARD, group=f"group {number}") for number in (1, 2, 3))
+    later = replace(OTHER, group="group 1")
+    assert arranged([second, first, DID], ("group 1", "group 2"), at_once=False) == [first, second, DID]
+    assert arranged([third, second, first], ("group 1", "group 3"), at_once=False) == [first, second, third]
+    kept: Stream = [second, DID, first, later, second]
+    assert arranged(kept, ("group 1", "group 2"), at_once=False) == kept
+    assert arranged([second, first], (), at_once=False) == [second, first]
+
+
+def test_what_happens_at_once_is_sorted_between_two_results() -> None:
+    assert arranged([OTHER, HEARD, DID, OTHER, HEARD], (), at_once=True) == [HEARD, OTHER, DID, HEARD, OTHER]
 
 
 def test_streams_survive_json() -> None:
     stream: Stream = [
         HEARD,
         Heard("g", "OPEN_PERM", "child 1", "x", None, None, "18", ""),
+        Heard("g", "OPEN_PERM", "child 1", "x", None, None, "20", "ALLOW", pidfd="child 1"),
         Did("a", "b", "EIO"),
     ]
     assert from_json(json.loads(json.dumps(to_json(stream)))) == stream
@@ -256,7 +308,7 @@ def test_a_difference_fails_the_command(
     )
     assert command.conform([], engine="auto", as_json=False, record=False) == 1
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].split() == ["reading/nothing", "different"]
+    assert printed[0].split(maxsplit=1) == ["reading/nothing", "different  (at the second attempt)"]
     assert any(line.lstrip().startswith("-group 1 hears PRE_ACCESS 0+0 of file") for line in printed)
 
 

@@ -4,6 +4,7 @@ The suite tries a few, the same in every run. `pytest tests/test_conform_sequenc
 becomes a workload (fusehsm/conform/workloads/found.py).
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from fusehsm.conform.accessor import Zygote
 from fusehsm.conform.perform import Performer
 from fusehsm.conform.sequences import Step, sequence
 from fusehsm.conform.sides import Side, emulated_side, kernel_side
-from fusehsm.conform.verdict import Verdict
+from fusehsm.conform.stream import Did, Stream, ended_early, lines
+from fusehsm.conform.verdict import Comparison, Verdict
 from fusehsm.conform.workload import Workload
 from fusehsm.divergences import applying
 from tests.conform_machine import machine
@@ -52,6 +54,49 @@ def performer() -> Iterator[Performer]:
     zygote.close()
 
 
+def performed(steps: list[Step], sides: tuple[Side, Side], performer: Performer) -> tuple[Stream, Stream]:
+    """The streams of both sides."""
+    kernel, emulated = (performer.perform(written(steps), side) for side in sides)
+    return kernel, emulated
+
+
+def written(steps: list[Step]) -> Workload:
+    """Those steps as a workload."""
+    return Workload("sequences", "written", sequence(steps))
+
+
+def test_a_sequence_goes_on_after_what_fails(sides: tuple[Side, Side], performer: Performer) -> None:
+    """Also beyond a mapping that reaches past the file's end, and what Python refuses before any system call."""
+    steps: list[Step] = [
+        ("open", 0, "one", os.O_RDWR),
+        ("map", 0, 16384, 1 << 20),
+        ("lseek", 0, 1 << 70),
+        ("pread", 0, 100, -1),
+        ("pread", 0, 100, 0),
+    ]
+    for stream in performed(steps, sides, performer):
+        assert not ended_early(stream)
+        assert [entry.what for entry in stream if isinstance(entry, Did) and entry.who == "accessor"] == [
+            "open",
+            "map",
+            "lseek",
+            "pread",
+            "pread",
+        ]
+    kernel, emulated = performed(steps, sides, performer)
+    assert lines(kernel) == lines(emulated)
+
+
+def test_a_sequence_that_cannot_be_is_no_success(sides: tuple[Side, Side], performer: Performer) -> None:
+    steps: list[Step] = [("open", 7, "one", os.O_RDWR)]
+    kernel, emulated = performed(steps, sides, performer)
+    assert ended_early(kernel)
+    assert ended_early(emulated)
+    comparison = Comparison(written(steps), kernel, emulated, ())
+    assert comparison.verdict is Verdict.DIFFERENT
+    assert comparison.difference()
+
+
 def test_sequences(
     sides: tuple[Side, Side], performer: Performer, engine: str, batch: int, pytestconfig: pytest.Config
 ) -> None:
@@ -60,7 +105,9 @@ def test_sequences(
     def compare(steps: list[Step]) -> list[str]:
         workload = Workload("sequences", "drawn", sequence(steps))
         comparison = performer.compare(workload, performer.perform(workload, kernel), emulated, (), None)
-        return [] if comparison.verdict is Verdict.IDENTICAL else comparison.difference()
+        if comparison.verdict is Verdict.IDENTICAL:
+            return []
+        return comparison.difference()
 
     wanted = pytestconfig.getoption("--sequences")
     drawn = machine(

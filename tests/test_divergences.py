@@ -8,6 +8,7 @@ import mmap
 import os
 import shutil
 import signal
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -516,6 +517,32 @@ async def test_program_start(kernel: Side, exact: Side, accessor: Accessor) -> N
         ]
         ranges.append([event for event in heard if event[0] == "PRE_ACCESS"])
     assert ranges[0] != ranges[1]
+
+
+def write_while_it_runs(path: str) -> int:
+    child = os.fork()
+    if child == 0:
+        os.execve(path, [path, "1000"], {})
+    while os.readlink(f"/proc/{child}/exe") != path:
+        time.sleep(0.001)
+    try:
+        os.close(os.open(path, os.O_WRONLY))
+        return 0
+    except OSError as error:
+        return error.errno or 0
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+async def test_running_programs(kernel: Side, exact: Side, first_access: Side, accessor: Accessor) -> None:
+    program = shutil.which("sleep")
+    assert program is not None
+    for side in (kernel, exact, first_access):
+        shutil.copy(program, side.backing / "running")
+        async with side.listening():
+            error = await accessor.run(write_while_it_runs, str(side.path / "running"))
+        assert error == (0 if side is kernel else errno.ETXTBSY)
 
 
 async def test_paths_of_hard_links(kernel: Side, exact: Side, accessor: Accessor) -> None:

@@ -58,6 +58,11 @@ class Zygote:
                 start_new_session=True,
             )
 
+    @property
+    def session(self) -> int:
+        """The session of every accessor and of what it starts."""
+        return self._process.pid
+
     def fork(self, descriptor: int, uid: int, gid: int) -> tuple[int, int]:
         """A worker on that connection; its pid and a pidfd."""
         socket.send_fds(self._control, [FORK.pack(b"f", uid, gid)], [descriptor])

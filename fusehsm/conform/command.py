@@ -13,13 +13,14 @@ from rich.markup import escape
 
 from fusehsm.conform.accessor import Zygote
 from fusehsm.conform.ext4 import ext4_image
+from fusehsm.conform.interruption import Interrupted, Interruption, interruptible
 from fusehsm.conform.perform import Performer
 from fusehsm.conform.recording import SHIPPED, Recording
 from fusehsm.conform.sides import NoKernelEvents, Side, emulated_side, kernel_side
-from fusehsm.conform.stream import to_json
+from fusehsm.conform.stream import ended_early, to_json
 from fusehsm.conform.verdict import Comparison, Verdict
 from fusehsm.conform.workload import Workload
-from fusehsm.conform.workloads import chosen
+from fusehsm.conform.workloads import WORKLOADS, chosen
 from fusehsm.divergences import applying
 from fusehsm.engines.choice import ENGINES, resolved
 
@@ -30,17 +31,37 @@ _STYLES = {
     Verdict.LEFT_OUT: "dim",
 }
 _IMAGE_MIB = 1024
+_SIGNALLED = 128  # and the signal's number: what a shell reports of a program that a signal has ended
 
 
 def conform(patterns: Sequence[str], *, engine: str, as_json: bool, record: bool) -> int:
-    """Compare; 0 when nothing differs but what is known to. `record`: keep the streams as what is shipped with the package.
+    """Compare; 0 when nothing differs but what is known to. `record`: keep the streams as what is shipped with the package. Ended by a signal,
+    it gives back what it has mounted and returns what a shell makes of that.
 
     Raises ValueError for a pattern that no workload fits or an engine that is none, NoKernelEvents with `record` where the kernel has none,
-    OSError where nothing can be mounted.
+    OSError where nothing can be mounted, or the emulator is lost.
     """
     workloads = chosen(patterns)
     if engine not in ENGINES:
         raise ValueError(f"no engine is called {engine}; there are {', '.join(ENGINES)}")
+    try:
+        with interruptible() as interruption:
+            seen = _seen(workloads, engine, interruption, as_json=as_json, record=record)
+    except Interrupted as interrupted:
+        print(f"fusehsm: ended by {interrupted}", file=sys.stderr)
+        return _SIGNALLED + interrupted.number
+    return int(any(comparison.verdict is Verdict.DIFFERENT for comparison in seen))
+
+
+def list_workloads(patterns: Sequence[str]) -> None:
+    """Print the names. Raises ValueError for a pattern that no workload fits."""
+    for workload in chosen(patterns):
+        print(workload.key)
+
+
+def _seen(
+    workloads: list[Workload], engine: str, interruption: Interruption, *, as_json: bool, record: bool
+) -> list[Comparison]:
     recording = Recording.load() if SHIPPED.exists() else Recording()
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fusehsm-conform-")))
@@ -51,17 +72,13 @@ def conform(patterns: Sequence[str], *, engine: str, as_json: bool, record: bool
         )
         zygote = Zygote()
         stack.callback(zygote.close)
-        comparisons = _compare(Performer(zygote), workloads, kernel, emulated, recording, anew=record)
+        stack.callback(interruption.ignore)
+        performer = Performer(zygote, interruption)
+        comparisons = _compare(performer, workloads, kernel, emulated, recording, anew=record)
         seen = _report_json(comparisons) if as_json else _report(comparisons, kernel, recording)
         if record:
             _keep(seen, recording, emulated.engine)
-    return int(any(comparison.verdict is Verdict.DIFFERENT for comparison in seen))
-
-
-def list_workloads(patterns: Sequence[str]) -> None:
-    """Print the names. Raises ValueError for a pattern that no workload fits."""
-    for workload in chosen(patterns):
-        print(workload.key)
+    return seen
 
 
 def _kernel(
@@ -98,7 +115,7 @@ def _compare(
     *,
     anew: bool,
 ) -> Iterator[Comparison]:
-    for workload in workloads:
+    for number, workload in enumerate(workloads, 1):
         wanted = (
             performer.perform(workload, kernel) if kernel is not None else recording.kernel.get(workload.key)
         )
@@ -107,13 +124,25 @@ def _compare(
         if workload.needs_root and os.geteuid() != 0:
             yield Comparison(workload, wanted, [], (), left_out=True)
             continue
-        yield performer.compare(
+        comparison = performer.compare(
             workload,
             wanted,
             emulated,
             tuple(name for name in workload.divergences if applying(name, emulated.engine)),
             None if anew else recording.emulated.get(f"{emulated.engine}: {workload.key}"),
         )
+        yield comparison
+        trouble = _trouble(comparison, emulated, performer)
+        if trouble:
+            left = len(workloads) - number
+            raise OSError(f"{trouble}; {left} workload{'s' * (left != 1)} not compared")
+
+
+def _trouble(comparison: Comparison, emulated: Side, performer: Performer) -> str:
+    """Why there is no sense in going on, or ""."""
+    if emulated.emulator is None or not ended_early(comparison.emulated):
+        return ""
+    return emulated.emulator.trouble(performer.zygote)
 
 
 def _report(comparisons: Iterator[Comparison], kernel: Side | None, recording: Recording) -> list[Comparison]:
@@ -124,10 +153,11 @@ def _report(comparisons: Iterator[Comparison], kernel: Side | None, recording: R
         verdict = comparison.verdict
         names = ", ".join(comparison.divergences)
         what = f"{verdict.value}: {names}" if verdict is Verdict.KNOWN else verdict.value
-        console.print(f"{comparison.workload.key:<60} [{_STYLES[verdict]}]{escape(what)}[/]")
-        if verdict is Verdict.DIFFERENT:
-            for line in comparison.difference():
-                console.print(f"    {escape(line)}")
+        attempt = "" if comparison.first is None else "  (at the second attempt)"
+        console.print(f"{comparison.workload.key:<60} [{_STYLES[verdict]}]{escape(what)}[/]{attempt}")
+        shown = comparison.difference() if verdict is Verdict.DIFFERENT else []
+        for line in (*shown, *comparison.first_difference()):
+            console.print(f"    {escape(line)}")
     found = [comparison.verdict for comparison in seen]
     counts = ", ".join(
         f"{found.count(verdict)} {verdict.value}"
@@ -135,7 +165,9 @@ def _report(comparisons: Iterator[Comparison], kernel: Side | None, recording: R
         if verdict is not Verdict.LEFT_OUT or verdict in found
     )
     whom = "this kernel" if kernel is not None else f"Linux {recording.release}"
-    console.print(f"{len(seen)} workloads, held against {whom}: {counts}")
+    again = sum(comparison.first is not None for comparison in seen)
+    twice = f"; {again} took a second attempt" if again else ""
+    console.print(f"{len(seen)} workloads, held against {whom}: {counts}{twice}")
     return seen
 
 
@@ -149,6 +181,8 @@ def _report_json(comparisons: Iterator[Comparison]) -> list[Comparison]:
             "verdict": comparison.verdict.value,
             "divergences": comparison.divergences,
             "difference": comparison.difference(),
+            "attempts": 1 if comparison.first is None else 2,
+            "first_difference": comparison.first_difference(),
             "kernel": to_json(comparison.kernel),
             "emulated": to_json(comparison.emulated),
         }
@@ -157,8 +191,12 @@ def _report_json(comparisons: Iterator[Comparison]) -> list[Comparison]:
 
 
 def _keep(seen: list[Comparison], recording: Recording, engine: str) -> None:
+    """What ended early is no measure of anything: of such a workload stays what was recorded before."""
     recording.of_this_kernel()
+    recording.keep_only({workload.key for workload in WORKLOADS})
     for comparison in seen:
+        if ended_early(comparison.kernel) or ended_early(comparison.emulated):
+            continue
         key = comparison.workload.key
         recording.kernel[key] = comparison.kernel
         recording.emulated.pop(f"{engine}: {key}", None)

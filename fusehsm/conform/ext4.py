@@ -1,6 +1,7 @@
 """A small ext4 of our own in a sparse file: a filesystem where the real kernel makes pre-content events."""
 
 import contextlib
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -18,7 +19,10 @@ def _tool(name: str) -> str:
 
 
 def _run(*command: str) -> None:
-    result = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=False)
+    # In a session of its own: Ctrl-C is for us, not for what makes or unmakes a file system.
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=_PATIENCE, check=False, start_new_session=True
+    )
     if result.returncode:
         raise OSError(f"{' '.join(command)}: exit code {result.returncode}: {result.stderr.strip()}")
 
@@ -39,13 +43,12 @@ def ext4_image(path: Path | str, size_mb: int = 64) -> Iterator[Path]:
     try:
         _run(make_filesystem, "-q", "-F", "-m", "0", "-E", "lazy_itable_init=1,nodiscard", str(image))
         _run(mount, "-t", "ext4", "-o", "loop", str(image), str(mount_point))
-        try:
-            yield mount_point
-        finally:
-            plain = subprocess.run(
-                [unmount, str(mount_point)], capture_output=True, timeout=_PATIENCE, check=False
-            )
-            if plain.returncode:
-                _run(unmount, "-l", str(mount_point))
+        yield mount_point
     finally:
+        # Looked up: mount(8) may have been at its end when we were interrupted.
+        if os.path.ismount(mount_point):
+            try:
+                _run(unmount, str(mount_point))
+            except OSError:
+                _run(unmount, "-l", str(mount_point))
         image.unlink(missing_ok=True)

@@ -4,6 +4,8 @@ import datetime
 import json
 import os
 import platform
+import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,13 +45,28 @@ class Recording:
         self.release, self.machine = os.uname().release, platform.machine()
         self.date = datetime.date.today().isoformat()
 
+    def keep_only(self, keys: Collection[str]) -> None:
+        """Forget workloads that are none any more."""
+        self.kernel = {key: stream for key, stream in self.kernel.items() if key in keys}
+        self.emulated = {
+            name: stream for name, stream in self.emulated.items() if name.partition(": ")[2] in keys
+        }
+
     def save(self, path: Path = SHIPPED) -> None:
-        """One event a line, so that changes can be read."""
+        """One event a line, so that changes can be read. Replaces the file as a whole, or not at all."""
         path.parent.mkdir(exist_ok=True)
         head = {"release": self.release, "machine": self.machine, "date": self.date}
         parts = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in head.items()]
         parts += [_streams("kernel", self.kernel), _streams("emulated", self.emulated)]
-        path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            try:
+                file.write("{\n" + ",\n".join(parts) + "\n}\n")
+                file.flush()
+                os.fchmod(file.fileno(), 0o644)
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
 
 
 def _streams(name: str, streams: dict[str, Stream]) -> str:

@@ -55,7 +55,8 @@ READ_ONLY = os.O_RDONLY | os.O_CLOEXEC
 PLAIN_DENY = -2  # an answer: FAN_DENY without an errno
 HOLD = -1  # an answer: none for now
 _UNNAMED = re.compile(r"^#\d+ \(deleted\)$")  # what O_TMPFILE makes: ext4 names it after its inode
-_TEMPORARY = re.compile(r"^(sed)\w{6}$")  # what programs give a new name every time
+# What programs give a new name every time: sed -i, git's trial of symbolic links and its new objects.
+_TEMPORARY = re.compile(r"^(sed|\.git/t|\.git/objects/\w\w/tmp_obj_)\w{6}$")
 _PATIENCE = 30.0  # seconds after which a workload is given up on
 
 
@@ -90,10 +91,13 @@ def allow(question: Question) -> int:
 class Listener:
     """A group in a scene and who reads it. What it reads is in the scene's stream, in order."""
 
-    def __init__(self, scene: "Scene", name: str, group: Group, answer: Answer, *, lazy: bool) -> None:
+    def __init__(
+        self, scene: "Scene", name: str, group: Group, answer: Answer, *, lazy: bool, noted: bool
+    ) -> None:
         self.group = group
         self.name = name
         self.lazy = lazy
+        self._noted = noted
         self.held: list[RawEvent] = []
         self._scene = scene
         self._answer = answer
@@ -160,12 +164,14 @@ class Listener:
     def _take(self, event: RawEvent, data: bytes) -> None:
         wanted = bool(event.mask & DIALECT.permission) and event.fd >= 0
         path = self._scene.relative(self.group.event_path(event)) if event.fd >= 0 else ""
-        entry = heard(self.name, self._scene.part_of(event.pid), path, event, data, DIALECT)
+        by, other = self._scene.part_of(event.pid), self._scene.part_of_pidfd(event.pidfd)
+        entry = heard(self.name, by, other, path, event, data, DIALECT)
         verdict = 0
         if wanted:
             verdict = self._answer(Question(entry.names, path, event.offset, event.count, event.fd))
             entry = replace(entry, answer=_SAID.get(verdict) or errno.errorcode[verdict])
-        self._scene.stream.append(entry)
+        if self._noted:
+            self._scene.stream.append(entry)
         self.heard += 1
         if verdict == HOLD:
             self.held.append(event)
@@ -201,6 +207,8 @@ class Scene:
         self.listeners: list[Listener] = []
         self._accessors: list[Accessor] = []
         self._parts: dict[int, str] = {os.getpid(): "the listener", 0: "nobody"}
+        if side.emulator is not None:
+            self._parts[side.emulator.pid] = "the emulator"
         self._zygote = zygote
         self._nursery = nursery
 
@@ -236,12 +244,27 @@ class Scene:
     def part_of(self, pid: int) -> str:
         """Who a process (or thread) is in this scene; those not met before are numbered."""
         if pid not in self._parts:
-            process = process_of(pid)
-            is_thread = process != pid and process in self._parts
-            kind = f"thread of {self._parts[process]}" if is_thread else "child"
+            kind = self._kind_of(pid)
             met = sum(part.startswith(kind) for part in self._parts.values())
             self._parts[pid] = f"{kind} {met + 1}"
         return self._parts[pid]
+
+    def part_of_pidfd(self, pidfd: int | None) -> str:
+        """Whom an event's pidfd refers to; "" where there is none."""
+        if pidfd is None or pidfd < 0:
+            return ""
+        with open(f"/proc/self/fdinfo/{pidfd}") as info:
+            return self.part_of(next(int(line.split()[1]) for line in info if line.startswith("Pid:")))
+
+    def _kind_of(self, pid: int) -> str:
+        process = process_of(pid)
+        if process != pid and process in self._parts:
+            return f"thread of {self._parts[process]}"
+        # A process that nobody here has started has no business in an event.
+        try:
+            return "child" if os.getsid(pid) == self._zygote.session else "stranger"
+        except ProcessLookupError:
+            return "gone process"
 
     async def call(
         self, operation: str | Callable[..., Any], *arguments: Any, by: Accessor | None = None, what: str = ""
@@ -298,11 +321,12 @@ class Scene:
         event_f_flags: int = READ_ONLY,
         answer: Answer = allow,
         lazy: bool = False,
+        noted: bool = True,
     ) -> Listener:
-        """A group with those marks, and who reads it: at once, or (`lazy`) when the script says so."""
+        """A group with those marks, and who reads it: at once, or (`lazy`) when the script says so; what it hears is in the stream if `noted`."""
         name = f"group {len(self.listeners) + 1}"
         group = await self.side.open_group(flags, event_f_flags)
-        listener = Listener(self, name, group, answer, lazy=lazy)
+        listener = Listener(self, name, group, answer, lazy=lazy, noted=noted)
         self.listeners.append(listener)
         for mark in marks:
             await group.mark(FAN_MARK_ADD | mark.flags, mark.mask, path=str(self.path / mark.name))

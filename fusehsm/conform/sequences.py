@@ -63,8 +63,14 @@ def send(descriptor: int, offset: int, count: int) -> bytes:
 def map_and_touch(descriptor: int, offset: int, count: int) -> bytes:
     if offset >= os.fstat(descriptor).st_size or fcntl.fcntl(descriptor, fcntl.F_GETFL) & 3 == os.O_WRONLY:
         return b""  # the divergences "mappings ask when touched" and "calls that fail"
-    with mmap.mmap(descriptor, count, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ, offset=offset) as mapping:
-        return mapping[:1]
+    # Not with mmap.mmap, which refuses by itself what reaches beyond the end; the first page does not.
+    address = libc.mmap(None, count, mmap.PROT_READ, mmap.MAP_PRIVATE, descriptor, offset)
+    if address == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), "mmap")
+    try:
+        return ctypes.string_at(address, 1)
+    finally:
+        libc.munmap(ctypes.c_void_p(address), ctypes.c_size_t(count))
 
 
 _OPEN_FILE: dict[str, str | Callable[..., Any]] = {
@@ -107,22 +113,32 @@ class _Run:
     async def _use(self, name: str, number: int, *values: Any) -> None:
         accessor, descriptor = self._opened[number]
         if descriptor is not None:
-            await self._scene.call(_OPEN_FILE[name], descriptor, *values, by=accessor, what=name)
+            await self._do(accessor, _OPEN_FILE[name], descriptor, *values, what=name)
+
+    async def _do(
+        self, accessor: Accessor, operation: str | Callable[..., Any], *values: Any, what: str = ""
+    ) -> Any:
+        """A call, and on with the sequence whatever became of it: what Python itself refuses is a result as well."""
+        try:
+            return await self._scene.call(operation, *values, by=accessor, what=what)
+        except (ValueError, OverflowError) as error:
+            self._scene.settle()
+            self._scene.say(self._scene.part_of(accessor.pid), what or str(operation), repr(error))
+            return None
 
     async def _open(self, accessor: int, file: str, flags: int) -> None:
         by = self._accessors[accessor]
-        descriptor = await self._scene.call("open", self._path(file), flags, 0o600, by=by)
+        descriptor = await self._do(by, "open", self._path(file), flags, 0o600)
         self._opened.append((by, descriptor))
 
     async def _truncate(self, accessor: int, file: str, size: int) -> None:
-        await self._scene.call("truncate", self._path(file), size, by=self._accessors[accessor])
+        await self._do(self._accessors[accessor], "truncate", self._path(file), size)
 
     async def _rename(self, accessor: int, file: str, new: str) -> None:
-        by = self._accessors[accessor]
-        await self._scene.call("rename", self._path(file), self._path(new), by=by)
+        await self._do(self._accessors[accessor], "rename", self._path(file), self._path(new))
 
     async def _unlink(self, accessor: int, file: str) -> None:
-        await self._scene.call("unlink", self._path(file), by=self._accessors[accessor])
+        await self._do(self._accessors[accessor], "unlink", self._path(file))
 
     async def _mark(self, group: int, flags: int, mask: int, target: str) -> None:
         listener = self._groups[group]

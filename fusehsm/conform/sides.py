@@ -2,6 +2,7 @@
 
 import errno
 import os
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from fusehsm.abi import FAN_CLASS_PRE_CONTENT, FAN_CLOEXEC, FAN_MARK_ADD, LINUX_
 from fusehsm.backends.base import Group
 from fusehsm.backends.emulated import EmulatedGroup
 from fusehsm.backends.kernel import KernelGroup
+from fusehsm.conform.emulator import LINES, Emulator
 from fusehsm.foreground_mount import foreground_mount
 from fusehsm.mountinfo import mount_of
 
@@ -24,12 +26,13 @@ class NoKernelEvents(OSError):
 class Side:
     """Where workloads run: files are made under `backing`, used and watched under `path` (on the real kernel the same).
 
-    `engine`: of the emulator; "" on the real kernel.
+    `engine` and `emulator`: the emulator's; on the real kernel "" and None.
     """
 
     backing: Path
     path: Path
     engine: str = ""
+    emulator: Emulator | None = None
 
     @property
     def is_kernel(self) -> bool:
@@ -70,5 +73,6 @@ def emulated_side(backing: Path, path: Path, engine: str, *options: str) -> Iter
     """
     for place in (backing, path):
         place.mkdir(parents=True, exist_ok=True)
-    with foreground_mount(str(backing), str(path), "--engine", engine, *options):
-        yield Side(backing, path, engine)
+    said: deque[str] = deque(maxlen=LINES)
+    with foreground_mount(str(backing), str(path), "--engine", engine, *options, hear=said.append) as daemon:
+        yield Side(backing, path, engine, Emulator(daemon, path, said))

@@ -28,7 +28,8 @@ class Heard:
     """One event as a listener read it.
 
     `group`: the listener's name; `names` without FAN_; `path` relative to the workload's directory; `offset` and `count` in bytes, None
-    without a range record; `record`: its bytes in hexadecimal, numbers taken out; `answer`: "ALLOW", "DENY", an errno's name, "HELD" or "".
+    without a range record; `record`: its bytes in hexadecimal, numbers taken out; `answer`: "ALLOW", "DENY", an errno's name, "HELD" or "";
+    `pidfd`: whom the event's pidfd refers to, "" without one.
     """
 
     group: str
@@ -39,11 +40,13 @@ class Heard:
     count: int | None
     record: str
     answer: str
+    pidfd: str = ""
 
     def line(self) -> str:
         """For people: one line."""
         extent = "" if self.offset is None else f" {self.offset}+{self.count}"
-        return f"{self.group} hears {self.names}{extent} of {self.path} by {self.by}: {self.answer or 'no answer wanted'} [{self.record}]"
+        who = self.by if not self.pidfd else f"{self.by} (pidfd of {self.pidfd})"
+        return f"{self.group} hears {self.names}{extent} of {self.path} by {who}: {self.answer or 'no answer wanted'} [{self.record}]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,16 @@ Entry = Heard | Did
 Stream = list[Entry]
 
 
+def results(stream: Stream) -> list[str]:
+    """What came of the calls alone."""
+    return [entry.line() for entry in stream if isinstance(entry, Did)]
+
+
+def ended_early(stream: Stream) -> bool:
+    """Whether something kept the workload from its end."""
+    return any(isinstance(entry, Did) and entry.who == UNFINISHED for entry in stream)
+
+
 def lines(stream: Stream) -> list[str]:
     """A stream for people, and for comparing."""
     return [entry.line() for entry in stream]
@@ -77,14 +90,16 @@ def to_json(stream: Stream) -> list[dict[str, Any]]:
 
 def from_json(entries: list[dict[str, Any]]) -> Stream:
     """The stream that to_json() wrote. Raises TypeError for what it did not write."""
-    empty = {"offset": None, "count": None, "answer": "", "path": ""}
+    empty = {"offset": None, "count": None, "answer": "", "path": "", "pidfd": ""}
     return [Heard(**{**empty, **entry}) if "names" in entry else Did(**entry) for entry in entries]
 
 
-def heard(group: str, by: str, path: str, event: RawEvent, data: bytes, dialect: Dialect) -> Heard:
+def heard(
+    group: str, by: str, pidfd: str, path: str, event: RawEvent, data: bytes, dialect: Dialect
+) -> Heard:
     """An event of the bytes `data`, decoded as `event`."""
     names = "|".join(mask_names(event.mask, dialect)) or f"{event.mask:#x}"
-    return Heard(group, names, by, path, event.offset, event.count, _record(data), "")
+    return Heard(group, names, by, path, event.offset, event.count, _record(data), "", pidfd)
 
 
 def _record(data: bytes) -> str:

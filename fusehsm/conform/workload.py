@@ -15,14 +15,17 @@ class Workload:
     """Runs the same on both sides.
 
     `differs`: the entries of divergences.py that explain why the emulator's stream is another one, none where it must be the same.
-    `in_any_order`: the events' order is arbitrary, on the real kernel too. `unsteady`: the streams change from run to run.
+    `unsteady`: the events change from run to run; what calls return and files hold does not.
+    What is arbitrary on the real kernel too: `interchangeable` groups hear the same event one after the other, which first; `at_once`: events
+    between one result and the next come in any order.
     """
 
     family: str
     name: str
     script: Script
     differs: str | tuple[str, ...] = ()
-    in_any_order: bool = False
+    interchangeable: tuple[str, ...] = ()
+    at_once: bool = False
     unsteady: bool = False
     needs_root: bool = False
 
@@ -38,8 +41,8 @@ class Workload:
 
     @property
     def key(self) -> str:
-        """Its name everywhere: "family/name", without blanks."""
-        return f"{self.family}/{self.name}".replace(" ", "-")
+        """Its name everywhere: "family/name", without what a shell would not take as it is."""
+        return f"{self.family}/{self.name}".replace(" ", "-").replace("'", "")
 
 
 def one_call(

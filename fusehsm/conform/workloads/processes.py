@@ -145,7 +145,7 @@ WORKLOADS = [
         run(read_in_threads_one_after_the_other, flags=FAN_REPORT_TID),
     ),
     Workload("processes", "threads", run(read_in_threads_one_after_the_other)),
-    Workload("processes", "threads together", run(read_together, 5), in_any_order=True),
+    Workload("processes", "threads together", run(read_together, 5), at_once=True),
     Workload("processes", "thread with REPORT_PIDFD", run(read_in_thread, flags=FAN_REPORT_PIDFD)),
     Workload(
         "processes", "inherited with REPORT_PIDFD", run(read_in_child, 100, flags=FAN_REPORT_PIDFD), PID
