@@ -15,7 +15,7 @@ ENGINES: Final = ("pyfuse3", "devfuse")
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """One difference. `name` is short and stays; `difference`, `reason` and `safe` are sentences; `test` is in tests/test_divergences.py;
+    """One difference. `name` is short and stays; `difference`, `reason` and `safe` are sentences; `test` is in tests/divergences/;
     `engines` are those that have it, on kernels older than `until` all."""
 
     name: str
@@ -339,6 +339,56 @@ DIVERGENCES: Final = (
         reason="A whiteout is a device node, for overlayfs below; FUSE file systems do not make them.",
         safe="Nothing happens.",
         test="test_rename_whiteout",
+    ),
+    Divergence(
+        name="what ext4 refuses",
+        difference="O_DIRECT wants no alignment, and MAP_SHARED ignores MAP_SYNC; ext4 refuses the one with EINVAL, the other with EOPNOTSUPP.",
+        reason="What a file system wants is its own affair, and FUSE wants nothing of that.",
+        safe="It is asked for as always, and what is written is written.",
+        test="test_what_ext4_refuses",
+    ),
+    Divergence(
+        name="requests submitted together",
+        difference="The events of requests that one io_submit(2) brings come all at once; on a real kernel each waits for the answer to the last.",
+        reason="FUSE begins direct I/O and does not wait for its end.",
+        safe="The same events, and each request waits for its own.",
+        test="test_requests_submitted_together",
+    ),
+    Divergence(
+        name="asynchronous requests",
+        difference="With io_submit(2) and io_uring(7) much makes an event for each piece of it, and appending for where it goes to; a real kernel "
+        "makes one for all, and for where it was said to go. What is denied fails as a request, not as io_submit(2).",
+        reason="What is asked for is in a system call's arguments, but not of these; and FUSE begins direct I/O and does not wait for its end.",
+        safe="The same bytes, and nothing of what is denied.",
+        test="test_asynchronous_requests",
+    ),
+    Divergence(
+        name="EAGAIN for io_uring",
+        difference="What io_uring(7) is denied with EAGAIN is asked for again and again, until there is another answer; a real kernel asks twice.",
+        reason="io_uring repeats a request that fails so, and cannot know why it does.",
+        safe="There is no content before it is allowed; every other errno ends it at once.",
+        test="test_eagain_for_io_uring",
+    ),
+    Divergence(
+        name="denied while it is mapped",
+        difference="mlock(2), and mmap(2) with MAP_POPULATE or MAP_LOCKED, do not return when denied: they ask until they are allowed or killed.",
+        reason="The kernel repeats a page fault that fails there, whatever the error.",
+        safe="There is no content before it is allowed.",
+        test="test_denied_while_it_is_mapped",
+    ),
+    Divergence(
+        name="pages not yet written",
+        difference="What is written into a shared mapping reaches SRC at msync(2) or munmap(2), in first-access mode at close(2) too; not at once.",
+        reason="It is in the mount's page cache.",
+        safe="Whoever reads through the mount sees it at once.",
+        test="test_pages_not_yet_written",
+    ),
+    Divergence(
+        name="limits",
+        difference="A mount carries 128 groups, whose ever, and any number of marks; fs.fanotify.max_user_groups and max_user_marks do not count.",
+        reason="Those are for the kernel's own groups and marks.",
+        safe="What goes beyond is an error, as on a real kernel; no event is lost.",
+        test="test_limits",
     ),
     Divergence(
         name="running programs",

@@ -54,7 +54,7 @@ READ_ONLY = os.O_RDONLY | os.O_CLOEXEC
 
 PLAIN_DENY = -2  # an answer: FAN_DENY without an errno
 HOLD = -1  # an answer: none for now
-_UNNAMED = re.compile(r"^#\d+ \(deleted\)$")  # what O_TMPFILE makes: ext4 names it after its inode
+_UNNAMED = re.compile(r"(^|/)#\d+ \(deleted\)$")  # what O_TMPFILE makes: ext4 names it after its inode
 # What programs give a new name every time: sed -i, git's trial of symbolic links and its new objects.
 _TEMPORARY = re.compile(r"^(sed|\.git/t|\.git/objects/\w\w/tmp_obj_)\w{6}$")
 _PATIENCE = 30.0  # seconds after which a workload is given up on
@@ -229,7 +229,7 @@ class Scene:
         if path == str(self.path):
             return "."
         name = path.removeprefix(f"{self.path}/")
-        return _TEMPORARY.sub(r"\1", _UNNAMED.sub("#inode (deleted)", name))
+        return _TEMPORARY.sub(r"\1", _UNNAMED.sub(r"\1#inode (deleted)", name))
 
     # Accessors
 

@@ -55,6 +55,7 @@ def one_call(
     mask: int = EVERYTHING,
     differs: str | tuple[str, ...] = (),
     needs_root: bool = False,
+    unsteady: bool = False,
 ) -> Workload:
     """One accessor does `act(path, *arguments)` to a file of `size` bytes, beside which "other" lies, while a listener hears all of it.
 
@@ -71,4 +72,4 @@ def one_call(
             if (scene.backing / left).exists():
                 scene.say("afterwards", f"{left} holds", scene.content(left))
 
-    return Workload(family, name, script, differs, needs_root=needs_root)
+    return Workload(family, name, script, differs, needs_root=needs_root, unsteady=unsteady)

@@ -5,10 +5,12 @@ from fnmatch import fnmatch
 
 from fusehsm.conform.workload import Workload
 from fusehsm.conform.workloads import (
+    aio,
     allocating,
     calls,
     copying,
     denying,
+    dying,
     executing,
     groups,
     mapping,
@@ -38,8 +40,10 @@ _FAMILIES = (
     denying,
     marks,
     groups,
+    dying,
     calls,
     notifying,
+    aio,
     uring,
     programs,
 )

@@ -34,6 +34,7 @@ def allocate_in_child(path: str) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+MODES = ("fallocate", "fallocate modes")
 KEEP, PUNCH, COLLAPSE, ZERO, INSERT, UNSHARE = 1, 2, 8, 0x10, 0x20, 0x40  # linux/falloc.h
 WORKLOADS = [
     row("within", fallocate, 0, 5000, 100),
@@ -48,9 +49,15 @@ WORKLOADS = [
     row("zeros", fallocate, ZERO, 5000, 9000),
     row("zeros beyond the end", fallocate, ZERO, 19000, 9000),
     row("zeros keeping the size", fallocate, ZERO | KEEP, 19000, 9000),
-    row("collapse", fallocate, COLLAPSE, PAGE, PAGE, differs=("fallocate", "fallocate modes")),
-    row("insert", fallocate, INSERT, PAGE, PAGE, differs=("fallocate", "fallocate modes")),
-    row("unshare", fallocate, UNSHARE, PAGE, PAGE, differs=("fallocate", "fallocate modes")),
+    row("collapse", fallocate, COLLAPSE, PAGE, PAGE, differs=MODES),
+    row("insert", fallocate, INSERT, PAGE, PAGE, differs=MODES),
+    row("unshare", fallocate, UNSHARE, PAGE, PAGE, differs=MODES),
+    row("zeros on the device", fallocate, 0x80, PAGE, PAGE, differs=("fallocate", "calls that fail")),
+    row("zeros on the device, keeping the size", fallocate, 0x80 | KEEP, PAGE, PAGE, differs=()),
+    row("collapse to the end", fallocate, COLLAPSE, PAGE, 10 * PAGE, differs=MODES),
+    row("insert beyond the end", fallocate, INSERT, 10 * PAGE, PAGE, differs=MODES),
+    row("collapse in odd places", fallocate, COLLAPSE, 100, PAGE, differs=MODES),
+    row("what appends", fallocate, 0, 5000, 95000, os.O_WRONLY | os.O_APPEND),
     row("a hole without keeping the size", fallocate, PUNCH, 0, PAGE, differs=()),
     row("an unknown mode", fallocate, 0x1000, 0, PAGE, differs=()),
     row("nothing", fallocate, 0, 0, 0, differs=()),

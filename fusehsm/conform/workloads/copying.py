@@ -2,8 +2,10 @@
 
 import ctypes
 import fcntl
+import mmap
 import os
 import socket
+import struct
 from functools import partial
 
 from fusehsm.conform.accessor_worker import libc
@@ -102,6 +104,62 @@ def clone(path: str) -> None:
     fcntl.ioctl(os.open(path + ".clone", os.O_RDWR | os.O_CREAT), 0x40049409, source)
 
 
+def clone_range(path: str, offset: int, count: int) -> None:
+    source = os.open(path, os.O_RDONLY)
+    target = os.open(os.path.dirname(path) + "/other", os.O_RDWR)
+    fcntl.ioctl(target, 0x4020940D, struct.pack("=qQQQ", source, offset, count, 0))
+
+
+def dedupe_range(path: str, offset: int, count: int) -> tuple[int, int]:
+    source = os.open(path, os.O_RDONLY)
+    target = os.open(os.path.dirname(path) + "/other", os.O_RDWR)
+    head = struct.pack("=QQHHI", offset, count, 1, 0, 0)
+    asked = head + struct.pack("=qQQiI", target, offset, 0, 0, 0)
+    _, _, deduped, status, _ = struct.unpack("=qQQiI", fcntl.ioctl(source, 0xC0189436, asked)[24:])
+    return deduped, status
+
+
+def vmsplice(path: str, offset: int, count: int) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY)
+    mapping = mmap.mmap(descriptor, 16384, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    reading, writing = os.pipe()
+    address = ctypes.addressof(ctypes.c_char.from_buffer(mapping)) + offset
+    vector = (ctypes.c_uint64 * 2)(address, count)
+    moved = libc.vmsplice(writing, vector, ctypes.c_ulong(1), 0)
+    if moved < 0:
+        raise OSError(ctypes.get_errno(), "vmsplice")
+    return os.read(reading, moved)
+
+
+def splice_between(path: str, count: int) -> tuple[int, int]:
+    source = os.open(path, os.O_RDONLY)
+    target = os.open(os.path.dirname(path) + "/other", os.O_WRONLY)
+    reading, writing = os.pipe()
+    into = os.splice(source, writing, count, offset_src=5000)
+    return into, os.splice(reading, target, into, offset_dst=100)
+
+
+def splice_to_position(path: str, position: int, count: int, flags: int = 0) -> tuple[int, int]:
+    reading, writing = os.pipe()
+    os.write(writing, b"w" * count)
+    descriptor = os.open(path, os.O_RDWR | flags)
+    os.lseek(descriptor, position, os.SEEK_SET)
+    moved = os.splice(reading, descriptor, count)
+    return moved, os.lseek(descriptor, 0, os.SEEK_CUR)
+
+
+def copy_to_memory(path: str, count: int) -> int:
+    return os.copy_file_range(os.open(path, os.O_RDONLY), os.memfd_create("target"), count, 0, 0)
+
+
+def copy_at_positions(path: str, position: int, count: int) -> tuple[int, int, int]:
+    source = os.open(path, os.O_RDONLY)
+    target = os.open(os.path.dirname(path) + "/other", os.O_RDWR)
+    os.lseek(source, position, os.SEEK_SET)
+    moved = os.copy_file_range(source, target, count)
+    return moved, os.lseek(source, 0, os.SEEK_CUR), os.lseek(target, 0, os.SEEK_CUR)
+
+
 WORKLOADS = [
     row("sendfile at an offset", send, 100, 10000),
     row("sendfile of one page", send, PAGE, PAGE),
@@ -129,4 +187,13 @@ WORKLOADS = [
     row("sendfile of nothing", send, 100, 0, differs="empty reads and writes"),
     row("tee", tee),
     row("FICLONE", clone),
+    row("FICLONERANGE", clone_range, PAGE, 2 * PAGE),
+    row("FICLONERANGE at an odd place", clone_range, 100, 200),
+    row("FIDEDUPERANGE", dedupe_range, PAGE, 2 * PAGE),
+    row("vmsplice", vmsplice, 5000, 100),
+    row("splice from file to file", splice_between, 5000),
+    row("splice to a position", splice_to_position, 5000, 100),
+    row("splice to what appends", splice_to_position, 5000, 100, os.O_APPEND),
+    row("copy_file_range to another file system", copy_to_memory, 5000),
+    row("copy_file_range at the positions", copy_at_positions, 5000, 100),
 ]

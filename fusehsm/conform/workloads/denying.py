@@ -1,10 +1,12 @@
 """Every denial at every call: what it fails with, and that nobody remembers it."""
 
 import ctypes
+import errno
 import mmap
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,8 +23,10 @@ from fusehsm.conform.scene import (
     Scene,
 )
 from fusehsm.conform.workload import Workload
+from fusehsm.conform.workloads import aio, uring
 
 ANSWERS = (PLAIN_DENY, *sorted(number for number in DIALECT.deny_errnos if number))
+BUT_EAGAIN = (*(answer for answer in ANSWERS if answer != errno.EAGAIN), 0)
 
 # The functions run in an accessor: what they use are the names that accessor_worker.py gives them, not those of this module.
 
@@ -121,6 +125,58 @@ def copy_range(path: str) -> int:
         os.close(target)
 
 
+def pwritev(path: str) -> int:
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        return os.pwritev(descriptor, [bytes(100), bytes(50)], 5000, os.RWF_DSYNC)
+    finally:
+        os.close(descriptor)
+
+
+def write(path: str) -> int:
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        return os.write(descriptor, bytes(100))
+    finally:
+        os.close(descriptor)
+
+
+def read_direct(path: str) -> int:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    try:
+        return os.preadv(descriptor, [mmap.mmap(-1, 4096)], 4096)
+    finally:
+        os.close(descriptor)
+
+
+def openat2(path: str) -> None:
+    how = (ctypes.c_uint64 * 3)(os.O_RDONLY, 0, 0)
+    descriptor = libc.syscall(437, -100, path.encode(), how, 24)
+    if descriptor < 0:
+        raise OSError(ctypes.get_errno(), "openat2")
+    os.close(descriptor)
+
+
+def reopen(path: str) -> None:
+    descriptor = os.open(path, os.O_PATH)
+    try:
+        os.close(os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY))
+    finally:
+        os.close(descriptor)
+
+
+def map_shared(path: str) -> bytes:
+    descriptor = os.open(path, os.O_RDWR)
+    mapping = mmap.mmap(descriptor, 8192, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ, offset=4096)
+    return mapping[5000:5001]
+
+
+def map_populated(path: str, flag: int = 0x8000) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY)
+    mapping = mmap.mmap(descriptor, 8192, flags=mmap.MAP_PRIVATE | flag, prot=mmap.PROT_READ, offset=4096)
+    return mapping[5000:5001]
+
+
 def execute(path: str) -> int:
     child = os.fork()
     if child == 0:
@@ -153,11 +209,12 @@ def read_again(path: str, count: int) -> list[object]:
 
 @dataclass(slots=True)
 class Denier:
-    """A listener's answer: denies the event of that name, the one after `skip` others, as it is told; 0 allows."""
+    """A listener's answer: denies the event of that name, the one after `skip` others, as it is told; 0 allows. `times`: no more often."""
 
     name: str
     answer: int = 0
     skip: int = 0
+    times: int = sys.maxsize
 
     def __call__(self, question: Question) -> int:
         """0, or what to deny with."""
@@ -166,7 +223,8 @@ class Denier:
         if self.skip:
             self.skip -= 1
             return 0
-        return self.answer
+        self.times -= 1
+        return self.answer if self.times >= 0 else 0
 
 
 def row(
@@ -175,6 +233,7 @@ def row(
     act: Callable[..., object] | str,
     *arguments: object,
     skip: int = 0,
+    times: int = sys.maxsize,
     differs: str | tuple[str, ...] = (),
     make: Callable[[Scene], str] = lambda scene: scene.file(size=MIB),
     flags: int = PRE_GROUP,
@@ -189,7 +248,7 @@ def row(
         denier = Denier(denied)
         listener = await scene.listen(scene.everywhere(mask), flags=flags, answer=denier)
         for denier.answer in steps:
-            denier.skip = skip
+            denier.skip, denier.times = skip, times
             accessor = scene.accessor() if differs else scene.first()
             await scene.call(act, path, *arguments, what=name, by=accessor)
         listener.close()
@@ -225,7 +284,7 @@ def nothing(scene: Scene) -> str:
 
 OPEN, EXEC, ACCESS, PRE = "OPEN_PERM", "OPEN_EXEC_PERM", "ACCESS_PERM", "PRE_ACCESS"
 NO_PRE = EVERYTHING & ~PRE_ACCESS
-TOUCH = "mappings ask when touched"
+TOUCH, PIECES = "mappings ask when touched", "asynchronous requests"
 WORKLOADS = [
     row("open for reading", OPEN, open_only, os.O_RDONLY),
     row("open for both", OPEN, open_only, os.O_RDWR),
@@ -239,6 +298,27 @@ WORKLOADS = [
     row("read", PRE, read),
     row("read", ACCESS, read),
     row("readv", PRE, readv),
+    row("an unnamed file", OPEN, open_only, os.O_TMPFILE | os.O_RDWR, make=directory, differs="O_TMPFILE"),
+    row("openat2", OPEN, openat2),
+    row("open through proc", OPEN, reopen),
+    row("a direct read", PRE, read_direct),
+    row("a direct read", ACCESS, read_direct),
+    row("pwritev", PRE, pwritev),
+    row("write", PRE, write),
+    row("io_submit's PREAD", PRE, aio.submit, [(aio.PREAD, 5000, 100)], differs=PIECES),
+    row("io_submit's PREAD", ACCESS, aio.submit, [(aio.PREAD, 5000, 100)], differs=PIECES),
+    row("io_submit's PWRITE", PRE, aio.submit, [(aio.PWRITE, 5000, 100)], differs=PIECES),
+    row("io_uring's READ", PRE, uring.submit, uring.READ, 5000, 100, steps=BUT_EAGAIN),
+    row("io_uring's READ", ACCESS, uring.submit, uring.READ, 5000, 100, steps=BUT_EAGAIN),
+    row("io_uring's WRITE", PRE, uring.submit, uring.WRITE, 5000, 100, steps=BUT_EAGAIN),
+    row(
+        *("io_uring's READ, with EAGAIN", PRE, uring.submit, uring.READ, 5000, 100),
+        steps=(errno.EAGAIN,),
+        times=5,
+        differs="EAGAIN for io_uring",
+    ),
+    row("io_uring's FTRUNCATE", PRE, uring.submit, uring.FTRUNCATE, 5000, 0),
+    row("io_uring's OPENAT", OPEN, uring.submit, uring.OPENAT, 0, 0, skip=1),
     row("pwrite", PRE, pwrite, 100, 0),
     row("a large pwrite", PRE, pwrite, 3 * MIB, 0),
     row("an appending pwrite", PRE, pwrite, 100, os.O_APPEND),
@@ -254,6 +334,22 @@ WORKLOADS = [
     row("copy_file_range", ACCESS, copy_range),
     row("the target of copy_file_range", PRE, copy_range, skip=1),
     row("mmap", PRE, map_and_touch, differs=TOUCH),
+    row("a shared mmap", PRE, map_shared, differs=(TOUCH, "shared mappings (exact)")),
+    row(
+        *("a mmap with MAP_POPULATE", PRE, map_populated),
+        steps=(errno.EIO,),
+        times=5,
+        differs="denied while it is mapped",
+    ),
+    row(
+        "MAP_LOCKED",
+        PRE,
+        map_populated,
+        0x2000,
+        steps=(errno.EIO,),
+        times=5,
+        differs="denied while it is mapped",
+    ),
     row("execve", EXEC, execute, make=program, steps=ANSWERS),
     row("execve", OPEN, execute, make=program, steps=ANSWERS),
     row("execve", PRE, execute, make=program, steps=ANSWERS),

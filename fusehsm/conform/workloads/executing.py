@@ -1,6 +1,7 @@
 """Programs, scripts and what only looks like them."""
 
 import ctypes
+import glob
 import os
 import shutil
 import threading
@@ -68,6 +69,66 @@ def write_while_it_runs(path: str) -> int:
         os.waitpid(child, 0)
 
 
+def execute_unlinked(path: str) -> int:
+    program = os.open(path, os.O_RDONLY)
+    os.unlink(path)
+    child = os.fork()
+    if child == 0:
+        try:
+            os.execve(program, ["file"], {})
+        except OSError as error:
+            os._exit(200 + (error.errno or 0))
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def spawn(path: str) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(os.posix_spawn(path, [path], {}), 0)[1])
+
+
+def execute_with_descriptor(path: str) -> bytes:
+    reading, writing = os.pipe()
+    descriptor = os.open(path, os.O_RDONLY)
+    child = os.fork()
+    if child == 0:
+        os.dup2(descriptor, 0)
+        os.dup2(writing, 1)
+        os.execve("/usr/bin/head", ["head", "-c", "100"], {})
+    os.waitpid(child, 0)
+    return os.read(reading, 1000)
+
+
+def load_library(path: str) -> int:
+    return ctypes.CDLL(path).zlibVersion.argtypes is None
+
+
+def execute_by_interpreter(path: str, program: str) -> int:
+    child = os.fork()
+    if child == 0:
+        os.execve(path, [path, program], {})
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def copied_file(*patterns: str) -> Callable[[Scene], str]:
+    """Makes "file" a copy of the first file of the system's that one of those patterns fits."""
+
+    def make(scene: Scene) -> str:
+        found = next((file for pattern in patterns for file in sorted(glob.glob(pattern))), None)
+        if found is None:
+            raise FileNotFoundError(patterns[0])
+        shutil.copy(found, scene.backing / "file")
+        (scene.backing / "file").chmod(0o755)
+        return str(scene.path / "file")
+
+    return make
+
+
+def script_of_ours(scene: Scene) -> str:
+    """A script whose interpreter is a script of the same directory, whose interpreter is the system's."""
+    (scene.backing / "interpreter").write_text("#!/bin/sh\nexit 6\n")
+    (scene.backing / "interpreter").chmod(0o755)
+    return written(f"#!{scene.path}/interpreter\n")(scene)
+
+
 def copied(program: str) -> Callable[[Scene], str]:
     """Makes "file" a copy of one of the system's programs."""
 
@@ -124,6 +185,9 @@ async def written_while_it_runs(scene: Scene) -> None:
 
 
 START = "program start"
+LOADER = copied_file("/lib64/ld-linux-x86-64.so.2", "/lib/ld-linux-aarch64.so.1")
+LIBRARY = copied_file("/lib/*-linux-gnu/libz.so.1", "/usr/lib/*-linux-gnu/libz.so.1", "/usr/lib*/libz.so.1")
+TRUE = shutil.which("true") or "/bin/true"
 WORKLOADS = [
     row("a program", copied("true"), execute, differs=START, unsteady=True),
     row("a program that fails", copied("false"), execute, differs=START, unsteady=True),
@@ -134,6 +198,12 @@ WORKLOADS = [
     row("a script of another interpreter", written("#!/usr/bin/perl\nexit 3\n"), execute),
     row("a script without an interpreter", written("#!/missing\n"), execute),
     row("a script that names no interpreter", written("exit 5\n"), execute),
+    row("a script whose interpreter is a script", script_of_ours, execute),
+    row("a program that has been unlinked", copied("true"), execute_unlinked, differs=START, unsteady=True),
+    row("by posix_spawn", copied("true"), spawn, differs=START, unsteady=True),
+    row("a program's interpreter", LOADER, execute_by_interpreter, TRUE, differs=START, unsteady=True),
+    row("a library", LIBRARY, load_library, differs=START, unsteady=True),
+    row("what a program inherits", content, execute_with_descriptor, differs="pid"),
     row("what is no program", content, execute),
     row("what is empty", written(""), execute),
     row("what may not be executed", lambda scene: scene.file(mode=0o644), execute),

@@ -7,9 +7,11 @@ import threading
 
 from fusehsm.abi import (
     FAN_CLASS_CONTENT,
+    FAN_CLASS_NOTIF,
     FAN_CLOEXEC,
     FAN_MARK_IGNORE,
     FAN_MARK_IGNORED_SURV_MODIFY,
+    FAN_MODIFY,
     FAN_OPEN_PERM,
 )
 from fusehsm.conform.scene import (
@@ -30,6 +32,8 @@ from fusehsm.conform.workload import Script, Workload
 CONTENT_GROUP = FAN_CLASS_CONTENT | FAN_CLOEXEC
 PERMISSION = EVERYTHING & ~PRE_ACCESS  # what a group of class CONTENT may watch
 PRE, CONTENT = (PRE_GROUP, EVERYTHING), (CONTENT_GROUP, PERMISSION)
+# Modifications alone: they are notified before the call returns, and of those of one file there is one event each.
+NOTIF = (FAN_CLASS_NOTIF | FAN_CLOEXEC, FAN_MODIFY)
 
 # The functions run in an accessor: what they use are the names that accessor_worker.py gives them, not those of this module.
 
@@ -88,6 +92,8 @@ ORDERS = [
     row("two of CONTENT", (CONTENT, allow), (CONTENT, allow), interchangeable=BOTH),
     row("two of PRE_CONTENT", (PRE, allow), (PRE, allow), interchangeable=BOTH),
     row("three", (PRE, allow), (CONTENT, allow), (PRE, allow), interchangeable=("group 1", "group 3")),
+    row("NOTIF", (NOTIF, allow)),
+    row("PRE_CONTENT, CONTENT and NOTIF", (NOTIF, allow), (CONTENT, allow), (PRE, allow)),
     row("different masks", (CONTENT, allow), ((PRE_GROUP, PRE_ACCESS), allow)),
     *(
         row(f"PRE_CONTENT denies {name}", (CONTENT, allow), (PRE, denying(name, BUSY)))

@@ -88,6 +88,7 @@ SCOPES = [
             "IGNORED_MASK SURV": IGNORED | SURVIVING,
             "IGNORE": IGNORE,
             "IGNORE SURV": IGNORE | SURVIVING,
+            "IGNORE SURV EVICTABLE": IGNORE | SURVIVING | FAN_MARK_EVICTABLE,
         }.items()
     ),
     *(

@@ -91,7 +91,41 @@ def map_unlinked(path: str) -> bytes:
     return mmap.mmap(descriptor, 8192, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)[5000:5001]
 
 
+def write_unlinked(path: str) -> tuple[bytes, int]:
+    descriptor = os.open(path, os.O_RDWR)
+    os.unlink(path)
+    os.pwrite(descriptor, b"new", 5000)
+    os.ftruncate(descriptor, 9000)
+    return os.pread(descriptor, 3, 5000), os.fstat(descriptor).st_size
+
+
+def read_after_a_link_has_gone(path: str) -> bytes:
+    os.link(path, path + ".link")
+    descriptor = os.open(path + ".link", os.O_RDONLY)
+    os.unlink(path + ".link")
+    return os.pread(descriptor, 100, 5000) + os.pread(os.open(path, os.O_RDONLY), 100, 0)
+
+
+def reopen_unlinked(path: str) -> bytes:
+    descriptor = os.open(path, os.O_RDWR)
+    os.unlink(path)
+    again = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY)
+    return os.pread(again, 100, 5000)
+
+
+def link_unnamed(path: str) -> bytes:
+    directory = os.path.dirname(path)
+    descriptor = os.open(directory, os.O_TMPFILE | os.O_RDWR, 0o600)
+    os.write(descriptor, b"unnamed no more")
+    os.link(f"/proc/self/fd/{descriptor}", directory + "/named", follow_symlinks=True)
+    return os.pread(os.open(directory + "/named", os.O_RDONLY), 100, 0)
+
+
 WORKLOADS = [
+    row("write what has been unlinked", write_unlinked),
+    row("open again what has been unlinked", reopen_unlinked),
+    row("a hard link that has gone", read_after_a_link_has_gone, differs="paths of hard links"),
+    row("give a name to what has none", link_unnamed, differs="O_TMPFILE"),
     row("read what has been renamed", read_renamed),
     row("read what has been unlinked", read_unlinked),
     row("read what has been replaced", read_replaced),

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import tarfile
 from collections.abc import Callable, Sequence
 
 from fusehsm.conform.scene import MIB, SIZE, Scene
@@ -28,13 +29,23 @@ def some_files(scene: Scene) -> None:
     """Three files, one of them text."""
     scene.file("file", SIZE)
     scene.file("large", 3 * MIB)
-    (scene.backing / "text").write_text("one\ntwo\nthree\n" * 3000)
+    text = "one\ntwo\nthree\n" * 3000
+    (scene.backing / "text").write_text(text)
+    (scene.backing / "changed").write_text(text[:-2] + "f\n")
 
 
 def a_tree(scene: Scene) -> None:
     """A file in a directory in a directory."""
     (scene.backing / "tree" / "below").mkdir(parents=True)
     scene.file("tree/below/file")
+
+
+def an_archive(scene: Scene) -> None:
+    """A file in an archive."""
+    path = scene.file()
+    os.utime(path, (1, 1))
+    with tarfile.open(scene.backing / "archive.tar", "w") as archive:
+        archive.add(path, "unpacked")
 
 
 def sources(scene: Scene) -> None:
@@ -90,6 +101,8 @@ WORKLOADS = [
     row("cp", some_files, "cp", "large", "copy", differs=EMPTY),
     row("cp, always sparse", some_files, "cp", "--sparse=always", "large", "copy"),
     row("cp of a tree", a_tree, "cp", "-a", "tree", "copy", differs=EMPTY),
+    row("cp, never sparse", some_files, "cp", "--sparse=never", "file", "copy", differs=EMPTY),
+    row("cp, cloning if it can", some_files, "cp", "--reflink=auto", "file", "copy", differs=EMPTY),
     row("mv", some_files, "mv", "file", "moved"),
     row("ln", some_files, "ln", "file", "link"),
     row("rm", some_files, "rm", "file"),
@@ -101,7 +114,7 @@ WORKLOADS = [
     row("wc", some_files, "wc", "text"),
     row("sha256sum", some_files, "sha256sum", "file", "large"),
     row("cmp", some_files, "cmp", "file", "large"),
-    row("diff", some_files, "diff", "-q", "file", "large"),
+    row("diff", some_files, "diff", "-q", "text", "changed"),
     row("grep", some_files, "grep", "-c", "two", "text"),
     row("grep -r", some_files, "grep", "-rlc", "three", "text"),
     row("sed", some_files, "sed", "-n", "5p", "text"),
@@ -124,6 +137,7 @@ WORKLOADS = [
         "text",
     ),
     row("tar to a pipe", some_files, "sh", "-c", "tar cf - --mtime=2020-01-01 file | wc -c"),
+    row("tar, unpacking", an_archive, "tar", "xf", "archive.tar"),
     row("gzip", some_files, "gzip", "-nk", "text"),
     row("perl", some_files, "perl", "-ne", "$n++; END { print $n }", "text"),
     row("sh", some_files, "sh", "-c", "exec < text; read one; read two; echo $one $two"),
@@ -137,5 +151,13 @@ WORKLOADS = [
         "sh",
         "-c",
         "git init -q . && git add . && git status --short",
+    ),
+    row(
+        "git, committing",
+        old_sources,
+        "sh",
+        "-c",
+        "export GIT_AUTHOR_DATE=@1 GIT_COMMITTER_DATE=@1; git init -q . && git add . && "
+        "git -c user.name=n -c user.email=e commit -qm message && git log --oneline && git diff",
     ),
 ]

@@ -71,6 +71,29 @@ def read_direct(path: str, count: int, offset: int) -> bytes:
     return buffer[:got]
 
 
+def read_direct_oddly(path: str, count: int, offset: int, place: int) -> bytes:
+    buffer = memoryview(mmap.mmap(-1, count + place))[place:]
+    got = os.preadv(os.open(path, os.O_RDONLY | os.O_DIRECT), [buffer], offset)
+    return bytes(buffer[:got])
+
+
+def read_through_path_descriptor(path: str) -> bytes:
+    return os.pread(os.open(path, os.O_PATH), 100, 5000)
+
+
+def read_ahead(path: str, offset: int, count: int) -> int:
+    descriptor = os.open(path, os.O_RDONLY)
+    done = libc.readahead(descriptor, ctypes.c_int64(offset), ctypes.c_size_t(count))
+    return ctypes.get_errno() if done else 0
+
+
+def read_into_own_mapping(path: str) -> bytes:
+    descriptor = os.open(path, os.O_RDWR)
+    mapping = mmap.mmap(descriptor, 16384, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    count = os.preadv(descriptor, [memoryview(mapping)[100:5000]], 9000)
+    return mapping[: 100 + count]
+
+
 def read_through_duplicate(path: str) -> bytes:
     descriptor = os.open(path, os.O_RDONLY)
     other = os.dup(descriptor)
@@ -163,6 +186,17 @@ WORKLOADS = [
     row("preadv2 at a position", preadv2_at_position, 5000, 100),
     row("preadv2 with an unknown flag", preadv, [100], 5000, 0x10000, differs="RWF_NOWAIT"),
     row("O_DIRECT read", read_direct, PAGE, PAGE),
+    row("O_DIRECT read to the end", read_direct, 2 * PAGE, 4 * PAGE),
+    row("O_DIRECT read past the end", read_direct, PAGE, 8 * PAGE),
+    row("O_DIRECT read at an odd place", read_direct_oddly, PAGE, 100, 0, differs="what ext4 refuses"),
+    row("O_DIRECT read of an odd length", read_direct_oddly, 100, PAGE, 0, differs="what ext4 refuses"),
+    row("O_DIRECT read into an odd buffer", read_direct_oddly, PAGE, PAGE, 3, differs="what ext4 refuses"),
+    row("preadv2 RWF_SYNC", preadv, [100], 5000, os.RWF_SYNC),
+    row("preadv2 RWF_APPEND", preadv, [100], 5000, os.RWF_APPEND),
+    row("preadv2 RWF_ATOMIC", preadv, [100], 5000, 0x40, differs="calls that fail"),
+    row("read through O_PATH", read_through_path_descriptor),
+    row("read into an own mapping", read_into_own_mapping),
+    row("readahead", read_ahead, 5000, 100),
     row("O_NONBLOCK read", pread, 100, 5000, os.O_NONBLOCK),
     row("read at offset -1", pread, 100, -1),
     row("read what is open for writing", pread, 100, 0, os.O_WRONLY),

@@ -8,7 +8,7 @@ from functools import partial
 
 from fusehsm.abi import FAN_REPORT_TID
 from fusehsm.conform.accessor_worker import libc
-from fusehsm.conform.scene import PAGE, PRE_GROUP, Scene
+from fusehsm.conform.scene import MIB, PAGE, PRE_GROUP, Scene
 from fusehsm.conform.workload import Script, Workload, one_call
 
 row = partial(one_call, "uring")
@@ -32,6 +32,9 @@ def submit(
     descriptor = os.open(path, os.O_RDWR)
     buffer = ctypes.create_string_buffer(b"n" * count if opcode in (2, 23) else count, count)
     address, length, place = ctypes.addressof(buffer), count, offset
+    halves = (ctypes.c_uint64 * 4)(address, count // 2, address + count // 2, count - count // 2)
+    if opcode in (1, 2):  # READV and WRITEV
+        address, length = ctypes.addressof(halves), 2
     if opcode == 17:  # FALLOCATE: the length is where the address is, the mode where the length is
         address, length = count, 0
     if opcode == 55:  # FTRUNCATE: only a length, where the offset is
@@ -85,11 +88,26 @@ def threads(opcode: int, flags: int = 0) -> Script:
     return script
 
 
+READV, WRITEV = 1, 2
 READ, WRITE, FALLOCATE, OPENAT, FADVISE, FTRUNCATE, ASYNC = 22, 23, 17, 18, 24, 55, 16
 WORKLOADS = [
     row("READ", submit, READ, 5000, 100),
     row("READ of several pages", submit, READ, 4000, 9000),
     row("READ to the end", submit, READ, 19000, 5000),
+    row("READV", submit, READV, 4000, 9000),
+    row("WRITEV", submit, WRITEV, 4000, 9000),
+    row(
+        "READ of much",
+        submit,
+        READ,
+        10,
+        3 * MIB,
+        size=5 * MIB,
+        differs="asynchronous requests",
+        unsteady=True,
+    ),
+    row("READ at the position", submit, READ, 2**64 - 1, 100),
+    row("READ with RWF_NOWAIT", submit, READ, 5000, 100, 0, os.RWF_NOWAIT, differs="RWF_NOWAIT"),
     row("READ asynchronous", submit, READ, 5000, 100, ASYNC),
     row("WRITE", submit, WRITE, 5000, 100),
     row("WRITE asynchronous", submit, WRITE, 5000, 100, ASYNC),

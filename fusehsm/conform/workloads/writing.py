@@ -71,6 +71,37 @@ def write_direct(path: str, count: int, offset: int) -> int:
     return os.pwritev(os.open(path, os.O_WRONLY | os.O_DIRECT), [buffer], offset)
 
 
+def write_direct_oddly(path: str, count: int, offset: int, place: int) -> int:
+    buffer = memoryview(mmap.mmap(-1, count + place))[place:]
+    return os.pwritev(os.open(path, os.O_WRONLY | os.O_DIRECT), [buffer], offset)
+
+
+def pwritev2_at_position(path: str, position: int, count: int) -> tuple[int, int]:
+    descriptor = os.open(path, os.O_WRONLY)
+    os.lseek(descriptor, position, os.SEEK_SET)
+    buffer = ctypes.create_string_buffer(b"n" * count, count)
+    vector = (ctypes.c_uint64 * 2)(ctypes.addressof(buffer), count)
+    done = libc.pwritev2(descriptor, vector, 1, ctypes.c_long(-1), 0)
+    return done, os.lseek(descriptor, 0, os.SEEK_CUR)
+
+
+def pwritev_to_append(path: str, flags: int) -> tuple[int, int]:
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+    return os.pwritev(descriptor, [bytes(100)], 5000, flags), os.fstat(descriptor).st_size
+
+
+def write_from_own_mapping(path: str) -> int:
+    descriptor = os.open(path, os.O_RDWR)
+    mapping = mmap.mmap(descriptor, 16384, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+    return os.pwritev(descriptor, [memoryview(mapping)[9000:9100]], 100)
+
+
+def write_back(path: str) -> int:
+    descriptor = os.open(path, os.O_RDWR)
+    os.pwrite(descriptor, b"new", 5000)
+    return int(libc.sync_file_range(descriptor, ctypes.c_int64(0), ctypes.c_int64(8192), 7))
+
+
 def write_beyond_the_limit(path: str) -> int:
     resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -102,12 +133,25 @@ WORKLOADS = [
     row("pwritev RWF_APPEND", pwritev, [100], 5000, os.RWF_APPEND),
     row("large pwritev RWF_APPEND", pwritev, [3000000], 5000, os.RWF_APPEND),
     row("pwritev RWF_DSYNC", pwritev, [100], 5000, os.RWF_DSYNC),
+    row("pwritev RWF_SYNC", pwritev, [100], 5000, os.RWF_SYNC),
+    row("pwritev RWF_HIPRI", pwritev, [100], 5000, os.RWF_HIPRI),
+    row("pwritev RWF_DONTCACHE", pwritev, [100], 5000, 0x80, differs="RWF_NOWAIT"),
+    row("pwritev RWF_ATOMIC", pwritev, [PAGE], PAGE, 0x40, differs="calls that fail"),
+    row("pwritev RWF_NOAPPEND", pwritev_to_append, 0x20),
+    row("pwritev with an unknown flag", pwritev, [100], 5000, 0x10000, differs="RWF_NOWAIT"),
+    row("pwritev2 at a position", pwritev2_at_position, 5000, 100),
     row("pwritev RWF_NOWAIT", pwritev, [100], 5000, os.RWF_NOWAIT, differs="RWF_NOWAIT"),
     row("pwritev of 300", pwritev, [100] * 300, 5000),
     row("large pwritev of 300", pwritev, [10000] * 300, 5000),
     row("writev", writev, [3, 5000]),
     row("O_SYNC", pwrite_only, 100, 5000, os.O_WRONLY | os.O_SYNC),
     row("O_DIRECT", write_direct, PAGE, PAGE),
+    row("O_DIRECT at an odd place", write_direct_oddly, PAGE, 100, 0, differs="what ext4 refuses"),
+    row("O_DIRECT of an odd length", write_direct_oddly, 100, PAGE, 0, differs="what ext4 refuses"),
+    row("O_DIRECT from an odd buffer", write_direct_oddly, PAGE, PAGE, 3, differs="what ext4 refuses"),
+    row("O_DSYNC", pwrite_only, 100, 5000, os.O_WRONLY | os.O_DSYNC),
+    row("from an own mapping", write_from_own_mapping),
+    row("and written back", write_back),
     row("in another thread", write_in_thread, 100),
     row("much in another thread", write_in_thread, 3000000),
     row("and read", write_and_read),

@@ -1,0 +1,43 @@
+"""A listener that is a process of its own, for workloads in which one dies. It answers nothing.
+
+`python -m fusehsm.conform.listener_process ENGINE PATH MASK NUMBER`: a group of class PRE_CONTENT with that mask on the file system of PATH, of the
+emulator with that engine or ("") of the real kernel. Says "ready"; "read" for each event that it has read, up to NUMBER; and "more" when another
+waits. Ends with its stdin.
+"""
+
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import trio
+
+from fusehsm.abi import FAN_MARK_ADD, FAN_MARK_FILESYSTEM, decode_events
+from fusehsm.conform.scene import DIALECT, PRE_GROUP, READ_ONLY
+from fusehsm.conform.sides import Side
+
+
+async def main(engine: str, path: str, mask: int, number: int) -> None:
+    """Listen until nobody wants it any more."""
+    side = Side(Path(path), Path(path), engine)
+    group = await side.open_group(PRE_GROUP, READ_ONLY)
+    await group.mark(FAN_MARK_ADD | FAN_MARK_FILESYSTEM, mask, path=path)
+    print("ready", flush=True)
+    kept = []  # with their descriptors, as a listener that is at work has them
+    for _ in range(number):
+        await group.wait_readable()
+        kept += decode_events(DIALECT, group.read(64))
+        print("read", flush=True)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_tell_of_more, group.wait_readable)
+        await trio.to_thread.run_sync(sys.stdin.read, abandon_on_cancel=True)
+        nursery.cancel_scope.cancel()
+    group.close()
+
+
+async def _tell_of_more(wait_readable: Callable[[], Awaitable[None]]) -> None:
+    await wait_readable()
+    print("more", flush=True)
+
+
+if __name__ == "__main__":
+    trio.run(main, sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
