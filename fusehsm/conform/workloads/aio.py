@@ -36,6 +36,8 @@ def submit(
             half = count // 2
             vectors.append((ctypes.c_uint64 * 4)(address, half, address + half, count - half))
             address, length = ctypes.addressof(vectors[-1]), 2
+        if opcode in (2, 3):  # fsync and fdatasync
+            address, length = 0, 0
         fields = (number, 0, rw_flags, opcode, 0, descriptor, address, length, offset, 0, 0, 0)
         blocks.append(ctypes.create_string_buffer(struct.pack("=QIiHhiQQqQII", *fields), 64))
     addresses = (ctypes.c_void_p * len(blocks))(*map(ctypes.addressof, blocks))
@@ -56,7 +58,7 @@ def submit(
 
 
 DIRECT = os.O_RDWR | os.O_DIRECT
-PREAD, PWRITE, FSYNC, PREADV, PWRITEV = 0, 1, 2, 7, 8  # linux/aio_abi.h
+PREAD, PWRITE, FSYNC, FDSYNC, PREADV, PWRITEV = 0, 1, 2, 3, 7, 8  # linux/aio_abi.h
 TOGETHER, PIECES = "requests submitted together", "asynchronous requests"
 WORKLOADS = [
     row("PREAD", submit, [(PREAD, 5000, 100)]),
@@ -75,6 +77,8 @@ WORKLOADS = [
     row("PREAD of what is open for writing", submit, [(PREAD, 0, 100)], os.O_WRONLY),
     row("PREAD at a negative place", submit, [(PREAD, -1, 100)]),
     row("FSYNC", submit, [(FSYNC, 0, 0)]),
+    row("FDSYNC", submit, [(FDSYNC, 0, 0)]),
+    row("an unknown request", submit, [(99, 0, 100)]),
     row(
         "several",
         submit,

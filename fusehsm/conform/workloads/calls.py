@@ -272,6 +272,36 @@ MARKS = [
 ]
 
 
+async def mark_by_descriptor(scene: Scene) -> None:
+    """Objects that descriptors refer to, and paths that begin at one."""
+    scene.file()
+    (scene.backing / "dir").mkdir()
+    (scene.backing / "dir" / "below").write_bytes(b"")
+    opened = {
+        "a file": os.open(scene.path / "file", os.O_RDONLY),
+        "a file for writing": os.open(scene.path / "file", os.O_WRONLY),
+        "a directory": os.open(scene.path / "dir", os.O_RDONLY),
+        "O_PATH of a file": os.open(scene.path / "file", os.O_PATH),
+        "O_PATH of a directory": os.open(scene.path / "dir", os.O_PATH),
+    }
+    numbers = {**opened, "-1": -1, "AT_FDCWD": -100, "a closed one": 9999}
+    for name, number in numbers.items():
+        for path in (None, "", "below", "missing", str(scene.path / "file")):
+            for how in (0, ONLYDIR):
+                listener = await scene.listen(lazy=True)
+                if number == -100 and path in ("below", "missing"):
+                    continue  # in this process's own directory
+
+                async def mark(number: int = number, path: str | None = path, how: int = how) -> None:
+                    await listener.group.mark(ADD | how, PRE_ACCESS, number, path)  # noqa: B023 (awaited at once)
+
+                shown_path = path and path.removeprefix(f"{scene.path}/")
+                await only_noted(scene, f"mark {how:#x} {shown_path!r} at {name}", mark)
+                listener.close()
+    for number in opened.values():
+        os.close(number)
+
+
 # read and write of the group
 
 
@@ -424,6 +454,7 @@ WORKLOADS = [
     Workload("calls", "short buffers", short_buffers(PRE_GROUP)),
     Workload("calls", "short buffers with REPORT_PIDFD", short_buffers(PRE_GROUP | FAN_REPORT_PIDFD)),
     Workload("calls", "short buffers of class CONTENT", short_buffers(FAN_CLASS_CONTENT | FAN_CLOEXEC)),
+    Workload("calls", "mark by descriptor", mark_by_descriptor),
     Workload("calls", "responses", responses(PRE_GROUP)),
     Workload("calls", "responses with ENABLE_AUDIT", responses(PRE_GROUP | FAN_ENABLE_AUDIT)),
     Workload(

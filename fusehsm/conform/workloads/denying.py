@@ -23,7 +23,7 @@ from fusehsm.conform.scene import (
     Scene,
 )
 from fusehsm.conform.workload import Workload
-from fusehsm.conform.workloads import aio, uring
+from fusehsm.conform.workloads import aio, allocating, opening, uring
 
 ANSWERS = (PLAIN_DENY, *sorted(number for number in DIALECT.deny_errnos if number))
 BUT_EAGAIN = (*(answer for answer in ANSWERS if answer != errno.EAGAIN), 0)
@@ -240,6 +240,7 @@ def row(
     mask: int = EVERYTHING,
     steps: tuple[int, ...] = (*ANSWERS, 0),
     unsteady: bool = False,
+    needs_root: bool = False,
 ) -> Workload:
     """The call again and again, denied with each of `steps` (0: allowed); what the file holds in the end."""
 
@@ -255,7 +256,9 @@ def row(
         if (scene.backing / "file").is_file():
             scene.say("afterwards", "file holds", scene.content())
 
-    return Workload("denying", f"{denied} at {name}", script, differs, unsteady=unsteady)
+    return Workload(
+        "denying", f"{denied} at {name}", script, differs, unsteady=unsteady, needs_root=needs_root
+    )
 
 
 def program(scene: Scene) -> str:
@@ -299,6 +302,7 @@ WORKLOADS = [
     row("read", ACCESS, read),
     row("readv", PRE, readv),
     row("an unnamed file", OPEN, open_only, os.O_TMPFILE | os.O_RDWR, make=directory, differs="O_TMPFILE"),
+    row("open by handle", OPEN, opening.open_by_handle, needs_root=True),
     row("openat2", OPEN, openat2),
     row("open through proc", OPEN, reopen),
     row("a direct read", PRE, read_direct),
@@ -325,6 +329,10 @@ WORKLOADS = [
     row("truncate", PRE, "truncate", 5000),
     row("ftruncate", PRE, ftruncate),
     row("fallocate", PRE, fallocate, differs="fallocate"),
+    *(
+        row(f"fallocate of {name}", PRE, allocating.fallocate, mode, 5000, 9000, differs="fallocate")
+        for name, mode in {"a hole": 3, "zeros": 0x10, "what the size does not count": 1}.items()
+    ),
     row("sendfile", PRE, send),
     row("sendfile", ACCESS, send),
     row("splice from a file", PRE, splice_from),

@@ -117,7 +117,9 @@ def link_unnamed(path: str) -> bytes:
     directory = os.path.dirname(path)
     descriptor = os.open(directory, os.O_TMPFILE | os.O_RDWR, 0o600)
     os.write(descriptor, b"unnamed no more")
-    os.link(f"/proc/self/fd/{descriptor}", directory + "/named", follow_symlinks=True)
+    # Not by os.link, which does not follow.
+    if libc.linkat(-100, f"/proc/self/fd/{descriptor}".encode(), -100, f"{directory}/named".encode(), 0x400):
+        raise OSError(ctypes.get_errno(), "linkat")
     return os.pread(os.open(directory + "/named", os.O_RDONLY), 100, 0)
 
 
