@@ -308,7 +308,7 @@ def test_a_difference_fails_the_command(
     )
     assert command.conform([], engine="auto", as_json=False, record=False) == 1
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].split(maxsplit=1) == ["reading/nothing", "different  (at the second attempt)"]
+    assert printed[0].split(maxsplit=1) == ["reading/nothing", "different  (at both attempts)"]
     assert any(line.lstrip().startswith("-group 1 hears PRE_ACCESS 0+0 of file") for line in printed)
 
 

@@ -153,7 +153,8 @@ def _report(comparisons: Iterator[Comparison], kernel: Side | None, recording: R
         verdict = comparison.verdict
         names = ", ".join(comparison.divergences)
         what = f"{verdict.value}: {names}" if verdict is Verdict.KNOWN else verdict.value
-        attempt = "" if comparison.first is None else "  (at the second attempt)"
+        attempts = "at both attempts" if verdict is Verdict.DIFFERENT else "at the second attempt"
+        attempt = "" if comparison.first is None else f"  ({attempts})"
         console.print(f"{comparison.workload.key:<60} [{_STYLES[verdict]}]{escape(what)}[/]{attempt}")
         shown = comparison.difference() if verdict is Verdict.DIFFERENT else []
         for line in (*shown, *comparison.first_difference()):
