@@ -19,6 +19,7 @@ from pathlib import Path
 
 from fusehsm.abi import FAN_CLASS_PRE_CONTENT
 from fusehsm.mountinfo import mount_of, read_mounts
+from fusehsm.own_command import own_command, own_environment
 
 # Seconds that the trial mount may take, several times what a slow machine needs.
 _TRIAL_PATIENCE = 60.0
@@ -149,7 +150,7 @@ def _trial() -> Check:
         source, destination = os.path.join(place, "source"), os.path.join(place, "destination")
         os.mkdir(source)
         os.mkdir(destination)
-        command = [sys.executable, "-m", "fusehsm", "mount", "--foreground", source, destination]
+        command = own_command("mount", "--foreground", source, destination)
         with subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         ) as server:
@@ -200,10 +201,15 @@ def _supervision() -> Check:
     program = (
         f"import ctypes; raise SystemExit(ctypes.CDLL(None).fanotify_init({FAN_CLASS_PRE_CONTENT}, 0) < 0)"
     )
-    command = [sys.executable, "-m", "fusehsm", "run", "--", sys.executable, "-S", "-c", program]
+    command = own_command("run", "--", sys.executable, "-S", "-c", program)
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_TRIAL_PATIENCE
+            command,
+            env=own_environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_TRIAL_PATIENCE,
         )
     except subprocess.TimeoutExpired:
         return Check(name, Verdict.LIMITED, "fusehsm run did not end", "report it: it should have")

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from fusehsm.engines.fuse_mount import unmount
+from fusehsm.own_command import own_command, own_environment
 
 _PATIENCE = 30.0  # seconds for a daemon to go
 
@@ -37,7 +38,7 @@ def foreground_mount(
     servers of file systems make it). Raises OSError with what the command said if the mount does not come up.
     """
     lifeline, held = os.pipe()
-    command = [sys.executable, "-m", "fusehsm", "mount", "--foreground", "--lifeline", str(lifeline)]
+    command = own_command("mount", "--foreground", "--lifeline", str(lifeline))
     allow_other = ["--allow-other"] if os.geteuid() == 0 else []
     try:
         with os.fdopen(lifeline, "rb", buffering=0):
@@ -47,6 +48,7 @@ def foreground_mount(
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 start_new_session=True,
+                env=own_environment(),
                 pass_fds=[lifeline],
                 text=True,
             )

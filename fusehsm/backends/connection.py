@@ -147,6 +147,17 @@ class BlockingConnection:
         with contextlib.suppress(OSError):  # the server was quicker
             self._socket.shutdown(socket.SHUT_RDWR)
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the server has not hung up; while no request is waiting."""
+        try:
+            self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        return False
+
     def finish(self) -> None:
         """Tell the server that this is all, and wait until it has put everything away: what a group owed is settled then."""
         with contextlib.suppress(OSError):  # it is gone, or does not answer

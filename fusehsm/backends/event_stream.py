@@ -87,6 +87,12 @@ class EventStream:
         self._message = bytearray(LARGEST_EVENT_MESSAGE)
         self._buffered: deque[Received] = deque()
         self._read_since_credit = 0
+        self._merged = 0
+
+    def take_merged(self) -> int:
+        """How many events have gone into others since this was last asked."""
+        merged, self._merged = self._merged, 0
+        return merged
 
     @property
     def buffered(self) -> int:
@@ -150,6 +156,7 @@ class EventStream:
                 _MASK.pack_into(earlier.data, EVENT_MASK_OFFSET, earlier.mask)
                 received.close()
                 self._count_as_read()
+                self._merged += 1
                 return True
         return False
 

@@ -17,6 +17,7 @@ from typing import Final
 
 from fusehsm.abi import (
     FAN_CLOEXEC,
+    FAN_ENABLE_AUDIT,
     FAN_INFO,
     FAN_REPORT_FID_BITS,
     FAN_REPORT_MNT,
@@ -27,7 +28,7 @@ from fusehsm.abi import (
 from fusehsm.backends.lookup import FoundObject
 from fusehsm.supervisor import memory, tasks
 from fusehsm.supervisor.delivery import Reading
-from fusehsm.supervisor.groups import SupervisedGroup
+from fusehsm.supervisor.groups import Leaving, SupervisedGroup
 from fusehsm.supervisor.lookup import find, of_this_process
 from fusehsm.supervisor.mappings import Mappings
 from fusehsm.supervisor.notifier import Call, CallIsOver, Notifier
@@ -38,6 +39,8 @@ from fusehsm.supervisor.readiness import Bell, Closings
 MOST_GROUPS: Final = 128  # as fs.fanotify.max_user_groups
 
 _INT: Final = struct.Struct("=i")
+_CAP_SYS_ADMIN: Final = 21  # linux/capability.h
+_CAP_AUDIT_WRITE: Final = 29
 _PATH_MAX: Final = 4096
 _MOST_BYTES: Final = 0x7FFF_F000  # MAX_RW_COUNT
 _LARGEST_RESPONSE: Final = 4096  # what is longer is wrong whatever follows
@@ -77,10 +80,7 @@ class Calls:
         self._lock = threading.Lock()
         # From looking for a free number to its use.
         self._numbering = threading.Lock()
-        table: list[tuple[int | None, Callable[[Call], int]]] = [
-            (architecture.fanotify_init, self._fanotify_init),
-            (architecture.fanotify_mark, self._fanotify_mark),
-            (architecture.mmap, self._mmap),
+        on_groups: list[tuple[int | None, Callable[[Call, SupervisedGroup], int]]] = [
             (architecture.write, self._write),
             (architecture.writev, self._writev),
             (architecture.pwritev2, self._pwritev2),
@@ -90,18 +90,15 @@ class Calls:
             (architecture.dup2, self._dup2),
             (architecture.dup3, self._dup3),
             (architecture.lseek, self._lseek),
+            (architecture.fallocate, _refuse_with(errno.ENODEV)),
+            (architecture.splice, _refuse_with(errno.EINVAL)),
+            (architecture.tee, _refuse_with(errno.EINVAL)),
+            (architecture.vmsplice, _refuse_with(errno.EBADF)),
         ]
-        self._refused = {
-            architecture.fallocate: errno.ENODEV,
-            architecture.splice: errno.EINVAL,
-            architecture.tee: errno.EINVAL,
-            architecture.vmsplice: errno.EBADF,
-        }
-        table += [(number, self._refuse) for number in self._refused]
-        self._table = {number: function for number, function in table if number is not None}
+        self._on_groups = {number: function for number, function in on_groups if number is not None}
         self._reads = {
             architecture.read: self._read_parts,
-            architecture.readv: self._readv_parts,
+            architecture.readv: self._parts,
             architecture.preadv2: self._preadv2_parts,
         }
 
@@ -112,13 +109,23 @@ class Calls:
         for group in groups:
             group.close()
 
-    def answer(self, call: Call) -> None:
-        """Do a call and answer it; never raises."""
+    def answer(self, call: Call, *, may_wait: bool = True) -> None:
+        """Do a call and answer it; never raises. `may_wait`: if not, what would have to wait for others fails with ENOMEM."""
         try:
-            if call.number in self._reads:
-                self._read(call)
-            else:
-                self._notifier.succeed(call, self._table[call.number](call))
+            if call.number == self._architecture.mmap:
+                self._mappings.ask(call, may_wait=may_wait)
+                raise _GoOn
+            if call.number == self._architecture.fanotify_init:
+                self._notifier.succeed(call, self._fanotify_init(call))
+                return
+            group = self._group(call)
+            with group.in_use():
+                if call.number in self._reads:
+                    self._read(call, group, may_wait=may_wait)
+                elif call.number == self._architecture.fanotify_mark:
+                    self._notifier.succeed(call, self._fanotify_mark(call, group, may_wait=may_wait))
+                else:
+                    self._notifier.succeed(call, self._on_groups[call.number](call, group))
         except _GoOn:
             self._finish(lambda: self._notifier.go_on(call))
         except CallIsOver:
@@ -144,22 +151,24 @@ class Calls:
             raise _GoOn
         return group
 
-    def _mmap(self, call: Call) -> int:
-        self._mappings.ask(call)
-        raise _GoOn
-
     # Groups
 
     def _fanotify_init(self, call: Call) -> int:
         flags, event_f_flags = call.unsigned(0), call.unsigned(1)
         if flags & (FAN_REPORT_FID_BITS | FAN_REPORT_MNT):
             raise _GoOn  # they have no permission events, and the kernel's own notify on our mounts as on any other
+        if not self._is_privileged(call, _CAP_SYS_ADMIN) or (
+            flags & FAN_ENABLE_AUDIT and not self._is_privileged(call, _CAP_AUDIT_WRITE)
+        ):
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
         with self._lock:
             if len(self._groups) >= MOST_GROUPS:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             bell = Bell()
             try:
-                group = SupervisedGroup(flags, event_f_flags, self._dialect, bell)
+                group = SupervisedGroup(
+                    flags, event_f_flags, self._dialect, bell, lambda: self._ask_to_leave(group)
+                )
             except OSError:
                 bell.close()
                 raise
@@ -168,15 +177,28 @@ class Calls:
             number = self._place(call, group, close_on_exec=bool(flags & FAN_CLOEXEC))
         except BaseException:
             self._forget(group)
-            group.unheld()
+            group.close()
+            bell.close()
             raise
-        self._closings.watch(bell, lambda: self._unheld(group))
+        self._watch(group)
         return number
 
-    def _unheld(self, group: SupervisedGroup) -> None:
-        self._forget(group)
-        group.unheld()
-        self._parked.look_now()
+    def _is_privileged(self, call: Call, capability: int) -> bool:
+        """Whether the caller has what the kernel would ask for. An ordinary user is root over the mounts that he has made; who was root and is
+        so no more would get at root's files through us."""
+        return os.geteuid() != 0 or tasks.capabilities_of(call.tid).has(capability)
+
+    def _watch(self, group: SupervisedGroup) -> None:
+        self._closings.watch(group.bell, lambda: self._ask_to_leave(group))
+
+    def _ask_to_leave(self, group: SupervisedGroup) -> None:
+        """Nobody holds the group any more, or did not a moment ago."""
+        leaving = group.leave()
+        if leaving is Leaving.OVER:
+            self._forget(group)
+            self._parked.look_now()
+        elif leaving is Leaving.STAYS:
+            self._watch(group)
 
     def _forget(self, group: SupervisedGroup) -> None:
         with self._lock:
@@ -196,7 +218,8 @@ class Calls:
             if number is None:
                 free = (
                     number
-                    for number in self._descriptors
+                    for number in (reversed(self._descriptors) if not lowest else self._descriptors)
+                    # From the top: the kernel itself gives the lowest to whoever opens files meanwhile.
                     if number >= lowest and not tasks.is_open(call.tid, number)
                 )
                 number = next(free, None)
@@ -205,8 +228,9 @@ class Calls:
             self._notifier.check(call)
             return self._notifier.add_descriptor(call, reading, close_on_exec=close_on_exec, number=number)
 
-    def _fanotify_mark(self, call: Call) -> int:
-        group = self._group(call)
+    def _fanotify_mark(self, call: Call, group: SupervisedGroup, *, may_wait: bool) -> int:
+        if not may_wait:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
         _, _, mask, _, address, *_ = call.arguments
         flags, dirfd = call.unsigned(1), call.signed(3)
 
@@ -217,35 +241,26 @@ class Calls:
                 path = of_this_process(path, call.tid)
             return find(self._architecture, call.tid, flags, dirfd, path)
 
-        group.mark(flags, mask, look_up)
+        group.mark(flags, mask, look_up, privileged=lambda: self._is_privileged(call, _CAP_SYS_ADMIN))
         return 0
 
     # Reading and writing
 
-    def _read(self, call: Call) -> None:
-        group = self._group(call)
-        reading = Reading(self._notifier, self._parked, call, group)
+    def _read(self, call: Call, group: SupervisedGroup, *, may_wait: bool) -> None:
+        reading = Reading(self._notifier, self._parked, call, group, may_wait)
         try:
             parts = self._reads[call.number](call)
             # Of several parts that are all empty the kernel does not even ask the group.
             total = reading.into(parts) if call.number == self._architecture.read or _size(parts) else 0
-            group.show_readiness()
             self._notifier.succeed(call, total)
         except CallIsOver:
             reading.undo()
-            group.show_readiness()
-            raise
-        except OSError:
-            group.show_readiness()
             raise
         reading.settle()
 
     @staticmethod
     def _read_parts(call: Call) -> list[tuple[int, int]]:
         return [(call.arguments[1], min(call.arguments[2], _MOST_BYTES))]
-
-    def _readv_parts(self, call: Call) -> list[tuple[int, int]]:
-        return self._parts(call)
 
     def _preadv2_parts(self, call: Call) -> list[tuple[int, int]]:
         self._check_position(call)
@@ -263,14 +278,13 @@ class Calls:
         if call.unsigned(5):
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
-    def _write(self, call: Call) -> int:
-        return self._respond(call, self._group(call), [(call.arguments[1], call.arguments[2])])
+    def _write(self, call: Call, group: SupervisedGroup) -> int:
+        return self._respond(call, group, [(call.arguments[1], call.arguments[2])])
 
-    def _writev(self, call: Call) -> int:
-        return self._respond(call, self._group(call), self._parts(call))
+    def _writev(self, call: Call, group: SupervisedGroup) -> int:
+        return self._respond(call, group, self._parts(call))
 
-    def _pwritev2(self, call: Call) -> int:
-        group = self._group(call)
+    def _pwritev2(self, call: Call, group: SupervisedGroup) -> int:
         self._check_position(call)
         return self._respond(call, group, self._parts(call))
 
@@ -302,22 +316,15 @@ class Calls:
         self._notifier.check(call)
         return data
 
-    def _lseek(self, call: Call) -> int:
-        self._group(call)
+    @staticmethod
+    def _lseek(call: Call, group: SupervisedGroup) -> int:
         if call.unsigned(2) > _SEEK_MAX:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         return 0
 
-    def _refuse(self, call: Call) -> int:
-        """What the kernel does to a pipe, and to no group."""
-        self._group(call)
-        number = self._refused[call.number]
-        raise OSError(number, os.strerror(number))
-
     # Descriptors
 
-    def _ioctl(self, call: Call) -> int:
-        group = self._group(call)
+    def _ioctl(self, call: Call, group: SupervisedGroup) -> int:
         request, address = call.unsigned(1), call.arguments[2]
         if request == termios.FIONREAD:
             self._notifier.check(call)
@@ -328,8 +335,7 @@ class Calls:
             return 0
         raise _GoOn
 
-    def _fcntl(self, call: Call) -> int:
-        group = self._group(call)
+    def _fcntl(self, call: Call, group: SupervisedGroup) -> int:
         command, argument = call.unsigned(1), call.unsigned(2)
         if command == fcntl.F_GETFL:
             return os.O_RDWR | (os.O_NONBLOCK if group.nonblocking else 0)
@@ -346,16 +352,15 @@ class Calls:
             )  # what the process holds is a pipe, but it should not know
         raise _GoOn
 
-    def _dup(self, call: Call) -> int:
-        return self._place(call, self._group(call), close_on_exec=False)
+    def _dup(self, call: Call, group: SupervisedGroup) -> int:
+        return self._place(call, group, close_on_exec=False)
 
-    def _dup2(self, call: Call) -> int:
+    def _dup2(self, call: Call, group: SupervisedGroup) -> int:
         if call.signed(0) == call.signed(1):
             raise _GoOn
-        return self._duplicate_to(call, self._group(call), close_on_exec=False)
+        return self._duplicate_to(call, group, close_on_exec=False)
 
-    def _dup3(self, call: Call) -> int:
-        group = self._group(call)
+    def _dup3(self, call: Call, group: SupervisedGroup) -> int:
         if call.signed(0) == call.signed(1) or call.unsigned(2) & ~os.O_CLOEXEC:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         return self._duplicate_to(call, group, close_on_exec=bool(call.unsigned(2) & os.O_CLOEXEC))
@@ -373,6 +378,15 @@ class Calls:
             )
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         return self._place(call, group, close_on_exec=close_on_exec, number=number)
+
+
+def _refuse_with(number: int) -> Callable[[Call, SupervisedGroup], int]:
+    """What the kernel does to a pipe, and to no group."""
+
+    def refuse(call: Call, group: SupervisedGroup) -> int:
+        raise OSError(number, os.strerror(number))
+
+    return refuse
 
 
 def _size(parts: list[tuple[int, int]]) -> int:

@@ -17,6 +17,7 @@ from typing import Final, NoReturn
 
 from fusehsm.abi import DIALECTS
 from fusehsm.foreground_mount import foreground_mount
+from fusehsm.own_command import own_command, own_environment
 from fusehsm.supervisor import filters
 from fusehsm.supervisor.calls import Calls
 from fusehsm.supervisor.launch import FAILURE
@@ -110,7 +111,8 @@ def _mount(mounts: ExitStack, place: str, options: RunOptions) -> None:
         return
     arguments += ["--allow-other"] if os.geteuid() == 0 else []
     done = subprocess.run(
-        [sys.executable, "-m", "fusehsm", "mount", *arguments, place, place],
+        own_command("mount", *arguments, place, place),
+        env=own_environment(),
         stdin=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

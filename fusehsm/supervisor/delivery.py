@@ -33,6 +33,7 @@ class Reading:
     parked: ParkedCalls
     call: Call
     group: SupervisedGroup
+    may_wait: bool
     _taken: list[tuple[Source, Received, int]] = field(default_factory=list)
 
     def into(self, parts: list[tuple[int, int]]) -> int:
@@ -66,6 +67,8 @@ class Reading:
                     return filled
                 if self.group.nonblocking:
                     raise
+                if not self.may_wait:
+                    raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)) from None
                 self._wait()
                 continue
             except OSError:
@@ -108,7 +111,7 @@ class Reading:
             if verdict[0] is None:
                 raise CallIsOver
             raise OSError(verdict[0], "a signal")
-        if self.group.closed:
+        if self.group.closed:  # the supervisor ends
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
 
     def _deliver(self, source: Source, received: Received, address: int) -> None:

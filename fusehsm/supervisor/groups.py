@@ -1,13 +1,15 @@
 """A fanotify group as the processes of the command share it: events of every mount that it has marks on, one set of descriptors' numbers."""
 
 import contextlib
+import enum
 import errno
 import logging
 import os
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from fusehsm import rules, syscalls
@@ -18,6 +20,8 @@ from fusehsm.abi import (
     FAN_MARK_ADD,
     FAN_MARK_DONT_FOLLOW,
     FAN_MARK_FLUSH,
+    FAN_MARK_INODE,
+    FAN_MARK_TYPE_MASK,
     FAN_NONBLOCK,
     LINUX_6_14,
     PATCH_V2,
@@ -31,6 +35,14 @@ from fusehsm.protocol import VERSION, Hello, Mark
 from fusehsm.supervisor.readiness import Bell
 
 _log = logging.getLogger(__name__)
+
+
+class Leaving(enum.Enum):
+    """What comes of the last descriptor's end: the group is over, it stays after all, or that is to be asked again."""
+
+    OVER = enum.auto()
+    STAYS = enum.auto()
+    LATER = enum.auto()
 
 
 @dataclass(slots=True, eq=False)
@@ -59,13 +71,21 @@ class SupervisedGroup:
     `nonblocking` is O_NONBLOCK; `dialect` None: nobody has said, so it is what mainline speaks, and what may mean something else is refused.
     """
 
-    def __init__(self, flags: int, event_f_flags: int, dialect: Dialect | None, bell: Bell) -> None:
-        """Raises OSError EINVAL as fanotify_init(2)."""
+    def __init__(
+        self,
+        flags: int,
+        event_f_flags: int,
+        dialect: Dialect | None,
+        bell: Bell,
+        on_left: Callable[[], None],
+    ) -> None:
+        """`on_left` is called when leave() is to be asked again. Raises OSError EINVAL as fanotify_init(2)."""
         rules.check_init(flags, event_f_flags)
         self.flags = flags
         self.event_f_flags = event_f_flags
         self.dialect = dialect or LINUX_6_14
         self.bell = bell
+        self._on_left = on_left
         self.nonblocking = bool(flags & FAN_NONBLOCK)
         self._told_dialect = dialect is not None
         self._lock = threading.Lock()
@@ -74,16 +94,21 @@ class SupervisedGroup:
         # By the descriptor's number in the command: a number that was closed and used again names several events, in the order read.
         self._numbers: dict[int, deque[tuple[Source, int]]] = {}
         self._readers: dict[int, None] = {}
-        self._unheld = False
+        self._users = 0
+        self._left = False
         self._closed = False
 
     # Marks
 
-    def mark(self, flags: int, mask: int, look_up: Callable[[], FoundObject]) -> None:
-        """fanotify_mark(2), what it is about to be found by `look_up`. Raises OSError as the kernel does; of what is on no mount of ours
-        what this kernel says."""
+    def mark(
+        self, flags: int, mask: int, look_up: Callable[[], FoundObject], *, privileged: Callable[[], bool]
+    ) -> None:
+        """fanotify_mark(2), what it is about to be found by `look_up`; `privileged`: whether the caller may mark more than single files.
+        Raises OSError as the kernel does; of what is on no mount of ours what this kernel says."""
         self._check_dialect(mask)
         rules.check_mark(self.flags, self.dialect, flags, mask, None)
+        if flags & FAN_MARK_TYPE_MASK != FAN_MARK_INODE and not privileged():
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
         if flags & FAN_MARK_FLUSH:
             for source in list(self._sources):
                 self._request(source, Mark(flags, mask, *source.mount.device, None))
@@ -204,6 +229,7 @@ class SupervisedGroup:
                     received = source.stream.take()
                 except OSError as error:
                     if error.errno != errno.ENOTCONN:
+                        self.bell.take(1 + source.stream.take_merged())
                         raise
                     self._drop(source)
                     continue
@@ -211,9 +237,15 @@ class SupervisedGroup:
                     continue
                 if len(received.data) > size:
                     source.stream.put_back(received)
+                    self._wake_for_buffered()
                     raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
                 source.stream.delivered(received)
+                self.bell.take(1 + source.stream.take_merged())
+                # The next event is another mount's, if that has one.
+                self._sources.append(self._sources.pop(self._sources.index(source)))
+                self._wake_for_buffered()
                 return source, received
+            self.bell.tidy(self._something_waits)
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
     def _drop(self, source: Source) -> None:
@@ -243,6 +275,8 @@ class SupervisedGroup:
                 received.close()
             else:
                 source.stream.put_back(received)
+                self.bell.ring()
+                self._wake_for_buffered()
 
     def refuse(self, source: Source, received: Received) -> None:
         """Nobody can be told of the event: deny it with EPERM, as the kernel does."""
@@ -274,44 +308,71 @@ class SupervisedGroup:
         with self._lock:
             for source in self._sources:
                 source.stream.receive_all()
+                self.bell.take(source.stream.take_merged())
+            self._wake_for_buffered()
             return FAN_EVENT_METADATA_LEN * sum(source.stream.buffered for source in self._sources)
 
-    def show_readiness(self) -> None:
-        """Let the group's descriptor be readable if events wait, and only then."""
-        with self._lock:
-            if not self._closed:
-                self.bell.show(any(source.stream.waits for source in self._sources))
+    def _something_waits(self) -> bool:
+        return any(source.stream.waits for source in self._sources)
 
-    # Those who wait, and the end
+    # Those who use it, and the end
 
-    def begin_waiting(self, wake: int) -> list[int]:
-        """A thread waits for events, which eventfd(2) `wake` tells to look again: the descriptors that are readable when there are some.
-        Raises OSError EBADF when the group is closed."""
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """`with` it: a call on the group goes on, which keeps it although its last descriptor is closed, as in the kernel. Raises OSError
+        EBADF when it is over."""
         with self._lock:
             if self._closed:
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                left = self._left and not self._users
+                if left:
+                    self._left = False
+            if left:
+                self._on_left()
+
+    def leave(self) -> Leaving:
+        """The last descriptor is said to be closed. A call that goes on keeps the group (`on_left` is called at its end), and may have made
+        another descriptor of it."""
+        with self._lock:
+            if self._users:
+                self._left = True
+                return Leaving.LATER
+            if not self.bell.unheard:
+                return Leaving.STAYS
+            sources = self._end()
+        self.bell.close()
+        for source in sources:
+            source.finish()
+        return Leaving.OVER
+
+    def begin_waiting(self, wake: int) -> list[int]:
+        """A thread waits for events, which eventfd(2) `wake` tells to look again: the descriptors that are readable when there are some."""
+        with self._lock:
             self._readers[wake] = None
+            if self._closed:
+                self._wake_readers()
+            self._wake_for_buffered()
             return [source.stream.socket.fileno() for source in self._sources]
 
     def end_waiting(self, wake: int) -> None:
         """It waits no more."""
         with self._lock:
             self._readers.pop(wake, None)
-            last = self._unheld and not self._readers
-        if last:
-            self.close()
+
+    def _wake_for_buffered(self) -> None:
+        """What has left a socket and waits for a reader makes no socket readable."""
+        if any(source.stream.buffered for source in self._sources):
+            self._wake_readers()
 
     def _wake_readers(self) -> None:
         for wake in self._readers:
             os.eventfd_write(wake, 1)
-
-    def unheld(self) -> None:
-        """The last descriptor is closed; a thread that is reading keeps the group, as in the kernel."""
-        with self._lock:
-            self._unheld = True
-            read = bool(self._readers)
-        if not read:
-            self.close()
 
     @property
     def closed(self) -> bool:
@@ -319,19 +380,19 @@ class SupervisedGroup:
         return self._closed
 
     def close(self) -> None:
-        """Its marks go, and what it has not answered is let pass (fanotify(7)). Closing twice does nothing."""
+        """Its marks go, and what it has not answered is let pass (fanotify(7)), whoever still holds it. Closing twice does nothing."""
         with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            sources = list(self._sources)
-            self._sources.clear()
-            self._numbers.clear()
-            if self._unheld:  # else it is being listened to, until the supervisor ends
-                self.bell.close()
-            self._wake_readers()
+            sources = self._end()
         for source in sources:
             source.finish()
+
+    def _end(self) -> list[Source]:
+        self._closed = True
+        sources = list(self._sources)
+        self._sources.clear()
+        self._numbers.clear()
+        self._wake_readers()
+        return sources
 
 
 def _mount_of(device: tuple[int, int]) -> Mount | None:

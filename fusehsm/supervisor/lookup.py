@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import os
+import re
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -18,6 +19,8 @@ from fusehsm.syscalls import AT_FDCWD
 _CLONE_FS: Final = 0x200
 _CLONE_NEWNS: Final = 0x20000
 
+_NOTHING: Final = re.compile(rb"/(?:\.?/)+")  # "//" and "/./" lead nowhere
+
 _libc: Final[Any] = ctypes.CDLL(None, use_errno=True)
 
 
@@ -25,6 +28,7 @@ def of_this_process(path: bytes, tid: int) -> bytes:
     """The path with /proc/self, /proc/thread-self and /dev/fd in it as they are to that thread: to us they would be ourselves. (A symbolic
     link of another name that leads there is not noticed.)"""
     process = b"/proc/%d" % caller.process_of(tid)
+    path = _NOTHING.sub(b"/", path)
     for ours, theirs in (
         (b"/proc/self", process),
         (b"/proc/thread-self", b"%s/task/%d" % (process, tid)),
@@ -52,7 +56,10 @@ def find(architecture: Architecture, tid: int, flags: int, dirfd: int, path: byt
             return descriptor
 
         if path is None:
-            return _by_descriptor(tid, flags, dirfd)
+            descriptor = _descriptor(tid, dirfd)
+            if rights == _OUR_RIGHTS:
+                return found(flags, descriptor)
+            return _in_its_place(lambda: found(flags, descriptor), architecture, None, None, rights)
         start = hold("cwd", errno.ENOENT)
         if dirfd != AT_FDCWD and not path.startswith(b"/"):
             start = hold(f"fd/{dirfd}", errno.EBADF)
@@ -70,11 +77,12 @@ def find(architecture: Architecture, tid: int, flags: int, dirfd: int, path: byt
         )
 
 
-def _by_descriptor(tid: int, flags: int, dirfd: int) -> FoundObject:
+def _descriptor(tid: int, dirfd: int) -> int:
+    """Of our own, of what the thread's is open on."""
     descriptor = None if dirfd < 0 else tasks.descriptor_of(tid, dirfd)
     if descriptor is None or descriptor.flags & os.O_PATH:
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-    return found(flags, os.open(f"/proc/{tid}/fd/{dirfd}", os.O_PATH | os.O_CLOEXEC))
+    return os.open(f"/proc/{tid}/fd/{dirfd}", os.O_PATH | os.O_CLOEXEC)
 
 
 def _same_namespace(tid: int) -> bool:

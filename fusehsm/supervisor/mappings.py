@@ -9,7 +9,7 @@ import os
 import select
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final
 
 from fusehsm.backends.connection import BlockingConnection
@@ -35,16 +35,16 @@ class Mappings:
         self._servers: dict[tuple[int, int], _Server] = {}
         self._lock = threading.Lock()
 
-    def ask(self, call: Call) -> None:
-        """Ask for an mmap(2), if it is one that makes an event; it may go on when this returns. Raises OSError with the denial's errno,
-        CallIsOver."""
+    def ask(self, call: Call, *, may_wait: bool = True) -> None:
+        """Ask for an mmap(2), if it is one that makes an event; it may go on when this returns: where it may not wait, to be asked for when it
+        is touched. Raises OSError with the denial's errno, CallIsOver."""
         _, length, protection, flags, _, offset = call.arguments
         number = call.signed(4)
         opened = tasks.descriptor_of(call.tid, number) if number >= 0 else None
         if opened is None or opened.flags & os.O_PATH or offset % mmap.PAGESIZE:
             return  # it fails before anybody is asked
         mount = self._mounts.get(call.tid, opened.mount_id)
-        if mount is None:
+        if mount is None or not may_wait:
             return
         inode = opened.inode or os.stat(f"/proc/{call.tid}/fd/{number}").st_ino
         writable = bool(protection & _PROT_WRITE and flags & _KIND != _PRIVATE)
@@ -92,10 +92,7 @@ class _Server:
     def connection(self) -> Iterator[BlockingConnection]:
         """One that nobody else uses meanwhile. Raises OSError ENOTCONN."""
         with self._room:
-            try:
-                connection = self._idle.pop()
-            except IndexError:
-                connection = BlockingConnection(self._mount)
+            connection = self._idle_one() or BlockingConnection(self._mount)
             try:
                 yield connection
             except OSError as error:
@@ -109,6 +106,15 @@ class _Server:
                 raise
             self._idle.append(connection)
 
+    def _idle_one(self) -> BlockingConnection | None:
+        while self._idle:
+            with suppress(IndexError):  # another thread was quicker
+                connection = self._idle.pop()
+                if connection.is_alive:
+                    return connection
+                connection.close()
+        return None
+
 
 class _KnownMounts:
     """Which mounts are ours, by the numbers that fdinfo tells; asked again when anything has been mounted or unmounted."""
@@ -118,12 +124,14 @@ class _KnownMounts:
         self._poll = select.poll()
         self._poll.register(self._changes, select.POLLPRI)
         self._known: dict[int, Mount | None] = {}
+        self._lock = threading.Lock()  # two threads must not poll at once: select.poll raises RuntimeError
 
     def get(self, tid: int, mount_id: int) -> Mount | None:
         """The mount of that number, if it is ours."""
-        if self._poll.poll(0):
-            self._known = {}
-        known = self._known
+        with self._lock:
+            if self._poll.poll(0):
+                self._known = {}
+            known = self._known
         if mount_id not in known:
             mount = tasks.mount_of(tid, mount_id)
             known[mount_id] = mount if mount is not None and mount.is_fusehsm else None

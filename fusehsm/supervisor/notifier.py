@@ -64,7 +64,8 @@ class Notifier:
             try:
                 fcntl.ioctl(self._descriptor, _RECEIVE, buffer)
             except OSError as error:
-                if error.errno != errno.ENOENT:  # its thread was killed meanwhile, or nobody is left
+                # Its thread was killed meanwhile, or nobody is left; EINTR can come when we have been stopped.
+                if error.errno not in (errno.ENOENT, errno.EINTR):
                     raise
                 if self.has_ended():
                     raise Ended from None

@@ -115,6 +115,7 @@ class ParkedCalls:
 
     def _look(self, calls: list[Parked]) -> None:
         shared: dict[int, list[Parked]] = {}
+        quiet: dict[int, list[Parked]] = {}
         for parked in calls:
             if not self._notifier.is_valid(parked.call):
                 self._end(parked, None)
@@ -129,8 +130,15 @@ class ParkedCalls:
                     parked.seen += 1
                 else:
                     parked.seen = 0
+                    if signals.threads > 1:
+                        quiet.setdefault(signals.process, []).append(parked)
         for process, candidates in shared.items():
             self._end_one(process, candidates)
+        for process, waiting in quiet.items():
+            # A process stops when each of its threads has; no signal is to be seen in the others, but each is told.
+            if tasks.is_stopping(process):
+                for parked in waiting:
+                    self._end(parked, ERESTARTSYS)
 
     def _end_one(self, process: int, candidates: list[Parked]) -> None:
         """A signal of a process of several threads: the kernel has chosen one for it (complete_signal()), the main one if that takes it, and
@@ -138,10 +146,15 @@ class ParkedCalls:
         lasting = [parked for parked in candidates if parked.seen >= _LOOKS_TO_LAST]
         if not lasting:
             return
-        first = next((parked for parked in lasting if parked.call.tid == process), lasting[0])
-        # In a thread that no signal waits for, ERESTARTSYS would show as it is.
-        certain = first.call.tid == process or len(candidates) == 1
-        self._end(first, ERESTARTSYS if certain else errno.EINTR)
+        takers = tasks.takers_of_shared_signals(process)
+        if process in takers:
+            # The kernel's first choice. If it does not wait here it takes the signal by itself, be it late (vfork(2), a page fault).
+            takers = [process]
+        for parked in lasting:
+            if parked.call.tid in takers:
+                # In a thread that no signal waits for, ERESTARTSYS would show as it is.
+                self._end(parked, ERESTARTSYS if len(takers) == 1 else errno.EINTR)
+                return
 
     def _end(self, parked: Parked, number: int | None) -> None:
         with self._changed:

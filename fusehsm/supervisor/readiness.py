@@ -1,7 +1,7 @@
-"""A group's descriptor in the command: the reading end of a pipe that holds a byte exactly while events wait.
+"""A group's descriptor in the command: the reading end of a pipe that holds a byte for every event that waits.
 
-So poll(2), select(2) and epoll(7) need nobody in between; who queues an event (the mount's server) rings for it, and whoever reads events
-here tidies up. When the last copy of that end is closed, by close(2), exec or death, the writing end tells.
+So poll(2), select(2) and epoll(7) need nobody in between; who queues an event (the mount's server) rings for it, and whoever takes one takes
+its byte. When the last copy of that end is closed, by close(2), exec or death, the writing end tells.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from typing import Final
 
 _INT: Final = struct.Struct("=i")
 _ALL = 1 << 16  # a pipe holds no more
-_FULL = _ALL // 2
+_LATEST_RING = 50  # milliseconds
 
 
 class Bell:
@@ -45,16 +45,39 @@ class Bell:
         finally:
             os.close(reading)
 
-    def show(self, waiting: bool) -> None:
-        """Whether events wait. Of those that do the bell has been rung already, once for each: edge-triggered epoll(7) hears of that."""
+    def ring(self) -> None:
+        """One event more waits."""
+        with contextlib.suppress(OSError):  # nobody is there any more
+            os.write(self._descriptor, b"!")
+
+    def take(self, events: int) -> None:
+        """So many events wait no more. Who has sent one rings a moment later, and that moment is waited for."""
+        with self.reading_end() as reading:
+            while events > 0:
+                try:
+                    events -= len(os.read(reading, events))
+                except BlockingIOError:
+                    poll = select.poll()
+                    poll.register(reading, select.POLLIN)
+                    if not poll.poll(_LATEST_RING):
+                        return  # tidy() will find it
+
+    def tidy(self, waits: Callable[[], bool]) -> None:
+        """Nothing was found to read: let nobody be told otherwise, unless `waits` says that there is something now."""
         (rung,) = _INT.unpack(fcntl.ioctl(self._descriptor, termios.FIONREAD, bytes(_INT.size)))
-        if rung > (_FULL if waiting else 0):
-            with self.reading_end() as reading, contextlib.suppress(BlockingIOError):
-                os.read(reading, _ALL)
-            rung = 0
-        if waiting and not rung:
-            with contextlib.suppress(OSError):  # nobody is there any more
-                os.write(self._descriptor, b"!")
+        if not rung or waits():
+            return
+        with self.reading_end() as reading, contextlib.suppress(BlockingIOError):
+            os.read(reading, _ALL)
+        if waits():  # it has come meanwhile, and its byte is gone
+            self.ring()
+
+    @property
+    def unheard(self) -> bool:
+        """Whether nobody holds a reading end."""
+        poll = select.poll()
+        poll.register(self._descriptor, 0)
+        return any(events & select.POLLERR for _, events in poll.poll(0))
 
     def close(self) -> None:
         """Close both ends that are ours."""

@@ -39,6 +39,17 @@ class Rights:
     groups: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """The effective ones of a thread, as a bit mask; none of another user namespace's counts here."""
+
+    mask: int
+
+    def has(self, number: int) -> bool:
+        """Whether it has the one of that number (linux/capability.h)."""
+        return bool(self.mask >> number & 1)
+
+
 def pipe_of(tid: int, descriptor: int) -> str | None:
     """The name of the pipe that a descriptor is an end of ("pipe:[12345]"), None where it is something else or closed."""
     try:
@@ -62,6 +73,31 @@ def signals_of(tid: int) -> Signals | None:
     return Signals(own & ~blocked, shared & ~blocked, int(fields[b"Tgid"]), int(fields[b"Threads"]))
 
 
+def is_stopping(process: int) -> bool:
+    """Whether some thread of a process has been stopped by a signal."""
+    try:
+        tids = os.listdir(f"/proc/{process}/task")
+    except OSError:
+        return False
+    return any((_status(int(tid)) or {}).get(b"State", b"").startswith(b"T") for tid in tids)
+
+
+def takers_of_shared_signals(process: int) -> list[int]:
+    """The threads of a process that may be given a signal that waits for it."""
+    try:
+        tids = [int(name) for name in os.listdir(f"/proc/{process}/task")]
+    except OSError:
+        return []
+    takers = []
+    for tid in tids:
+        fields = _status(tid)
+        if fields is not None and not fields[b"State"].startswith((b"Z", b"X")):
+            shared, blocked = (int(fields[name], 16) for name in (b"ShdPnd", b"SigBlk"))
+            if shared & ~blocked:
+                takers.append(tid)
+    return takers
+
+
 def rights_of(tid: int) -> Rights | None:
     """None for a thread that has gone."""
     fields = _status(tid)
@@ -69,6 +105,16 @@ def rights_of(tid: int) -> Rights | None:
         return None
     groups = tuple(sorted(int(group) for group in fields[b"Groups"].split()))
     return Rights(int(fields[b"Uid"].split()[3]), int(fields[b"Gid"].split()[3]), groups)
+
+
+def capabilities_of(tid: int) -> Capabilities:
+    """What a thread may do that ordinary users may not; nothing, for one that has gone."""
+    try:
+        here = os.readlink(f"/proc/{tid}/ns/user") == os.readlink("/proc/self/ns/user")
+    except OSError:
+        here = False
+    fields = _status(tid) if here else None
+    return Capabilities(0 if fields is None else int(fields.get(b"CapEff", b"0"), 16))
 
 
 def _status(tid: int) -> dict[bytes, bytes] | None:

@@ -26,10 +26,17 @@ class Workers:
         threading.stack_size(_STACK)
         self._start()
 
-    def _start(self) -> None:
+    def _start(self) -> bool:
+        """Whether there is another thread: the limits on threads hold for us, too."""
+        if self._threads >= _MOST:
+            return False
+        try:
+            threading.Thread(target=self._work, name="worker", daemon=True).start()
+        except RuntimeError:
+            return False
         self._threads += 1
         self._idle += 1
-        threading.Thread(target=self._work, name="worker", daemon=True).start()
+        return True
 
     def _work(self) -> None:
         while True:
@@ -39,9 +46,9 @@ class Workers:
                 return
             with self._lock:
                 self._idle -= 1
-                if not self._idle and self._threads < _MOST:
-                    self._start()
-            self._calls.answer(call)
+                # The last thread that takes calls must not wait for anything that others bring about by theirs.
+                may_wait = self._idle > 0 or self._start()
+            self._calls.answer(call, may_wait=may_wait)
             with self._lock:
                 if self._idle >= _IDLE:
                     self._threads -= 1
