@@ -45,7 +45,7 @@ DIVERGENCES: Final = (
     Divergence(
         name="mappings ask when touched",
         difference="A mapping's event comes at its first page fault, not at mmap(2); denied, it is SIGBUS and not an error of mmap(2).",
-        reason="FUSE tells its server nothing of mmap(2).",
+        reason="FUSE tells its server nothing of mmap(2). (Processes under `fusehsm run` are asked for there: docs/run.md.)",
         safe="Nothing is seen that was not asked for; what is mapped and never touched is never fetched.",
         test="test_mappings_ask_when_touched",
     ),
