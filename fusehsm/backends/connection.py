@@ -1,11 +1,8 @@
 """A client's end of the control socket: requests and their replies."""
 
-import contextlib
 import errno
 import os
 import socket
-import threading
-from collections.abc import Sequence
 from typing import Any
 
 import trio
@@ -14,7 +11,6 @@ from fusehsm import control_socket
 from fusehsm.mountinfo import Mount
 from fusehsm.protocol import LARGEST_REPLY_PART, Request, decode_reply, encode_request, is_last_part
 
-_FINISH = 2.0  # seconds
 _DESCRIPTORS = socket.CMSG_SPACE(4)  # a reply brings one descriptor at most
 
 
@@ -102,69 +98,3 @@ async def request(mount: Mount, message: Request) -> dict[str, Any]:
         return result
     finally:
         connection.close()
-
-
-class BlockingConnection:
-    """A connection to the server of a mount for threads, which wait in it; requests go one after the other, whoever makes them."""
-
-    def __init__(self, mount: Mount) -> None:
-        """Connect. Raises OSError with one line, ENOTCONN where nobody serves the mount."""
-        self._socket = control_socket.connect(mount)
-        self._destination = mount.mount_point
-        self._turn = threading.Lock()
-
-    def request(self, request: Request, descriptors: Sequence[int] = ()) -> tuple[dict[str, Any], int | None]:
-        """The result of a request, which `descriptors` go along with, and the descriptor that came with it, if any. Raises the OSError that
-        the server answers with, and ENOTCONN when the mount is gone or hang_up() was called."""
-        with self._turn:
-            try:
-                socket.send_fds(self._socket, [encode_request(request)], descriptors)
-                parts, descriptor = self._receive()
-            except (ConnectionError, ValueError):
-                raise self.gone() from None
-        return decode_reply(parts), descriptor
-
-    def _receive(self) -> tuple[list[bytes], int | None]:
-        parts: list[bytes] = []
-        descriptor: int | None = None
-        while not parts or not is_last_part(parts[-1]):
-            part, ancillary, _, _ = self._socket.recvmsg(
-                LARGEST_REPLY_PART + 1, _DESCRIPTORS, socket.MSG_CMSG_CLOEXEC
-            )
-            for _level, _type, data in ancillary:
-                descriptor = int.from_bytes(data[:4], "little")
-            if not part:
-                raise ConnectionResetError
-            parts.append(part)
-        return parts, descriptor
-
-    def gone(self) -> OSError:
-        """What to raise when the server does not answer any more."""
-        return OSError(errno.ENOTCONN, f"{self._destination}: the mount is gone")
-
-    def hang_up(self) -> None:
-        """Have the request that waits, in another thread, fail, and every later one."""
-        with contextlib.suppress(OSError):  # the server was quicker
-            self._socket.shutdown(socket.SHUT_RDWR)
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether the server has not hung up; while no request is waiting."""
-        try:
-            self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return True
-        except OSError:
-            pass
-        return False
-
-    def finish(self) -> None:
-        """Tell the server that this is all, and wait until it has put everything away: what a group owed is settled then."""
-        with contextlib.suppress(OSError):  # it is gone, or does not answer
-            self._socket.shutdown(socket.SHUT_WR)
-            self._socket.settimeout(_FINISH)
-            self._socket.recv(1)
-
-    def close(self) -> None:
-        """Close; no request may be waiting."""
-        self._socket.close()

@@ -1,8 +1,11 @@
 """What carries FUSE requests: the interface that every engine has."""
 
-from typing import Protocol
+from __future__ import annotations
 
-from fusehsm.stale import CacheControl
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:  # commands that only mount or unmount need no event loop
+    from fusehsm.stale import CacheControl
 
 
 class MountRefused(Exception):

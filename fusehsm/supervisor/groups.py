@@ -27,7 +27,7 @@ from fusehsm.abi import (
     PATCH_V2,
     Dialect,
 )
-from fusehsm.backends.connection import BlockingConnection
+from fusehsm.backends.blocking_connection import BlockingConnection
 from fusehsm.backends.event_stream import EventStream, Received
 from fusehsm.backends.lookup import FoundObject
 from fusehsm.mountinfo import Mount, read_mounts

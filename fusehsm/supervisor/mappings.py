@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Final
 
-from fusehsm.backends.connection import BlockingConnection
+from fusehsm.backends.blocking_connection import BlockingConnection
 from fusehsm.mountinfo import Mount
 from fusehsm.protocol import Map
 from fusehsm.supervisor import tasks
