@@ -80,7 +80,7 @@ def run(options: RunOptions) -> NoReturn:
     if options.keep and not options.mounts:
         raise ValueError("--keep: there is no --mount that could be kept")
     machine = architecture()
-    _check_kernel(os.uname().release)
+    check_kernel(os.uname().release)
     logging.basicConfig(level=logging.WARNING, format="fusehsm run: %(message)s")
     directory = os.getcwd()
     with ExitStack() as mounts:
@@ -96,7 +96,8 @@ def run(options: RunOptions) -> NoReturn:
     os._exit(code)
 
 
-def _check_kernel(release: str) -> None:
+def check_kernel(release: str) -> None:
+    """Raises RunError for a kernel, by its release as uname(2) has it, that cannot do this."""
     version = tuple(int(number) for number in re.findall(r"\d+", release)[:2])
     if version < _OLDEST_KERNEL:
         raise RunError(
