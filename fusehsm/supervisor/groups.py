@@ -296,9 +296,8 @@ class SupervisedGroup:
             source, number = waiting.popleft()
             if not waiting:
                 del self._numbers[response.fd]
-            with contextlib.suppress(
-                OSError
-            ):  # the mount is gone: the kernel too takes an answer that nobody waits for
+            # If the mount is gone: the kernel, too, takes an answer that nobody waits for.
+            with contextlib.suppress(OSError):
                 source.stream.answer(number, response.decision_errno)
         return response.length
 
