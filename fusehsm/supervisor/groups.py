@@ -97,6 +97,7 @@ class SupervisedGroup:
         self._users = 0
         self._left = False
         self._closed = False
+        self._settled = threading.Event()  # once closed: nothing is owed to anybody any more
 
     # Marks
 
@@ -346,8 +347,7 @@ class SupervisedGroup:
                 return Leaving.STAYS
             sources = self._end()
         self.bell.close()
-        for source in sources:
-            source.finish()
+        self._finish(sources)
         return Leaving.OVER
 
     def begin_waiting(self, wake: int) -> list[int]:
@@ -381,9 +381,17 @@ class SupervisedGroup:
     def close(self) -> None:
         """Its marks go, and what it has not answered is let pass (fanotify(7)), whoever still holds it. Closing twice does nothing."""
         with self._lock:
+            closing = self._closed
             sources = self._end()
+        if closing:  # another thread is at it
+            self._settled.wait()
+        else:
+            self._finish(sources)
+
+    def _finish(self, sources: list[Source]) -> None:
         for source in sources:
             source.finish()
+        self._settled.set()
 
     def _end(self) -> list[Source]:
         self._closed = True
