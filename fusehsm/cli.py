@@ -184,6 +184,7 @@ def run(
         str | None,
         typer.Option(help="What the command speaks: linux-6.14 (default), patch-v2 or patch-v1."),
     ] = None,
+    events: Annotated[str, typer.Option(help="Of the mounts: exact, first-access or auto.")] = "auto",
     keep: Annotated[bool, typer.Option("--keep", help="Leave the mounts when the command ends.")] = False,
     accessor: Annotated[
         bool,
@@ -195,7 +196,14 @@ def run(
     from fusehsm.supervisor.command import run as do_run
 
     do_run(
-        RunOptions(command=tuple(command), mounts=tuple(mounts or ()), abi=abi, keep=keep, accessor=accessor)
+        RunOptions(
+            command=tuple(command),
+            mounts=tuple(mounts or ()),
+            abi=abi,
+            events=events,
+            keep=keep,
+            accessor=accessor,
+        )
     )
 
 

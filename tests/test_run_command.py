@@ -2,6 +2,7 @@
 
 import ctypes
 import fcntl
+import json
 import os
 import signal
 import stat
@@ -225,6 +226,15 @@ def test_the_mount_stays_if_asked(world: RunWorld, accessor: Accessor) -> None:
     assert harness.fusehsm("umount", world.place, timeout=STEP).returncode == 0
     assert mounts_at(world.place) == 0
     wait_until(lambda: not processes_at(world.place))
+
+
+@pytest.mark.parametrize("mode", ["exact", "first-access"])
+def test_the_mounts_event_mode(mode: str, world: RunWorld) -> None:
+    status = (*harness.COMMAND, "status", "--json", world.place)
+    done = run("--mount", world.place, "--events", mode, "--", *status, env=harness.environment())
+    assert done.returncode == 0, done.stderr
+    assert [mount["events"] for mount in json.loads(done.stdout)] == [mode]
+    assert "choose exact" in complaint_of(run("--events", "all", "--", "true"), 2)
 
 
 def test_one_mount_for_one_directory(world: RunWorld) -> None:

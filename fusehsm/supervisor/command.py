@@ -17,6 +17,7 @@ from typing import Final, NoReturn
 
 from fusehsm.abi import DIALECTS
 from fusehsm.foreground_mount import foreground_mount
+from fusehsm.mount_options import EVENT_MODES
 from fusehsm.own_command import own_command, own_environment
 from fusehsm.supervisor import filters
 from fusehsm.supervisor.calls import Calls
@@ -64,6 +65,7 @@ class RunOptions:
     command: tuple[str, ...]
     mounts: tuple[str, ...] = ()
     abi: str | None = None
+    events: str = "auto"
     keep: bool = False
     accessor: bool = False
 
@@ -77,6 +79,8 @@ def run(options: RunOptions) -> NoReturn:
     for bad usage."""
     if options.abi is not None and options.abi not in DIALECTS:
         raise ValueError(f"--abi {options.abi}: not a dialect; choose {', '.join(DIALECTS)}")
+    if options.events not in EVENT_MODES:
+        raise ValueError(f"--events {options.events}: not known; choose {', '.join(EVENT_MODES)}")
     if options.keep and not options.mounts:
         raise ValueError("--keep: there is no --mount that could be kept")
     machine = architecture()
@@ -106,7 +110,7 @@ def check_kernel(release: str) -> None:
 
 
 def _mount(mounts: ExitStack, place: str, options: RunOptions) -> None:
-    arguments = ["--direct", *(["--abi", options.abi] if options.abi else [])]
+    arguments = ["--direct", "--events", options.events, *(["--abi", options.abi] if options.abi else [])]
     if not options.keep:
         mounts.enter_context(foreground_mount(place, place, *arguments))
         return
