@@ -19,7 +19,8 @@ daemon shows every request that it takes from /dev/fuse, and an accessor put get
 calls. With each engine, with `--events exact` and `--events first-access`, **no request at all** came of: mmap(2), private, shared and with
 PROT_NONE; mprotect(2) and mremap(2) of the mapping; read(2), pread(2), write(2) and pwrite(2) of 0 bytes; preadv(2) of no vector; sendfile(2) of
 0 bytes and past the end of the file. The first touch of a mapping makes a READ, as does pread(2) of one byte. So a server cannot know of them, and
-the divergences "mappings ask when touched" and "empty reads and writes" stay as long as nothing but /dev/fuse tells it.
+the divergences "mappings ask when touched" and "empty reads and writes" stay as long as nothing but /dev/fuse tells it:
+`fusehsm run` sees mmap(2) otherwise ([run.md](run.md)).
 
 ## Workload by workload"""
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "conform.md"
