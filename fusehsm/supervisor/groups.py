@@ -250,13 +250,9 @@ class SupervisedGroup:
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
     def _drop(self, source: Source) -> None:
-        """The mount is gone, and nobody waits there any more."""
+        """The mount is gone, and nobody waits there any more. Who has read an event of it answers all the same: see respond()."""
         self._sources.remove(source)
         source.close()
-        for number, waiting in list(self._numbers.items()):
-            self._numbers[number] = deque(pair for pair in waiting if pair[0] is not source)
-            if not self._numbers[number]:
-                del self._numbers[number]
 
     def handed_over(self, source: Source, received: Received, number: int) -> None:
         """A process is about to read the event with that descriptor."""
