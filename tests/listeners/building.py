@@ -10,7 +10,11 @@ from pathlib import Path
 SOURCES = Path(__file__).parent
 _C = ("gcc", "-O1", "-g", "-w", "-pthread")  # what calls.c does on purpose, compilers warn of
 _LISTENER = ("listener.c", "events.c", "marking.c", "waiting.c", "lives.c")
-_SOURCES = {"calls": ("calls.c", "calls_io.c", "calls_ends.c"), "hostile": ("hostile.c",)}
+_SOURCES = {
+    "calls": ("calls.c", "calls_io.c", "calls_ends.c"),
+    "hostile": ("hostile.c",),
+    "races": ("races.c", "races_signals.c", "races_numbers.c"),
+}
 _PATIENCE = 120.0  # seconds for one compiler
 
 
@@ -38,7 +42,7 @@ def _commands(build: str, target: str) -> list[str]:
 
 @functools.cache
 def program(directory: Path, build: str) -> tuple[str, ...]:
-    """How to start it: `dynamic`, `static`, `go`, `rust`, `python` (listeners), `pyfanotify`, `calls`, `hostile`.
+    """How to start it: `dynamic`, `static`, `go`, `rust`, `python` (listeners), `pyfanotify`, `calls`, `hostile`, `races`.
 
     Compiled programs lie in `directory`.
     """
