@@ -32,13 +32,15 @@ _log = logging.getLogger(__name__)
 @dataclass(slots=True, eq=False)
 class Parked:
     """A call that waits. `end` is called at most once, in the thread that looks, and must not wait: with an errno that the call is to fail
-    with, or None when it is over. `interruptible`: whether signals end it. `seen`: at how many looks in a row a signal of its process waited."""
+    with, or None when it is over. `interruptible`: whether signals end it. `seen`: at how many looks in a row a signal of its process waited;
+    `was_quiet`: whether at one there was none."""
 
     call: Call
     end: Callable[[int | None], None]
     interruptible: bool
     since: float = field(default_factory=time.monotonic)
     seen: int = 0
+    was_quiet: bool = False
 
 
 class _EventFd:
@@ -130,6 +132,7 @@ class ParkedCalls:
                     parked.seen += 1
                 else:
                     parked.seen = 0
+                    parked.was_quiet = True
                     if signals.threads > 1:
                         quiet.setdefault(signals.process, []).append(parked)
         for process, candidates in shared.items():
@@ -147,13 +150,16 @@ class ParkedCalls:
         if not lasting:
             return
         takers = tasks.takers_of_shared_signals(process)
+        is_only = len(takers) == 1
         if process in takers:
             # The kernel's first choice. If it does not wait here it takes the signal by itself, be it late (vfork(2), a page fault).
             takers = [process]
         for parked in lasting:
             if parked.call.tid in takers:
-                # In a thread that no signal waits for, ERESTARTSYS would show as it is.
-                self._end(parked, ERESTARTSYS if len(takers) == 1 else errno.EINTR)
+                # In a thread that the kernel has told of no signal, ERESTARTSYS would show as it is. The main one it has told of what came
+                # while that waited; of what was there before, it may have told another one, which takes it just now.
+                is_told = is_only or (parked.call.tid == process and parked.was_quiet)
+                self._end(parked, ERESTARTSYS if is_told else errno.EINTR)
                 return
 
     def _end(self, parked: Parked, number: int | None) -> None:

@@ -5,13 +5,14 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <stdatomic.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
-#define SIGNALS 400
-#define READS 200
+#define SIGNALS 1000
+#define READS 500
 
 /* Of the listener, in memory that its parent sees. */
 static struct counts {
@@ -88,14 +89,15 @@ void signals_restart(int threads)
 {
 	pid_t listener = start_listener(listen_with, threads);
 	pid_t accessor = start_child(-1, read_stub, READS);
+	unsigned int seed = threads;
 
 	for (int i = 0; i < SIGNALS; i++) {
 		if (i % 2)
 			must(!kill(listener, SIGUSR1), "kill");
 		else
 			must(!syscall(SYS_tgkill, listener, listener, SIGUSR2), "tgkill");
-		/* Now and then one that waits already is joined by another. */
-		usleep(i % 10 * 200);
+		/* Some come together, and now and then there is none for a while. */
+		usleep(rand_r(&seed) % (i % 100 ? 2000 : 20000));
 	}
 	wait_for(accessor);
 	/* What was sent last may still be on its way. */
