@@ -6,6 +6,7 @@ can be told from what others do on this machine.
 
 import errno
 import faulthandler
+import fcntl
 import functools
 import os
 import resource
@@ -333,14 +334,18 @@ class Guardian:
 
 @contextmanager
 def fuse_device_for_everybody() -> Iterator[None]:
-    """/dev/fuse as udev makes it; some test machines keep it for root. Needs root."""
+    """/dev/fuse as udev makes it; some test machines keep it for root. Needs root. One session at a time: none finds it closed by another."""
     require_root()
+    device = os.open("/dev/fuse", os.O_RDONLY | os.O_CLOEXEC)
+    fcntl.flock(device, fcntl.LOCK_EX)
     mode = os.stat("/dev/fuse").st_mode & 0o777
     os.chmod("/dev/fuse", 0o666)
     try:
         yield
     finally:
         os.chmod("/dev/fuse", mode)
+        fcntl.flock(device, fcntl.LOCK_UN)  # children that were forked meanwhile hold copies
+        os.close(device)
 
 
 def require_fuse() -> None:
