@@ -242,7 +242,9 @@ class _Run:
         watched = {*_PASSED_ON, *_JOB_CONTROL, signal.SIGCHLD}
         while (code := self._look_at(child)) is None:
             got = signal.sigwaitinfo(watched)
-            if got.si_signo in _PASSED_ON and got.si_code != _FROM_TERMINAL:
+            if got.si_signo == signal.SIGCONT:
+                self._continue(child)
+            elif got.si_signo in _PASSED_ON and got.si_code != _FROM_TERMINAL:
                 child.send_signal(got.si_signo)
             if got.si_signo == signal.SIGCHLD:
                 self._reap_strays(child)
@@ -251,10 +253,22 @@ class _Run:
     def _look_at(self, child: "subprocess.Popen[bytes]") -> int | None:
         """The command's exit code once it has ended; if the terminal has stopped it, stop with it."""
         with suppress(ChildProcessError):
-            stopped = os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOHANG)
-            if stopped is not None and stopped.si_status in _JOB_CONTROL:
-                os.kill(os.getpid(), signal.SIGSTOP)
+            self._stop_with(os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOHANG))
         return child.poll()
+
+    @staticmethod
+    def _stop_with(change: os.waitid_result | None) -> None:
+        if change is not None and change.si_code == os.CLD_STOPPED and change.si_status in _JOB_CONTROL:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    def _continue(self, child: "subprocess.Popen[bytes]") -> None:
+        """Pass SIGCONT on, unless the command has had it, as from a shell's fg: it may have been stopped again since, and is to stay so."""
+        with suppress(ChildProcessError):
+            change = os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WCONTINUED | os.WNOHANG)
+            if change is None:
+                child.send_signal(signal.SIGCONT)
+            else:
+                self._stop_with(change)
 
     @staticmethod
     def _reap_strays(child: "subprocess.Popen[bytes]") -> None:
