@@ -1,5 +1,5 @@
 # `make demo` and `make test` set up everything they need themselves (scripts/bootstrap.sh).
-.PHONY: help demo test lint bench conform oldkernel setup clean
+.PHONY: help demo test lint bench conform oldkernel setup setup-demo clean
 .DEFAULT_GOAL := help
 
 BIN := .venv/bin
@@ -15,7 +15,7 @@ help:
 	@echo "make oldkernel  the core tests under Debian's Linux 6.1 in an emulated machine (KERNEL=5.10: that one)"
 	@echo "make clean  remove the virtual environment and caches"
 
-demo: setup
+demo: setup-demo
 	$(BIN)/python -m examples.demo $(ARGS)
 
 test: lint
@@ -26,7 +26,7 @@ lint: setup
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy
 
-bench: setup
+bench: setup-demo
 	$(BIN)/python -m bench.run $(ARGS)
 
 conform: setup
@@ -39,7 +39,10 @@ oldkernel:
 	@KERNEL="$(KERNEL)" scripts/oldkernel.sh $(ARGS)
 
 setup:
-	@scripts/bootstrap.sh
+	@scripts/bootstrap.sh tests
+
+setup-demo:
+	@scripts/bootstrap.sh demo
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

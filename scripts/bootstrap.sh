@@ -1,12 +1,12 @@
 #!/bin/bash
-# Sets up everything that `make test`, `make demo` and `make bench` need: system packages (Debian, Ubuntu), /dev/fuse, and a
-# virtual environment in .venv. Quick when there is nothing to do. Says in one line what it cannot do itself.
+# bootstrap.sh [demo | tests | oldkernel]: sets up everything that `make demo` and `make bench`, `make test` or `make oldkernel` needs: system
+# packages (Debian, Ubuntu), /dev/fuse, and a virtual environment in .venv. Who only wants to see it work gets no compiler for the tests' sake. Quick when there is nothing to do. Says in one line what it cannot do itself.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export LC_ALL=C.UTF-8 DEBIAN_FRONTEND=noninteractive DEBCONF_NOWARNINGS=yes
 PATH=$PATH:/usr/sbin:/sbin # mkfs.ext4 and losetup are not in every user's PATH
 
-FOR=${1:-tests} # `oldkernel`: what `make oldkernel` needs, too
+FOR=${1:-tests}
 OLDEST=11 # Python 3.11
 VENV=.venv
 STAMP=$VENV/fusehsm-setup
@@ -93,8 +93,10 @@ missing_packages() {
     command -v setcap > /dev/null || echo libcap2-bin
     command -v bindfs > /dev/null || echo bindfs
     command -v git > /dev/null || echo git
-    command -v go > /dev/null || echo golang-go # for the tests: a listener whose runtime has signals and an epoll of its own
     [ -e /dev/fuse ] || command -v modprobe > /dev/null || echo kmod
+    if [ "$FOR" = tests ]; then
+        command -v go > /dev/null || echo golang-go # a listener whose runtime has signals and an epoll of its own
+    fi
     if [ "$FOR" = oldkernel ]; then
         command -v qemu-system-x86_64 > /dev/null || echo qemu-system-x86
         command -v depmod > /dev/null || echo kmod
@@ -126,14 +128,22 @@ pip_install() { # arguments of pip install
     rm -f $log
 }
 
-# Made again only when this changes: the interpreter, the dependencies, the place (scripts in a venv hold absolute paths).
-wanted=$({ "$python" -c 'import sys; print(sys.version, sys.base_prefix)'; pwd; cat pyproject.toml scripts/bootstrap.sh; } | sha256sum)
-if [ "$(cat $STAMP 2> /dev/null)" != "$wanted" ]; then
-    say "making $VENV (a minute or two, once)"
-    rm -f $STAMP
-    "$python" -m venv --clear $VENV
-    pip_install -e '.[test]'
-    echo "$wanted" > $STAMP
-fi
+# Made again only when this changes: the interpreter, the dependencies, the place (scripts in a venv hold absolute paths). What the tests need
+# is added when they are first run.
+made=$({ "$python" -c 'import sys; print(sys.version, sys.base_prefix)'; pwd; cat pyproject.toml scripts/bootstrap.sh; } | sha256sum)
+packages='.[test]'
+[ "$FOR" != demo ] || packages=.
+case $(cat $STAMP 2> /dev/null) in
+    "$made .[test]" | "$made $packages") ;;
+    *)
+        if [ "$(cat $STAMP 2> /dev/null)" != "$made ." ]; then
+            say "making $VENV (a minute or two, once)"
+            rm -f $STAMP
+            "$python" -m venv --clear $VENV
+        fi
+        pip_install -e "$packages"
+        echo "$made $packages" > $STAMP
+        ;;
+esac
 
 if [ "$FOR" = oldkernel ] && [ ! -x $VENV/bin/vng ]; then pip_install virtme-ng==1.42; fi
