@@ -105,9 +105,34 @@ missing_packages() {
         [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || echo debian-archive-keyring
     fi
 }
+
+# Servers that only the tests use, each time with a configuration of their own: installing them must not start them for the machine.
+missing_servers() {
+    command -v nginx > /dev/null || echo nginx-light
+    command -v sshd > /dev/null || echo openssh-server
+}
+install_servers() { # why, packages
+    local policy=/usr/sbin/policy-rc.d ours=no
+    if [ ! -e $policy ] && printf '#!/bin/sh\nexit 101\n' | as_root tee $policy > /dev/null; then
+        ours=yes
+        as_root chmod 755 $policy
+    fi
+    (install_packages "$@") || { [ $ours = no ] || as_root rm -f $policy; exit 1; }
+    [ $ours = no ] || as_root rm -f $policy
+    # Nor at its next start; a server that was here before is left alone.
+    if command -v systemctl > /dev/null; then
+        case " $* " in *" nginx-light "*) as_root systemctl --quiet disable nginx.service 2> /dev/null || true ;; esac
+        case " $* " in *" openssh-server "*) as_root systemctl --quiet disable ssh.service ssh.socket 2> /dev/null || true ;; esac
+    fi
+}
 mapfile -t missing < <(missing_packages | tr ' ' '\n')
 if [ ${#missing[@]} -gt 0 ]; then
     install_packages "${missing[*]}" "${missing[@]}"
+    hash -r
+fi
+mapfile -t missing < <(missing_servers)
+if [ ${#missing[@]} -gt 0 ]; then
+    install_servers "${missing[*]}" "${missing[@]}"
     hash -r
 fi
 

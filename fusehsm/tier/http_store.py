@@ -1,0 +1,241 @@
+"""A web server's directory pages as a store: the tree is what they link to, a file's size and version are in the answer to HEAD.
+
+fsspec has the connections; what is asked over them is here, because fsspec takes whatever a server answers to a Range for that range, and
+drops links to files whose names begin with "http". Any number of ranges can be fetched at a time.
+"""
+
+import asyncio
+import errno
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from email.utils import parsedate_to_datetime
+from html.parser import HTMLParser
+from typing import Any, Final
+from urllib.parse import quote, unquote_to_bytes, urljoin, urlsplit
+
+import aiohttp
+from fsspec.asyn import sync
+from yarl import URL
+
+from fusehsm.tier.fsspec_store import FsspecStore
+from fusehsm.tier.store import Entry, Kind, StoreError, changed
+
+_AT_ONCE: Final = 16  # HEAD requests
+_PLAIN: Final = {"Accept-Encoding": "identity"}  # sizes and ranges of the file, not of something compressed
+_CONTENT_RANGE: Final = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)")
+
+
+class HttpStore(FsspecStore):
+    """The tree below a URL. It tells sizes, times of modification (Last-Modified) and versions: ETags, else time and size."""
+
+    def __init__(self, name: str, filesystem: Any, root: str) -> None:
+        super().__init__(name, filesystem, root)
+        if urlsplit(root).query:
+            raise ValueError(f"{name}: a query names no directory; leave it away")
+
+    def version(self, path: str) -> str:
+        """Of the answer to HEAD."""
+        with self.complaining(path, "cannot be looked up"):
+            headers = self._sync(self._head(path))
+        version = _version(headers, _content_length(headers))
+        if version is None:
+            raise StoreError(
+                errno.EIO, f"{self.name} tells neither its ETag nor its size, so it has no version", path
+            )
+        return version
+
+    def read(self, path: str, offset: int, length: int, version: str) -> bytes:
+        """One GET with a Range. What comes is checked against the range and the version that the answer itself names."""
+        if not length:
+            return b""
+        with self.complaining(path, "cannot be read", reading=True):
+            data: bytes = self._sync(self._get(path, offset, length, version))
+            return data
+
+    def full(self, path: str) -> str:
+        """The URL; a directory's ends with a slash."""
+        return f"{self._root}/{quote(os.fsencode(path))}"
+
+    def _sync(self, coroutine: Any) -> Any:
+        return sync(self._filesystem.loop, lambda: coroutine)
+
+    async def _head(self, path: str) -> Mapping[str, str]:
+        session = await self._filesystem.set_session()
+        async with session.head(
+            URL(self.full(path), encoded=True), headers=_PLAIN, allow_redirects=True
+        ) as answer:
+            _expect_success(answer)
+            headers: Mapping[str, str] = answer.headers
+            return headers
+
+    async def _get(self, path: str, offset: int, length: int, version: str) -> bytes:
+        session = await self._filesystem.set_session()
+        headers = {**_PLAIN, "Range": f"bytes={offset}-{offset + length - 1}"}
+        async with session.get(URL(self.full(path), encoded=True), headers=headers) as answer:
+            if answer.headers.get("Content-Encoding", "identity") not in ("", "identity"):
+                raise self._nonsense(path, "compressed content, although asked for plain")
+            if answer.status == 416:
+                # Nothing there: the end of the file, unless it has become shorter. This answer need not name a version.
+                now = await self._head(path)
+                total = _content_length(now)
+                if _version(now, total) != version:
+                    raise changed(self, path)
+                if total is None or offset < total:
+                    raise self._nonsense(path, "no such range, although the file is longer")
+                return b""
+            _expect_success(answer)
+            if answer.status == 206:
+                start, end, total = _range_of(answer)
+                if start != offset or end is None or end >= offset + length:
+                    raise self._nonsense(path, f"another range: {answer.headers.get('Content-Range')}")
+                skip, expected = 0, end + 1 - start
+                if expected < length and total is not None and end + 1 != total:
+                    raise self._nonsense(path, "a part of the range only")
+            elif answer.status == 200:
+                # The server knows no ranges and sends the whole file: what lies before the range is thrown away.
+                total = _content_length(answer.headers)
+                if total is None:
+                    raise self._nonsense(path, "neither a range nor the file's size")
+                skip, expected = offset, max(0, min(length, total - offset))
+            else:
+                raise self._nonsense(path, f"status {answer.status}")
+            if _version(answer.headers, total) != version:
+                raise changed(self, path)
+            return await self._body(path, answer, skip, expected)
+
+    async def _body(self, path: str, answer: aiohttp.ClientResponse, skip: int, expected: int) -> bytes:
+        """`expected` bytes after the first `skip` bytes; the rest is not waited for."""
+        pieces: list[bytes] = []
+        missing = expected
+        while missing and (piece := await answer.content.readany()):
+            if skip >= len(piece):
+                skip -= len(piece)
+                continue
+            piece = piece[skip : skip + missing]
+            skip = 0
+            missing -= len(piece)
+            pieces.append(piece)
+        if missing:
+            raise self._nonsense(path, f"{expected - missing} bytes instead of {expected}")
+        if answer.status == 200:
+            answer.close()
+        return b"".join(pieces)
+
+    def _nonsense(self, path: str, what: str) -> StoreError:
+        return StoreError(errno.EIO, f"{self.name} answered with {what}", path)
+
+    def _list(self, path: str, on_error: Callable[[StoreError], None]) -> Iterator[Entry]:
+        names = self._sync(self._links(path))
+        prefix = f"{path}/" if path else ""
+        files = [name for name, is_directory in names if not is_directory]
+        for name, is_directory in names:
+            if is_directory:
+                yield Entry(prefix + name, Kind.DIRECTORY)
+        for name, headers in zip(
+            files, self._sync(self._heads([prefix + name for name in files])), strict=True
+        ):
+            if isinstance(headers, Exception):
+                on_error(StoreError(errno.EIO, f"cannot be looked up: {headers}", prefix + name))
+                continue
+            size = _content_length(headers)
+            yield Entry(
+                prefix + name,
+                Kind.FILE,
+                size=size,
+                mtime_ns=_mtime_ns(headers),
+                version=_version(headers, size),
+            )
+
+    async def _heads(self, paths: list[str]) -> list[Mapping[str, str] | BaseException]:
+        turns = asyncio.Semaphore(_AT_ONCE)
+
+        async def head(path: str) -> Mapping[str, str]:
+            async with turns:
+                return await self._head(path)
+
+        return await asyncio.gather(*map(head, paths), return_exceptions=True)
+
+    async def _links(self, path: str) -> list[tuple[str, bool]]:
+        """The names that a directory's page links to, and whether each is a directory's (they end with a slash)."""
+        session = await self._filesystem.set_session()
+        url = self.full(path).rstrip("/") + "/"
+        async with session.get(URL(url, encoded=True), headers=_PLAIN) as answer:
+            _expect_success(answer)
+            page = (await answer.read()).decode("utf-8", "surrogateescape")
+            base = str(answer.url)
+        found: dict[str, bool] = {}
+        parser = _Links()
+        parser.feed(page)
+        for link in parser.links:
+            name, is_directory = _name_in(base, link)
+            if name:
+                found[name] = is_directory or found.get(name, False)
+        return list(found.items())
+
+
+class _Links(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "a":
+            self.links.extend(value for name, value in attrs if name == "href" and value)
+
+
+def _name_in(base: str, link: str) -> tuple[str, bool]:
+    """The name that `link` on the page `base` has in that directory, and whether it is a directory's; "" for all other links."""
+    there, here = urlsplit(urljoin(base, link)), urlsplit(base)
+    directory = here.path.rpartition("/")[0] + "/"
+    if (there.scheme, there.netloc, there.query, there.fragment) != (here.scheme, here.netloc, "", ""):
+        return "", False
+    # Which characters are escaped is the server's choice, so what is compared is what they stand for.
+    path, above = _decoded(there.path), _decoded(directory)
+    is_deeper = there.path.rstrip("/").count("/") != directory.count("/")
+    if not path.startswith(above) or path == above or is_deeper:
+        return "", False
+    return os.fsdecode(path[len(above) :].removesuffix(b"/")), there.path.endswith("/")
+
+
+def _decoded(path: str) -> bytes:
+    return unquote_to_bytes(path.encode("utf-8", "surrogateescape"))
+
+
+def _expect_success(answer: aiohttp.ClientResponse) -> None:
+    if answer.status in (404, 410):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    if answer.status >= 300:
+        # Not raise_for_status(): its text has the URL, passwords included.
+        raise OSError(errno.EIO, f"the server answered {answer.status} {answer.reason}")
+
+
+def _content_length(headers: Mapping[str, str]) -> int | None:
+    text = headers.get("Content-Length", "")
+    plain = headers.get("Content-Encoding", "identity") in ("", "identity")
+    return int(text) if text.isdecimal() and plain else None
+
+
+def _range_of(answer: aiohttp.ClientResponse) -> tuple[int | None, int | None, int | None]:
+    """First byte, last byte and the file's size as Content-Range tells (RFC 9110, 14.4)."""
+    match = _CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range", ""))
+    if match is None:
+        return None, None, None
+    first, last, total = (int(text) if text and text.isdecimal() else None for text in match.groups())
+    return first, last, total
+
+
+def _version(headers: Mapping[str, str], size: int | None) -> str | None:
+    etag, modified = headers.get("ETag"), headers.get("Last-Modified")
+    if etag is not None:
+        return f"etag {etag}"
+    if size is None:
+        return None
+    return f"mtime {modified} size {size}" if modified is not None else f"size {size}"
+
+
+def _mtime_ns(headers: Mapping[str, str]) -> int | None:
+    try:
+        return int(parsedate_to_datetime(headers["Last-Modified"]).timestamp()) * 1_000_000_000
+    except (KeyError, ValueError):
+        return None

@@ -1,0 +1,147 @@
+"""A local directory as a store. It knows everything: modes, owners, links, holes. Any number of threads may read at once."""
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Hashable, Iterator
+
+from fusehsm.tier.beneath import open_beneath
+from fusehsm.tier.store import Entry, Kind, Store, StoreError, byte_order, changed, throw
+
+_LIST = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_READ = os.O_RDONLY | os.O_NONBLOCK  # whoever puts a FIFO in a file's place does not make us wait
+
+
+class LocalStore(Store):
+    """The tree below `root`. No symbolic link below it is followed."""
+
+    def __init__(self, root: str) -> None:
+        """Raises OSError when `root` is no directory that can be read."""
+        self.name = root
+        self.root = os.path.abspath(root)
+        self._root_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def tree(self, on_error: Callable[[StoreError], None] = throw) -> Iterator[Entry]:
+        """Depth first, with a descriptor per level, so that neither renames nor links lead elsewhere."""
+        # A level: the path of a directory, its descriptor, and the names not yet seen, the next one last.
+        levels: list[tuple[str, int, list[str]]] = []
+        try:
+            levels.append(("", os.open(".", _LIST, dir_fd=self._root_fd), []))
+            levels[-1][2].extend(_names(levels[-1][1]))
+            while levels:
+                above, fd, names = levels[-1]
+                if not names:
+                    os.close(fd)
+                    levels.pop()
+                    continue
+                name = names.pop()
+                path = f"{above}/{name}" if above else name
+                try:
+                    status = os.stat(name, dir_fd=fd, follow_symlinks=False)
+                    target = os.readlink(name, dir_fd=fd) if stat.S_ISLNK(status.st_mode) else None
+                except FileNotFoundError:
+                    continue  # removed since the directory was read
+                entry = _entry(path, status, target)
+                yield entry
+                if entry.kind is Kind.DIRECTORY:
+                    try:
+                        levels.append((path, os.open(name, _LIST, dir_fd=fd), []))
+                        levels[-1][2].extend(_names(levels[-1][1]))
+                    except OSError as error:
+                        on_error(
+                            StoreError(
+                                error.errno, f"cannot be listed in {self.name}: {error.strerror}", path
+                            )
+                        )
+        finally:
+            for _, fd, _ in levels:
+                os.close(fd)
+
+    def version(self, path: str) -> str:
+        """Modification time and size."""
+        fd = self._open(path)
+        try:
+            return _version(os.fstat(fd))
+        finally:
+            os.close(fd)
+
+    def read(self, path: str, offset: int, length: int, version: str) -> bytes:
+        """The version is looked at before and after: what is written meanwhile changes the modification time."""
+        try:
+            fd = self._open(path)
+        except FileNotFoundError:
+            raise changed(self, path) from None
+        try:
+            pieces = []
+            if _version(os.fstat(fd)) != version:
+                raise changed(self, path)
+            while length and (piece := os.pread(fd, length, offset)):
+                pieces.append(piece)
+                offset += len(piece)
+                length -= len(piece)
+            if _version(os.fstat(fd)) != version:
+                raise changed(self, path)
+            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        finally:
+            os.close(fd)
+
+    def data(self, path: str, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """As SEEK_DATA and SEEK_HOLE of lseek(2) tell."""
+        fd = self._open(path)
+        try:
+            end = offset + length
+            while offset < end:
+                try:
+                    start = os.lseek(fd, offset, os.SEEK_DATA)
+                except OSError as error:
+                    if error.errno != errno.ENXIO:
+                        raise
+                    return  # nothing but a hole up to the end of the file
+                if start >= end:
+                    return
+                offset = min(os.lseek(fd, start, os.SEEK_HOLE), end)
+                yield start, offset - start
+        finally:
+            os.close(fd)
+
+    def close(self) -> None:
+        """Close the root's descriptor."""
+        if self._root_fd >= 0:
+            os.close(self._root_fd)
+            self._root_fd = -1
+
+    def _open(self, path: str) -> int:
+        fd = open_beneath(self._root_fd, path, _READ)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise changed(self, path)
+        return fd
+
+
+def _names(fd: int) -> list[str]:
+    return sorted(os.listdir(fd), key=byte_order, reverse=True)
+
+
+def _entry(path: str, status: os.stat_result, target: str | None) -> Entry:
+    kind = _KINDS.get(stat.S_IFMT(status.st_mode), Kind.OTHER)
+    is_file = kind is Kind.FILE
+    identity: Hashable = (status.st_dev, status.st_ino) if is_file and status.st_nlink > 1 else None
+    return Entry(
+        path,
+        kind,
+        size=status.st_size if is_file else None,
+        mode=None if kind is Kind.SYMLINK else stat.S_IMODE(status.st_mode),
+        uid=status.st_uid,
+        gid=status.st_gid,
+        mtime_ns=status.st_mtime_ns,
+        target=target,
+        identity=identity,
+        version=_version(status) if is_file else None,
+    )
+
+
+def _version(status: os.stat_result) -> str:
+    return f"mtime {status.st_mtime_ns} size {status.st_size}"
+
+
+_KINDS = {stat.S_IFREG: Kind.FILE, stat.S_IFDIR: Kind.DIRECTORY, stat.S_IFLNK: Kind.SYMLINK}

@@ -1,0 +1,63 @@
+"""open_store(): from what the user writes to the store that it means."""
+
+import errno
+import os
+from typing import Final
+
+from fusehsm.tier.local_store import LocalStore
+from fusehsm.tier.store import Store
+
+_ARCHIVES: Final = {
+    ".zip": "zip",
+    ".tar": "tar",
+    ".tgz": "tar",
+    ".tar.gz": "tar",
+    ".tar.bz2": "tar",
+    ".tar.xz": "tar",
+}
+
+
+def open_store(url_or_path: str) -> Store:
+    """The store at a path (a directory, or a zip or tar file) or at any URL that fsspec opens, chains (zip://::https://...) included.
+
+    Raises ValueError for a URL whose protocol nobody knows or that lacks something, OSError when it cannot be opened: ENOPKG, with the command that
+    installs it, where a package is missing.
+    """
+    path = url_or_path.removeprefix("file://")
+    if "://" not in path:
+        if os.path.isdir(path) or not os.path.exists(path):
+            return LocalStore(path)
+        protocol = next((_ARCHIVES[ending] for ending in _ARCHIVES if path.lower().endswith(ending)), None)
+        if protocol is None:
+            raise NotADirectoryError(
+                errno.ENOTDIR, "is no directory, nor a zip or tar file; name one of these", path
+            )
+        url_or_path = f"{protocol}://::file://{os.path.abspath(path)}"
+    # fsspec takes a while to load, and a local directory does without.
+    from fusehsm.tier.fsspec_store import FsspecStore, filesystem_of, without_password
+
+    protocol = url_or_path.partition("://")[0]
+    filesystem, root = filesystem_of(url_or_path)
+    name = without_password(url_or_path)
+    match protocol:
+        case "http" | "https":
+            from fusehsm.tier.http_store import HttpStore
+
+            return HttpStore(name, filesystem, root)
+        case "sftp" | "ssh":
+            from fusehsm.tier.sftp_store import SftpStore
+
+            return SftpStore(name, filesystem, root)
+        case "git":
+            from fusehsm.tier.git_store import GitStore
+
+            return GitStore(name, filesystem, root)
+        case "zip":
+            from fusehsm.tier.archive_store import ZipStore
+
+            return ZipStore(name, filesystem, root, url_or_path)
+        case "tar":
+            from fusehsm.tier.archive_store import TarStore
+
+            return TarStore(name, filesystem, root, url_or_path)
+    return FsspecStore(name, filesystem, root)

@@ -1,0 +1,126 @@
+"""What a store is: a tree that can be listed, and files of which ranges can be read, each range in one known version.
+
+Every method may be called from any number of threads at once, and the ranges are then fetched at the same time as far as what lies below
+permits (a local directory and everything asynchronous in fsspec: without limit; sftp: a few; the rest: one after the other).
+
+What a store cannot tell is None, never a guess: an http server knows no owner, a git repository no times.
+"""
+
+import abc
+import errno
+import os
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Self
+
+
+class Kind(Enum):
+    """What a path is. OTHER: sockets, devices and FIFOs, of which nothing can be fetched."""
+
+    FILE = "file"
+    DIRECTORY = "directory"
+    SYMLINK = "symbolic link"
+    OTHER = "special file"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One name of a tree.
+
+    `path`: relative to the store's root, components separated by "/", undecodable bytes as surrogates (os.fsdecode). It is what the store says
+    and may be hostile: whoever makes files from it checks it. `size`: bytes. `mode`: permission bits. `mtime_ns`: nanoseconds since 1970.
+    `target`: a symbolic link's. `identity`: the same for all names of one file with several (hard links), else None. `version`: what read() wants.
+    """
+
+    path: str
+    kind: Kind
+    size: int | None = None
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    mtime_ns: int | None = None
+    target: str | None = None
+    identity: Hashable = None
+    version: str | None = None
+
+
+class StoreError(OSError):
+    """A store does not answer, or not sensibly. `filename` is what was asked for, `strerror` the cause and the mend."""
+
+
+class StoreChanged(StoreError):
+    """A file has another version than the one that was asked for: it was changed, replaced or removed meanwhile."""
+
+
+def throw(error: StoreError) -> None:
+    """Raise it."""
+    raise error
+
+
+class Store(abc.ABC):
+    """A tree of files somewhere else. Opened by open_store() (opening.py); a context manager that closes it."""
+
+    name: str
+    """How the user calls it, without passwords."""
+
+    @abc.abstractmethod
+    def tree(self, on_error: Callable[[StoreError], None] = throw) -> Iterator[Entry]:
+        """Everything below the root, which is left out itself: a directory right before all that it holds, names in one directory in the
+        order of their bytes, so that two runs over the same tree see it in the same order.
+
+        Raises OSError when the root cannot be listed. What cannot be listed below it is handed to `on_error`, which raises it or lets the rest
+        go on: it is not silently missing.
+        """
+
+    @abc.abstractmethod
+    def version(self, path: str) -> str:
+        """The file's present version: its ETag or object id, else its modification time and size. Raises OSError (ENOENT: no such file)."""
+
+    @abc.abstractmethod
+    def read(self, path: str, offset: int, length: int, version: str) -> bytes:
+        """`length` bytes at `offset`, fewer only at the file's end, all of that version.
+
+        Raises StoreChanged when the file is not that version any more (or becomes another during the read), StoreError or another OSError
+        when it cannot be read. As good as the token: a file changed twice within one tick of its clock (nginx and sftp: a second) with its size
+        kept looks unchanged to everybody.
+        """
+
+    def data(self, path: str, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """The parts of [offset, offset + length) that are no holes, as (offset, length) in ascending order; all of it where the store cannot tell.
+
+        A hint, which goes with the version that the file has now: who leaves holes out checks the version afterwards.
+        """
+        if length:
+            yield offset, length
+
+    def close(self) -> None:  # noqa: B027 (most have nothing to close)
+        """Give back descriptors and connections."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def changed(store: Store, path: str) -> StoreChanged:
+    """The error for a file whose version is not the one wanted."""
+    return StoreChanged(
+        errno.EIO,
+        f"has changed in {store.name} since its stub was made; populate again",
+        path,
+    )
+
+
+def byte_order(name: str) -> bytes:
+    """The sort key of a directory's names."""
+    return os.fsencode(name)
+
+
+def shown(path: str) -> str:
+    """A path for a message: in one line, undecodable bytes and control characters as escapes."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text
+    )

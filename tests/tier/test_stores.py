@@ -1,0 +1,507 @@
+"""Stores: what is listed and read is what is there, in any number of threads, and what changes under a reader is an error, never mixed content."""
+
+import os
+import random
+import subprocess
+import sys
+import tarfile
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from fusehsm.tier.http_store import HttpStore
+from fusehsm.tier.opening import open_store
+from fusehsm.tier.store import Entry, Kind, Store, StoreChanged, StoreError
+from tests.tier.servers import Served
+from tests.tier.trees import content_of, files_of, make_small_tree
+
+MakeStore = Callable[[Path], str]
+
+
+def git(place: Path, *words: str) -> None:
+    who = ("-c", "user.name=somebody", "-c", "user.email=somebody@localhost")
+    subprocess.run(["git", "-C", str(place), *who, *words], check=True, capture_output=True)
+
+
+def as_local(source: Path) -> str:
+    return str(source)
+
+
+def as_zip(source: Path) -> str:
+    path = source.parent / f"{source.name}.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in sorted(source.rglob("*")):
+            archive.write(name, name.relative_to(source))
+    return f"zip://::file://{path}"
+
+
+def as_tar(source: Path) -> str:
+    path = source.parent / f"{source.name}.tar"
+    with tarfile.open(path, "w") as archive:
+        archive.add(source, ".")
+    return str(path)
+
+
+def as_tar_gz(source: Path) -> str:
+    path = source.parent / f"{source.name}.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        archive.add(source, "above/it")
+    return f"tar://above/it::file://{path}"
+
+
+def as_git(source: Path) -> str:
+    git(source, "init", "-q", "-b", "main")
+    git(source, "add", ".")
+    git(source, "commit", "-q", "-m", "all")
+    return f"git://{source}:main@"
+
+
+def as_memory(source: Path) -> str:
+    filesystem = fsspec.filesystem("memory")
+    root = f"/{source.name}-{os.urandom(4).hex()}"
+    filesystem.mkdir(root)
+    for name, content in files_of(source).items():
+        filesystem.pipe_file(f"{root}/{name}", content)
+    return f"memory:/{root}"
+
+
+KINDS = ["local", "zip", "tar", "tar_gz", "git", "memory", "http", "rangeless", "etagless", "sftp"]
+
+
+@pytest.fixture(params=KINDS)
+def served(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, str, str]:
+    """The small tree, the store that it is, and the store's kind."""
+    kind: str = request.param
+    name = f"tree-{os.urandom(4).hex()}"
+    if kind in ("http", "rangeless", "etagless"):
+        nginx: Served = request.getfixturevalue("nginx")
+        above = nginx.directory / (kind if kind != "http" else "")
+        above.mkdir(exist_ok=True)
+        place = above / name
+        place.mkdir()
+        make_small_tree(place)
+        return place, f"{nginx.url}/{place.relative_to(nginx.directory)}", kind
+    if kind == "sftp":
+        there = request.getfixturevalue("sshd").place(name)
+        make_small_tree(there.directory)
+        return there.directory, there.url, kind
+    place = tmp_path / name
+    place.mkdir()
+    make_small_tree(place)
+    make: MakeStore = globals()[f"as_{kind}"]
+    return place, make(place), kind
+
+
+@pytest.fixture
+def store(served: tuple[Path, str, str]) -> Iterator[Store]:
+    with open_store(served[1]) as store:
+        yield store
+
+
+def files_in(store: Store) -> dict[str, Entry]:
+    return {entry.path: entry for entry in store.tree() if entry.kind is Kind.FILE}
+
+
+def test_what_is_there_is_listed_and_read(served: tuple[Path, str, str], store: Store) -> None:
+    source, _, kind = served
+    wanted = {path: data for path, data in files_of(source).items() if not path.startswith(".git/")}
+    entries = list(store.tree())
+    files = files_in(store)
+    assert {path: entry.size for path, entry in files.items()} == {
+        path: len(data) for path, data in wanted.items()
+    }
+    for path, entry in files.items():
+        assert entry.version is not None
+        assert store.version(path) == entry.version
+        assert store.read(path, 0, 1 << 20, entry.version) == wanted[path]
+        if entry.mtime_ns is not None:
+            precision = 2_000_000_000 if kind == "zip" else 1_000_000_000
+            assert abs(entry.mtime_ns - (source / path).stat().st_mtime_ns) < precision
+        if entry.mode is not None:
+            assert entry.mode == (source / path).stat().st_mode & 0o7777
+    directories = [entry.path for entry in entries if entry.kind is Kind.DIRECTORY]
+    assert directories == ["sub", "sub/deep"] if kind in ("git", "memory") else ["hollow", "sub", "sub/deep"]
+    # A directory comes before what it holds, and names are in order.
+    paths = [entry.path for entry in entries]
+    assert paths == sorted(paths, key=lambda path: path.encode().split(b"/"))
+
+
+def test_ranges(served: tuple[Path, str, str], store: Store) -> None:
+    content = (served[0] / "a file").read_bytes()
+    size = len(content)
+    version = store.version("a file")
+    for offset, length in [(0, 1), (1, 4096), (size - 1, 1), (size - 10, 100), (4095, 65537), (size, 5), (size + 9, 5), (7, 0)]:  # fmt: skip
+        assert store.read("a file", offset, length, version) == content[offset : offset + length]
+    assert store.read("empty", 0, 10, store.version("empty")) == b""
+    assert list(store.data("a file", 10, 20)) == [(10, 20)]
+    assert list(store.data("a file", 10, 0)) == []
+
+
+def test_ranges_at_a_time_in_many_threads(served: tuple[Path, str, str], store: Store) -> None:
+    wanted = {
+        path: data for path, data in files_of(served[0]).items() if data and not path.startswith(".git/")
+    }
+    versions = {path: store.version(path) for path in wanted}
+    choose = random.Random(6)
+    asked = [
+        (path, choose.randrange(len(wanted[path])), choose.randrange(1, 20_000))
+        for path in choose.choices(sorted(wanted), k=80)
+    ]
+    with ThreadPoolExecutor(16) as threads:
+        for (path, offset, length), data in zip(
+            asked,
+            threads.map(lambda ask: store.read(ask[0], ask[1], ask[2], versions[ask[0]]), asked),
+            strict=True,
+        ):
+            assert data == wanted[path][offset : offset + length]
+
+
+def test_what_is_not_there(store: Store) -> None:
+    with pytest.raises(FileNotFoundError):
+        store.version("sub/none")
+    with pytest.raises((StoreChanged, FileNotFoundError)):
+        store.read("sub/none", 0, 1, "any")
+
+
+@pytest.mark.parametrize("how", ["in place", "replaced", "removed"])
+@pytest.mark.parametrize("served", [kind for kind in KINDS if kind not in ("git", "memory")], indirect=True)
+def test_what_changes_under_a_reader_is_an_error(
+    served: tuple[Path, str, str], store: Store, how: str
+) -> None:
+    source, _, kind = served
+    path = source / "a file"
+    if kind in ("zip", "tar", "tar_gz"):
+        path = next(source.parent.glob(f"{source.name}.*"))
+    version = store.version("a file")
+    assert len(store.read("a file", 0, 50, version)) == 50
+    if how == "removed":
+        path.unlink()
+    else:
+        other = path if how == "in place" else source / "other"
+        other.write_bytes(b"something else altogether")
+        other.replace(path)
+    with pytest.raises(StoreChanged, match="populate again"):
+        store.read("a file", 50, 50, version)
+
+
+def test_a_commit_under_a_reader(tmp_path: Path) -> None:
+    make_small_tree(tmp_path)
+    (tmp_path / "link").symlink_to("../else where")
+    (tmp_path / "a file").chmod(0o755)
+    with open_store(as_git(tmp_path)) as store:
+        entries = {entry.path: entry for entry in store.tree()}
+        assert (entries["link"].kind, entries["link"].target) == (Kind.SYMLINK, "../else where")
+        assert (entries["a file"].mode, entries["a file"].mtime_ns) == (0o755, None)
+        version = store.version("a file")
+        (tmp_path / "a file").write_bytes(content_of(100_000, 9))
+        assert store.read("a file", 0, 8, version) == content_of(
+            8
+        )  # the work tree is not what the store shows
+        git(tmp_path, "commit", "-q", "-a", "-m", "more")
+        with pytest.raises(StoreChanged):
+            store.read("a file", 0, 8, version)
+
+
+def test_memory_that_changes(tmp_path: Path) -> None:
+    make_small_tree(tmp_path)
+    url = as_memory(tmp_path)
+    with open_store(url) as store:
+        version = store.version("a file")
+        fsspec.filesystem("memory").pipe_file(
+            url.removeprefix("memory:/") + "/a file", content_of(100_000, 7)
+        )
+        with pytest.raises(StoreChanged):
+            store.read("a file", 0, 8, version)
+
+
+def test_a_writer_beside_readers_never_makes_mixed_content(tmp_path: Path) -> None:
+    """Whatever read() returns is of one version: here files of one letter each."""
+    path = tmp_path / "file"
+    path.write_bytes(b"a" * 50_000)
+    ended = threading.Event()
+
+    def write() -> None:
+        for letter in b"bcdefghijklmnopqrstuvwxyz" * 4:
+            path.write_bytes(bytes([letter]) * 50_000)
+        ended.set()
+
+    writer = threading.Thread(target=write)
+    with open_store(str(tmp_path)) as store:
+        version, changes = store.version("file"), 0
+        writer.start()
+        while not ended.is_set():
+            try:
+                assert len(set(store.read("file", 0, 50_000, version))) <= 1  # it is empty at times
+            except StoreChanged:
+                changes += 1
+                version = store.version("file")
+        writer.join()
+    assert changes
+
+
+# What single kinds tell
+
+
+def test_a_local_directory_tells_everything(tmp_path: Path) -> None:
+    (tmp_path / "sparse").touch()
+    os.truncate(tmp_path / "sparse", 1 << 20)
+    with open(tmp_path / "sparse", "r+b") as file:
+        file.seek(65536)
+        file.write(b"x" * 4096)
+    os.link(tmp_path / "sparse", tmp_path / "twin")
+    (tmp_path / "link").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe", 0o640)
+    with open_store(str(tmp_path)) as store:
+        entries = {entry.path: entry for entry in store.tree()}
+        assert entries["sparse"].identity == entries["twin"].identity is not None
+        assert entries["link"].target == "nowhere"
+        assert (entries["pipe"].kind, entries["pipe"].mode) == (Kind.OTHER, 0o640)
+        assert list(store.data("twin", 0, 1 << 20)) == [(65536, 4096)]
+        assert list(store.data("twin", 66000, 100)) == [(66000, 100)]
+        assert list(store.data("twin", 100, 100)) == []
+        assert list(store.data("twin", 1 << 19, 1 << 19)) == []
+        status = (tmp_path / "sparse").stat()
+        assert (entries["sparse"].uid, entries["sparse"].mtime_ns) == (status.st_uid, status.st_mtime_ns)
+
+
+def test_no_symbolic_link_in_a_local_store_is_followed(tmp_path: Path) -> None:
+    store_at, outside = tmp_path / "store", tmp_path / "outside"
+    (store_at / "directory").mkdir(parents=True)
+    outside.mkdir()
+    (outside / "secret").write_bytes(b"secret")
+    with open_store(str(store_at)) as store:
+        (store_at / "directory" / "secret").write_bytes(b"public")
+        version = store.version("directory/secret")
+        (store_at / "directory").rename(store_at / "old")
+        (store_at / "directory").symlink_to(outside)
+        with pytest.raises(OSError, match=r"symbolic|directory"):
+            store.read("directory/secret", 0, 6, version)
+        assert [entry.path for entry in store.tree()] == ["directory", "old", "old/secret"]
+        with pytest.raises(OSError, match="cross-device"):
+            store.read("../outside/secret", 0, 6, version)
+
+
+def test_a_tar_file_tells_links_owners_and_fractions_of_a_second(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    (tree / "d").mkdir(parents=True)
+    (tree / "b").write_bytes(b"content")
+    os.link(tree / "b", tree / "d" / "a")
+    (tree / "s").symlink_to("b")
+    os.utime(tree / "b", ns=(0, 1_234_567_890_123_456_789))
+    command = ["tar", "--format=posix", "--sort=name", "-C", str(tree), "-cf", str(tmp_path / "x.tar"), "."]
+    subprocess.run(command, check=True)
+    with open_store(str(tmp_path / "x.tar")) as store:
+        entries = {entry.path: entry for entry in store.tree()}
+        first, second = entries["b"], entries["d/a"]
+        assert first.identity == second.identity is not None
+        assert (second.size, second.mtime_ns) == (7, 1_234_567_890_123_456_789)
+        assert first.uid == os.geteuid()
+        assert (entries["s"].kind, entries["s"].target) == (Kind.SYMLINK, "b")
+        assert second.version is not None
+        assert store.read("d/a", 3, 10, second.version) == b"tent"
+
+
+def test_a_zip_file_tells_symbolic_links(tmp_path: Path) -> None:
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / "link").symlink_to("to/somewhere")
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        information = zipfile.ZipInfo("link")
+        information.create_system, information.external_attr = 3, 0o120777 << 16
+        archive.writestr(information, "to/somewhere")
+        archive.writestr("implied/directory/file", "content")
+    with open_store(str(tmp_path / "x.zip")) as store:
+        entries = {entry.path: entry for entry in store.tree()}
+    assert (entries["link"].kind, entries["link"].target) == (Kind.SYMLINK, "to/somewhere")
+    assert [entry.path for entry in entries.values() if entry.kind is Kind.DIRECTORY] == [
+        "implied",
+        "implied/directory",
+    ]
+
+
+def test_sftp_tells_modes_and_symbolic_links(sshd: Served) -> None:
+    there = sshd.place(f"links-{os.urandom(4).hex()}")
+    (there.directory / "file").write_bytes(b"x")
+    (there.directory / "file").chmod(0o4711)
+    (there.directory / "link").symlink_to("/absolute/and\u00e4")
+    with open_store(there.url) as store:
+        entries = {entry.path: entry for entry in store.tree()}
+    assert (entries["file"].mode, entries["file"].uid) == (0o4711, os.geteuid())
+    assert (entries["link"].kind, entries["link"].target) == (Kind.SYMLINK, "/absolute/and\u00e4")
+
+
+# What goes wrong
+
+
+def test_an_unknown_host_key_is_not_trusted(
+    sshd: Served, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(StoreError, match="accept its key"):
+        open_store(sshd.url)
+
+
+def test_a_host_that_does_not_let_us_in(
+    sshd: Served, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    home = tmp_path / ".ssh"
+    home.mkdir()
+    known = Path(os.environ["HOME"], ".ssh", "known_hosts").read_text()
+    (home / "known_hosts").write_text(known)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(StoreError, match="ssh-copy-id"):
+        open_store(sshd.url)
+
+
+def test_a_connection_that_was_lost_is_made_again(sshd: Served) -> None:
+    there = sshd.place(f"lost-{os.urandom(4).hex()}")
+    (there.directory / "file").write_bytes(b"content")
+    with open_store(there.url) as store:
+        version = store.version("file")
+        store._filesystem.client.close()  # type: ignore[attr-defined]
+        assert store.read("file", 0, 7, version) == b"content"
+
+
+@pytest.fixture
+def http_root(nginx: Served) -> Iterator[HttpStore]:
+    store = open_store(nginx.url)
+    assert isinstance(store, HttpStore)
+    with store:
+        yield store
+
+
+def test_a_server_that_answers_with_another_range(http_root: HttpStore) -> None:
+    assert http_root.read("lying/x", 0, 4, 'etag "lie"') == b"zero"
+    with pytest.raises(StoreError, match="another range: bytes 0-3/8"):
+        http_root.read("lying/x", 2, 2, 'etag "lie"')
+    with pytest.raises(StoreError, match="a part of the range"):
+        http_root.read("lying/x", 0, 6, 'etag "lie"')
+    with pytest.raises(StoreChanged):
+        http_root.read("lying/x", 0, 4, 'etag "truth"')
+
+
+def test_a_server_that_is_out_of_order(http_root: HttpStore) -> None:
+    with pytest.raises(StoreError, match="503"):
+        http_root.version("failing/x")
+    with pytest.raises(StoreError, match="503"):
+        http_root.read("failing/x", 0, 1, "etag")
+
+
+def test_a_file_that_has_become_shorter_than_the_range(nginx: Served) -> None:
+    there = nginx.place(f"short-{os.urandom(4).hex()}")
+    (there.directory / "file").write_bytes(content_of(1000))
+    with open_store(there.url) as store:
+        version = store.version("file")
+        (there.directory / "file").write_bytes(b"short")
+        with pytest.raises(StoreChanged):
+            store.read("file", 900, 50, version)
+
+
+def test_names_with_any_bytes_over_http(nginx: Served) -> None:
+    there = nginx.place(f"names-{os.urandom(4).hex()}")
+    names = {
+        b"\xff\xfe",
+        b"a b",
+        b"q?x=1",
+        b"h#x",
+        b"100%25",
+        b"<&\"'>",
+        b"semi;colon",
+        b"\xc3\xa4",
+        b"a:b",
+        b"~+,=@",
+        b"\\",
+    }
+    for name in names:
+        Path(os.fsdecode(os.fsencode(there.directory) + b"/" + name)).write_bytes(name)
+    with open_store(there.url) as store:
+        files = files_in(store)
+        assert {os.fsencode(path) for path in files} == names
+        for path, entry in files.items():
+            assert store.read(path, 0, 100, entry.version or "") == os.fsencode(path)
+
+
+def test_a_page_with_links_to_all_kinds_of_places(nginx: Served) -> None:
+    there = nginx.place(f"page-{os.urandom(4).hex()}")
+    (there.directory / "file").write_bytes(b"x")
+    (there.directory / "index.html").write_text(
+        '<a href="file">1</a><A HREF="./file">2</A><a href="?C=N;O=D">3</a><a href="https://example.org/x">4</a>'
+        '<a href="/">5</a><a href="../">6</a><a href="deep/er">7</a><a name="x">8</a><a href="file#part">9</a>'
+        '<a href="mailto:a@b">10</a><a href="%2e%2e%2fescape">11</a>'
+    )
+    failed: list[StoreError] = []
+    with open_store(there.url) as store:
+        assert [entry.path for entry in store.tree(failed.append)] == ["file"]
+    # What cannot be looked up is told, not left out.
+    assert [error.filename for error in failed] == ["../escape"]
+
+
+BAD = [
+    ("nonsense://x", ValueError, "nobody knows the protocol nonsense"),
+    ("s3://bucket/x", StoreError, r"run: pip install 'fusehsm\[s3\]'"),
+    ("zip://x", ValueError, "names no archive; write zip://::file:///path/to/archive"),
+    ("http://127.0.0.1:1/x", StoreError, "(?i)connect"),
+    ("sftp://127.0.0.1:1/x", StoreError, "cannot be reached"),
+    ("sftp:///x", ValueError, "names no host"),
+    ("http://127.0.0.1:1/x?y", ValueError, "a query"),
+    ("/none/at/all", FileNotFoundError, "No such file"),
+    ("/dev/null", NotADirectoryError, "no directory, nor a zip or tar file"),
+    ("git:///none:main@", OSError, "(?i)not found|repository"),
+    ("memory://none/at/all", FileNotFoundError, "is not in memory://none"),
+]
+
+
+@pytest.mark.parametrize(("url", "error", "message"), BAD)
+def test_bad_stores(url: str, error: type[Exception], message: str) -> None:
+    def list_all() -> None:
+        with open_store(url) as store:
+            list(store.tree())
+
+    with pytest.raises(error, match=message):
+        list_all()
+
+
+def test_passwords_do_not_show() -> None:
+    with pytest.raises(StoreError) as caught, open_store("http://me:secret@127.0.0.1:1/x") as store:
+        list(store.tree())
+    assert "secret" not in str(caught.value)
+
+
+def test_no_archive_at_all(tmp_path: Path) -> None:
+    for name in ("x.zip", "x.tar"):
+        (tmp_path / name).write_bytes(b"no archive")
+        with pytest.raises(StoreError, match="cannot be opened"):
+            open_store(str(tmp_path / name))
+
+
+def test_a_package_that_is_missing_for_a_protocol_without_an_extra() -> None:
+    # In a process of its own, where nothing has been imported yet.
+    program = (
+        "import sys; sys.modules['paramiko'] = None\n"
+        "from fusehsm.tier.opening import open_store\n"
+        "try: open_store('sftp://host/x')\n"
+        "except OSError as error: print(error.strerror)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert (
+        done.stdout
+        == "sftp needs the package paramiko, which is not installed; run: pip install 'fusehsm[sftp]'\n"
+    )
+
+
+def test_hostile_names_in_archives_are_handed_on_as_they_are(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name in ("../up", "/absolute", "fine/../up", "./fine//file"):
+            archive.writestr(name, "x")
+    with open_store(str(tmp_path / "x.zip")) as store:
+        assert sorted(entry.path for entry in store.tree()) == [
+            "../up",
+            "/absolute",
+            "fine",
+            "fine/../up",
+            "fine/file",
+        ]
