@@ -16,6 +16,9 @@ from fusehsm.credentials import Caller
 TIME_NOW: Final = 1 << 80
 """In `atime_ns` and `mtime_ns`: the present, as UTIME_NOW."""
 
+OWN_XATTRS: Final = b"user.fusehsm."
+"""Extended attributes in which fusehsm keeps on the backing what it knows of a file; nobody sees or changes them through a mount."""
+
 _SUID_SGID: Final = stat.S_ISUID | stat.S_ISGID
 _NOW_TOLERANCE: Final = 2_000_000_000  # nanoseconds
 
@@ -64,6 +67,12 @@ def apply(changes: AttributeChanges, fd: int, caller: Caller | None) -> None:
         os.chmod(path, mode)
     if changes.atime_ns is not None or changes.mtime_ns is not None:
         _set_times(path, changes.atime_ns, changes.mtime_ns)
+
+
+def hide_own(name: bytes, number: int) -> None:
+    """Raise OSError with that errno if `name` is one of fusehsm's own extended attributes."""
+    if name.startswith(OWN_XATTRS):
+        raise OSError(number, os.strerror(number))
 
 
 def _writable(fd: int) -> bool:

@@ -257,6 +257,24 @@ def trace(
 
 
 @app.command()
+def populate(
+    store: Annotated[
+        str,
+        typer.Argument(metavar="STORE", help="A directory, a zip or tar file, or a URL that fsspec opens."),
+    ],
+    destination: Annotated[
+        str, typer.Argument(metavar="DST", help="Where to make the stubs; made if it is not there.")
+    ],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the counts and change nothing.")] = False,
+) -> int:
+    """Make stubs of all files in a store, with its directories and links. May be run again; never overwrites content."""
+    from fusehsm.tier.populate import PopulateOptions
+    from fusehsm.tier.populate import populate as do_populate
+
+    return do_populate(PopulateOptions(store=store, destination=destination, dry_run=dry_run))
+
+
+@app.command()
 def status(
     path: Annotated[
         str | None, typer.Argument(metavar="[PATH]", help="A path on a mount (default: all mounts).")

@@ -428,7 +428,8 @@ class Overlay:
     # Extended attributes
 
     def getxattr(self, node: Node, name: bytes) -> bytes:
-        """Value of an extended attribute; ENODATA when there is none."""
+        """Value of an extended attribute; ENODATA when there is none, and for fusehsm's own."""
+        attributes.hide_own(name, errno.ENODATA)
         fd = self._reach.path_fd(node)
         try:
             return os.getxattr(path_of(fd), name)
@@ -438,7 +439,8 @@ class Overlay:
     def setxattr(
         self, node: Node, name: bytes, value: bytes, flags: int = 0, caller: Caller | None = None
     ) -> None:
-        """Set an extended attribute; `flags` is 0, os.XATTR_CREATE or os.XATTR_REPLACE."""
+        """Set an extended attribute; `flags` is 0, os.XATTR_CREATE or os.XATTR_REPLACE. EOPNOTSUPP for fusehsm's own (which cp -a takes well)."""
+        attributes.hide_own(name, errno.EOPNOTSUPP)
         fd = self._reach.path_fd(node)
         try:
             os.setxattr(path_of(fd), name, value, flags)
@@ -448,10 +450,14 @@ class Overlay:
             os.close(fd)
 
     def listxattr(self, node: Node, caller: Caller | None = None) -> list[bytes]:
-        """Names of the extended attributes; an ordinary `caller` is not shown trusted.* (xattr(7))."""
+        """Names of the extended attributes, fusehsm's own left out; an ordinary `caller` is not shown trusted.* (xattr(7))."""
         fd = self._reach.path_fd(node)
         try:
-            names = [os.fsencode(name) for name in os.listxattr(path_of(fd))]
+            names = [
+                name
+                for name in map(os.fsencode, os.listxattr(path_of(fd)))
+                if not name.startswith(attributes.OWN_XATTRS)
+            ]
         finally:
             os.close(fd)
         if caller is not None and caller.uid != 0:
@@ -459,7 +465,8 @@ class Overlay:
         return names
 
     def removexattr(self, node: Node, name: bytes) -> None:
-        """Remove an extended attribute; ENODATA when there is none."""
+        """Remove an extended attribute; ENODATA when there is none, and for fusehsm's own."""
+        attributes.hide_own(name, errno.ENODATA)
         fd = self._reach.path_fd(node)
         try:
             os.removexattr(path_of(fd), name)

@@ -22,7 +22,7 @@ from tests.requirements import require_root
 
 pytestmark = pytest.mark.any_engine
 
-COMMANDS = {"mount", "umount", "trace", "status", "doctor"}
+COMMANDS = {"mount", "umount", "populate", "trace", "status", "doctor"}
 
 
 def complaint_of(done: "subprocess.CompletedProcess[str]", code: int) -> str:

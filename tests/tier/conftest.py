@@ -1,12 +1,14 @@
 """Servers that live as long as the session, and the stores that tests open."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.tier import servers
 from tests.tier.servers import Served
+from tests.tier.trees import make_small_tree
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +35,29 @@ def sshd(sshd_files: Served, monkeypatch: pytest.MonkeyPatch) -> Served:
     monkeypatch.setenv("HOME", str(sshd_files.directory.parent / "home"))
     monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
     return sshd_files
+
+
+@pytest.fixture
+def source(places: Callable[[str], Path]) -> Path:
+    """The small tree, and what only a local store tells: modes, owners, links, a hole, special files."""
+    root = places("store")
+    make_small_tree(root)
+    os.link(root / "a file", root / "sub" / "another name")
+    (root / "link").symlink_to("../out/of/here")
+    (root / "sub" / "dangling").symlink_to("b#?%&.bin")
+    (root / "a file").chmod(0o640)
+    (root / "empty").chmod(0o4711)
+    (root / "sparse").touch()
+    os.truncate(root / "sparse", 1 << 40)
+    if os.geteuid() == 0:
+        os.chown(root / "sub" / "b#?%&.bin", 12, 34)
+        os.chown(root / "link", 56, 78, follow_symlinks=False)
+    (root / "sub" / "deep").chmod(0o555)
+    os.utime(root / "link", ns=(5, 6), follow_symlinks=False)
+    os.utime(root / "sub", ns=(7, 8))
+    return root
+
+
+@pytest.fixture
+def target(places: Callable[[str], Path]) -> Path:
+    return places("populated")

@@ -1,0 +1,183 @@
+"""`fusehsm populate STORE DST`: a stub in DST for every file of the store, and its directories and links.
+
+It may be killed at any moment and run again: what is right stays as it is, what is missing is made, and stubs of what has changed in the store are
+changed. Content is never overwritten. It must not run while something fills the same stubs.
+"""
+
+import errno
+import os
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Final
+
+from fusehsm.mountinfo import mount_of
+from fusehsm.tier import stub_mark
+from fusehsm.tier.local_store import LocalStore
+from fusehsm.tier.opening import open_store
+from fusehsm.tier.planting import NO_UNNAMED_FILES, UNFINISHED, Outcome, Planter
+from fusehsm.tier.populate_progress import Progress, size_text
+from fusehsm.tier.store import Entry, Kind, Store, StoreError, shown
+
+_TRIAL_SIZE: Final = 1 << 20  # bytes; larger than what a file system keeps in an inode
+
+
+@dataclass(frozen=True, slots=True)
+class PopulateOptions:
+    """The command line of `fusehsm populate`."""
+
+    store: str
+    destination: str
+    dry_run: bool = False
+
+
+@dataclass(slots=True)
+class Counts:
+    """How far a run is. `size`: bytes of the files that have stubs."""
+
+    kinds: Counter[Kind] = field(default_factory=Counter)
+    outcomes: Counter[Outcome] = field(default_factory=Counter)
+    size: int = 0
+    complaints: int = 0
+
+    @property
+    def entries(self) -> int:
+        return self.outcomes.total()
+
+    def add(self, entry: Entry, outcome: Outcome) -> None:
+        """One entry more."""
+        self.outcomes[outcome] += 1
+        if outcome is not Outcome.FAILED:
+            self.kinds[entry.kind] += 1
+            self.size += entry.size or 0
+
+
+def populate(options: PopulateOptions) -> int:
+    """Do it, and return the exit code: 1 if anything failed, of which each has had its line. Prints a summary.
+
+    Raises ValueError for a URL or path that cannot be meant, OSError when the store or the destination is no good at all.
+    """
+    _allow_many_descriptors()
+    started = time.monotonic()
+    counts = Counts()
+
+    def complain(path: str, why: str) -> None:
+        counts.complaints += 1
+        place = os.path.join(options.destination, path)
+        print(f"fusehsm: {shown(place)}: {why}", file=sys.stderr, flush=True)
+
+    def unlisted(error: StoreError) -> None:
+        complain(os.fsdecode(error.filename or ""), error.strerror or str(error))
+
+    with (
+        open_store(options.store) as store,
+        _destination(options, store) as root_fd,
+        Progress(lambda: (counts.entries, counts.size, counts.complaints)) as progress,
+        closing(Planter(root_fd, complain, dry_run=options.dry_run)) as planter,
+    ):
+        for entry in store.tree(unlisted):
+            counts.add(entry, planter.plant(entry))
+            progress.tick()
+        planter.finish()
+    print(summary(options, counts, time.monotonic() - started))
+    return 1 if counts.complaints else 0
+
+
+def summary(options: PopulateOptions, counts: Counts, seconds: float) -> str:
+    """The line at the end."""
+
+    def number(count: int, word: str) -> str:
+        return f"{count:,} {word if count == 1 else _PLURALS[word]}"
+
+    kinds = [
+        number(counts.kinds[Kind.FILE], "file") + f" of {size_text(counts.size)}",
+        number(counts.kinds[Kind.DIRECTORY], "directory"),
+        number(counts.kinds[Kind.SYMLINK], "symbolic link"),
+    ]
+    outcomes = [
+        f"{counts.outcomes[outcome]:,} {outcome.value}" for outcome in Outcome if counts.outcomes[outcome]
+    ]
+    what = "dry run, nothing was changed in" if options.dry_run else "populated"
+    rate = counts.entries / max(seconds, 1e-3)
+    line = f"{what} {shown(options.destination)}: {', '.join(kinds)}"
+    if outcomes:
+        line += f"; {', '.join(outcomes)}"
+    return f"{line}; {seconds:.1f} s ({rate:,.0f} a second)"
+
+
+_PLURALS: Final = {"file": "files", "directory": "directories", "symbolic link": "symbolic links"}
+
+
+@contextmanager
+def _destination(options: PopulateOptions, store: Store) -> Iterator[int | None]:
+    """The destination's descriptor; it is made if it is not there, except in a dry run, which has None then."""
+    path = options.destination
+    if isinstance(store, LocalStore):
+        _expect_apart(store, path)
+    if not os.path.lexists(path):
+        if options.dry_run:
+            yield None
+            return
+        os.mkdir(path)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if mount_of(path).is_fusehsm:
+            mend = (
+                f"unmount it first (fusehsm umount {shown(path)}), or populate the directory that it overlays"
+            )
+            raise OSError(errno.EBUSY, f"lies on a mount of fusehsm; {mend}", path)
+        if not options.dry_run:
+            _try_file_system(fd, path)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _expect_apart(store: LocalStore, destination: str) -> None:
+    here, there = os.path.realpath(destination), os.path.realpath(store.root)
+    if os.path.commonpath((here, there)) in (here, there):
+        raise ValueError(
+            f"{shown(destination)}: the store and the destination lie one in the other; choose another destination"
+        )
+
+
+def _try_file_system(root_fd: int, path: str) -> None:
+    """See on a file without a name (where that is possible) that stubs can be made and known here. Raises OSError if not."""
+    mend = "choose a destination on ext4, xfs or btrfs"
+    try:
+        fd = _trial_file(root_fd)
+        try:
+            os.ftruncate(fd, _TRIAL_SIZE)
+            if not stub_mark.is_all_hole(fd):
+                what = "does not tell holes"
+                raise OSError(errno.EOPNOTSUPP, f"its file system {what}, so no stub could be known; {mend}")
+            os.setxattr(fd, stub_mark.NAME, b"trial")
+        finally:
+            os.close(fd)
+    except OSError as error:
+        why = error.strerror
+        if error.errno == errno.EOPNOTSUPP and mend not in str(why):
+            why = f"its file system keeps no attributes (user.*), so no stub could be known; {mend}"
+        raise OSError(error.errno, why, path) from None
+
+
+def _trial_file(root_fd: int) -> int:
+    try:
+        return os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=root_fd)
+    except OSError as error:
+        if error.errno not in NO_UNNAMED_FILES:
+            raise
+    fd = os.open(UNFINISHED, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=root_fd)
+    os.unlink(UNFINISHED, dir_fd=root_fd)
+    return fd
+
+
+def _allow_many_descriptors() -> None:
+    """One for each level of the tree, here and in a local store: as many as are permitted."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
