@@ -31,7 +31,7 @@ UNFINISHED: Final = ".fusehsm-unfinished"
 _OPEN_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _OPEN_FILE: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 _NOT_A_STUB: Final = "is not a stub but somebody's content; remove or rename it"
-NO_UNNAMED_FILES: Final = frozenset((errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT))
+NO_UNNAMED_FILES: Final = frozenset((errno.EOPNOTSUPP, errno.EISDIR))
 """What open(2) says to O_TMPFILE where the file system or the kernel does not have it."""
 
 # With these every further entry would fail, too.

@@ -80,7 +80,12 @@ def populate(options: PopulateOptions) -> int:
         closing(Planter(root_fd, complain, dry_run=options.dry_run)) as planter,
     ):
         for entry in store.tree(unlisted):
-            counts.add(entry, planter.plant(entry))
+            try:
+                outcome = planter.plant(entry)
+            except OSError as error:
+                why = f"{error.strerror}; mend that and run it again, what is there is right"
+                raise OSError(error.errno, why, os.path.join(options.destination, entry.path)) from error
+            counts.add(entry, outcome)
             progress.tick()
         planter.finish()
     print(summary(options, counts, time.monotonic() - started))
@@ -150,6 +155,8 @@ def _try_file_system(root_fd: int, path: str) -> None:
     mend = "choose a destination on ext4, xfs or btrfs"
     try:
         fd = _trial_file(root_fd)
+        if fd is None:
+            return
         try:
             os.ftruncate(fd, _TRIAL_SIZE)
             if not stub_mark.is_all_hole(fd):
@@ -159,19 +166,26 @@ def _try_file_system(root_fd: int, path: str) -> None:
         finally:
             os.close(fd)
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return  # perhaps there is nothing to be made
         why = error.strerror
         if error.errno == errno.EOPNOTSUPP and mend not in str(why):
             why = f"its file system keeps no attributes (user.*), so no stub could be known; {mend}"
         raise OSError(error.errno, why, path) from None
 
 
-def _trial_file(root_fd: int) -> int:
+def _trial_file(root_fd: int) -> int | None:
+    """A file to try things on, without a name any more; None where that needs a name and it is taken (the planter looks whose it is)."""
     try:
         return os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=root_fd)
     except OSError as error:
         if error.errno not in NO_UNNAMED_FILES:
             raise
-    fd = os.open(UNFINISHED, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=root_fd)
+    flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        fd = os.open(UNFINISHED, flags, 0o600, dir_fd=root_fd)
+    except FileExistsError:
+        return None
     os.unlink(UNFINISHED, dir_fd=root_fd)
     return fd
 

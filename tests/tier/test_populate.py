@@ -5,7 +5,7 @@ import os
 import subprocess
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -14,7 +14,6 @@ import pytest
 
 from fusehsm.tier.planting import UNFINISHED, Outcome, Planter
 from fusehsm.tier.store import Entry, Kind, StoreError
-from fusehsm.tier.stub_mark import Mark
 from tests.conftest import MakeMount
 from tests.harness import NOBODY, fusehsm
 from tests.requirements import require_root
@@ -328,15 +327,27 @@ def test_file_systems_without_attributes_are_refused(source: Path) -> None:
     assert done.stderr.startswith("fusehsm: /proc: ")
 
 
-def test_a_full_disk_ends_it(source: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_space(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for eight files."""
+    require_root()
+    place = tmp_path / "small"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "nr_inodes=9", "none", place], check=True)
+    yield place
+    subprocess.run(["umount", place], check=True)
 
-    monkeypatch.setattr(Mark, "write", no_space)
-    with pytest.raises(OSError, match="No space left") as caught:
-        plant(source, target)
-    assert caught.value.filename == "a file"
-    assert os.listdir(target) == []
+
+def test_a_full_disk_ends_it(source: Path, small_disk: Path) -> None:
+    for _ in range(2):
+        done = fusehsm("populate", source, small_disk)
+        assert (done.returncode, done.stdout) == (1, "")
+        (line,) = done.stderr.splitlines()
+        assert line.startswith(f"fusehsm: {small_disk}/")
+        assert line.endswith(": No space left on device; mend that and run it again, what is there is right")
+    subprocess.run(["mount", "-o", "remount,nr_inodes=100", small_disk], check=True)
+    assert plant(source, small_disk)[1] == []
+    assert describe(small_disk) == describe(source)
 
 
 def test_a_mount_hides_the_marks_and_takes_none(source: Path, backing: Path, make_mount: MakeMount) -> None:
