@@ -42,17 +42,15 @@ _PATIENCE: Final = 60.0  # seconds without a byte after which an http server is 
 def filesystem_of(url: str) -> tuple[Any, str]:
     """What fsspec makes of a URL: its filesystem and the path in it. Raises as open_store()."""
     shown_url = without_password(url)
+    options: dict[str, Any] = {}
     for part in url.split("::"):
-        _require_package(part.partition("://")[0] if "://" in part else "file", shown_url)
+        protocol = part.partition("://")[0] if "://" in part else "file"
+        _require_package(protocol, shown_url)
+        if protocol in ("http", "https"):
+            options[protocol] = _http_options()
     protocol = url.partition("://")[0]
     if protocol in _INSIDE_ANOTHER and "::" not in url:
         raise ValueError(f"{shown_url}: names no archive; write {protocol}://::file:///path/to/archive")
-    options: dict[str, Any] = {}
-    if protocol in ("http", "https"):
-        import aiohttp
-
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_PATIENCE, sock_read=_PATIENCE)
-        options["client_kwargs"] = {"timeout": timeout}
     try:
         if protocol in ("sftp", "ssh"):
             from fusehsm.tier.sftp_store import connect
@@ -70,6 +68,14 @@ def filesystem_of(url: str) -> tuple[Any, str]:
     # A list that is remembered does not change when the store does.
     filesystem.dircache.use_listings_cache = False
     return filesystem, path
+
+
+def _http_options() -> dict[str, Any]:
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_PATIENCE, sock_read=_PATIENCE)
+    # Sizes and ranges are to be those of the file, not of something compressed.
+    return {"client_kwargs": {"timeout": timeout, "headers": {"Accept-Encoding": "identity"}}}
 
 
 def _require_package(protocol: str, url: str) -> None:

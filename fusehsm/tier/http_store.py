@@ -22,7 +22,6 @@ from fusehsm.tier.fsspec_store import FsspecStore
 from fusehsm.tier.store import Entry, Kind, StoreError, changed
 
 _AT_ONCE: Final = 16  # HEAD requests
-_PLAIN: Final = {"Accept-Encoding": "identity"}  # sizes and ranges of the file, not of something compressed
 _CONTENT_RANGE: Final = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)")
 
 
@@ -62,16 +61,14 @@ class HttpStore(FsspecStore):
 
     async def _head(self, path: str) -> Mapping[str, str]:
         session = await self._filesystem.set_session()
-        async with session.head(
-            URL(self.full(path), encoded=True), headers=_PLAIN, allow_redirects=True
-        ) as answer:
+        async with session.head(URL(self.full(path), encoded=True), allow_redirects=True) as answer:
             _expect_success(answer)
             headers: Mapping[str, str] = answer.headers
             return headers
 
     async def _get(self, path: str, offset: int, length: int, version: str) -> bytes:
         session = await self._filesystem.set_session()
-        headers = {**_PLAIN, "Range": f"bytes={offset}-{offset + length - 1}"}
+        headers = {"Range": f"bytes={offset}-{offset + length - 1}"}
         async with session.get(URL(self.full(path), encoded=True), headers=headers) as answer:
             if answer.headers.get("Content-Encoding", "identity") not in ("", "identity"):
                 raise self._nonsense(path, "compressed content, although asked for plain")
@@ -160,7 +157,7 @@ class HttpStore(FsspecStore):
         """The names that a directory's page links to, and whether each is a directory's (they end with a slash)."""
         session = await self._filesystem.set_session()
         url = self.full(path).rstrip("/") + "/"
-        async with session.get(URL(url, encoded=True), headers=_PLAIN) as answer:
+        async with session.get(URL(url, encoded=True)) as answer:
             _expect_success(answer)
             page = (await answer.read()).decode("utf-8", "surrogateescape")
             base = str(answer.url)

@@ -20,6 +20,8 @@ _ARCHIVES: Final = {
 def open_store(url_or_path: str) -> Store:
     """The store at a path (a directory, or a zip or tar file) or at any URL that fsspec opens, chains (zip://::https://...) included.
 
+    To be opened in the process that uses it: neither connections nor fsspec's own thread survive fork(2).
+
     Raises ValueError for a URL whose protocol nobody knows or that lacks something, OSError when it cannot be opened: ENOPKG, with the command that
     installs it, where a package is missing.
     """

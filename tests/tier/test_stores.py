@@ -330,3 +330,28 @@ def test_sftp_tells_modes_and_symbolic_links(sshd: Served) -> None:
         entries = {entry.path: entry for entry in store.tree()}
     assert (entries["file"].mode, entries["file"].uid) == (0o4711, os.geteuid())
     assert (entries["link"].kind, entries["link"].target) == (Kind.SYMLINK, "/absolute/and\u00e4")
+
+
+def test_sftp_ranges_of_many_requests(sshd: Served) -> None:
+    there = sshd.place(f"large-{os.urandom(4).hex()}")
+    content = random.Random(1).randbytes(3_000_000)
+    (there.directory / "file").write_bytes(content)
+    with open_store(there.url) as store:
+        version = store.version("file")
+        assert store.read("file", 12_345, 2_500_000, version) == content[12_345 : 12_345 + 2_500_000]
+        assert store.read("file", 2_999_000, 1 << 20, version) == content[2_999_000:]
+
+
+def test_an_archive_on_a_web_server(nginx: Served, tmp_path: Path) -> None:
+    there = nginx.place(f"archive-{os.urandom(4).hex()}")
+    make_small_tree(tmp_path)
+    for number in (0, 1):
+        with zipfile.ZipFile(there.directory / f"{number}.zip", "w") as archive:
+            archive.write(tmp_path / "a file", "a file")
+            archive.writestr("other", "x" * number)
+    with open_store(f"zip://::{there.url}/0.zip") as store:
+        version = store.version("a file")
+        assert store.read("a file", 5, 5000, version) == content_of(100_000)[5:5005]
+        (there.directory / "1.zip").replace(there.directory / "0.zip")
+        with pytest.raises(StoreChanged):
+            store.read("a file", 5, 5000, version)
