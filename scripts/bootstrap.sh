@@ -108,6 +108,7 @@ missing_packages() {
 
 # Servers that only the tests use, each time with a configuration of their own: installing them must not start them for the machine.
 missing_servers() {
+    [ "$FOR" = tests ] || return 0
     command -v nginx > /dev/null || echo nginx-light
     command -v sshd > /dev/null || echo openssh-server
 }

@@ -170,35 +170,40 @@ def test_a_signal_reaches_the_command(number: signal.Signals, world: RunWorld) -
     assert mounts_at(world.place) == 0
 
 
-def test_ctrl_c(world: RunWorld) -> None:
-    """A terminal signals the whole process group, the command and whoever runs it: the command alone decides."""
-    script = 'trap "echo heard; exit 3" INT; echo ready; while :; do sleep 0.02; done'
-    with Program(world.command("sh", "-c", script)) as running:
+@pytest.fixture
+def terminal() -> Iterator[tuple[int, dict[str, object]]]:
+    """The user's end of a terminal, and what makes it that of a program that is started."""
+    ours, theirs = os.openpty()
+
+    def take_terminal() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    yield ours, {"stdin": theirs, "preexec_fn": take_terminal}
+    os.close(theirs)
+    os.close(ours)
+
+
+def test_ctrl_c(world: RunWorld, terminal: tuple[int, dict[str, object]]) -> None:
+    """A terminal signals the whole process group, the command and whoever runs it: the command alone decides, and hears of it once."""
+    ours, settings = terminal
+    script = 'trap "echo heard; sleep 0.5; exit 3" INT; echo ready; while :; do sleep 0.02; done'
+    with Program(world.command("sh", "-c", script), **settings) as running:
         running.wait_ready()
-        os.killpg(running.process.pid, signal.SIGINT)
+        os.write(ours, b"\x03")
         assert running.end() == 3
         assert running.lines == ["ready", "heard"]
         assert running.complaints.wait_for_end(STEP) == []
     assert mounts_at(world.place) == 0
 
 
-def test_a_terminal() -> None:
+def test_a_terminal(terminal: tuple[int, dict[str, object]]) -> None:
     """The command may read from the terminal: it is in the foreground as it would be without us."""
-    ours, theirs = os.openpty()
-
-    def take_terminal() -> None:
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
+    ours, settings = terminal
     script = 'test -t 0 && read -r line && echo "got $line"'
-    try:
-        command = [*RUN, "--", "sh", "-c", script]
-        with Program(command, stdin=theirs, preexec_fn=take_terminal) as running:
-            os.write(ours, b"hello\n")
-            assert running.end() == 0, running.complaints.lines
-            assert running.lines == ["got hello"]
-    finally:
-        os.close(theirs)
-        os.close(ours)
+    with Program([*RUN, "--", "sh", "-c", script], **settings) as running:
+        os.write(ours, b"hello\n")
+        assert running.end() == 0, running.complaints.lines
+        assert running.lines == ["got hello"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
