@@ -355,9 +355,11 @@ def test_a_mark_of_another_dialect(world: RunWorld, session_directory: Path, acc
         assert "--abi" in line
 
 
-def test_a_dialect(world: RunWorld, session_directory: Path, accessor: Accessor) -> None:
+@pytest.mark.parametrize("abi", ["patch-v2", "patch-v1"])
+def test_a_dialect(abi: str, world: RunWorld, session_directory: Path, accessor: Accessor) -> None:
+    """Of patch-v1 the records, too, are others."""
     words = listener_words(session_directory, world.place, "poll", marks=(("add|mount", "0x80000", ""),))
-    command = [*RUN, "--mount", str(world.place), "--abi", "patch-v2", "--", *words]
+    command = [*RUN, "--mount", str(world.place), "--abi", abi, "--", *words]
     with Program(command) as running:
         running.wait_ready()
         steps = (

@@ -37,6 +37,13 @@ struct range {
 	uint64_t count;
 };
 
+/* As the series was first posted. */
+struct range_v1 {
+	struct fanotify_event_info_header header;
+	uint32_t count;
+	uint64_t offset;
+};
+
 static void write_answer(int group, const struct fanotify_response *response)
 {
 	if (write(group, response, sizeof(*response)) != sizeof(*response))
@@ -87,9 +94,27 @@ static const char *name_of(const struct fanotify_event_metadata *event, char *pa
 	return slash ? slash + 1 : path;
 }
 
-void describe(const struct fanotify_event_metadata *event, const char *decision)
+/* An event's range, in whichever dialect; 0: it has none. */
+static int range_of(const struct fanotify_event_metadata *event, uint64_t *offset, uint64_t *count)
 {
 	const struct range *range = record_of(event, INFO_RANGE);
+	const struct range_v1 *first = (const void *)range;
+
+	if (!range)
+		return 0;
+	if (range->header.len == sizeof(*first)) {
+		*offset = first->offset;
+		*count = first->count;
+	} else {
+		*offset = range->offset;
+		*count = range->count;
+	}
+	return 1;
+}
+
+void describe(const struct fanotify_event_metadata *event, const char *decision)
+{
+	uint64_t offset, count;
 	char what[256] = "", where[64] = "- -", path[ROOM], more[256] = "";
 
 	for (size_t i = 0; i < sizeof(names) / sizeof(*names); i++)
@@ -97,8 +122,8 @@ void describe(const struct fanotify_event_metadata *event, const char *decision)
 			strcat(what, *what ? "|" : "");
 			strcat(what, names[i].name);
 		}
-	if (range)
-		snprintf(where, sizeof(where), "%llu %llu", (unsigned long long)range->offset, (unsigned long long)range->count);
+	if (range_of(event, &offset, &count))
+		snprintf(where, sizeof(where), "%llu %llu", (unsigned long long)offset, (unsigned long long)count);
 	if (extra)
 		extra(event, more, sizeof(more));
 	say("%s%s %s %s %s%s", prefix, what, where, name_of(event, path, sizeof(path)), decision, more);
@@ -113,15 +138,14 @@ static unsigned char planned(uint64_t place)
 /* Every page of the event's range that is a hole gets its content; what is there, somebody may have changed since. */
 static void fill(const struct fanotify_event_metadata *event, const char *name)
 {
-	const struct range *range = record_of(event, INFO_RANGE);
+	uint64_t offset, count;
 	int target = descriptor_to_fill(event->fd, name);
 	struct stat stat;
 	unsigned char page[PAGE];
 
-	if (!range || target < 0 || fstat(event->fd, &stat) || !S_ISREG(stat.st_mode))
+	if (!range_of(event, &offset, &count) || target < 0 || fstat(event->fd, &stat) || !S_ISREG(stat.st_mode))
 		return;
-	for (uint64_t place = range->offset; place < range->offset + range->count && place < (uint64_t)stat.st_size;
-	     place += PAGE) {
+	for (uint64_t place = offset; place < offset + count && place < (uint64_t)stat.st_size; place += PAGE) {
 		size_t size = stat.st_size - place < PAGE ? stat.st_size - place : PAGE;
 		if (lseek(event->fd, place, SEEK_DATA) == (off_t)place)
 			continue;
