@@ -160,7 +160,7 @@ async def test_the_handler_of_a_signal_waits_for_the_answer(world: World) -> Non
 
 
 async def test_many_mappings_wait_at_once(world: World) -> None:
-    """Each in a process of its own; answered in the reverse order."""
+    """Each in a process of its own; none is answered before all have asked."""
     row = Mapping("row", "ok", (0, 2 * PAGE))
     paths = [world.file(f"file-{number}", SIZE) for number in range(8)]
     async with world.listener(world.everywhere(PRE_ACCESS), answer=lambda event: HOLD) as listener:

@@ -66,7 +66,8 @@ class Source:
 
 
 class SupervisedGroup:
-    """May be used by any number of threads at once. Nothing here touches the memory of the command, or waits, but mark().
+    """May be used by any number of threads at once. Nothing here touches the memory of the command; mark() alone waits for others
+    for long.
 
     `nonblocking` is O_NONBLOCK; `dialect` None: nobody has said, so it is what mainline speaks, and what may mean something else is refused.
     """

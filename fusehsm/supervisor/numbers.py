@@ -9,15 +9,12 @@ from dataclasses import dataclass
 from typing import Final
 
 # seccomp(2)
-SECCOMP_SET_MODE_FILTER: Final = 1
 SECCOMP_FILTER_FLAG_NEW_LISTENER: Final = 1 << 3
 SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV: Final = 1 << 5  # Linux 5.19
 SECCOMP_RET_ALLOW: Final = 0x7FFF0000
 SECCOMP_RET_USER_NOTIF: Final = 0x7FC00000
 
-PR_SET_PDEATHSIG: Final = 1
-PR_SET_CHILD_SUBREAPER: Final = 36
-PR_SET_NO_NEW_PRIVS: Final = 38
+PR_SET_CHILD_SUBREAPER: Final = 36  # prctl(2)
 
 #: The highest descriptors below 1024, so that select(2) goes on working.
 RESERVED_DESCRIPTORS: Final = 64

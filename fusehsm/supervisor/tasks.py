@@ -4,7 +4,7 @@ import os
 import re
 from dataclasses import dataclass
 
-from fusehsm import mountinfo
+from fusehsm import caller, mountinfo
 
 _FIELD = re.compile(rb"^([A-Za-z_]+):[ \t]*(.*)$", re.MULTILINE)
 _SIGNAL_FIELDS = (b"SigPnd", b"ShdPnd", b"SigBlk")
@@ -75,21 +75,13 @@ def signals_of(tid: int) -> Signals | None:
 
 def is_stopping(process: int) -> bool:
     """Whether some thread of a process has been stopped by a signal."""
-    try:
-        tids = os.listdir(f"/proc/{process}/task")
-    except OSError:
-        return False
-    return any((_status(int(tid)) or {}).get(b"State", b"").startswith(b"T") for tid in tids)
+    return any((_status(tid) or {}).get(b"State", b"").startswith(b"T") for tid in caller.threads_of(process))
 
 
 def takers_of_shared_signals(process: int) -> list[int]:
     """The threads of a process that may be given a signal that waits for it."""
-    try:
-        tids = [int(name) for name in os.listdir(f"/proc/{process}/task")]
-    except OSError:
-        return []
     takers = []
-    for tid in tids:
+    for tid in caller.threads_of(process):
         fields = _status(tid)
         if fields is not None and not fields[b"State"].startswith((b"Z", b"X")):
             shared, blocked = (int(fields[name], 16) for name in (b"ShdPnd", b"SigBlk"))

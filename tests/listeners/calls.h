@@ -4,21 +4,9 @@
 
 #include <errno.h>
 #include <stdint.h>
-#include <sys/fanotify.h>
 #include <sys/types.h>
 
-#ifndef FAN_PRE_ACCESS
-#define FAN_PRE_ACCESS 0x00100000
-#endif
-#ifndef FAN_REPORT_FD_ERROR
-#define FAN_REPORT_FD_ERROR 0x00002000
-#endif
-#ifndef FAN_MARK_IGNORE
-#define FAN_MARK_IGNORE 0x00000400
-#endif
-#ifndef FAN_INFO
-#define FAN_INFO 0x20
-#endif
+#include "newer.h"
 
 #define P FAN_PRE_ACCESS
 #define BAD ((void *)1)

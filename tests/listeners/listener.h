@@ -4,22 +4,10 @@
 
 #include <stddef.h>
 #include <stdint.h>
-#include <sys/fanotify.h>
 #include <sys/types.h>
 
-/* Newer than the headers of a stable distribution. */
-#ifndef FAN_PRE_ACCESS
-#define FAN_PRE_ACCESS 0x00100000
-#endif
-#ifndef FAN_REPORT_FD_ERROR
-#define FAN_REPORT_FD_ERROR 0x00002000
-#endif
-#ifndef FAN_MARK_IGNORE
-#define FAN_MARK_IGNORE 0x00000400
-#endif
-#ifndef FAN_MARK_EVICTABLE
-#define FAN_MARK_EVICTABLE 0x00000200
-#endif
+#include "newer.h"
+
 #define INFO_PIDFD 4
 #define INFO_RANGE 6
 

@@ -4,12 +4,9 @@
 
 #include <errno.h>
 #include <stdint.h>
-#include <sys/fanotify.h>
 #include <sys/types.h>
 
-#ifndef FAN_PRE_ACCESS
-#define FAN_PRE_ACCESS 0x00100000
-#endif
+#include "newer.h"
 
 extern char **places; /* the watched directories */
 
