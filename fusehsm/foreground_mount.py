@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from fusehsm.engines.fuse_mount import unmount
+from fusehsm.held_signals import signals_held
 from fusehsm.own_command import own_command, own_environment
 
 _PATIENCE = 30.0  # seconds for a daemon to go
@@ -41,24 +42,26 @@ def foreground_mount(
     command = own_command("mount", "--foreground", "--lifeline", str(lifeline))
     allow_other = ["--allow-other"] if os.geteuid() == 0 else []
     try:
-        with os.fdopen(lifeline, "rb", buffering=0):
-            daemon = subprocess.Popen(
-                [*command, *options, *allow_other, source, destination],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-                env=own_environment(),
-                pass_fds=[lifeline],
-                text=True,
-            )
+        daemon = None
         try:
+            with os.fdopen(lifeline, "rb", buffering=0), signals_held():
+                daemon = subprocess.Popen(
+                    [*command, *options, *allow_other, source, destination],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    start_new_session=True,
+                    env=own_environment(),
+                    pass_fds=[lifeline],
+                    text=True,
+                )
             _wait_until_ready(daemon)
             reader = threading.Thread(target=_pass_on, args=(daemon, hear), daemon=True)
             reader.start()
             yield ForegroundMount(daemon, reader)
         finally:
-            _end(daemon, destination)
+            if daemon is not None:
+                _end(daemon, destination)
     finally:
         os.close(held)
 

@@ -7,6 +7,8 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from fusehsm.held_signals import signals_held
+
 _PATIENCE = 60.0  # seconds for one command
 
 
@@ -20,9 +22,10 @@ def _tool(name: str) -> str:
 
 def _run(*command: str) -> None:
     # In a session of its own: Ctrl-C is for us, not for what makes or unmakes a file system.
-    result = subprocess.run(
-        command, capture_output=True, text=True, timeout=_PATIENCE, check=False, start_new_session=True
-    )
+    with signals_held():
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=_PATIENCE, check=False, start_new_session=True
+        )
     if result.returncode:
         raise OSError(f"{' '.join(command)}: exit code {result.returncode}: {result.stderr.strip()}")
 
@@ -45,7 +48,7 @@ def ext4_image(path: Path | str, size_mb: int = 64) -> Iterator[Path]:
         _run(mount, "-t", "ext4", "-o", "loop", str(image), str(mount_point))
         yield mount_point
     finally:
-        # Looked up: mount(8) may have been at its end when we were interrupted.
+        # Looked up: mount(8) may have failed, or have run out of time at its very end.
         if os.path.ismount(mount_point):
             try:
                 _run(unmount, str(mount_point))
