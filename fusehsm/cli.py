@@ -275,6 +275,66 @@ def populate(
 
 
 @app.command()
+def fetch(
+    store: Annotated[str, typer.Argument(metavar="STORE", help="What DST was populated from.")],
+    destination: Annotated[str, typer.Argument(metavar="DST", help="The directory with the stubs.")],
+    backend: Annotated[
+        str, typer.Option(help="Where events come from: kernel, fuse, or auto (the kernel where it can).")
+    ] = "auto",
+    block_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="What is fetched at a time; a power of two.")
+    ] = "1M",
+    read_ahead: Annotated[
+        str, typer.Option(metavar="SIZE", help="How far to fetch ahead of who reads a file in order; 0: not.")
+    ] = "32M",
+    jobs: Annotated[int, typer.Option(metavar="N", help="Requests to the store at once.")] = 16,
+    deadline: Annotated[
+        str,
+        typer.Option(metavar="TIME", help="How long to go on asking a store that does not answer."),
+    ] = "60s",
+    on_error: Annotated[
+        str, typer.Option(metavar="ERRNO", help="What to refuse an access with then: EIO or EAGAIN.")
+    ] = "EIO",
+    limit_rate: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Fetch at most so many bytes a second.")
+    ] = None,
+    options: Annotated[
+        list[str] | None, typer.Option("-o", metavar="OPTS", help="FUSE mount options, if it mounts.")
+    ] = None,
+    events: Annotated[str, typer.Option(help="Of the mount: exact, first-access or auto.")] = "exact",
+    engine: Annotated[str, typer.Option(help="Of the mount: pyfuse3, devfuse or auto.")] = "auto",
+    allow_other: Annotated[
+        bool, typer.Option("--allow-other", help="Let other users into the mount, as file modes allow.")
+    ] = False,
+    log_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Where the mount's server logs.")
+    ] = None,
+) -> int:
+    """Serve DST's stubs in place: what is touched is fetched first. Stays until Ctrl-C; prints `ready` on stderr once accesses are served."""
+    from fusehsm.tier.fetch import FetchOptions
+    from fusehsm.tier.fetch import fetch as do_fetch
+
+    mount_arguments = ["--events", events, "--engine", engine, "--unattended", f"deny={on_error}"]
+    mount_arguments += [word for value in options or () for word in ("-o", value)]
+    mount_arguments += ["--allow-other"] * allow_other
+    mount_arguments += [] if log_file is None else ["--log-file", log_file]
+    return do_fetch(
+        FetchOptions(
+            store=store,
+            destination=destination,
+            backend=backend,
+            block_size=block_size,
+            read_ahead=read_ahead,
+            jobs=jobs,
+            deadline=deadline,
+            on_error=on_error,
+            limit_rate=limit_rate,
+            mount_arguments=tuple(mount_arguments),
+        )
+    )
+
+
+@app.command()
 def status(
     path: Annotated[
         str | None, typer.Argument(metavar="[PATH]", help="A path on a mount (default: all mounts).")

@@ -41,6 +41,8 @@ _AT_SYMLINK_NOFOLLOW: Final = 0x100
 _AT_EMPTY_PATH: Final = 0x1000
 _STATX_BTIME: Final = 0x800
 _STATX_BTIME_OFFSET: Final = 0x50
+_STATX_MNT_ID_UNIQUE: Final = 0x4000
+_STATX_MNT_ID_OFFSET: Final = 0x90
 _SYS_OPENAT2: Final = 437  # the same number on every architecture
 _CAPABILITY_VERSION_3: Final = 0x20080522
 _NANOSECONDS: Final = 1_000_000_000
@@ -168,6 +170,24 @@ def birth_time(dir_fd: int, name: bytes) -> bytes | None:
     if not mask & _STATX_BTIME:
         return None
     return buffer.raw[_STATX_BTIME_OFFSET : _STATX_BTIME_OFFSET + 12]
+
+
+def unique_mount_id(fd: int) -> int | None:
+    """The number of the mount that `fd` was opened on, which no other mount gets until the next boot; None before Linux 6.8."""
+    buffer = ctypes.create_string_buffer(256)
+    if _statx(fd, b"", _AT_EMPTY_PATH, _STATX_MNT_ID_UNIQUE, buffer) < 0:
+        raise _error()
+    (mask,) = struct.unpack_from("=I", buffer)
+    if not mask & _STATX_MNT_ID_UNIQUE:
+        return None
+    (number,) = struct.unpack_from("=Q", buffer, _STATX_MNT_ID_OFFSET)
+    return int(number)
+
+
+def syncfs(fd: int) -> None:
+    """syncfs(2): bring everything of the file system that `fd` is on to its disk."""
+    if _libc.syncfs(fd) < 0:
+        raise _error()
 
 
 class FileHandles:

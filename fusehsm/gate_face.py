@@ -12,6 +12,9 @@ class Nodes(Protocol):
     def node(self, node_id: int, /) -> Any:
         """The node of that number. Raises OSError ESTALE when it is not known."""
 
+    def open_root(self) -> int:
+        """A new descriptor of the backing's root directory."""
+
     def node_of_backing(self, major: int, minor: int, inode: int, /) -> Any | None:
         """The node of a file of the backing, None if it is not known."""
 

@@ -83,6 +83,10 @@ class Overlay:
         """All known nodes, the root included."""
         return list(self._table)
 
+    def open_root(self) -> int:
+        """A new descriptor of the backing's root directory."""
+        return os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._reach.root_fd)
+
     def node_of_backing(self, major: int, minor: int, inode: int) -> Node | None:
         """The node of a file of the backing, None if it is not one that the kernel knows of."""
         return self._table.known_as(os.makedev(major, minor), inode)

@@ -127,8 +127,12 @@ class Map:
     writable: int
 
 
-# Further requests (evict, pin) belong here, and in server.py's table.
-Request = Hello | Mark | Status | Release | Drop | Map
+@dataclass(frozen=True, slots=True)
+class Backing:
+    """A descriptor of the backing's root directory, which a mount in place has covered; it comes with the reply."""
+
+
+Request = Hello | Mark | Status | Release | Drop | Map | Backing
 _REQUESTS: dict[str, type[Request]] = {
     "hello": Hello,
     "mark": Mark,
@@ -136,6 +140,7 @@ _REQUESTS: dict[str, type[Request]] = {
     "release": Release,
     "drop": Drop,
     "map": Map,
+    "backing": Backing,
 }
 _NAMES = {kind: name for name, kind in _REQUESTS.items()}
 _OPTIONAL = {(Hello, "dialect"): str, (Mark, "inode"): int}

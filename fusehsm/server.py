@@ -30,7 +30,7 @@ from fusehsm.abi import (
 )
 from fusehsm.gate_face import GateFace
 from fusehsm.group import Group, Pending
-from fusehsm.protocol import CREDIT, Drop, Hello, Map, Mark, Release, Request, Status, Welcome
+from fusehsm.protocol import CREDIT, Backing, Drop, Hello, Map, Mark, Release, Request, Status, Welcome
 
 MOST_GROUPS: Final = 128  # as fs.fanotify.max_user_groups
 MOST_CONNECTIONS: Final = 256
@@ -198,6 +198,9 @@ class _Session:
             case Map():
                 self._check_device(request.major, request.minor)
                 await self._map(request)
+                return {}
+            case Backing():
+                descriptors.append(self._gate.overlay.open_root())
                 return {}
 
     def _hello(self, hello: Hello) -> tuple[Welcome, int]:

@@ -13,7 +13,6 @@ from rich.markup import escape
 
 from fusehsm.conform.accessor import Zygote
 from fusehsm.conform.ext4 import ext4_image
-from fusehsm.conform.interruption import Interrupted, Interruption, interruptible
 from fusehsm.conform.perform import Performer
 from fusehsm.conform.recording import SHIPPED, Recording
 from fusehsm.conform.sides import NoKernelEvents, Side, emulated_side, kernel_side
@@ -23,6 +22,7 @@ from fusehsm.conform.workload import Workload
 from fusehsm.conform.workloads import WORKLOADS, chosen
 from fusehsm.divergences import applying
 from fusehsm.engines.choice import ENGINES, resolved
+from fusehsm.interruption import Interrupted, Interruption, interruptible
 
 _STYLES = {
     Verdict.IDENTICAL: "green",

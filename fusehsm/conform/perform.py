@@ -9,12 +9,12 @@ import trio
 
 from fusehsm.conform.accessor import AccessorTimeout, Zygote
 from fusehsm.conform.arrangement import arranged
-from fusehsm.conform.interruption import Interruption
 from fusehsm.conform.scene import scene
 from fusehsm.conform.sides import Side
 from fusehsm.conform.stream import UNFINISHED, Did, Stream, ended_early
 from fusehsm.conform.verdict import Comparison, Verdict
 from fusehsm.conform.workload import Workload
+from fusehsm.interruption import Interruption
 
 
 @dataclass(slots=True)

@@ -1,7 +1,7 @@
 """`fusehsm populate STORE DST`: a stub in DST for every file of the store, and its directories and links.
 
 It may be killed at any moment and run again: what is right stays as it is, what is missing is made, and stubs of what has changed in the store are
-changed. Content is never overwritten. It must not run while something fills the same stubs.
+changed. Content is never overwritten. It does not run while somebody fills the same stubs (alone.py).
 """
 
 import errno
@@ -17,6 +17,7 @@ from typing import Final
 
 from fusehsm.mountinfo import mount_of
 from fusehsm.tier import stub_mark
+from fusehsm.tier.alone import alone
 from fusehsm.tier.local_store import LocalStore
 from fusehsm.tier.opening import open_store
 from fusehsm.tier.planting import NO_UNNAMED_FILES, UNFINISHED, Outcome, Planter
@@ -135,9 +136,12 @@ def _destination(options: PopulateOptions, store: Store) -> Iterator[int | None]
                 f"unmount it first (fusehsm umount {shown(path)}), or populate the directory that it overlays"
             )
             raise OSError(errno.EBUSY, f"lies on a mount of fusehsm; {mend}", path)
-        if not options.dry_run:
-            _try_file_system(fd, path)
-        yield fd
+        if options.dry_run:
+            yield fd
+            return
+        _try_file_system(fd, path)
+        with alone(fd, path):
+            yield fd
     finally:
         os.close(fd)
 

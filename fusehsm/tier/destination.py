@@ -1,0 +1,129 @@
+"""The directory whose stubs are served, in place: by the real kernel's events, or through a mount of the emulator over it."""
+
+import contextlib
+import errno
+import os
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import trio
+
+from fusehsm.backends.connection import ControlConnection
+from fusehsm.backends.opening import BACKENDS, kernel_can_watch
+from fusehsm.held_signals import signals_held
+from fusehsm.mount import unmount
+from fusehsm.mount_options import MountError
+from fusehsm.mountinfo import Mount, mount_of
+from fusehsm.own_command import own_command, own_environment
+from fusehsm.protocol import Backing
+from fusehsm.tier.alone import alone
+from fusehsm.tier.store import shown
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """`path`: absolute, without symbolic links, where accessors see it. `root_fd`: its directory as it is below everything that makes events
+    (where that can be had), on the real kernel and under a mount. `backend`: "kernel" or "fuse"."""
+
+    path: str
+    root_fd: int
+    backend: str
+
+
+@contextmanager
+def destination(path: str, backend: str, mount_arguments: Sequence[str]) -> Iterator[Destination]:
+    """Make `path` a place with events, and undo that at the end. `backend` as for open_group(), "auto": the real kernel where it can.
+
+    `mount_arguments`: of `fusehsm mount`, whose daemon is a process of its own: when whoever serves dies without a word, accesses are refused, so
+    that no stub is read as zeros, and the next one takes over that mount. Raises OSError with one line, EBUSY where somebody fills or populates
+    already.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"--backend {backend}: choose one of {', '.join(BACKENDS)}")
+    path = os.path.realpath(path)
+    if not os.path.isdir(path):
+        why = "is no directory" if os.path.exists(path) else "is not there; `fusehsm populate` makes it"
+        raise OSError(errno.ENOTDIR, why, path)
+    mount = mount_of(path)
+    if mount.is_fusehsm and backend != "kernel":
+        if mount.mount_point != path:
+            raise OSError(
+                errno.EINVAL, f"lies on a mount of fusehsm; serve its mount point {mount.mount_point}", path
+            )
+        with _root_below(mount) as root_fd, alone(root_fd, path):
+            yield Destination(path, root_fd, "fuse")
+            if mount.source == path:
+                _unmount(path)
+        return
+    root_fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with alone(root_fd, path):
+            if backend == "kernel" or (backend == "auto" and _kernel_can(path)):
+                kernel_can_watch(path)
+                yield Destination(path, root_fd, "kernel")
+            else:
+                _mount(path, mount_arguments)
+                try:
+                    yield Destination(path, root_fd, "fuse")
+                finally:
+                    _unmount(path)
+    finally:
+        os.close(root_fd)
+
+
+def _kernel_can(path: str) -> bool:
+    try:
+        kernel_can_watch(path)
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def _root_below(mount: Mount) -> Iterator[int]:
+    async def ask() -> int | None:
+        connection = await ControlConnection.open(mount)
+        try:
+            return (await connection.request(Backing()))[1]
+        finally:
+            connection.close()
+
+    root_fd = trio.run(ask)
+    if root_fd is None:
+        raise OSError(errno.ENOTCONN, "its server does not show its backing", mount.mount_point)
+    try:
+        yield root_fd
+    finally:
+        os.close(root_fd)
+
+
+def _mount(path: str, arguments: Sequence[str]) -> None:
+    with signals_held():
+        result = subprocess.run(
+            own_command("mount", *arguments, path, path),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            env=own_environment(),
+            text=True,
+            check=False,
+        )
+    if result.returncode:
+        said = result.stderr.replace("fusehsm: ", "").strip() or f"exit code {result.returncode}"
+        raise OSError(errno.EIO, f"{shown(path)} cannot be mounted: {' '.join(said.split())}")
+
+
+def _unmount(path: str) -> None:
+    try:
+        unmount(path)
+    except MountError as error:
+        with contextlib.suppress(OSError):
+            if not mount_of(path).is_fusehsm:
+                return
+        mend = (
+            f"what is not here is refused there until it is served again, or `fusehsm umount {shown(path)}`"
+        )
+        raise OSError(errno.EBUSY, f"left mounted: {' '.join(str(error).split())}; {mend}") from None

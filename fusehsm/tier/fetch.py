@@ -1,0 +1,134 @@
+"""`fusehsm fetch STORE DST`: serve DST's stubs from a store, in place, until told to end."""
+
+import contextlib
+import errno
+import logging
+import sys
+import time
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+
+from fusehsm.backends.opening import open_group
+from fusehsm.handler import serve
+from fusehsm.interruption import Interrupted, Interruption, interruptible
+from fusehsm.tier.destination import Destination, destination
+from fusehsm.tier.fetcher import Fetcher, Policy, Totals
+from fusehsm.tier.keeping import Keeper
+from fusehsm.tier.opening import open_store
+from fusehsm.tier.place import place_of
+from fusehsm.tier.populate_progress import size_text
+from fusehsm.tier.sizes import parse_seconds, parse_size
+from fusehsm.tier.store import Store, shown
+
+_EVENTS: Final = ("PRE_ACCESS", "MODIFY")
+_DENIALS: Final = {"EIO": errno.EIO, "EAGAIN": errno.EAGAIN}
+_SMALLEST_BLOCK: Final = 4096
+_HANDLERS: Final = 256  # events that may wait at once
+
+
+@dataclass(frozen=True, slots=True)
+class FetchOptions:
+    """The command line of `fusehsm fetch`. `mount_arguments`: for `fusehsm mount`."""
+
+    store: str
+    destination: str
+    backend: str = "auto"
+    block_size: str = "1M"
+    read_ahead: str = "32M"
+    jobs: int = 16
+    deadline: str = "60s"
+    on_error: str = "EIO"
+    limit_rate: str | None = None
+    mount_arguments: tuple[str, ...] = ()
+
+    def policy(self) -> Policy:
+        """What it means. Raises ValueError with one line for what makes no sense."""
+        block_size = parse_size("--block-size", self.block_size)
+        if block_size < _SMALLEST_BLOCK or block_size & (block_size - 1):
+            raise ValueError(f"--block-size {self.block_size}: must be a power of two of at least 4K")
+        if self.on_error not in _DENIALS:
+            raise ValueError(f"--on-error {self.on_error}: choose one of {', '.join(_DENIALS)}")
+        if self.jobs < 1:
+            raise ValueError(f"--jobs {self.jobs}: at least one request must be allowed")
+        rate = None if self.limit_rate is None else parse_size("--limit-rate", self.limit_rate)
+        if rate == 0:
+            raise ValueError(f"--limit-rate {self.limit_rate}: nothing would ever be fetched")
+        return Policy(
+            block_size=block_size,
+            prefetch_window=parse_size("--read-ahead", self.read_ahead),
+            deadline=parse_seconds("--deadline", self.deadline),
+            denial=_DENIALS[self.on_error],
+            rate=rate,
+            connections=self.jobs,
+        )
+
+
+def fetch(options: FetchOptions) -> int:
+    """Serve until SIGINT, SIGTERM or SIGHUP; prints `ready` on stderr once accesses are served, and a summary at the end. Returns the exit code.
+
+    Raises ValueError for bad usage, OSError with one line for what cannot be done, also when the mount or the group is gone.
+    """
+    policy = options.policy()
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="fusehsm: %(message)s")
+    logging.captureWarnings(True)
+    with interruptible() as interruption, contextlib.suppress(Interrupted):
+        _serve_until_interrupted(options, policy, interruption)
+    return 0
+
+
+def _serve_until_interrupted(options: FetchOptions, policy: Policy, interruption: Interruption) -> None:
+    with (
+        open_store(options.store) as store,
+        destination(options.destination, options.backend, options.mount_arguments) as place,
+    ):
+        started = time.monotonic()
+        fetcher = trio.run(_serve, store, place, policy, interruption)
+        print(summary(options, fetcher.totals, time.monotonic() - started), flush=True)
+
+
+async def _serve(store: Store, place: Destination, policy: Policy, interruption: Interruption) -> Fetcher:
+    failures: list[OSError] = []
+    async with (
+        open_group(place.path, _EVENTS, backend=place.backend) as group,
+        trio.open_nursery() as nursery,
+    ):
+        fetcher = Fetcher(store, place.path, place_of(place.root_fd), policy, nursery)
+        fetcher.group = group
+        keeper = Keeper(fetcher, place.root_fd)
+
+        async def serve_group() -> None:
+            try:
+                await serve(group, fetcher, limit=_HANDLERS)
+            except OSError as error:
+                failures.append(error)
+                nursery.cancel_scope.cancel()
+
+        nursery.start_soon(serve_group)
+        nursery.start_soon(keeper.keep)
+        events = "the kernel's own events" if place.backend == "kernel" else "a mount of fusehsm"
+        print(f"fusehsm: serving {shown(place.path)} from {store.name} by {events}", file=sys.stderr)
+        print("ready", file=sys.stderr, flush=True)
+        try:
+            await interruption.watch()
+        except Interrupted:
+            nursery.cancel_scope.cancel()
+    keeper.rest()
+    if failures:
+        raise failures[0]
+    return fetcher
+
+
+def summary(options: FetchOptions, totals: Totals, seconds: float) -> str:
+    """The line at the end."""
+    parts = [
+        f"{totals.events:,} events",
+        f"{size_text(totals.fetched)} fetched in {totals.requests:,} requests ({size_text(totals.prefetched)} ahead of its readers)",
+        f"{totals.completed:,} files complete",
+    ]
+    if totals.retries:
+        parts.append(f"{totals.retries:,} retries")
+    if totals.denied:
+        parts.append(f"{totals.denied:,} accesses refused")
+    return f"served {shown(options.destination)} for {seconds:.1f} s: {', '.join(parts)}"

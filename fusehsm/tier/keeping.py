@@ -1,0 +1,89 @@
+"""Making what has been filled last: records that say so once the disk has it, and records at rest when serving ends."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Final
+
+import trio
+
+from fusehsm import filesystem_calls as syscalls
+from fusehsm.tier.beneath import open_beneath
+from fusehsm.tier.fetcher import Fetcher, Key
+from fusehsm.tier.stub_file import StubFile
+from fusehsm.tier.stub_mark import generation
+
+_INTERVAL: Final = 5.0  # seconds
+_LONGEST: Final = 6  # intervals for which files that are being filled all the time are let off
+
+_log = logging.getLogger(__name__)
+
+
+class Keeper:
+    """Of the files that a fetcher serves, below `root_fd`."""
+
+    def __init__(self, fetcher: Fetcher, root_fd: int) -> None:
+        self._fetcher = fetcher
+        self._root_fd = root_fd
+        self._put_off = 0
+
+    async def keep(self) -> None:
+        """Bring content to the disk every now and then, while nothing is on its way, and say so in the records. Never returns."""
+        last = -1
+        while True:
+            await trio.sleep(_INTERVAL)
+            is_busy = self._fetcher.totals.requests != last
+            last = self._fetcher.totals.requests
+            self._put_off += 1
+            if is_busy and self._put_off < _LONGEST:
+                continue
+            self._put_off = 0
+            await trio.to_thread.run_sync(self._sync, abandon_on_cancel=True)
+
+    def _sync(self) -> None:
+        files = [
+            (key, file, file.changes)
+            for key, served in list(self._fetcher.served.items())
+            if (file := served.file) is not None and file.recorded and not file.synced
+        ]
+        if not files:
+            return
+        try:
+            syscalls.syncfs(self._root_fd)
+        except OSError as error:
+            _log.error("the disk does not take what was fetched: %s", error.strerror)
+            return
+        for key, file, changes in files:
+            with self.opened(key, file) as fd:
+                if fd is not None:
+                    with suppress(OSError):
+                        file.seal(fd, changes)
+
+    def rest(self) -> None:
+        """At the end: everything on the disk, every record closed. To be called when nothing is served any more."""
+        self._sync()
+        for key, served in self._fetcher.served.items():
+            if served.file is None or not served.file.recorded:
+                continue
+            with self.opened(key, served.file) as fd:
+                if fd is not None:
+                    with suppress(OSError):
+                        served.file.rest(fd)
+
+    @contextmanager
+    def opened(self, key: Key, file: StubFile) -> Iterator[int | None]:
+        """A descriptor of the file by the path where it was seen; None if it is not there any more, which costs nothing but time later."""
+        fd = None
+        with suppress(OSError, ValueError):
+            fd = open_beneath(self._root_fd, file.path, os.O_RDONLY | os.O_NONBLOCK) if file.path else None
+        try:
+            if fd is not None:
+                status = os.fstat(fd)
+                if (status.st_dev, status.st_ino, generation(fd)) != key:
+                    yield None
+                    return
+            yield fd
+        finally:
+            if fd is not None:
+                os.close(fd)
