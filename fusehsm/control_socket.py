@@ -1,4 +1,6 @@
-"""Where a mount and the processes that talk to it meet: a socket named after the mount's device number, in a directory of its owner's."""
+"""Where a mount and the processes that talk to it meet: a socket named after the mount's device number, in a directory of its owner's.
+
+Who serves something else than a mount meets others there, too, by another name (listening_as, connect_to)."""
 
 import contextlib
 import errno
@@ -15,7 +17,7 @@ from fusehsm.mountinfo import Mount
 
 _BACKLOG = 128
 _CREDENTIALS = struct.Struct("=iII")
-_SOCKET_NAME = re.compile(r"\d+:\d+")
+_SOCKET_NAME = re.compile(r"\d+:\d+(:\d+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,13 @@ def listening(device: tuple[int, int], places: Sequence[str] | None = None) -> I
     A name that is already there is stale, because a device number belongs to one mount at a time: it is replaced. Raises OSError with
     one line when there is no place for it.
     """
-    name = _name(device)
+    with listening_as(_name(device), places) as listener:
+        yield listener
+
+
+@contextmanager
+def listening_as(name: str, places: Sequence[str] | None = None) -> Iterator[socket.socket]:
+    """The same by a name, numbers with colons in between, that nobody else uses who is still there."""
     directory = _open_own_directory(directories(os.getuid()) if places is None else places)
     try:
         _sweep(directory)
@@ -121,6 +129,26 @@ def connect(mount: Mount, places: Sequence[str] | None = None) -> socket.socket:
         errno.ENOTCONN,
         f"{point}: no control socket in {' or '.join(places)}; was it mounted with another XDG_RUNTIME_DIR?",
     )
+
+
+def connect_to(name: str, owners: Sequence[int]) -> socket.socket | None:
+    """A connection to whom one of these users lets serve by that name; None where nobody does. Blocks as connect() does."""
+    for owner in dict.fromkeys(owners):
+        for place in directories(owner):
+            try:
+                directory = _open_directory(place, {owner})
+            except OSError:
+                continue
+            try:
+                connection = _connect(f"/proc/self/fd/{directory}/{name}")
+            except OSError:
+                continue
+            finally:
+                os.close(directory)
+            if peer_of(connection).uid in (owner, 0):
+                return connection
+            connection.close()
+    return None
 
 
 def _connect(address: str, *, blocking: bool = True) -> socket.socket:

@@ -1,0 +1,88 @@
+"""What is here of a tree: one Item a regular file, whether or not somebody serves it."""
+
+import os
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from fusehsm.tier.beneath import components, open_beneath
+from fusehsm.tier.store import byte_order
+from fusehsm.tier.stub_file import StubFile
+from fusehsm.tier.stub_mark import generation
+
+Key = tuple[int, int, int]  # device, inode, generation
+
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+_BLOCK_SIZE: Final = 1 << 20  # for files that have no record; of no importance, as nothing of them is here
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """`path`: below the destination. `size`, `resident` (what is here), `disk` (what it takes): bytes. `stub`: made by populate, else the user's own.
+    `used_ns`: when it was last used, as far as can be told, nanoseconds since 1970."""
+
+    path: str
+    size: int
+    resident: int
+    disk: int
+    stub: bool
+    modified: bool
+    pinned: bool
+    used_ns: int
+
+
+def items(
+    root_fd: int, path: str, known: Callable[[Key], StubFile | None], place: bytes = b""
+) -> Iterator[Item]:
+    """The regular files at or below `path` ("": all), in the order of their bytes; each inode once. No symbolic link is followed.
+
+    `known`: of the files that are served just now. `place`: the destination's (place.py). Raises OSError ENOENT where there is nothing at `path`,
+    ValueError for a path that leads elsewhere. What cannot be read below it is left out.
+    """
+    if path:
+        components(path)
+        fd = open_beneath(root_fd, path, _FILE)
+    else:
+        fd = os.open(".", _DIRECTORY, dir_fd=root_fd)
+    try:
+        yield from _walk(fd, path, known, place, set())
+    finally:
+        os.close(fd)
+
+
+def _walk(
+    fd: int, path: str, known: Callable[[Key], StubFile | None], place: bytes, seen: set[Key]
+) -> Iterator[Item]:
+    status = os.fstat(fd)
+    if stat.S_ISREG(status.st_mode):
+        key = (status.st_dev, status.st_ino, generation(fd))
+        if key not in seen:
+            seen.add(key)
+            yield _item(fd, path, status, known(key), place)
+    elif stat.S_ISDIR(status.st_mode):
+        for name in sorted(os.listdir(fd), key=byte_order):
+            try:
+                child = os.open(name, _FILE, dir_fd=fd)
+            except OSError:
+                continue  # a symbolic link, a socket, gone, or not ours to read
+            try:
+                yield from _walk(child, f"{path}/{name}" if path else name, known, place, seen)
+            finally:
+                os.close(child)
+
+
+def _item(fd: int, path: str, status: os.stat_result, file: StubFile | None, place: bytes) -> Item:
+    if file is None:
+        try:
+            file = StubFile.recover(fd, path, place, _BLOCK_SIZE)
+        except OSError:
+            file = None
+    used_ns = status.st_atime_ns if file is None else max(file.used_ns, status.st_atime_ns)
+    disk = status.st_blocks * 512
+    if file is None:
+        return Item(path, status.st_size, status.st_size, disk, False, False, False, used_ns)
+    return Item(
+        path, status.st_size, file.resident, disk, True, file.modified, file.pinned, used_ns
+    )
