@@ -13,6 +13,8 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import trio
+
 from fusehsm import caller, rules
 from fusehsm.abi import (
     FAN_ACCESS,
@@ -29,6 +31,7 @@ from fusehsm.events import Access, AccessKind, Armed
 from fusehsm.explain import Explainer
 from fusehsm.group import Group, Pending
 from fusehsm.handles import HandleTable, OpenFile
+from fusehsm.leases import Lease, Leases
 from fusehsm.listeners import Listeners
 from fusehsm.marks import Subject
 from fusehsm.overlay import AttributeChanges, Caller, Node, Overlay
@@ -36,6 +39,8 @@ from fusehsm.stale import CacheControl, StalePages
 from fusehsm.unattended import EventTimeout, UnattendedPolicy
 
 _FMODE_EXEC = 0x20  # open flag of execve (include/linux/fs.h); FUSE passes it on
+# The kernel tells of a close(2) a moment after it: how often, and after how many seconds, to look again whether a file is still open.
+_CLOSING_LOOKS, _CLOSING_SECONDS = 10, 0.005
 _PERMISSION_EVENTS = FAN_OPEN_PERM | FAN_OPEN_EXEC_PERM | FAN_ACCESS_PERM
 
 
@@ -69,6 +74,9 @@ class Gate:
             dialect, page_size, self._event_path, unattended, event_timeout, notifies=exact
         )
         self.handles: HandleTable[Node] = HandleTable(overlay.open, open_limit, overlay.is_pinned)
+        self.leases: Leases[Node] = Leases()
+        self.sees_opens = True
+        """Whether the kernel tells of every open(2): the engine's to say."""
         self.requests: Callable[[], dict[str, int]] = dict
         """How many requests of each kind have come: the engine's to say."""
         self._destination = os.fsencode(destination).rstrip(b"/")
@@ -192,6 +200,65 @@ class Gate:
         self.content.dropped(node)
         await self._stale.drop_all_of(node)
 
+    # Leases
+
+    async def lease(self, node: Node) -> tuple[Lease[Node], int]:
+        """Lease a file, as F_SETLEASE does with F_WRLCK: nobody has it open or mapped, nothing of it is cached, and who opens or truncates
+        it waits. Also returns a descriptor of its content on the backing, for reading and writing, which is the caller's to close.
+
+        Raises OSError EAGAIN while anybody has it open, here or on the backing; EINVAL where it is no regular file; EOPNOTSUPP where the kernel
+        does not tell of opens.
+        """
+        if not node.is_regular:
+            raise OSError(errno.EINVAL, "only regular files can be leased")
+        if not self.sees_opens:
+            raise OSError(
+                errno.EOPNOTSUPP,
+                "first-access mode with a private cache cannot tell whether a file is open; mount with --events exact",
+            )
+        for _ in range(_CLOSING_LOOKS):
+            if not self.handles.of_node(node):
+                break
+            await trio.sleep(_CLOSING_SECONDS)
+        if self.handles.of_node(node):
+            raise BlockingIOError(errno.EAGAIN, "somebody has the file open or mapped")
+        lease = self.leases.take(node)
+        # Or the kernel could forget it, and know the file as another node, which is not leased.
+        self.overlay.remember(node)
+        try:
+            descriptor = self.overlay.open_alone(node)
+            try:
+                await self.drop(node)
+            except BaseException:
+                os.close(descriptor)
+                raise
+        except BaseException:
+            self._end_lease(lease)
+            raise
+        return lease, descriptor
+
+    async def unlease(self, lease: Lease[Node]) -> None:
+        """Give a lease back. Raises OSError ETIMEDOUT when it had been broken."""
+        try:
+            # No page can have come in while it stood, but attributes, which may not be true any more.
+            await self.drop(lease.node)
+        except OSError:
+            if not lease.broken:
+                raise
+        finally:
+            self._end_lease(lease)
+        if lease.broken:
+            raise OSError(errno.ETIMEDOUT, "the lease was broken: somebody had waited for too long")
+
+    def abandon_lease(self, lease: Lease[Node]) -> None:
+        """The holder of a lease has gone, in the middle of whatever it did."""
+        self._stale.drop_attributes_soon(lease.node)
+        self._end_lease(lease)
+
+    def _end_lease(self, lease: Lease[Node]) -> None:
+        self.leases.end(lease)
+        self.forget(lease.node.id, 1)
+
     def subject(self, node: Node) -> Subject:
         """The node as marks see it."""
         return Subject(node.id, node.parents(), node.is_dir)
@@ -226,14 +293,24 @@ class Gate:
 
     async def open(self, node: Node, flags: int, tid: int, uid: int) -> tuple[OpenFile[Node], bool]:
         """Open a node; returns the open file and whether the pages that the kernel has of it may stay. Raises OSError."""
+        with self.leases.entering(node):
+            return await self._open(node, flags, tid, uid)
+
+    async def _open(self, node: Node, flags: int, tid: int, uid: int) -> tuple[OpenFile[Node], bool]:
         executing = bool(flags & _FMODE_EXEC)
+        patient = not flags & os.O_NONBLOCK
         flags &= ~(_FMODE_EXEC | os.O_DIRECT)
         if self.listeners.idle:
+            if node in self.leases:
+                await self.leases.wait(node, tid, patient=patient)
             descriptor = self.overlay.open(node, flags, uid)
             if flags & os.O_TRUNC:
                 await self.content.modified(node)
             return self._opened(node, flags, descriptor, Armed.NO, self._all_direct, tid, 0, uid), True
         access, subject, armed = await self._ask_to_open(node, flags, tid, executing=executing)
+        if node in self.leases:
+            # In the kernel, too, listeners are asked first (do_dentry_open()).
+            await self.leases.wait(node, tid, patient=patient)
         descriptor = self.overlay.open(node, flags, uid)
         if flags & os.O_TRUNC:
             await self.content.modified(node)
@@ -246,14 +323,15 @@ class Gate:
         flags &= ~(_FMODE_EXEC | os.O_DIRECT)
         if self.listeners.idle:
             return self._opened(node, flags, descriptor, Armed.NO, self._all_direct, tid, 0, uid), True
-        try:
-            access, subject, armed = await self._ask_to_open(
-                node, flags, tid, executing=False, unnamed=unnamed
-            )
-        except BaseException:
-            os.close(descriptor)
-            raise
-        return await self._open_armed(access, subject, node, flags, descriptor, armed, uid)
+        with self.leases.entering(node):
+            try:
+                access, subject, armed = await self._ask_to_open(
+                    node, flags, tid, executing=False, unnamed=unnamed
+                )
+            except BaseException:
+                os.close(descriptor)
+                raise
+            return await self._open_armed(access, subject, node, flags, descriptor, armed, uid)
 
     async def _ask_to_open(
         self, node: Node, flags: int, tid: int, *, executing: bool, unnamed: bool = False
@@ -361,7 +439,10 @@ class Gate:
 
     def interrupted(self, tid: int) -> bool:
         """A signal has come for a thread that waits for an answer: whether it is to die, and shall have EINTR."""
-        return self.listeners.interrupted(tid)
+        if not self.listeners.interrupted(tid):
+            return False
+        self.leases.interrupted(tid)
+        return True
 
     def unopened(self, node: Node, *, writing: bool) -> OpenFile[Node]:
         """What stands for a node's open files where the kernel tells of no open(2): armed for everything, as nobody can say otherwise."""
@@ -376,6 +457,8 @@ class Gate:
         asked for. Raises OSError."""
         if changes.size is not None:
             await self.content.truncate(node, changes.size, caller_.pid)
+            if node in self.leases:
+                await self.leases.wait(node, caller_.pid)
         with self._usable(node, handle) as descriptor:
             result = self.overlay.setattr(node, changes, descriptor, caller_)
         self.content.told(*result)
@@ -431,6 +514,7 @@ class Gate:
             "open_files": len(self.handles),
             "groups": self.listeners.describe(),
             "waiting": list(self.listeners.waiting()),
+            "leases": self.leases.describe(self._event_path),
             "requests": self.requests(),
         }
 
@@ -441,6 +525,7 @@ class Gate:
     def close(self) -> None:
         """The mount has ended."""
         self.listeners.abandon()
+        self.leases.abandon()
         self.handles.close()
         self._explainer.close()
 

@@ -41,6 +41,16 @@ class GateFace(Protocol):
     async def drop(self, node: Any) -> None:
         """Drop a node's cached pages: its next access makes an event again."""
 
+    async def lease(self, node: Any) -> tuple[Any, int]:
+        """Lease a file that nobody has open, so that who opens it waits; the lease, and a descriptor of its content on the backing. Raises
+        OSError EAGAIN while somebody has it open."""
+
+    async def unlease(self, lease: Any) -> None:
+        """Give a lease back, when nothing of the file is cached any more. Raises OSError ETIMEDOUT when it was broken meanwhile."""
+
+    def abandon_lease(self, lease: Any) -> None:
+        """The holder of a lease has gone."""
+
     async def map(self, node: Any, offset: int, length: int, flags: int, tid: int, *, writable: bool) -> None:
         """A thread that waits is about to map `length` bytes of an open file, which has the `flags` of open(2). Raises OSError when it is
         denied."""

@@ -17,7 +17,7 @@ import struct
 from collections.abc import Callable
 from typing import Final
 
-from fusehsm import attributes
+from fusehsm import attributes, kernel_lease
 from fusehsm import filesystem_calls as syscalls
 from fusehsm.attributes import TIME_NOW, AttributeChanges, path_of
 from fusehsm.credentials import Caller, Impersonation
@@ -383,6 +383,31 @@ class Overlay:
             return self._reach.open(path_of(fd), flags)
         finally:
             os.close(fd)
+
+    def open_alone(self, node: Node) -> int:
+        """A descriptor of a regular file, for reading and writing, that nobody else has open or mapped on the backing; it is the caller's to
+        close. Raises BlockingIOError (EAGAIN) when somebody has, as far as the backing tells (kernel_lease.take())."""
+        try:
+            # Not to wait for somebody's lease.
+            fd = self.open_for_event(node, os.O_RDWR | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno == errno.ETXTBSY:
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from None
+            raise
+        try:
+            try:
+                kernel_lease.take(fd)
+            except BlockingIOError:
+                raise
+            except OSError:
+                pass  # a backing without leases, or somebody else's file
+            else:
+                kernel_lease.give_back(fd)
+            os.set_blocking(fd, True)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
 
     def change_time(self, node: Node) -> int | None:
         """When the node was last changed in any way (st_ctime), in nanoseconds; None where nobody can tell."""

@@ -132,7 +132,32 @@ class Backing:
     """A descriptor of the backing's root directory, which a mount in place has covered; it comes with the reply."""
 
 
-Request = Hello | Mark | Status | Release | Drop | Map | Backing
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Lease a file that the client has looked up itself (st_dev, st_ino), as fcntl(2) does with F_SETLEASE and F_WRLCK: nobody has it open
+    or mapped, and who opens or truncates it waits. Answered with a descriptor of its content on the backing, once nothing of it is cached.
+
+    EAGAIN while somebody has it open, EINVAL where it is no regular file, EBUSY for a second one on a connection. It ends with Unlease or with
+    the connection, and is broken when somebody has waited for fs.lease-break-time.
+    """
+
+    major: int
+    minor: int
+    inode: int
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseStatus:
+    """Whether somebody waits for this connection's lease to end, or has until it was broken: {"wanted": bool}. EBADF where there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unlease:
+    """Give this connection's lease back: what is cached by then is dropped, and who waits goes on. ETIMEDOUT when it was broken, EBADF
+    where there is none."""
+
+
+Request = Hello | Mark | Status | Release | Drop | Map | Lease | LeaseStatus | Unlease | Backing
 _REQUESTS: dict[str, type[Request]] = {
     "hello": Hello,
     "mark": Mark,
@@ -141,6 +166,9 @@ _REQUESTS: dict[str, type[Request]] = {
     "drop": Drop,
     "map": Map,
     "backing": Backing,
+    "lease": Lease,
+    "lease-status": LeaseStatus,
+    "unlease": Unlease,
 }
 _NAMES = {kind: name for name, kind in _REQUESTS.items()}
 _OPTIONAL = {(Hello, "dialect"): str, (Mark, "inode"): int}

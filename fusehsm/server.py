@@ -30,7 +30,21 @@ from fusehsm.abi import (
 )
 from fusehsm.gate_face import GateFace
 from fusehsm.group import Group, Pending
-from fusehsm.protocol import CREDIT, Backing, Drop, Hello, Map, Mark, Release, Request, Status, Welcome
+from fusehsm.protocol import (
+    CREDIT,
+    Backing,
+    Drop,
+    Hello,
+    Lease,
+    LeaseStatus,
+    Map,
+    Mark,
+    Release,
+    Request,
+    Status,
+    Unlease,
+    Welcome,
+)
 
 MOST_GROUPS: Final = 128  # as fs.fanotify.max_user_groups
 MOST_CONNECTIONS: Final = 256
@@ -114,6 +128,7 @@ class _Session:
         self._connection = connection
         self._channel: _EventChannel | None = None
         self._doorbell: int | None = None
+        self._lease: Any = None
 
     async def run(self) -> None:
         """Serve until the client goes, which either of its sockets may tell, or breaks the protocol."""
@@ -124,6 +139,8 @@ class _Session:
             nursery.cancel_scope.cancel()
 
     def close(self) -> None:
+        if self._lease is not None:
+            self._gate.abandon_lease(self._lease)
         if self._channel is not None:
             self._channel.close()
             self._gate.remove_group(self._channel.group)
@@ -202,6 +219,16 @@ class _Session:
             case Backing():
                 descriptors.append(self._gate.overlay.open_root())
                 return {}
+            case Lease():
+                self._check_device(request.major, request.minor)
+                descriptors.append(await self._take_lease(request.inode))
+                return {}
+            case LeaseStatus():
+                return {"wanted": self._held_lease().wanted}
+            case Unlease():
+                lease, self._lease = self._held_lease(), None
+                await self._gate.unlease(lease)
+                return {}
 
     def _hello(self, hello: Hello) -> tuple[Welcome, int]:
         if hello.version != protocol.VERSION:
@@ -250,6 +277,17 @@ class _Session:
             self._check_device(mark.major, mark.minor)
             node = self._gate.overlay.node(mark.inode)
         await self._gate.mark(self._channel.group, mark.flags, mark.mask, node)
+
+    async def _take_lease(self, inode: int) -> int:
+        if self._lease is not None:
+            raise OSError(errno.EBUSY, "one lease a connection")
+        self._lease, descriptor = await self._gate.lease(self._gate.overlay.node(inode))
+        return descriptor
+
+    def _held_lease(self) -> Any:
+        if self._lease is None:
+            raise OSError(errno.EBADF, "no lease on this connection")
+        return self._lease
 
     async def _map(self, request: Map) -> None:
         """Ask for a mapping, as long as the client waits: it hangs up when the accessor is killed, of which nobody else tells us."""

@@ -75,5 +75,7 @@ def found(path: str) -> Found:
     """The same; OSError with the mend where there is none."""
     fetch = find(path)
     if fetch is None:
-        raise OSError(errno.ENOTCONN, "no fusehsm fetch of yours serves it; start one: fusehsm fetch STORE DST", path)
+        raise OSError(
+            errno.ENOTCONN, "no fusehsm fetch of yours serves it; start one: fusehsm fetch STORE DST", path
+        )
     return fetch

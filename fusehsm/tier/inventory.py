@@ -83,6 +83,4 @@ def _item(fd: int, path: str, status: os.stat_result, file: StubFile | None, pla
     disk = status.st_blocks * 512
     if file is None:
         return Item(path, status.st_size, status.st_size, disk, False, False, False, used_ns)
-    return Item(
-        path, status.st_size, file.resident, disk, True, file.modified, file.pinned, used_ns
-    )
+    return Item(path, status.st_size, file.resident, disk, True, file.modified, file.pinned, used_ns)
