@@ -14,6 +14,7 @@ from fusehsm.version import VERSION as __version__
 if TYPE_CHECKING:
     from fusehsm.backends.base import Group
     from fusehsm.backends.dropping import drop
+    from fusehsm.backends.leasing import leased
     from fusehsm.backends.opening import open_group
     from fusehsm.events import Event
     from fusehsm.handler import serve
@@ -29,6 +30,7 @@ __all__ = [
     "Group",
     "__version__",
     "drop",
+    "leased",
     "open_group",
     "serve",
 ]
@@ -37,6 +39,7 @@ _HOMES = {
     "Event": "fusehsm.events",
     "Group": "fusehsm.backends.base",
     "drop": "fusehsm.backends.dropping",
+    "leased": "fusehsm.backends.leasing",
     "open_group": "fusehsm.backends.opening",
     "serve": "fusehsm.handler",
 }
