@@ -13,8 +13,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import trio
-
 from fusehsm import caller, rules
 from fusehsm.abi import (
     FAN_ACCESS,
@@ -31,7 +29,8 @@ from fusehsm.events import Access, AccessKind, Armed
 from fusehsm.explain import Explainer
 from fusehsm.group import Group, Pending
 from fusehsm.handles import HandleTable, OpenFile
-from fusehsm.leases import Lease, Leases
+from fusehsm.leases import Leases
+from fusehsm.lessor import Lessor
 from fusehsm.listeners import Listeners
 from fusehsm.marks import Subject
 from fusehsm.overlay import AttributeChanges, Caller, Node, Overlay
@@ -39,8 +38,6 @@ from fusehsm.stale import CacheControl, StalePages
 from fusehsm.unattended import EventTimeout, UnattendedPolicy
 
 _FMODE_EXEC = 0x20  # open flag of execve (include/linux/fs.h); FUSE passes it on
-# The kernel tells of a close(2) a moment after it: how often, and after how many seconds, to look again whether a file is still open.
-_CLOSING_LOOKS, _CLOSING_SECONDS = 10, 0.005
 _PERMISSION_EVENTS = FAN_OPEN_PERM | FAN_OPEN_EXEC_PERM | FAN_ACCESS_PERM
 
 
@@ -75,8 +72,6 @@ class Gate:
         )
         self.handles: HandleTable[Node] = HandleTable(overlay.open, open_limit, overlay.is_pinned)
         self.leases: Leases[Node] = Leases()
-        self.sees_opens = True
-        """Whether the kernel tells of every open(2): the engine's to say."""
         self.requests: Callable[[], dict[str, int]] = dict
         """How many requests of each kind have come: the engine's to say."""
         self._destination = os.fsencode(destination).rstrip(b"/")
@@ -86,6 +81,14 @@ class Gate:
         self._stale = StalePages(overlay, self.listeners, self.subject)
         self.content = Content(
             overlay, self.listeners, self.handles, self._stale, self._explainer, self.subject
+        )
+        self.lessor = Lessor(
+            overlay,
+            self.handles,
+            self.leases,
+            drop=self.drop,
+            drop_attributes_soon=self._stale.drop_attributes_soon,
+            forget=self.forget,
         )
         overlay.open_files_from(self._open_descriptor)
         overlay.on_removed(self._replaced)
@@ -199,65 +202,6 @@ class Gate:
         self._forget_announced(node)
         self.content.dropped(node)
         await self._stale.drop_all_of(node)
-
-    # Leases
-
-    async def lease(self, node: Node) -> tuple[Lease[Node], int]:
-        """Lease a file, as F_SETLEASE does with F_WRLCK: nobody has it open or mapped, nothing of it is cached, and who opens or truncates
-        it waits. Also returns a descriptor of its content on the backing, for reading and writing, which is the caller's to close.
-
-        Raises OSError EAGAIN while anybody has it open, here or on the backing; EINVAL where it is no regular file; EOPNOTSUPP where the kernel
-        does not tell of opens.
-        """
-        if not node.is_regular:
-            raise OSError(errno.EINVAL, "only regular files can be leased")
-        if not self.sees_opens:
-            raise OSError(
-                errno.EOPNOTSUPP,
-                "first-access mode with a private cache cannot tell whether a file is open; mount with --events exact",
-            )
-        for _ in range(_CLOSING_LOOKS):
-            if not self.handles.of_node(node):
-                break
-            await trio.sleep(_CLOSING_SECONDS)
-        if self.handles.of_node(node):
-            raise BlockingIOError(errno.EAGAIN, "somebody has the file open or mapped")
-        lease = self.leases.take(node)
-        # Or the kernel could forget it, and know the file as another node, which is not leased.
-        self.overlay.remember(node)
-        try:
-            descriptor = self.overlay.open_alone(node)
-            try:
-                await self.drop(node)
-            except BaseException:
-                os.close(descriptor)
-                raise
-        except BaseException:
-            self._end_lease(lease)
-            raise
-        return lease, descriptor
-
-    async def unlease(self, lease: Lease[Node]) -> None:
-        """Give a lease back. Raises OSError ETIMEDOUT when it had been broken."""
-        try:
-            # No page can have come in while it stood, but attributes, which may not be true any more.
-            await self.drop(lease.node)
-        except OSError:
-            if not lease.broken:
-                raise
-        finally:
-            self._end_lease(lease)
-        if lease.broken:
-            raise OSError(errno.ETIMEDOUT, "the lease was broken: somebody had waited for too long")
-
-    def abandon_lease(self, lease: Lease[Node]) -> None:
-        """The holder of a lease has gone, in the middle of whatever it did."""
-        self._stale.drop_attributes_soon(lease.node)
-        self._end_lease(lease)
-
-    def _end_lease(self, lease: Lease[Node]) -> None:
-        self.leases.end(lease)
-        self.forget(lease.node.id, 1)
 
     def subject(self, node: Node) -> Subject:
         """The node as marks see it."""

@@ -19,6 +19,20 @@ class Nodes(Protocol):
         """The node of a file of the backing, None if it is not known."""
 
 
+class Lessor(Protocol):
+    """What leases a mount's files (lessor.py)."""
+
+    async def grant(self, node: Any, /) -> tuple[Any, int]:
+        """Lease a file that nobody has open, so that who opens it waits; the lease, and a descriptor of its content on the backing. Raises
+        OSError EAGAIN while somebody has it open."""
+
+    async def take_back(self, lease: Any, /) -> None:
+        """Its holder gives a lease back: nothing of the file is cached then. Raises OSError ETIMEDOUT when it was broken meanwhile."""
+
+    def abandon(self, lease: Any, /) -> None:
+        """The holder of a lease has gone."""
+
+
 class GateFace(Protocol):
     """A gate (gate.py) as seen from its listeners' side."""
 
@@ -28,6 +42,10 @@ class GateFace(Protocol):
     @property
     def overlay(self) -> Nodes:
         """Its nodes."""
+
+    @property
+    def lessor(self) -> Lessor:
+        """What leases its files."""
 
     def add_group(self, group: Group) -> None:
         """Ask this group from now on about what its marks cover."""
@@ -40,16 +58,6 @@ class GateFace(Protocol):
 
     async def drop(self, node: Any) -> None:
         """Drop a node's cached pages: its next access makes an event again."""
-
-    async def lease(self, node: Any) -> tuple[Any, int]:
-        """Lease a file that nobody has open, so that who opens it waits; the lease, and a descriptor of its content on the backing. Raises
-        OSError EAGAIN while somebody has it open."""
-
-    async def unlease(self, lease: Any) -> None:
-        """Give a lease back, when nothing of the file is cached any more. Raises OSError ETIMEDOUT when it was broken meanwhile."""
-
-    def abandon_lease(self, lease: Any) -> None:
-        """The holder of a lease has gone."""
 
     async def map(self, node: Any, offset: int, length: int, flags: int, tid: int, *, writable: bool) -> None:
         """A thread that waits is about to map `length` bytes of an open file, which has the `flags` of open(2). Raises OSError when it is

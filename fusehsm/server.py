@@ -140,7 +140,7 @@ class _Session:
 
     def close(self) -> None:
         if self._lease is not None:
-            self._gate.abandon_lease(self._lease)
+            self._gate.lessor.abandon(self._lease)
         if self._channel is not None:
             self._channel.close()
             self._gate.remove_group(self._channel.group)
@@ -227,7 +227,7 @@ class _Session:
                 return {"wanted": self._held_lease().wanted}
             case Unlease():
                 lease, self._lease = self._held_lease(), None
-                await self._gate.unlease(lease)
+                await self._gate.lessor.take_back(lease)
                 return {}
 
     def _hello(self, hello: Hello) -> tuple[Welcome, int]:
@@ -281,7 +281,7 @@ class _Session:
     async def _take_lease(self, inode: int) -> int:
         if self._lease is not None:
             raise OSError(errno.EBUSY, "one lease a connection")
-        self._lease, descriptor = await self._gate.lease(self._gate.overlay.node(inode))
+        self._lease, descriptor = await self._gate.lessor.grant(self._gate.overlay.node(inode))
         return descriptor
 
     def _held_lease(self) -> Any:

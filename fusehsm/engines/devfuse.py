@@ -73,7 +73,7 @@ class DevFuse:
         # Where every access of content comes through the page cache, openings tell nothing that matters: after one ENOSYS the kernel opens
         # and closes by itself. A backing that others change must be looked at when it is opened, though.
         self._tells_opens = gate.exact or not private or gate.default_dialect.open_event
-        gate.sees_opens = self._tells_opens
+        gate.lessor.sees_opens = self._tells_opens
         self._operations = Operations(
             gate, self._policy, tells_opens=self._tells_opens, forget_name=self._forget_name
         )
