@@ -335,6 +335,47 @@ def fetch(
 
 
 @app.command()
+def validate(
+    store: Annotated[
+        str, typer.Argument(metavar="STORE", help="What DST is to agree with, as for populate.")
+    ],
+    destination: Annotated[
+        str, typer.Argument(metavar="DST", help="The directory where the files are read, or its mount.")
+    ],
+    reads: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Random reads of each kind in a file, besides its edges.")
+    ] = 8,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Read the same again (default: a new one, shown).")
+    ] = None,
+    jobs: Annotated[int, typer.Option(metavar="N", min=1, help="Files that are read at a time.")] = 4,
+    by: Annotated[
+        str, typer.Option(metavar="A,B", help="Kinds of reads: pread, mmap, both (one after the other).")
+    ] = "pread,mmap,both",
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="After which a read is given up on and reported.")
+    ] = 120.0,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
+) -> int:
+    """Read files at random places, by pread(2) and mapped, and compare with the store. Exit code 0 only if all agrees."""
+    from fusehsm.tier.validate import ValidateOptions
+    from fusehsm.tier.validate import validate as do_validate
+
+    return do_validate(
+        ValidateOptions(
+            store=store,
+            destination=destination,
+            reads=reads,
+            seed=seed,
+            jobs=jobs,
+            by=tuple(dict.fromkeys(by.split(","))),
+            timeout=timeout,
+            json=json,
+        )
+    )
+
+
+@app.command()
 def status(
     path: Annotated[
         str | None, typer.Argument(metavar="[PATH]", help="A path on a mount (default: all mounts).")

@@ -259,6 +259,19 @@ def unmap_page(address: int) -> None:
         raise _error()
 
 
+@contextmanager
+def mapped_for_reading(fd: int, offset: int, length: int) -> Iterator[int]:
+    """mmap(2) of whole pages of a file, private; its address. The range, in bytes, may reach beyond the file (Python's own mmap refuses that),
+    where touching it is SIGBUS."""
+    address: int | None = _mmap(None, length, mmap.PROT_READ, mmap.MAP_PRIVATE, fd, offset)
+    if address is None or address == ctypes.c_void_p(-1).value:
+        raise _error()
+    try:
+        yield address
+    finally:
+        _munmap(address, length)
+
+
 def filesystem_type(fd: int) -> int:
     """f_type of fstatfs(2)."""
     buffer = ctypes.create_string_buffer(256)

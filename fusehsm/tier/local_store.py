@@ -41,6 +41,10 @@ class LocalStore(Store):
                     target = os.readlink(name, dir_fd=fd) if stat.S_ISLNK(status.st_mode) else None
                 except FileNotFoundError:
                     continue  # removed since the directory was read
+                except OSError as error:
+                    what = f"cannot be looked up in {self.name}: {error.strerror}"
+                    on_error(StoreError(error.errno, what, path))
+                    continue
                 entry = _entry(path, status, target)
                 yield entry
                 if entry.kind is Kind.DIRECTORY:
