@@ -15,16 +15,16 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
-from fusehsm.tier.local_store import LocalStore
 from fusehsm.tier.opening import open_store
 from fusehsm.tier.populate_progress import Progress
 from fusehsm.tier.store import Entry, Kind, Store, StoreChanged, StoreError, shown
 from fusehsm.tier.validate_plan import BY, Window, plan, windows
 from fusehsm.tier.validate_reader import Reader
 from fusehsm.tier.validate_report import Failed, FileFindings, Report, progress_line
-from fusehsm.tier.validate_trees import Pair, pairs
+from fusehsm.tier.validate_trees import Pair, listed_within, pairs
 
 _BACKLOG: Final = 64  # files that have been listed and wait to be read
 _LOOK: Final = 0.1  # seconds between two looks whether there is something to show
@@ -73,12 +73,12 @@ def validate(options: ValidateOptions) -> int:
 
     with (
         open_store(options.store) as store,
-        LocalStore(options.destination) as destination,
         _directory(options.destination) as root_fd,
         Progress(counts, progress_line) as progress,
         closing(Crew(store, root_fd, report, options, seed)) as crew,
     ):
-        for pair in pairs(store, destination, unlisted):
+        listing = partial(listed_within, options.destination, options.timeout)
+        for pair in pairs(store.tree, listing, unlisted):
             if (both := _files(report, pair)) is not None:
                 while not crew.take(both):
                     progress.tick()

@@ -120,7 +120,7 @@ class Reader:
                 told = marshal.loads(message)
                 if told[0] == DIED:
                     self._forget_reader()
-                    return signal.Signals(told[1]).name
+                    return _signal_name(told[1])
                 serial, *answer = told
                 if serial == self._serial:
                     return answer[0], answer[1], answer[2]
@@ -208,6 +208,13 @@ class Reader:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"  # a real-time one
 
 
 def _problem(step: str, problem: Problem) -> Difference | Failure:

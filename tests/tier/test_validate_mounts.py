@@ -120,6 +120,13 @@ def test_what_cannot_be_read_is_told_and_the_rest_goes_on(tree: Tree) -> None:
     assert sorted(error for _, error in found["hanging"]) == ["SIGKILL", "TIMEOUT"]
     assert report["errors_by_name"]["TIMEOUT"] == 1
     assert report["differences"] == []
+    # Ctrl-C is heard also while a read hangs, and leaves nobody behind.
+    with harness.start([*harness.COMMAND, *words[:-1], "60"]) as validate:
+        reader = reader_of(validate.pid, "hanging")
+        validate.send_signal(signal.SIGINT)
+        assert validate.communicate(timeout=PATIENCE) == ("", "")
+        assert validate.returncode == 130
+    expect_gone(reader)
 
 
 def reader_of(pid: int, name: str) -> int:
@@ -132,6 +139,13 @@ def reader_of(pid: int, name: str) -> int:
                     return reader
         time.sleep(0.01)
     raise AssertionError("no reader was seen")
+
+
+def expect_gone(pid: int) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while os.path.exists(f"/proc/{pid}"):
+        assert time.monotonic() < deadline, "a reader was left behind"
+        time.sleep(0.01)
 
 
 def children(pid: int) -> list[int]:
