@@ -119,7 +119,7 @@ def test_the_handler_has_about_twenty_lines() -> None:
 def test_it_names_the_commands_that_are_there() -> None:
     named = set(re.findall(r"^\| `fusehsm (\w+)", README, re.MULTILINE))
     described = fusehsm("--help").stdout
-    assert named == {"mount", "umount", "run", "populate", "trace", "status", "conform", "doctor"}
+    assert named == {"mount", "umount", "run", "populate", "validate", "trace", "status", "conform", "doctor"}
     assert all(re.search(rf"\b{name}\b", described) for name in named)
     targets = set(re.findall(r"(?:^|`)make (\w+)", README, re.MULTILINE))
     assert targets <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
