@@ -298,6 +298,16 @@ def fetch(
     limit_rate: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Fetch at most so many bytes a second.")
     ] = None,
+    max_size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Evict what was used least recently when more is here."),
+    ] = None,
+    record: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Write what is touched, in that order, to a file.")
+    ] = None,
+    prefetch: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Fetch what such a file lists, in that order.")
+    ] = None,
     options: Annotated[
         list[str] | None, typer.Option("-o", metavar="OPTS", help="FUSE mount options, if it mounts.")
     ] = None,
@@ -329,9 +339,55 @@ def fetch(
             deadline=deadline,
             on_error=on_error,
             limit_rate=limit_rate,
+            max_size=max_size,
+            record=record,
+            prefetch=prefetch,
             mount_arguments=tuple(mount_arguments),
         )
     )
+
+
+@app.command()
+def evict(
+    paths: Annotated[
+        list[str], typer.Argument(metavar="PATH...", help="Files, or directories with all below.")
+    ],
+    older_than: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Only what has not been used for so long: 12h, 30d.")
+    ] = None,
+    free: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Until so much is free, least recently used files first."),
+    ] = None,
+) -> int:
+    """Take content that the store has as well off the disk, of files that nobody has open. Asks the running fetch."""
+    from fusehsm.tier.evict import evict as do_evict
+
+    return do_evict(paths, older_than=older_than, free=free)
+
+
+@app.command()
+def pin(
+    paths: Annotated[
+        list[str], typer.Argument(metavar="PATH...", help="Files, or directories with all below.")
+    ],
+) -> int:
+    """Never evict these files (it fetches nothing)."""
+    from fusehsm.tier.evict import pin as do_pin
+
+    return do_pin(paths, pinned=True)
+
+
+@app.command()
+def unpin(
+    paths: Annotated[
+        list[str], typer.Argument(metavar="PATH...", help="Files, or directories with all below.")
+    ],
+) -> int:
+    """Undo pin."""
+    from fusehsm.tier.evict import pin as do_pin
+
+    return do_pin(paths, pinned=False)
 
 
 @app.command()
@@ -385,8 +441,13 @@ def status(
         bool, typer.Option("--release", help="Let go what --unattended hold has parked.")
     ] = False,
 ) -> int:
-    """Mounts, their groups, and who waits, on which listener, for how long."""
+    """Mounts, their groups, and who waits, on which listener, for how long; for a PATH with stubs, what of each file is here."""
+    from fusehsm.status import is_stuck
     from fusehsm.status import status as do_status
+    from fusehsm.tier.file_status import file_status
+
+    if path is not None and not release and not is_stuck(path) and file_status(path, as_json=json):
+        return 0
 
     return do_status(path, as_json=json, release=release)
 

@@ -33,24 +33,34 @@ def status(path: str | None, *, as_json: bool, release: bool) -> int:
     return 1 if any("error" in mount for mount in found) else 0
 
 
+def is_stuck(path: str) -> bool:
+    """Whether `path` is on a fusehsm mount whose server does not answer, so that looking it up would wait for that."""
+    mount = _mount_above(path)
+    return mount is not None and mount.is_fusehsm and "error" in _describe(mount, release=False)
+
+
 def _all_mounts() -> Iterator[Mount]:
     return (mount for mount in read_mounts() if mount.is_fusehsm)
 
 
 def _mount_at(path: str) -> Mount:
     # By name first: looking the path up would wait for a server that may be what is stuck.
+    best = _mount_above(path)
+    if best is None or not best.is_fusehsm:
+        best = mount_of(path)
+    if not best.is_fusehsm:
+        raise OSError(errno.EINVAL, f"{path}: not on a fusehsm mount; `fusehsm status` lists them")
+    return best
+
+
+def _mount_above(path: str) -> Mount | None:
     name = os.path.abspath(path)
     above = [
         mount
         for mount in read_mounts()
         if name == mount.mount_point or name.startswith(mount.mount_point.rstrip("/") + "/")
     ]
-    best = max(above, key=lambda mount: len(mount.mount_point), default=None)
-    if best is None or not best.is_fusehsm:
-        best = mount_of(path)
-    if not best.is_fusehsm:
-        raise OSError(errno.EINVAL, f"{path}: not on a fusehsm mount; `fusehsm status` lists them")
-    return best
+    return max(above, key=lambda mount: len(mount.mount_point), default=None)
 
 
 def _describe(mount: Mount, *, release: bool) -> dict[str, Any]:

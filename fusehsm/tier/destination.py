@@ -25,11 +25,13 @@ from fusehsm.tier.store import shown
 @dataclass(frozen=True, slots=True)
 class Destination:
     """`path`: absolute, without symbolic links, where accessors see it. `root_fd`: its directory as it is below everything that makes events
-    (where that can be had), on the real kernel and under a mount. `backend`: "kernel" or "fuse"."""
+    (where that can be had), on the real kernel and under a mount. `backend`: "kernel" or "fuse". `is_watched`: what is done through `root_fd`
+    makes events all the same, as the destination is a mount point of its own."""
 
     path: str
     root_fd: int
     backend: str
+    is_watched: bool = False
 
 
 @contextmanager
@@ -62,7 +64,7 @@ def destination(path: str, backend: str, mount_arguments: Sequence[str]) -> Iter
         with alone(root_fd, path):
             if backend == "kernel" or (backend == "auto" and _kernel_can(path)):
                 kernel_can_watch(path)
-                yield Destination(path, root_fd, "kernel")
+                yield Destination(path, root_fd, "kernel", is_watched=mount.mount_point == path)
             else:
                 _mount(path, mount_arguments)
                 try:

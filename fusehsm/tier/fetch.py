@@ -1,19 +1,23 @@
 """`fusehsm fetch STORE DST`: serve DST's stubs from a store, in place, until told to end."""
 
-import contextlib
 import errno
 import logging
 import sys
 import time
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Final
 
 import trio
 
+from fusehsm import control_socket
 from fusehsm.backends.opening import open_group
 from fusehsm.handler import serve
 from fusehsm.interruption import Interrupted, Interruption, interruptible
 from fusehsm.tier.destination import Destination, destination
+from fusehsm.tier.evicting import Evictor, keep_below
+from fusehsm.tier.fetch_client import socket_name
+from fusehsm.tier.fetch_server import FetchServer
 from fusehsm.tier.fetcher import Fetcher, Policy, Totals
 from fusehsm.tier.keeping import Keeper
 from fusehsm.tier.opening import open_store
@@ -21,11 +25,14 @@ from fusehsm.tier.place import place_of
 from fusehsm.tier.populate_progress import size_text
 from fusehsm.tier.sizes import parse_seconds, parse_size
 from fusehsm.tier.store import Store, shown
+from fusehsm.tier.touch_list import Recorder, Touched, read_list, warm_up
 
 _EVENTS: Final = ("PRE_ACCESS", "MODIFY")
 _DENIALS: Final = {"EIO": errno.EIO, "EAGAIN": errno.EAGAIN}
 _SMALLEST_BLOCK: Final = 4096
 _HANDLERS: Final = 256  # events that may wait at once
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +48,9 @@ class FetchOptions:
     deadline: str = "60s"
     on_error: str = "EIO"
     limit_rate: str | None = None
+    max_size: str | None = None
+    record: str | None = None
+    prefetch: str | None = None
     mount_arguments: tuple[str, ...] = ()
 
     def policy(self) -> Policy:
@@ -65,38 +75,51 @@ class FetchOptions:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Wishes:
+    """What is done beside serving. `max_size`: bytes."""
+
+    max_size: int | None
+    recorder: Recorder | None
+    warm: list[Touched] | None
+
+
 def fetch(options: FetchOptions) -> int:
     """Serve until SIGINT, SIGTERM or SIGHUP; prints `ready` on stderr once accesses are served, and a summary at the end. Returns the exit code.
 
     Raises ValueError for bad usage, OSError with one line for what cannot be done, also when the mount or the group is gone.
     """
     policy = options.policy()
+    max_size = None if options.max_size is None else parse_size("--max-size", options.max_size)
+    warm = None if options.prefetch is None else read_list(options.prefetch)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="fusehsm: %(message)s")
     logging.captureWarnings(True)
-    with interruptible() as interruption, contextlib.suppress(Interrupted):
-        _serve_until_interrupted(options, policy, interruption)
+    with interruptible() as interruption, suppress(Interrupted), ExitStack() as stack:
+        store = stack.enter_context(open_store(options.store))
+        place = stack.enter_context(
+            destination(options.destination, options.backend, options.mount_arguments)
+        )
+        recorder = None
+        if options.record is not None:
+            recorder = stack.enter_context(Recorder(options.record, policy.block_size))
+        started = time.monotonic()
+        fetcher = trio.run(_serve, store, place, policy, _Wishes(max_size, recorder, warm), interruption)
+        print(summary(options, fetcher.totals, time.monotonic() - started), flush=True)
     return 0
 
 
-def _serve_until_interrupted(options: FetchOptions, policy: Policy, interruption: Interruption) -> None:
-    with (
-        open_store(options.store) as store,
-        destination(options.destination, options.backend, options.mount_arguments) as place,
-    ):
-        started = time.monotonic()
-        fetcher = trio.run(_serve, store, place, policy, interruption)
-        print(summary(options, fetcher.totals, time.monotonic() - started), flush=True)
-
-
-async def _serve(store: Store, place: Destination, policy: Policy, interruption: Interruption) -> Fetcher:
+async def _serve(
+    store: Store, place: Destination, policy: Policy, wishes: _Wishes, interruption: Interruption
+) -> Fetcher:
     failures: list[OSError] = []
     async with (
         open_group(place.path, _EVENTS, backend=place.backend) as group,
         trio.open_nursery() as nursery,
     ):
-        fetcher = Fetcher(store, place.path, place_of(place.root_fd), policy, nursery)
+        fetcher = Fetcher(store, place.path, place_of(place.root_fd), policy, nursery, wishes.recorder)
         fetcher.group = group
         keeper = Keeper(fetcher, place.root_fd)
+        evictor = Evictor(fetcher, place, group)
 
         async def serve_group() -> None:
             try:
@@ -107,6 +130,11 @@ async def _serve(store: Store, place: Destination, policy: Policy, interruption:
 
         nursery.start_soon(serve_group)
         nursery.start_soon(keeper.keep)
+        await nursery.start(_serve_socket, place, FetchServer(fetcher, evictor, place.root_fd))
+        if wishes.max_size is not None:
+            nursery.start_soon(keep_below, evictor, wishes.max_size, _log.warning)
+        if wishes.warm is not None:
+            nursery.start_soon(warm_up, fetcher, place.root_fd, wishes.warm)
         events = "the kernel's own events" if place.backend == "kernel" else "a mount of fusehsm"
         print(f"fusehsm: serving {shown(place.path)} from {store.name} by {events}", file=sys.stderr)
         print("ready", file=sys.stderr, flush=True)
@@ -118,6 +146,15 @@ async def _serve(store: Store, place: Destination, policy: Policy, interruption:
     if failures:
         raise failures[0]
     return fetcher
+
+
+async def _serve_socket(
+    place: Destination, server: FetchServer, *, task_status: trio.TaskStatus[None]
+) -> None:
+    name = await trio.to_thread.run_sync(socket_name, place.path)
+    with control_socket.listening_as(name) as listener:
+        task_status.started()
+        await server.serve(listener)
 
 
 def summary(options: FetchOptions, totals: Totals, seconds: float) -> str:

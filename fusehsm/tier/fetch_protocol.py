@@ -6,7 +6,9 @@ from typing import Any, Final
 
 LARGEST_REQUEST: Final = 1 << 16  # bytes
 LARGEST_REPLY: Final = 1 << 17
-MOST_LINES: Final = 100  # of a list, in one reply
+MOST_AT_ONCE: Final = (
+    1 << 16
+)  # bytes of a list in one packet; one line is less than half of it, whatever is in its path
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from fusehsm.backends.base import Group
 from fusehsm.events import Event
 from fusehsm.tier.catalog import Catalog, below, where
 from fusehsm.tier.persistence import Allowance, BackOff
+from fusehsm.tier.runs import runs
 from fusehsm.tier.store import Store, StoreChanged
 from fusehsm.tier.streams import Streams
 from fusehsm.tier.stub_file import StubFile
@@ -86,14 +87,15 @@ class _Fill:
 
 @dataclass(slots=True)
 class Served:
-    """What the fetcher knows of one inode. `file` is None for what is no stub: it is the user's own. `busy` is held by whoever takes content
-    away: accesses wait meanwhile."""
+    """What the fetcher knows of one inode. `file` is None for what is no stub: it is the user's own. `ignored`: the events of which it wants none.
+    `evicting` is there while its content is being taken away: accesses wait for it."""
 
     file: StubFile | None
     streams: Streams | None = None
     origin: tuple[str, str] | None = None
     fills: dict[int, _Fill] = field(default_factory=dict)
     ignored: int = 0
+    active: int = 0  # accesses that are being answered
     evicting: trio.Event | None = None
     complained: bool = False
 
@@ -119,7 +121,7 @@ class Fetcher:
         self._store = store
         self._catalog = Catalog(store)
         self._destination = destination
-        self._place = place
+        self.place = place
         self._nursery = nursery
         self._touched = touched
         self._allowance = Allowance(policy.rate)
@@ -127,6 +129,7 @@ class Fetcher:
         self._prefetches = trio.CapacityLimiter(max(policy.connections // 2, 1))
         self._own_pid = os.getpid()
         self._quiet_until = 0.0
+        self._meeting = threading.Lock()
 
     # Events
 
@@ -151,8 +154,15 @@ class Fetcher:
         if file is None:
             await self._ignore(served, event.fd, event.dialect.pre_content | FAN_MODIFY)
             return
-        if served.evicting is not None:
+        while served.evicting is not None:
             await served.evicting.wait()
+        served.active += 1
+        try:
+            await self._serve_stub(served, file, event, status)
+        finally:
+            served.active -= 1
+
+    async def _serve_stub(self, served: Served, file: StubFile, event: Event, status: os.stat_result) -> None:
         file.used_ns = time.time_ns()
         if status.st_size != file.size:
             await trio.to_thread.run_sync(file.look, event.fd, status)
@@ -173,13 +183,16 @@ class Fetcher:
         return self.meet(key, event.fd, path or "")
 
     def meet(self, key: Key, fd: int, path: str) -> Served:
-        """What is known of a file that was not known yet, seen at `path` below the destination."""
-        file = StubFile.recover(fd, path, self._place, self.policy.block_size)
-        served = Served(file)
-        if file is not None:
-            served.streams = Streams(file.block_size, self.policy.prefetch_window)
-        self.served[key] = served
-        return served
+        """What is known of a file, from now on, seen at `path` below the destination. From any thread: an inode must never be known twice."""
+        with self._meeting:
+            served = self.served.get(key)
+            if served is None:
+                file = StubFile.recover(fd, path, self.place, self.policy.block_size)
+                served = Served(file)
+                if file is not None:
+                    served.streams = Streams(file.block_size, self.policy.prefetch_window)
+                self.served[key] = served
+            return served
 
     async def _ignore(self, served: Served, fd: int, mask: int) -> None:
         """Have no events of these kinds any more of what nothing will be fetched for: it then costs no more than any file."""
@@ -209,6 +222,13 @@ class Fetcher:
         if waits:
             await self._wait(served, waits)
 
+    async def warm(self, served: Served, fd: int, offset: int, end: int) -> None:
+        """Fetch what [offset, end) lacks before anybody asks for it. Raises OSError as bring()."""
+        file = served.file
+        if file is not None and not file.unexplained and served.evicting is None:
+            missing = file.missing(offset, end)
+            await self._wait(served, self._start(served, fd, missing, is_prefetch=True))
+
     def _expect_no_holes(self, served: Served, fd: int, offset: int, end: int) -> None:
         file = served.file
         assert file is not None
@@ -228,7 +248,7 @@ class Fetcher:
         file = served.file
         assert file is not None
         most = max(self.policy.span // file.block_size, 1)
-        for first, end in _runs([block for block in missing if block not in served.fills], most):
+        for first, end in runs([block for block in missing if block not in served.fills], most):
             fill = _Fill(first, end, is_prefetch=is_prefetch)
             for block in range(first, end):
                 served.fills[block] = fill
@@ -396,17 +416,3 @@ class _Once:
     def __call__(self) -> None:
         self._over = True
         self._action()
-
-
-def _runs(blocks: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
-    """Ascending block numbers as ranges [first, end) of at most `most`."""
-    first = end = -1
-    for block in blocks:
-        if block == end and end - first < most:
-            end += 1
-            continue
-        if end > first:
-            yield first, end
-        first, end = block, block + 1
-    if end > first:
-        yield first, end

@@ -261,6 +261,22 @@ class StubFile:
             self._ctime_ns = after.st_ctime_ns
             return (kept - after.st_blocks) * 512
 
+    def pin(self, fd: int, pinned: bool) -> bool:
+        """Let it stay here whatever happens, or not any more; whether that is news."""
+        with self._lock:
+            if self.pinned == pinned:
+                return False
+            self._note(os.fstat(fd))
+            if pinned:
+                os.setxattr(fd, PINNED, b"")
+            else:
+                os.removexattr(fd, PINNED)
+            self.pinned = pinned
+            self._ctime_ns = os.fstat(fd).st_ctime_ns
+            if self.recorded:
+                self._write_record(fd)
+            return True
+
     def expect_evictable(self) -> None:
         """Raise OSError EBUSY with the reason if its content is not to be taken away."""
         if self.pinned:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fusehsm.tier import residency, stub_mark
-from tests.tier.fetching import fetching, is_mounted, run
+from tests.tier.fetching import BACKENDS, fetching, is_mounted, run
 from tests.tier.planted import plant
 from tests.tier.servers import Served
 from tests.tier.trees import content_of, describe, make_small_tree
@@ -16,7 +16,6 @@ from tests.tier.trees import content_of, describe, make_small_tree
 pytestmark = pytest.mark.any_engine
 
 MIB = 1 << 20
-BACKENDS = [pytest.param("kernel", marks=pytest.mark.kernel), pytest.param("fuse", marks=pytest.mark.fuse)]
 
 
 @pytest.fixture(params=BACKENDS)

@@ -1,0 +1,125 @@
+"""Lists of what a run has touched, in that order: written by `fetch --record`, fetched ahead by `fetch --prefetch`.
+
+One line a range: offset and length in bytes, and the path below the destination as a JSON string.
+"""
+
+import json
+import logging
+import os
+import stat
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final, Self
+
+import trio
+
+from fusehsm.tier.beneath import components, open_beneath
+from fusehsm.tier.fetcher import Fetcher, Served
+from fusehsm.tier.runs import runs
+from fusehsm.tier.stub_mark import generation
+
+_AT_ONCE: Final = 8  # files, or parts of one
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Touched:
+    """`offset`, `length`: bytes; `path`: below the destination."""
+
+    path: str
+    offset: int
+    length: int
+
+    @classmethod
+    def parse(cls, line: str) -> Self:
+        """One line of a list. ValueError for anything else."""
+        offset, length, name = line.split(" ", 2)
+        path = json.loads(name)
+        if not isinstance(path, str) or int(offset) < 0 or int(length) < 0:
+            raise ValueError(line)
+        components(path)
+        return cls(path, int(offset), int(length))
+
+    def __str__(self) -> str:
+        return f"{self.offset} {self.length} {json.dumps(self.path)}"
+
+
+class Recorder:
+    """Writes the list, each block once, at its first use; a context manager."""
+
+    def __init__(self, path: str, block_size: int) -> None:
+        """Raises OSError where the list cannot be written."""
+        self._file = open(path, "w", encoding="ascii")  # noqa: SIM115 (closed by __exit__)
+        self._block_size = block_size
+        self._seen: set[tuple[str, int]] = set()
+
+    def __call__(self, path: str, offset: int, end: int) -> None:
+        """Somebody wants [offset, end) of a file."""
+        size = self._block_size
+        fresh = [
+            block
+            for block in range(offset // size, max(-(-end // size), offset // size + 1))
+            if (path, block) not in self._seen
+        ]
+        for first, last in runs(fresh):
+            self._seen.update((path, block) for block in range(first, last))
+            print(Touched(path, first * size, (last - first) * size), file=self._file)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def read_list(path: str) -> list[Touched]:
+    """The ranges of a list. Raises OSError where it cannot be read, ValueError with the line where it is none."""
+    found = []
+    with open(path, encoding="ascii", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                found.append(Touched.parse(line.rstrip("\n")))
+            except ValueError:
+                raise ValueError(f"--prefetch {path}: line {number} is not one of `fetch --record`") from None
+    return found
+
+
+async def warm_up(fetcher: Fetcher, root_fd: int, wanted: Sequence[Touched]) -> None:
+    """Fetch these ranges, in that order, several at a time. What is not there any more, or fails, is left for whoever wants it."""
+    limit = trio.CapacityLimiter(_AT_ONCE)
+    failures = 0
+
+    async def fetch(served: Served, fd: int, item: Touched) -> None:
+        nonlocal failures
+        try:
+            await fetcher.warm(served, fd, item.offset, item.offset + item.length)
+        except OSError:
+            failures += 1
+        finally:
+            os.close(fd)
+            limit.release_on_behalf_of(item)
+
+    async with trio.open_nursery() as nursery:
+        for item in wanted:
+            await limit.acquire_on_behalf_of(item)
+            with suppress(OSError):
+                served, fd = await trio.to_thread.run_sync(_open, fetcher, root_fd, item.path)
+                nursery.start_soon(fetch, served, fd, item)
+                continue
+            limit.release_on_behalf_of(item)
+    if failures:
+        _log.warning("%d of %d ranges of the list could not be fetched ahead", failures, len(wanted))
+
+
+def _open(fetcher: Fetcher, root_fd: int, path: str) -> tuple[Served, int]:
+    fd = open_beneath(root_fd, path, os.O_RDWR | os.O_NONBLOCK)
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise FileNotFoundError(path)
+        return fetcher.meet((status.st_dev, status.st_ino, generation(fd)), fd, path), fd
+    except BaseException:
+        os.close(fd)
+        raise
