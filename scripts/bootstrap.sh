@@ -111,6 +111,7 @@ missing_servers() {
     [ "$FOR" = tests ] || return 0
     command -v nginx > /dev/null || echo nginx-light
     command -v sshd > /dev/null || echo openssh-server
+    command -v memcached > /dev/null || echo memcached # for swift, which comes with pip
 }
 install_servers() { # why, packages
     local policy=/usr/sbin/policy-rc.d ours=no
@@ -123,6 +124,7 @@ install_servers() { # why, packages
     # Nor at its next start; a server that was here before is left alone.
     if command -v systemctl > /dev/null; then
         case " $* " in *" nginx-light "*) as_root systemctl --quiet disable nginx.service 2> /dev/null || true ;; esac
+        case " $* " in *" memcached "*) as_root systemctl --quiet disable memcached.service 2> /dev/null || true ;; esac
         case " $* " in *" openssh-server "*) as_root systemctl --quiet disable ssh.service ssh.socket 2> /dev/null || true ;; esac
     fi
 }

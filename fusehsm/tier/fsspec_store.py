@@ -48,6 +48,10 @@ def filesystem_of(url: str) -> tuple[Any, str]:
         _require_package(protocol, shown_url)
         if protocol in ("http", "https"):
             options[protocol] = _http_options()
+        if protocol in ("s3", "s3a"):
+            from fusehsm.tier.s3_store import options as s3_options
+
+            options[protocol] = s3_options()
     protocol = url.partition("://")[0]
     if protocol in _INSIDE_ANOTHER and "::" not in url:
         raise ValueError(f"{shown_url}: names no archive; write {protocol}://::file:///path/to/archive")

@@ -50,6 +50,10 @@ def open_store(url_or_path: str) -> Store:
             from fusehsm.tier.sftp_store import SftpStore
 
             return SftpStore(name, filesystem, root)
+        case "s3" | "s3a":
+            from fusehsm.tier.s3_store import S3Store
+
+            return S3Store(name, filesystem, root)
         case "git":
             from fusehsm.tier.git_store import GitStore
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.tier import servers
+from tests.tier import s3_server, servers
+from tests.tier.s3_server import S3
 from tests.tier.servers import Served
 from tests.tier.trees import make_small_tree
 
@@ -35,6 +36,27 @@ def sshd(sshd_files: Served, monkeypatch: pytest.MonkeyPatch) -> Served:
     monkeypatch.setenv("HOME", str(sshd_files.directory.parent / "home"))
     monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
     return sshd_files
+
+
+@pytest.fixture(scope="session")
+def object_store(places: Callable[[str], Path]) -> Iterator[S3]:
+    """A running object store (tests/tier/s3_server.py), and a bucket "tests" in it."""
+    with s3_server.swift(places("swift")) as s3:
+        s3.make_bucket("tests")
+        yield s3
+
+
+@pytest.fixture
+def s3(object_store: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
+    """The object store, which s3:// means here and in every process that the test starts."""
+    object_store.set_environment(monkeypatch.setenv)
+    return object_store
+
+
+@pytest.fixture
+def s3_prefix(numbers: Iterator[int]) -> str:
+    """A prefix in the bucket "tests" that nothing has yet."""
+    return f"prefix-{next(numbers)}"
 
 
 @pytest.fixture

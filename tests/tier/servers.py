@@ -8,7 +8,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -114,30 +114,47 @@ def sshd(place: Path) -> Iterator[Served]:
 
 def free_port() -> int:
     """A TCP port of loopback that nobody uses."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    return free_ports(1)[0]
+
+
+def free_ports(count: int) -> list[int]:
+    """Different ones."""
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
 
 
 @contextmanager
 def _running(command: list[str], port: int, log: Path) -> Iterator[None]:
-    """A server that answers at that port, with its children in a process group of their own that goes with it."""
+    with started(command, log) as process:
+        wait_for(process, port, log)
+        yield
+
+
+@contextmanager
+def started(command: list[str], log: Path) -> "Iterator[subprocess.Popen[str]]":
+    """A server, with its children in a process group of their own that goes with it. It need not answer yet: wait_for()."""
     with open(log, "w") as output:
         process = harness.start(command, stdout=output, stderr=subprocess.STDOUT)
     try:
-        deadline = time.monotonic() + PATIENCE
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), PATIENCE).close()
-                break
-            except ConnectionRefusedError:
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < deadline, f"{command[0]} does not answer"
-                time.sleep(0.01)
-        yield
+        yield process
     finally:
         process.terminate()
         process.wait(PATIENCE)
         with suppress(ProcessLookupError):  # who still serves a connection that a test has not closed
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_for(process: "subprocess.Popen[str]", port: int, log: Path) -> None:
+    """Return when the server accepts connections at that port."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), PATIENCE).close()
+            return
+        except ConnectionRefusedError:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, f"{process.args!r} does not answer"
+            time.sleep(0.01)

@@ -66,7 +66,7 @@ def test_from_a_tar_file(source: Path, target: Path, tmp_path: Path) -> None:
     ("words", "code", "line"),
     [
         (["none", "new"], 1, "none: No such file or directory"),
-        (["s3://x/y", "new"], 1, "s3://x/y: s3 needs the package s3fs, which is not installed; run: pip install 'fusehsm[s3]'"),
+        (["gs://x/y", "new"], 1, "gs://x/y: gs needs the package gcsfs, which is not installed; run: pip install 'fusehsm[gcs]'"),
         (["nonsense://x", "new"], 2, "nonsense://x: nobody knows the protocol nonsense; see fsspec's documentation for those there are"),
         (["store", "store/in"], 2, "store/in: the store and the destination lie one in the other; choose another destination"),
         (["store", "."], 2, ".: the store and the destination lie one in the other; choose another destination"),

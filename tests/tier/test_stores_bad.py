@@ -123,7 +123,8 @@ def test_a_page_with_links_to_all_kinds_of_places(nginx: Served) -> None:
 
 BAD = [
     ("nonsense://x", ValueError, "nobody knows the protocol nonsense"),
-    ("s3://bucket/x", StoreError, r"run: pip install 'fusehsm\[s3\]'"),
+    ("gs://bucket/x", StoreError, r"run: pip install 'fusehsm\[gcs\]'"),
+    ("s3://", ValueError, "names no bucket; write s3://bucket/prefix"),
     ("zip://x", ValueError, "names no archive; write zip://::file:///path/to/archive"),
     ("http://127.0.0.1:1/x", StoreError, "(?i)connect"),
     ("sftp://127.0.0.1:1/x", StoreError, "cannot be reached"),
@@ -159,19 +160,18 @@ def test_no_archive_at_all(tmp_path: Path) -> None:
             open_store(str(tmp_path / name))
 
 
-def test_a_package_that_is_missing_for_a_protocol_without_an_extra() -> None:
+@pytest.mark.parametrize(("protocol", "package"), [("sftp", "paramiko"), ("s3", "s3fs")])
+def test_a_package_that_is_missing(protocol: str, package: str) -> None:
     # In a process of its own, where nothing has been imported yet.
     program = (
-        "import sys; sys.modules['paramiko'] = None\n"
+        f"import sys; sys.modules['{package}'] = None\n"
         "from fusehsm.tier.opening import open_store\n"
-        "try: open_store('sftp://host/x')\n"
+        f"try: open_store('{protocol}://host/x')\n"
         "except OSError as error: print(error.strerror)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert (
-        done.stdout
-        == "sftp needs the package paramiko, which is not installed; run: pip install 'fusehsm[sftp]'\n"
-    )
+    mend = f"run: pip install 'fusehsm[{protocol}]'"
+    assert done.stdout == f"{protocol} needs the package {package}, which is not installed; {mend}\n"
 
 
 def test_hostile_names_in_archives_are_handed_on_as_they_are(tmp_path: Path) -> None:
