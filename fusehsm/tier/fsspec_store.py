@@ -9,7 +9,7 @@ import os
 import re
 import stat
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
 from typing import Any, Final
@@ -127,8 +127,20 @@ class FsspecStore(Store):
 
     def tree(self, on_error: Callable[[StoreError], None] = throw) -> Iterator[Entry]:
         """Depth first, a directory's list at a time."""
+        return self.walk(lambda path: self._list(path, on_error), on_error)
+
+    def walk(
+        self, list_directory: Callable[[str], Iterable[Entry]], on_error: Callable[[StoreError], None]
+    ) -> Iterator[Entry]:
+        """tree(), where `list_directory` tells what a directory holds, in any order."""
+
+        def listed(path: str) -> list[Entry]:
+            """The last first."""
+            entries = {entry.path: entry for entry in list_directory(path)}
+            return sorted(entries.values(), key=lambda entry: byte_order(entry.path), reverse=True)
+
         with self.complaining("", "cannot be listed"):
-            lists = [self._listed("", on_error)]
+            lists = [listed("")]
         while lists:
             if not lists[-1]:
                 lists.pop()
@@ -138,7 +150,7 @@ class FsspecStore(Store):
             if entry.kind is Kind.DIRECTORY:
                 try:
                     with self.complaining(entry.path, "cannot be listed"):
-                        lists.append(self._listed(entry.path, on_error))
+                        lists.append(listed(entry.path))
                 except StoreError as error:
                     on_error(error)
                 except OSError as error:
@@ -188,11 +200,6 @@ class FsspecStore(Store):
     def _info(self, path: str) -> Mapping[str, Any]:
         information: Mapping[str, Any] = self._filesystem.info(self.full(path))
         return information
-
-    def _listed(self, path: str, on_error: Callable[[StoreError], None]) -> list[Entry]:
-        """What the directory `path` holds, the last first."""
-        entries = {entry.path: entry for entry in self._list(path, on_error)}
-        return sorted(entries.values(), key=lambda entry: byte_order(entry.path), reverse=True)
 
     def _list(self, path: str, on_error: Callable[[StoreError], None]) -> Iterator[Entry]:
         """What the directory `path` holds, in any order."""

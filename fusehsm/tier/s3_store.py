@@ -16,9 +16,9 @@ out: keys with an empty component, "." or "..", and an object whose key is also 
 
 import errno
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import aiohttp
 import fsspec.config
@@ -26,8 +26,9 @@ from botocore.exceptions import ClientError, HTTPClientError, ResponseStreamingE
 from fsspec.asyn import sync
 
 from fusehsm.tier.fsspec_store import FsspecStore
+from fusehsm.tier.lists_ahead import ListsAhead
 from fusehsm.tier.s3_errors import CHANGED, GONE, OUT_OF_RANGE, code_of, explained
-from fusehsm.tier.store import Entry, Kind, StoreError, changed
+from fusehsm.tier.store import Entry, Kind, StoreError, byte_order, changed, throw
 
 CONNECTIONS: Final = 64  # at most, and so requests at a time
 _TRIES: Final = 3
@@ -50,6 +51,10 @@ def options() -> dict[str, Any]:
     return {"config_kwargs": {**ours, **theirs}, "skip_instance_cache": True}
 
 
+# Names: of objects, with what a list tells of each, and of directories.
+_Keys: TypeAlias = tuple[dict[str, Mapping[str, Any]], set[str]]
+
+
 class S3Store(FsspecStore):
     """The tree below s3://BUCKET/PREFIX. It tells sizes, versions, and when each object was made (in seconds or milliseconds, as the server does)."""
 
@@ -59,6 +64,11 @@ class S3Store(FsspecStore):
         if not self._bucket:
             raise ValueError(f"{name}: names no bucket; write s3://bucket/prefix")
         self._prefix = f"{prefix}/" if prefix else ""
+
+    def tree(self, on_error: Callable[[StoreError], None] = throw) -> Iterator[Entry]:
+        """As above, with directories listed ahead of their turn."""
+        with closing(ListsAhead(self._filesystem.loop, self._keys)) as ahead:
+            yield from self.walk(lambda path: self._entries(path, ahead, on_error), on_error)
 
     def full(self, path: str) -> str:
         """The key; for "" the prefix, which ends in a slash or is empty."""
@@ -177,13 +187,16 @@ class S3Store(FsspecStore):
     def _nonsense(self, path: str, what: str) -> StoreError:
         return StoreError(errno.EIO, f"{self.name} answered with {what}", path)
 
-    def _list(self, path: str, on_error: Callable[[StoreError], None]) -> Iterator[Entry]:
-        """A list of up to a thousand keys at a time."""
+    def _entries(
+        self, path: str, ahead: ListsAhead[_Keys], on_error: Callable[[StoreError], None]
+    ) -> Iterator[Entry]:
+        """What lies right below `path`, in any order."""
         above = f"{path}/" if path else ""
-        objects, directories = self._sync(self._keys(above))
+        objects, directories = ahead.take(above)
         if not path and self._prefix and not objects and not directories:
             self._expect_no_object()
             raise FileNotFoundError
+        ahead.expect(above + name + "/" for name in sorted(directories, key=byte_order) if _is_possible(name))
         for name in directories:
             if _is_possible(name):
                 yield Entry(above + name, Kind.DIRECTORY)
@@ -222,8 +235,8 @@ class S3Store(FsspecStore):
         client = await self._client()
         await client.head_object(Bucket=self._bucket, Key=self._prefix.rstrip("/"))
 
-    async def _keys(self, above: str) -> tuple[dict[str, Mapping[str, Any]], set[str]]:
-        """The names of what lies right below: objects with what the list tells of each, and directories."""
+    async def _keys(self, above: str) -> _Keys:
+        """What lies right below, asked for up to a thousand names at a time."""
         start = self.full(above)
         objects: dict[str, Mapping[str, Any]] = {}
         directories: set[str] = set()

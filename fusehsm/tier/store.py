@@ -1,7 +1,7 @@
 """What a store is: a tree that can be listed, and files of which ranges can be read, each range in one known version.
 
 Every method may be called from any number of threads at once, and the ranges are then fetched at the same time as far as what lies below
-permits (a local directory and everything asynchronous in fsspec: without limit; sftp: a few; the rest: one after the other).
+permits (a local directory and everything asynchronous in fsspec: without limit; s3: 64; sftp: a few; the rest: one after the other).
 
 What a store cannot tell is None, never a guess: an http server knows no owner, a git repository no times.
 """
