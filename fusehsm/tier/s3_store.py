@@ -8,7 +8,8 @@ as well count as the same). read() sends it along as If-Match, so what comes is 
 the object is replaced in the middle; servers that ignore If-Match are told by the ETag in the answer.
 
 Lists tell neither owner nor mode, nor the times that rclone and s3fs keep as metadata (x-amz-meta-mtime): only HEAD does, one request for each
-object instead of one for a thousand. So they are left alone, and a file's time is when the object was made.
+object instead of one for a thousand (measured on loopback, for a thousand objects: a list took 0.25 s, HEADs, 16 at a time, 4 to 7 s). So they are
+left alone, and a file's time is when the object was made.
 
 A key is a path: components separated by "/". A key that ends in "/" is a directory. What no file system can have is handed to `on_error` and left
 out: keys with an empty component, "." or "..", and an object whose key is also a directory's name.
