@@ -17,6 +17,7 @@ from fusehsm.interruption import Interrupted, Interruption, interruptible
 from fusehsm.tier.destination import Destination, destination
 from fusehsm.tier.evicting import Evictor, keep_below
 from fusehsm.tier.fetch_client import socket_name
+from fusehsm.tier.fetch_progress import StderrHandler, show_progress
 from fusehsm.tier.fetch_server import FetchServer
 from fusehsm.tier.fetcher import Fetcher, Policy, Totals
 from fusehsm.tier.keeping import Keeper
@@ -92,7 +93,7 @@ def fetch(options: FetchOptions) -> int:
     policy = options.policy()
     max_size = None if options.max_size is None else parse_size("--max-size", options.max_size)
     warm = None if options.prefetch is None else read_list(options.prefetch)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="fusehsm: %(message)s")
+    logging.basicConfig(level=logging.INFO, handlers=[StderrHandler()], format="fusehsm: %(message)s")
     logging.captureWarnings(True)
     with interruptible() as interruption, suppress(Interrupted), ExitStack() as stack:
         store = stack.enter_context(open_store(options.store))
@@ -130,6 +131,7 @@ async def _serve(
 
         nursery.start_soon(serve_group)
         nursery.start_soon(keeper.keep)
+        nursery.start_soon(show_progress, fetcher)
         await nursery.start(_serve_socket, place, FetchServer(fetcher, evictor, place.root_fd))
         if wishes.max_size is not None:
             nursery.start_soon(keep_below, evictor, wishes.max_size, _log.warning)

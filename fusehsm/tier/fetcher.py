@@ -118,6 +118,7 @@ class Fetcher:
         self.policy = policy
         self.served: dict[Key, Served] = {}
         self.filled = trio.Event()  # set when there is more, then replaced: for those who watch the size
+        self.under_way: dict[_Fill, StubFile] = {}  # the oldest first
         self._store = store
         self._catalog = Catalog(store)
         self._destination = destination
@@ -270,6 +271,8 @@ class Fetcher:
                 raise fill.error
 
     async def _carry_out(self, served: Served, fd: int, fill: _Fill) -> None:
+        assert served.file is not None
+        self.under_way[fill] = served.file
         try:
             if fill.is_prefetch:
                 async with self._prefetches:
@@ -280,6 +283,7 @@ class Fetcher:
             fill.error = error
         finally:
             fill.abandoned = True
+            del self.under_way[fill]
             os.close(fd)
             for block in range(fill.first, fill.end):
                 if served.fills.get(block) is fill:

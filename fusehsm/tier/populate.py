@@ -21,7 +21,7 @@ from fusehsm.tier.alone import alone
 from fusehsm.tier.local_store import LocalStore
 from fusehsm.tier.opening import open_store
 from fusehsm.tier.planting import NO_UNNAMED_FILES, UNFINISHED, Outcome, Planter
-from fusehsm.tier.populate_progress import Progress, size_text
+from fusehsm.tier.populate_progress import Progress, progress_line, size_text
 from fusehsm.tier.store import Entry, Kind, Store, StoreError, shown
 
 _TRIAL_SIZE: Final = 1 << 20  # bytes; larger than what a file system keeps in an inode
@@ -77,7 +77,9 @@ def populate(options: PopulateOptions) -> int:
     with (
         open_store(options.store) as store,
         _destination(options, store) as root_fd,
-        Progress(lambda: (counts.entries, counts.size, counts.complaints)) as progress,
+        Progress(
+            lambda seconds: progress_line(counts.entries, counts.size, counts.complaints, seconds)
+        ) as progress,
         closing(Planter(root_fd, complain, dry_run=options.dry_run)) as planter,
     ):
         for entry in store.tree(unlisted):

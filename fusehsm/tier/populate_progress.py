@@ -1,4 +1,4 @@
-"""How far populate or validate is: a line that changes on a terminal, nothing elsewhere."""
+"""How far a command is: a line that changes on a terminal, nothing elsewhere. And sizes for people."""
 
 import sys
 import time
@@ -12,16 +12,10 @@ _INTERVAL: Final = 0.1  # seconds between two looks of the line
 
 
 class Progress:
-    """A context manager; tick() is to be called for every entry, or often. `counts_of` gives entries, bytes and failures so far, of which, and of
-    the seconds since the beginning, `line` makes what is shown (default: progress_line)."""
+    """A context manager; tick() is to be called often. `line` gives what is shown, from the seconds since the beginning."""
 
-    def __init__(
-        self,
-        counts_of: Callable[[], tuple[int, int, int]],
-        line: Callable[[int, int, int, float], str] | None = None,
-    ) -> None:
-        self._counts_of = counts_of
-        self._line = line or progress_line
+    def __init__(self, line: Callable[[float], str]) -> None:
+        self._line = line
         self._started = time.monotonic()
         self._next = self._started
         self._live: Live | None = None
@@ -46,7 +40,7 @@ class Progress:
         self._next = now + _INTERVAL
         from rich.text import Text
 
-        self._live.update(Text(self._line(*self._counts_of(), now - self._started)), refresh=True)
+        self._live.update(Text(self._line(now - self._started)), refresh=True)
 
 
 def progress_line(entries: int, size: int, failures: int, seconds: float) -> str:

@@ -74,7 +74,7 @@ def validate(options: ValidateOptions) -> int:
     with (
         open_store(options.store) as store,
         _directory(options.destination) as root_fd,
-        Progress(counts, progress_line) as progress,
+        Progress(lambda seconds: progress_line(*counts(), seconds)) as progress,
         closing(Crew(store, root_fd, report, options, seed)) as crew,
     ):
         listing = partial(listed_within, options.destination, options.timeout)
