@@ -94,6 +94,7 @@ use = egg:swift#listing_formats
 use = egg:swift#bulk
 [filter:s3api]
 use = egg:swift#s3api
+max_bucket_listing = 100
 [filter:tempauth]
 use = egg:swift#tempauth
 user_tests_somebody = {secret} .admin
