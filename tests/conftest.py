@@ -75,6 +75,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 def pytest_configure(config: pytest.Config) -> None:
     """Let every temporary file lie where leftovers are looked for, reachable by other users."""
+    if _only_distributes(config):
+        return
     # A background job of a shell ignores it, and so would every process that a test ends with it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     directory = Path(tempfile.mkdtemp(prefix="fusehsm-tests-"))
@@ -96,13 +98,30 @@ _GUARDIAN = pytest.StashKey[Guardian]()
 _LEFT = pytest.StashKey[list[str]]()
 
 
+def _only_distributes(config: pytest.Config) -> bool:
+    """Whether this is the process that hands tests out to others (pytest-xdist, -n), each a session of its own."""
+    return bool(config.getoption("numprocesses", None)) and not hasattr(config, "workerinput")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Take note of what one of them has left behind."""
+    node.config.stash.setdefault(_LEFT, []).extend(getattr(node, "workeroutput", {}).get("left", []))
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fail when the session leaves anything behind, and remove it."""
+    if _only_distributes(session.config):
+        if session.config.stash.get(_LEFT, []):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        return
     directory = session.config.stash[_DIRECTORY]
     left = leftovers.leftovers(harness.SESSION, directory)
     for leftover in left:
         leftover.remove()
     session.config.stash[_LEFT] = [leftover.what for leftover in left]
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left"] = session.config.stash[_LEFT]
     if left:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     leftovers.remove_tree(directory)
