@@ -1,6 +1,7 @@
 """Taking content away again, while nobody has the file open, and only what the store has as well."""
 
 import errno
+import math
 import os
 import time
 from collections import Counter
@@ -30,6 +31,9 @@ from fusehsm.tier.stub_mark import generation
 
 _ADD = FAN_MARK_ADD | FAN_MARK_IGNORED_MASK | FAN_MARK_IGNORED_SURV_MODIFY | FAN_MARK_EVICTABLE
 _REMOVE = FAN_MARK_REMOVE | FAN_MARK_IGNORED_MASK
+
+
+_SHORTEST = 0.5  # seconds until what was in use is looked at again
 
 
 class Kept(Enum):
@@ -173,7 +177,8 @@ async def keep_below(evictor: Evictor, most: int, complain: Callable[[str], None
     fetcher = evictor.fetcher
     is_said = False
     while True:
-        news = fetcher.filled
+        started = trio.current_time()
+        filled = fetcher.totals.filled
         taken = await evictor.inventory("")
         total = sum(item.disk for item in taken if item.stub)
         if total > most:
@@ -185,12 +190,11 @@ async def keep_below(evictor: Evictor, most: int, complain: Callable[[str], None
                     f"more than --max-size is here ({total:,} bytes), and nothing that could be evicted: {kept_text(outcome)}"
                 )
             is_said = total > most
-        # Not at every block: the whole tree is looked at each time.
-        room = most - total
-        filled = fetcher.totals.filled
-        while fetcher.totals.filled - filled <= max(room, most // 20):
-            await news.wait()
-            news = fetcher.filled
+        # Not at every block: the whole tree is looked at each time. What was in use may be free after a while, of which nobody tells.
+        patience = max(10 * (trio.current_time() - started), _SHORTEST) if total > most else math.inf
+        with trio.move_on_after(patience):
+            while fetcher.totals.filled - filled <= max(most - total, most // 20):
+                await fetcher.filled.wait()
 
 
 def kept_text(outcome: Outcome) -> str:

@@ -4,13 +4,14 @@ Everybody who waits for a block waits for the same fill; it goes on when those w
 has been refused is thrown away.
 """
 
+import contextlib
 import errno
 import logging
 import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -36,6 +37,7 @@ from fusehsm.tier.stub_mark import generation
 _IGNORE = FAN_MARK_ADD | FAN_MARK_IGNORED_MASK | FAN_MARK_IGNORED_SURV_MODIFY | FAN_MARK_EVICTABLE
 # What waiting does not mend. ENOSPC and EDQUOT are of the destination's disk and are told as they are.
 _FINAL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS))
+_AT_ONCE = 64  # fills of one access
 _COMPLAINT_INTERVAL = 5.0  # seconds between two lines about the same store
 
 Key = tuple[int, int, int]  # device, inode, generation
@@ -72,9 +74,10 @@ class Totals:
 
 
 class _Fill:
-    """Blocks [first, end) of a file on their way. `waiters` wait for them, or it is a prefetch."""
+    """Blocks [first, end) of a file on their way, for somebody who waits or as a prefetch. `error`: what to refuse with, once `done`.
+    `abandoned`: nobody wants it any more."""
 
-    __slots__ = ("abandoned", "done", "end", "error", "first", "is_prefetch")
+    __slots__ = ("_attempts", "_queue", "abandoned", "done", "end", "error", "first", "is_prefetch")
 
     def __init__(self, first: int, end: int, *, is_prefetch: bool) -> None:
         self.first = first
@@ -83,6 +86,37 @@ class _Fill:
         self.done = trio.Event()
         self.error: OSError | None = None
         self.abandoned = False
+        self._queue: trio.CancelScope | None = None
+        self._attempts: trio.CancelScope | None = None
+
+    @contextlib.asynccontextmanager
+    async def turn(self, prefetches: trio.CapacityLimiter) -> AsyncIterator[None]:
+        """A prefetch's turn among the others; at once when somebody comes to want it."""
+        with trio.CancelScope() as self._queue:
+            if self.is_prefetch:
+                await prefetches.acquire_on_behalf_of(self)
+        has_turn = self.is_prefetch and not self._queue.cancelled_caught
+        self._queue = None
+        try:
+            yield
+        finally:
+            if has_turn:
+                prefetches.release_on_behalf_of(self)
+
+    def attempts(self, deadline: float) -> trio.CancelScope:
+        """What bounds the attempts to that many seconds."""
+        self._attempts = trio.move_on_after(deadline)
+        return self._attempts
+
+    def demand(self, deadline: float) -> None:
+        """Somebody wants it, and waits for so many seconds from now."""
+        if not self.is_prefetch:
+            return
+        self.is_prefetch = False
+        if self._queue is not None:
+            self._queue.cancel()
+        if self._attempts is not None:
+            self._attempts.deadline = trio.current_time() + deadline
 
 
 @dataclass(slots=True)
@@ -217,18 +251,25 @@ class Fetcher:
         if missing and file.unexplained:
             self._expect_no_holes(served, fd, offset, end)
             return
-        waits = self._start(served, fd, missing, is_prefetch=False) if missing else ()
+        ahead = end, end
         if served.streams is not None:
-            self._prefetch(served, fd, *served.streams.note(offset, end))
-        if waits:
-            await self._wait(served, waits)
+            ahead = served.streams.note(offset, end)
+        # A mapping may be larger than what there are descriptors for.
+        most = max(_AT_ONCE * self.policy.span // file.block_size, 1)
+        for start in range(0, len(missing), most):
+            waits = self._start(served, fd, missing[start : start + most], is_prefetch=False)
+            if start + most >= len(missing):
+                self._prefetch(served, fd, *ahead)
+            await self._wait(waits)
+        if not missing:
+            self._prefetch(served, fd, *ahead)
 
     async def warm(self, served: Served, fd: int, offset: int, end: int) -> None:
         """Fetch what [offset, end) lacks before anybody asks for it. Raises OSError as bring()."""
         file = served.file
         if file is not None and not file.unexplained and served.evicting is None:
             missing = file.missing(offset, end)
-            await self._wait(served, self._start(served, fd, missing, is_prefetch=True))
+            await self._wait(self._start(served, fd, missing, is_prefetch=True))
 
     def _expect_no_holes(self, served: Served, fd: int, offset: int, end: int) -> None:
         file = served.file
@@ -246,6 +287,9 @@ class Fetcher:
     def _start(self, served: Served, fd: int, missing: Sequence[int], *, is_prefetch: bool) -> set[_Fill]:
         """The fills of these blocks, those that are on their way already and new ones."""
         fills = {served.fills[block] for block in missing if block in served.fills}
+        if not is_prefetch:
+            for fill in fills:
+                fill.demand(self.policy.deadline)
         file = served.file
         assert file is not None
         most = max(self.policy.span // file.block_size, 1)
@@ -264,7 +308,7 @@ class Fetcher:
         if missing:
             self._start(served, fd, missing, is_prefetch=True)
 
-    async def _wait(self, served: Served, fills: set[_Fill]) -> None:
+    async def _wait(self, fills: set[_Fill]) -> None:
         for fill in fills:
             await fill.done.wait()
             if fill.error is not None:
@@ -274,10 +318,9 @@ class Fetcher:
         assert served.file is not None
         self.under_way[fill] = served.file
         try:
-            if fill.is_prefetch:
-                async with self._prefetches:
-                    await self._try_until_deadline(served, fd, fill)
-            else:
+            async with fill.turn(self._prefetches):
+                size = (fill.end - fill.first) * served.file.block_size
+                await trio.sleep(self._allowance.take(size))
                 await self._try_until_deadline(served, fd, fill)
         except OSError as error:
             fill.error = error
@@ -295,10 +338,8 @@ class Fetcher:
         file = served.file
         assert file is not None
         failure: OSError | None = None
-        with trio.move_on_after(self.policy.deadline):
+        with fill.attempts(self.policy.deadline):
             while True:
-                size = (fill.end - fill.first) * file.block_size
-                await trio.sleep(self._allowance.take(size))
                 try:
                     await self._transfer(served, fd, fill)
                     return
