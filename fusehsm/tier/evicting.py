@@ -3,6 +3,7 @@
 import errno
 import math
 import os
+import select
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
+from typing import Final
 
 import trio
 
@@ -30,6 +32,7 @@ from fusehsm.tier.stub_file import StubFile
 from fusehsm.tier.stub_mark import generation
 
 _ADD = FAN_MARK_ADD | FAN_MARK_IGNORED_MASK | FAN_MARK_IGNORED_SURV_MODIFY | FAN_MARK_EVICTABLE
+_LOOKS: Final = 1000  # a millisecond each
 _REMOVE = FAN_MARK_REMOVE | FAN_MARK_IGNORED_MASK
 
 
@@ -138,6 +141,7 @@ class Evictor:
                 if (status.st_dev, status.st_ino, generation(fd)) != key:
                     raise OSError(errno.ESTALE, "is another file by now", path)
                 # Punching makes an event of ours where the descriptor is watched, which nobody could answer during the lease.
+                await self._hear_of_changes()
                 if self._place.is_watched:
                     await self._group.mark(_ADD, self._group.dialect.pre_content, fd)
                     served.ignored |= self._group.dialect.pre_content
@@ -151,6 +155,19 @@ class Evictor:
             if isinstance(target, int):
                 os.close(target)
         return freed
+
+    async def _hear_of_changes(self) -> None:
+        """Let the fetcher hear what has been told so far: that the file was closed by somebody who could have written to it, for one. Raises
+        BlockingIOError when there is so much of it that it takes too long for a lease."""
+        waiting = select.poll()
+        waiting.register(self._group.fileno(), select.POLLIN)
+        for _ in range(_LOOKS):
+            if not waiting.poll(0):
+                await trio.lowlevel.checkpoint()
+                await trio.lowlevel.checkpoint()
+                return
+            await trio.sleep(0.001)
+        raise BlockingIOError(errno.EAGAIN, "too much is going on")
 
     async def _unignore(self, served: Served, fd: int) -> None:
         """From now on there are events of it again."""

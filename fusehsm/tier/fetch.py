@@ -29,6 +29,8 @@ from fusehsm.tier.store import Store, shown
 from fusehsm.tier.touch_list import Recorder, Touched, read_list, warm_up
 
 _EVENTS: Final = ("PRE_ACCESS", "MODIFY")
+# On the real kernel nothing tells of what is written through a mapping, but the end of its file. (A mount makes MODIFY of it.)
+_EVENTS_OF_KERNEL: Final = (*_EVENTS, "CLOSE_WRITE")
 _DENIALS: Final = {"EIO": errno.EIO, "EAGAIN": errno.EAGAIN}
 _SMALLEST_BLOCK: Final = 4096
 _HANDLERS: Final = 256  # events that may wait at once
@@ -114,7 +116,9 @@ async def _serve(
 ) -> Fetcher:
     failures: list[OSError] = []
     async with (
-        open_group(place.path, _EVENTS, backend=place.backend) as group,
+        open_group(
+            place.path, _EVENTS_OF_KERNEL if place.backend == "kernel" else _EVENTS, backend=place.backend
+        ) as group,
         trio.open_nursery() as nursery,
     ):
         fetcher = Fetcher(store, place.path, place_of(place.root_fd), policy, nursery, wishes.recorder)

@@ -18,6 +18,7 @@ from functools import partial
 import trio
 
 from fusehsm.abi import (
+    FAN_CLOSE_WRITE,
     FAN_MARK_ADD,
     FAN_MARK_EVICTABLE,
     FAN_MARK_IGNORED_MASK,
@@ -35,6 +36,7 @@ from fusehsm.tier.stub_file import StubFile
 from fusehsm.tier.stub_mark import generation
 
 _IGNORE = FAN_MARK_ADD | FAN_MARK_IGNORED_MASK | FAN_MARK_IGNORED_SURV_MODIFY | FAN_MARK_EVICTABLE
+_CHANGES = FAN_MODIFY | FAN_CLOSE_WRITE
 # What waiting does not mend. ENOSPC and EDQUOT are of the destination's disk and are told as they are.
 _FINAL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS))
 _AT_ONCE = 64  # fills of one access
@@ -187,7 +189,7 @@ class Fetcher:
         served = self.served.get(key) or self._meet(key, event, status)
         file = served.file
         if file is None:
-            await self._ignore(served, event.fd, event.dialect.pre_content | FAN_MODIFY)
+            await self._ignore(served, event.fd, event.dialect.pre_content | _CHANGES)
             return
         while served.evicting is not None:
             await served.evicting.wait()
@@ -201,10 +203,11 @@ class Fetcher:
         file.used_ns = time.time_ns()
         if status.st_size != file.size:
             await trio.to_thread.run_sync(file.look, event.fd, status)
-        if event.mask & FAN_MODIFY:
+        if event.mask & FAN_MODIFY or (event.mask & FAN_CLOSE_WRITE and file.may_hide_changes):
             if not file.modified:
+                file.modified = True  # at once: whoever is about to evict it must know
                 await trio.to_thread.run_sync(file.user_modified, event.fd)
-            await self._ignore(served, event.fd, FAN_MODIFY)
+            await self._ignore(served, event.fd, _CHANGES)
         if event.offset is None or event.count is None or not event.mask & event.dialect.permission:
             return
         # A clone of a whole file is announced as the empty range at 0.

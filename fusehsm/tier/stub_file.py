@@ -3,6 +3,9 @@
 Its methods block (they write to the file and wait for each other), so all but the questions belong into threads. The descriptors that they want are
 of events, or others whose use makes no events.
 
+What a mapping writes on the real kernel is told by the file's times alone, and a fill sets these back. So whoever had a file that was filled open
+for writing counts as having written to it.
+
 Not to be seen by any listener, and so the one thing that can go wrong: open(2) with O_TRUNC asks nobody, and when it happens in the very moment of a
 fill, what is written makes the file long again. It is noticed by the size, unless the fill was of the file's last block.
 """
@@ -31,7 +34,8 @@ _log = logging.getLogger(__name__)
 class StubFile:
     """Public attributes are for reading. `path`: where it was seen last, below the destination. `size`, `limit`: bytes, the file's and the smallest
     that it ever had: beyond `limit` nothing is the store's. `modified`: by the user, or perhaps by them. `unexplained`: changed while nobody
-    served it, so that its holes must not be read. `used_ns`: when it was last asked for."""
+    served it, so that its holes must not be read. `may_hide_changes`: it has been filled, which sets its times back, so that they need not tell
+    of a change by a mapping. `used_ns`: when it was last asked for."""
 
     __slots__ = (
         "_ctime_ns",
@@ -44,6 +48,7 @@ class StubFile:
         "changes",
         "limit",
         "mark",
+        "may_hide_changes",
         "modified",
         "path",
         "pinned",
@@ -63,6 +68,7 @@ class StubFile:
         self.modified = False
         self.unexplained = False
         self.pinned = False
+        self.may_hide_changes = False
         self.recorded = False
         self.synced = False
         self.changes = 0
@@ -104,7 +110,7 @@ class StubFile:
 
     def _continue(self, fd: int, record: Record, status: os.stat_result) -> None:
         as_recorded = (status.st_size, status.st_mtime_ns) == (record.size, record.mtime_ns)
-        self.recorded = True
+        self.recorded = self.may_hide_changes = True
         self.synced = bool(record.flags & Flags.SYNCED)
         self.modified = (
             bool(record.flags & Flags.MODIFIED) or not as_recorded or not record.settled(status.st_ctime_ns)
@@ -191,6 +197,7 @@ class StubFile:
             if not self._is_open:
                 self._record(fd)
             written = 0
+            self.may_hide_changes = True
             try:
                 for offset, data in pieces:
                     written += self._fill_holes(fd, offset, data, first, end)
@@ -257,7 +264,7 @@ class StubFile:
             os.utime(fd, ns=(status.st_atime_ns, self._mtime_ns))
             residency.remove(fd)
             after = os.fstat(fd)
-            self.recorded = self._is_open = False
+            self.recorded = self._is_open = self.may_hide_changes = False
             self._ctime_ns = after.st_ctime_ns
             return (kept - after.st_blocks) * 512
 

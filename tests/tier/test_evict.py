@@ -133,7 +133,9 @@ def test_not_while_in_use(store: Path, target: Path, backend: str, program: str)
             done = harness.fusehsm("evict", target)
             assert (done.returncode, done.stdout) == (0, "evicted 1 files, 3.1 MB freed; stay: 1 in use\n")
         assert run("cmp", store / "a", target / "a").stdout == ""
-        assert harness.fusehsm("evict", target / "a").returncode == 0
+        # Where nothing tells of what is written through a mapping, having been open for writing counts as written to.
+        stays = backend == "kernel" and "O_RDWR" in program
+        assert harness.fusehsm("evict", target / "a").returncode == int(stays)
         served.end()
 
 

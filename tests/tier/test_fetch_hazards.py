@@ -1,0 +1,63 @@
+"""What happens to a fetch beside plain reading: changes and evictions meanwhile, its limits, and what makes no sense."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import harness
+from tests.tier.fetching import BACKENDS, fetching, run
+from tests.tier.planted import plant
+from tests.tier.trees import content_of
+
+pytestmark = pytest.mark.any_engine
+
+MIB = 1 << 20
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    if request.param == "kernel":
+        request.getfixturevalue("kernel_events")
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def big(places: Callable[[str], Path]) -> Path:
+    """A store with one file of 12 MiB and a bit."""
+    store = places("store")
+    (store / "big").write_bytes(content_of(12 * MIB + 100))
+    return store
+
+
+_WRITING_DURING_A_FILL = """
+import mmap, os, sys, threading
+fd = os.open(sys.argv[1], os.O_RDWR)
+mapped = mmap.mmap(fd, 4096)
+mapped[0]
+before = os.fstat(fd).st_mtime_ns
+reader = threading.Thread(target=os.pread, args=(fd, 1, 8 << 20))
+reader.start()
+while os.fstat(fd).st_mtime_ns == before and reader.is_alive():
+    pass
+mapped[5:9] = b"mine"
+reader.join()
+mapped.close()
+os.close(fd)
+os.sync()
+"""
+
+
+def test_what_is_written_through_a_mapping_in_the_moment_of_a_fill_is_not_evicted(
+    big: Path, target: Path, backend: str
+) -> None:
+    """The fill sets the times back, so they tell nothing of it."""
+    plant(big, target)
+    path = target / "big"
+    with fetching(big, target, "--backend", backend, "--read-ahead", "0", "--block-size", "4M") as served:
+        assert run(sys.executable, "-c", _WRITING_DURING_A_FILL, path).returncode == 0
+        assert "is modified" in harness.fusehsm("evict", path).stderr
+        assert run("dd", f"if={path}", "bs=1", "skip=5", "count=4").stdout == "mine"
+        served.end()
