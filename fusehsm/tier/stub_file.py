@@ -260,7 +260,8 @@ class StubFile:
             self._record(fd)
             sync()
             if status.st_size:
-                syscalls.fallocate(fd, _PUNCH, 0, status.st_size)
+                # To the end of its last page, which would be zeroed in part otherwise, and may be on its way in a pipe or a socket (splice(2)).
+                syscalls.fallocate(fd, _PUNCH, 0, -(-status.st_size // _LARGEST_PAGE) * _LARGEST_PAGE)
             os.utime(fd, ns=(status.st_atime_ns, self._mtime_ns))
             residency.remove(fd)
             after = os.fstat(fd)
@@ -348,6 +349,7 @@ class StubFile:
 
 
 _PUNCH = 0x01 | 0x02  # FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE (fallocate(2))
+_LARGEST_PAGE = 1 << 16  # bytes, of what Linux runs on
 _TICK = 10_000_000  # nanoseconds that the clock of file systems may lag behind
 
 

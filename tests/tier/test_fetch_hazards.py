@@ -1,5 +1,6 @@
 """What happens to a fetch beside plain reading: changes and evictions meanwhile, its limits, and what makes no sense."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -61,3 +62,26 @@ def test_what_is_written_through_a_mapping_in_the_moment_of_a_fill_is_not_evicte
         assert "is modified" in harness.fusehsm("evict", path).stderr
         assert run("dd", f"if={path}", "bs=1", "skip=5", "count=4").stdout == "mine"
         served.end()
+
+
+def test_what_is_on_its_way_in_a_pipe_is_not_zeroed_by_an_eviction(
+    big: Path, target: Path, backend: str
+) -> None:
+    """splice(2), and sendfile(2) to a socket alike, hand on the page cache's own pages, whose file may be closed by then."""
+    plant(big, target)
+    path = target / "big"
+    reading, writing = os.pipe()
+    try:
+        with fetching(big, target, "--backend", backend) as served:
+            assert run("cmp", big / "big", path).stdout == ""
+            fd = os.open(path, os.O_RDONLY)
+            try:
+                assert os.splice(fd, writing, 100, offset_src=12 * MIB) == 100
+            finally:
+                os.close(fd)
+            assert "evicted 1 files" in harness.fusehsm("evict", path).stdout
+            assert os.read(reading, 100) == content_of(12 * MIB + 100)[-100:]
+            served.end()
+    finally:
+        os.close(reading)
+        os.close(writing)
