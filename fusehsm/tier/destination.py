@@ -66,8 +66,8 @@ def destination(path: str, backend: str, mount_arguments: Sequence[str]) -> Iter
                 kernel_can_watch(path)
                 yield Destination(path, root_fd, "kernel", is_watched=mount.mount_point == path)
             else:
-                _mount(path, mount_arguments)
                 try:
+                    _mount(path, mount_arguments)  # a signal that came meanwhile is raised at its end
                     yield Destination(path, root_fd, "fuse")
                 finally:
                     _unmount(path)

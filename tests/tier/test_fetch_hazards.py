@@ -1,14 +1,16 @@
 """What happens to a fetch beside plain reading: changes and evictions meanwhile, its limits, and what makes no sense."""
 
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests import harness
-from tests.tier.fetching import BACKENDS, fetching, run
+from tests.tier.fetching import BACKENDS, clear, fetching, is_mounted, run
 from tests.tier.planted import plant
 from tests.tier.trees import content_of
 
@@ -85,3 +87,17 @@ def test_what_is_on_its_way_in_a_pipe_is_not_zeroed_by_an_eviction(
     finally:
         os.close(reading)
         os.close(writing)
+
+
+def test_a_signal_while_it_mounts_leaves_no_mount(big: Path, target: Path) -> None:
+    with harness.start([*harness.COMMAND, "fetch", str(big), str(target), "--backend", "fuse"]) as process:
+        try:
+            end = time.monotonic() + harness.PATIENCE
+            while not is_mounted(target):
+                assert time.monotonic() < end
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=harness.PATIENCE)
+            assert not is_mounted(target)
+        finally:
+            process.kill()
+            clear(target)
