@@ -11,9 +11,12 @@ from typing import Final
 import trio
 
 from fusehsm import control_socket
+from fusehsm.abi import FAN_MARK_ADD, FAN_MARK_MOUNT, parse_mask
+from fusehsm.backends.base import AT_FDCWD, Group
 from fusehsm.backends.opening import open_group
 from fusehsm.handler import serve
 from fusehsm.interruption import Interrupted, Interruption, interruptible
+from fusehsm.mountinfo import read_mounts
 from fusehsm.tier.destination import Destination, destination
 from fusehsm.tier.evicting import Evictor, keep_below
 from fusehsm.tier.fetch_client import socket_name
@@ -115,12 +118,13 @@ async def _serve(
     store: Store, place: Destination, policy: Policy, wishes: _Wishes, interruption: Interruption
 ) -> Fetcher:
     failures: list[OSError] = []
+    events = _EVENTS_OF_KERNEL if place.backend == "kernel" else _EVENTS
     async with (
-        open_group(
-            place.path, _EVENTS_OF_KERNEL if place.backend == "kernel" else _EVENTS, backend=place.backend
-        ) as group,
+        open_group(place.path, events, backend=place.backend) as group,
         trio.open_nursery() as nursery,
     ):
+        if place.backend == "kernel":
+            await _watch_mounts_below(group, place.path, parse_mask(events, group.dialect))
         fetcher = Fetcher(store, place.path, place_of(place.root_fd), policy, nursery, wishes.recorder)
         fetcher.group = group
         keeper = Keeper(fetcher, place.root_fd)
@@ -141,8 +145,8 @@ async def _serve(
             nursery.start_soon(keep_below, evictor, wishes.max_size, _log.warning)
         if wishes.warm is not None:
             nursery.start_soon(warm_up, fetcher, place.root_fd, wishes.warm)
-        events = "the kernel's own events" if place.backend == "kernel" else "a mount of fusehsm"
-        print(f"fusehsm: serving {shown(place.path)} from {store.name} by {events}", file=sys.stderr)
+        means = "the kernel's own events" if place.backend == "kernel" else "a mount of fusehsm"
+        print(f"fusehsm: serving {shown(place.path)} from {store.name} by {means}", file=sys.stderr)
         print("ready", file=sys.stderr, flush=True)
         try:
             await interruption.watch()
@@ -152,6 +156,21 @@ async def _serve(
     if failures:
         raise failures[0]
     return fetcher
+
+
+async def _watch_mounts_below(group: Group, path: str, mask: int) -> None:
+    """What is mounted below a directory has its own marks on the real kernel. (A mount of fusehsm shows it all as one.)"""
+    prefix = path.rstrip("/") + "/"
+    for mount in list(read_mounts()):
+        if mount.mount_point.startswith(prefix) and not mount.is_fusehsm:
+            try:
+                await group.mark(FAN_MARK_ADD | FAN_MARK_MOUNT, mask, AT_FDCWD, mount.mount_point)
+            except OSError as error:
+                _log.warning(
+                    "%s: another file system, which cannot be watched (%s): what is a stub there is read as zeros",
+                    shown(mount.mount_point),
+                    error.strerror,
+                )
 
 
 async def _serve_socket(

@@ -101,3 +101,24 @@ def test_a_signal_while_it_mounts_leaves_no_mount(big: Path, target: Path) -> No
         finally:
             process.kill()
             clear(target)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
+def test_another_mount_below_is_served_too(
+    big: Path, target: Path, backend: str, places: Callable[[str], Path]
+) -> None:
+    (big / "sub").mkdir()
+    (big / "big").rename(big / "sub" / "big")
+    (target / "sub").mkdir()
+    elsewhere = places("elsewhere")
+    assert run("mount", "--bind", elsewhere, target / "sub").returncode == 0
+    try:
+        plant(big, target)
+        with fetching(big, target, "--backend", backend) as served:
+            for _ in range(2):
+                assert run("cmp", big / "sub" / "big", target / "sub" / "big").stdout == ""
+                assert "evicted 1 files" in harness.fusehsm("evict", target).stdout
+            served.end()
+        assert os.path.ismount(target / "sub")
+    finally:
+        run("umount", "--lazy", target / "sub")
