@@ -22,19 +22,37 @@ class Catalog:
         A stub that has been renamed or linked is found by the store's list, which is asked for once. Raises StoreChanged when the file is gone or
         another version now, other OSErrors when the store does not answer.
         """
-        if digest(path) != mark.path:
-            path = self._renamed(mark, path)
+        path = self._path(mark, path)
         try:
             version = self._store.version(path)
         except (FileNotFoundError, NotADirectoryError):
             raise self._gone(path) from None
         if digest(version) != mark.version:
-            raise StoreChanged(
-                errno.EIO,
-                f"has changed in {self._store.name} since its stub was made; remove the stub and populate again",
-                path,
-            )
+            raise self._changed(path)
         return path, version
+
+    def origin_and_range(
+        self, mark: Mark, path: str, offset: int, length: int
+    ) -> tuple[tuple[str, str], bytes | None]:
+        """The same, together with a range of it where the store has both for one request: a first read of a small file is then the only one."""
+        path = self._path(mark, path)
+        try:
+            found = self._store.read_if(path, offset, length, lambda version: digest(version) == mark.version)
+        except StoreChanged:
+            raise self._changed(path) from None
+        except (FileNotFoundError, NotADirectoryError):
+            raise self._gone(path) from None
+        if found is None:
+            return self.origin(mark, path), None
+        version, data = found
+        return (path, version), data
+
+    def _path(self, mark: Mark, path: str) -> str:
+        return path if digest(path) == mark.path else self._renamed(mark, path)
+
+    def _changed(self, path: str) -> StoreChanged:
+        why = f"has changed in {self._store.name} since its stub was made; remove the stub and populate again"
+        return StoreChanged(errno.EIO, why, path)
 
     def _renamed(self, mark: Mark, path: str) -> str:
         with self._lock:

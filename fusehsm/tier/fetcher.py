@@ -401,13 +401,13 @@ class Fetcher:
         try:
             file = served.file
             assert file is not None
+            start, end = fill.first * file.block_size, min(fill.end * file.block_size, file.limit)
+            data = None
             if served.origin is None:
-                served.origin = self._catalog.origin(file.mark, file.path)
-            pieces = list(
-                self._read(
-                    served.origin, fill.first * file.block_size, min(fill.end * file.block_size, file.limit)
-                )
-            )
+                served.origin, data = self._catalog.origin_and_range(file.mark, file.path, start, end - start)
+            if data is not None:
+                data = self._whole(served.origin, data, end - start)
+            pieces = list(self._read(served.origin, start, end)) if data is None else [(start, data)]
             written = file.fill(fd, fill.first, fill.end, pieces, lambda: not fill.abandoned)
             return written, sum(len(data) for _, data in pieces)
         finally:
@@ -419,11 +419,14 @@ class Fetcher:
         for offset, length in self._store.data(path, start, end - start):
             something = True
             data = self._store.read(path, offset, length, version)
-            if len(data) != length:
-                raise StoreChanged(errno.EIO, f"is shorter in {self._store.name} than its stub", path)
-            yield offset, data
+            yield offset, self._whole(origin, data, length)
         if not something and end > start and self._store.version(path) != version:
             raise StoreChanged(errno.EIO, f"has changed in {self._store.name}", path)
+
+    def _whole(self, origin: tuple[str, str], data: bytes, length: int) -> bytes:
+        if len(data) != length:
+            raise StoreChanged(errno.EIO, f"is shorter in {self._store.name} than its stub", origin[0])
+        return data
 
     def _complain(self, served: Served, error: OSError) -> None:
         if not served.complained:

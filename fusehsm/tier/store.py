@@ -86,6 +86,14 @@ class Store(abc.ABC):
         kept looks unchanged to everybody.
         """
 
+    def read_if(
+        self, path: str, offset: int, length: int, is_wanted: Callable[[str], bool]
+    ) -> tuple[str, bytes] | None:
+        """version() and read() in one request: the file's present version, and a range of it if `is_wanted` says yes to that version; None from a
+        store for which that is no less work. Raises StoreChanged for an unwanted version, else what those two raise.
+        """
+        return None
+
     def data(self, path: str, offset: int, length: int) -> Iterator[tuple[int, int]]:
         """The parts of [offset, offset + length) that are no holes, as (offset, length) in ascending order; all of it where the store cannot tell.
 
