@@ -96,6 +96,7 @@ missing_packages() {
     [ -e /dev/fuse ] || command -v modprobe > /dev/null || echo kmod
     if [ "$FOR" = tests ]; then
         command -v go > /dev/null || echo golang-go # a listener whose runtime has signals and an epoll of its own
+        command -v ip > /dev/null || echo iproute2 # networks of their own, as of several machines
     fi
     if [ "$FOR" = oldkernel ]; then
         command -v qemu-system-x86_64 > /dev/null || echo qemu-system-x86

@@ -3,7 +3,7 @@
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,9 +39,11 @@ class Fetching:
 
 
 @contextmanager
-def fetching(store: str | Path, path: Path, *options: str, **more: object) -> Iterator[Fetching]:
-    """Start it, wait until it serves; killed at the end if it is still there, and what it mounted with it."""
-    command = [*harness.COMMAND, "fetch", str(store), str(path), *options]
+def fetching(
+    store: str | Path, path: Path, *options: str, within: Sequence[str] = (), **more: object
+) -> Iterator[Fetching]:
+    """Start it, wait until it serves; killed at the end if it is still there, and what it mounted with it. `within`: what the command begins with."""
+    command = [*within, *harness.COMMAND, "fetch", str(store), str(path), *options]
     with harness.start(command, **more) as process:
         try:
             assert process.stderr is not None
