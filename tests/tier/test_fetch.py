@@ -182,6 +182,10 @@ def test_what_was_changed_while_nobody_served_is_refused_where_it_lacks_content(
     assert "was changed while nobody served it" in complaints
 
 
+def few_descriptors() -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
+
+
 def test_a_mapping_of_more_than_there_are_descriptors_for(
     places: Callable[[str], Path], target: Path, backend: str
 ) -> None:
@@ -189,9 +193,16 @@ def test_a_mapping_of_more_than_there_are_descriptors_for(
     (store / "big").write_bytes(content_of(5 * MIB))
     plant(store, target)
     program = "import mmap, sys; f = open(sys.argv[1], 'rb'); m = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ); print(len(m[:]))"
-    limits = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))}
     with fetching(
-        store, target, "--backend", backend, "--block-size", "4K", "--read-ahead", "0", **limits
+        store,
+        target,
+        "--backend",
+        backend,
+        "--block-size",
+        "4K",
+        "--read-ahead",
+        "0",
+        preexec_fn=few_descriptors,
     ) as served:
         mapped = run(sys.executable, "-c", program, target / "big")
         assert (mapped.stdout, mapped.stderr) == (f"{5 * MIB}\n", "")
