@@ -1,5 +1,5 @@
 # `make demo` and `make test` set up everything they need themselves (scripts/bootstrap.sh).
-.PHONY: help demo test lint bench conform oldkernel setup setup-demo clean
+.PHONY: help demo test lint bench conform soak oldkernel setup setup-demo clean
 .DEFAULT_GOAL := help
 
 BIN := .venv/bin
@@ -12,6 +12,7 @@ help:
 	@echo "make lint   formatting, lint and types only"
 	@echo "make bench  fusehsm, the real kernel and bindfs side by side (ARGS=--quick for a short run)"
 	@echo "make conform  the emulator against the real kernel, with both engines: all workloads (docs/conform.md), and 2,000 new sequences"
+	@echo "make soak   fetch killed at 500 random moments while users work, every byte compared (ARGS=\"--points 5000 --seed 1\")"
 	@echo "make oldkernel  the core tests under Debian's Linux 6.1 in an emulated machine (KERNEL=5.10: that one)"
 	@echo "make clean  remove the virtual environment and caches"
 
@@ -33,7 +34,10 @@ conform: setup
 	$(BIN)/python scripts/conform_table.py
 	$(BIN)/python -m pytest -q tests/test_conform_sequences.py --sequences 2000
 
-# Not part of `make test`: it takes minutes.
+# These are no part of `make test`: they take minutes.
+soak: setup
+	$(BIN)/python -m tests.tier.soak $(ARGS)
+
 oldkernel:
 	@scripts/bootstrap.sh oldkernel
 	@KERNEL="$(KERNEL)" scripts/oldkernel.sh $(ARGS)

@@ -1,0 +1,76 @@
+"""fetch, killed at any moment and started again: a sample of what `make soak` does."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fusehsm import control_socket
+from fusehsm.mountinfo import read_mounts
+from fusehsm.tier import residency, stub_mark
+from fusehsm.tier.residency import Flags
+from tests.requirements import require_root
+from tests.tier.fetching import fetching, run
+from tests.tier.planted import plant
+from tests.tier.soak import Soak, soaking
+from tests.tier.trees import content_of
+
+pytestmark = pytest.mark.any_engine
+
+SEED = 1
+POINTS = 12
+BACKENDS = [pytest.param("kernel", marks=pytest.mark.kernel), pytest.param("fuse", marks=pytest.mark.fuse)]
+
+
+@pytest.fixture(params=BACKENDS)
+def soak(
+    request: pytest.FixtureRequest, places: object, ext4: Path, numbers: Iterator[int]
+) -> Iterator[Soak]:
+    require_root()
+    request.getfixturevalue("kernel_events" if request.param == "kernel" else "fuse")
+    place = ext4 / f"soak-{next(numbers)}"
+    place.mkdir()
+    with soaking(place, request.param, SEED) as soak:
+        yield soak
+
+
+def test_every_byte_is_right_after_kills(soak: Soak) -> None:
+    while soak.points < POINTS:
+        soak.episode()
+    assert soak.checked
+
+
+@pytest.mark.fuse
+def test_a_mount_whose_daemon_was_killed_is_replaced(source: Path, target: Path) -> None:
+    plant(source, target)
+    with fetching(source, target, "--backend", "fuse") as served:
+        (mount,) = [mount for mount in read_mounts() if mount.mount_point == str(target)]
+        with control_socket.connect(mount) as connection:
+            os.kill(control_socket.peer_of(connection).pid, signal.SIGKILL)
+        served.kill()
+        assert run("cat", target / "a file").returncode
+        with fetching(source, target, "--backend", "fuse") as again:
+            assert run("cmp", source / "a file", target / "a file").stdout == ""
+            again.end()
+
+
+@pytest.mark.kernel
+def test_a_renamed_file_comes_to_rest(source: Path, target: Path, kernel_events: Path) -> None:
+    """What is done to it afterwards, while nobody serves it, is not taken for what was done while somebody did."""
+    (source / "big").write_bytes(content_of(3 << 20))
+    plant(source, target)
+    with fetching(source, target, "--backend", "kernel", "--read-ahead", "0") as served:
+        assert run("head", "-c1", target / "big").returncode == 0
+        os.rename(target / "big", target / "sub" / "bigger")
+        served.end()
+    fd = os.open(target / "sub" / "bigger", os.O_RDONLY)
+    try:
+        mark = stub_mark.read(fd)
+        assert mark is not None
+        record = residency.read(fd, mark)
+        assert record is not None
+        assert not record.flags & Flags.OPEN
+    finally:
+        os.close(fd)
