@@ -32,7 +32,7 @@ from fusehsm.tier.persistence import Allowance, BackOff
 from fusehsm.tier.runs import runs
 from fusehsm.tier.store import Store, StoreChanged
 from fusehsm.tier.streams import Streams
-from fusehsm.tier.stub_file import StubFile
+from fusehsm.tier.stub_file import InDoubt, StubFile
 from fusehsm.tier.stub_mark import generation
 
 _IGNORE = FAN_MARK_ADD | FAN_MARK_IGNORED_MASK | FAN_MARK_IGNORED_SURV_MODIFY | FAN_MARK_EVICTABLE
@@ -201,12 +201,12 @@ class Fetcher:
 
     async def _serve_stub(self, served: Served, file: StubFile, event: Event, status: os.stat_result) -> None:
         file.used_ns = time.time_ns()
-        if status.st_size != file.size:
-            await trio.to_thread.run_sync(file.look, event.fd, status)
+        if status.st_size != file.size or file.unrecorded:
+            await trio.to_thread.run_sync(file.look, event.fd)
         if event.mask & FAN_MODIFY or (event.mask & FAN_CLOSE_WRITE and file.may_hide_changes):
             if not file.modified:
                 file.modified = True  # at once: whoever is about to evict it must know
-                await trio.to_thread.run_sync(file.user_modified, event.fd)
+                await trio.to_thread.run_sync(file.user_modified, event.fd, bool(event.mask & FAN_MODIFY))
             await self._ignore(served, event.fd, _CHANGES)
         if event.offset is None or event.count is None or not event.mask & event.dialect.permission:
             return
@@ -346,7 +346,7 @@ class Fetcher:
                 try:
                     await self._transfer(served, fd, fill)
                     return
-                except StoreChanged as error:
+                except (StoreChanged, InDoubt) as error:
                     self._complain(served, error)
                     raise OSError(errno.EIO, error.strerror, error.filename) from None
                 except OSError as error:

@@ -1,8 +1,9 @@
 """What is kept on disk of a stub that has been filled, in part or wholly: the extended attribute `user.fusehsm.resident` on the file itself.
 
 Why it is safe. A block's bit is set after its content has been written and before anybody is let at it, so whoever is killed in between leaves at
-most a block without a bit that has some right content; and nobody but the filler has ever written to a block without a bit, as every access waits
-for the bit first. So content is only ever put into *holes* of blocks without a bit, never over data.
+most a block without a bit that has some right content; and while somebody serves, nobody but the filler writes to a block without a bit, as every
+access waits for the bit first. So content is only ever put into *holes* of blocks without a bit, never over data, and data that is found there is
+either the store's or in doubt (residue.py).
 
 What a power cut takes away are bits (harmless) or the data of blocks whose bits are there. Hence SYNCED, which is set only after the data has been
 brought to the disk: without it, and on another mount than the record was written on (`place`), a hole in a block with a bit counts as lost. It is
@@ -38,7 +39,8 @@ _MOST_BLOCKS: Final = 16_384
 
 class Flags(IntFlag):
     """OPEN: it was being served. MODIFIED: the user has written to it. SYNCED: all blocks with a bit are on the disk. UNEXPLAINED: the user's, and
-    what is a hole must not be read. COMPLETE: every block is here."""
+    what is a hole must not be read. COMPLETE: every block is here. RACED: it has been filled since it was last known that nobody wrote, so the time
+    of a modification may be lost: it is not to be taken away, as if it had been modified."""
 
     NONE = 0
     OPEN = 1
@@ -46,6 +48,7 @@ class Flags(IntFlag):
     SYNCED = 4
     UNEXPLAINED = 8
     COMPLETE = 16
+    RACED = 32
 
 
 class Blocks:
@@ -76,6 +79,10 @@ class Blocks:
         if block in self:
             self._bits[block >> 3] &= ~(1 << (block & 7))
             self.here -= 1
+
+    def copy(self) -> "Blocks":
+        """The same blocks."""
+        return Blocks(self.number, bytes(self._bits))
 
     def missing(self, first: int, end: int) -> list[int]:
         """The blocks of [first, end) that are not here, ascending."""

@@ -6,8 +6,11 @@ of events, or others whose use makes no events.
 What a mapping writes on the real kernel is told by the file's times alone, and a fill sets these back. So whoever had a file that was filled open
 for writing counts as having written to it.
 
-Not to be seen by any listener, and so the one thing that can go wrong: open(2) with O_TRUNC asks nobody, and when it happens in the very moment of a
-fill, what is written makes the file long again. It is noticed by the size, unless the fill was of the file's last block.
+Not to be seen by any listener: the moment in which a truncation happens (open(2) with O_TRUNC asks nobody). When it is the moment of a fill, what is
+written must not make the file long again (content_writer.py); where it may have done so, the file is in doubt from then on.
+
+A kernel whose listener is killed lets everything go on that waits for it, so a block without a bit may hold what a user has written into a hole, with
+zeros around it. So what a fill finds there is compared with the store's content (residue.py).
 """
 
 import errno
@@ -20,8 +23,10 @@ from typing import Self
 
 from fusehsm import filesystem_calls as syscalls
 from fusehsm.tier import residency, stub_mark
+from fusehsm.tier.content_writer import may_have_grown_to, write_without_growing
 from fusehsm.tier.holes import holes
 from fusehsm.tier.residency import Blocks, Flags, Record, block_size_for, digest_of
+from fusehsm.tier.residue import Residue, doubtful, forget_clean_pages, residue, unfilled
 from fusehsm.tier.stub_mark import Mark
 
 PINNED = "user.fusehsm.pinned"
@@ -31,11 +36,16 @@ _TRIES = 3  # at a record whose time is right
 _log = logging.getLogger(__name__)
 
 
+class InDoubt(OSError):
+    """What a file lacks cannot be told from what its user wanted, so nothing is put there. EIO."""
+
+
 class StubFile:
     """Public attributes are for reading. `path`: where it was seen last, below the destination. `size`, `limit`: bytes, the file's and the smallest
     that it ever had: beyond `limit` nothing is the store's. `modified`: by the user, or perhaps by them. `unexplained`: changed while nobody
     served it, so that its holes must not be read. `may_hide_changes`: it has been filled, which sets its times back, so that they need not tell
-    of a change by a mapping. `used_ns`: when it was last asked for."""
+    of a change by a mapping. `unrecorded`: there is something that the record lacks, and no access may go on before it is there (look()).
+    `used_ns`: when it was last asked for."""
 
     __slots__ = (
         "_ctime_ns",
@@ -43,6 +53,7 @@ class StubFile:
         "_lock",
         "_mtime_ns",
         "_place",
+        "_raced",
         "block_size",
         "blocks",
         "changes",
@@ -56,6 +67,7 @@ class StubFile:
         "size",
         "synced",
         "unexplained",
+        "unrecorded",
         "used_ns",
     )
 
@@ -71,9 +83,11 @@ class StubFile:
         self.may_hide_changes = False
         self.recorded = False
         self.synced = False
+        self.unrecorded = False
         self.changes = 0
         self.used_ns = status.st_atime_ns
         self._is_open = False
+        self._raced = False  # filled since it was last known that nobody wrote
         self._mtime_ns = status.st_mtime_ns
         self._ctime_ns = status.st_ctime_ns
         self._place = place
@@ -111,10 +125,13 @@ class StubFile:
     def _continue(self, fd: int, record: Record, status: os.stat_result) -> None:
         as_recorded = (status.st_size, status.st_mtime_ns) == (record.size, record.mtime_ns)
         self.recorded = self.may_hide_changes = True
+        self.unrecorded = not as_recorded
         self.synced = bool(record.flags & Flags.SYNCED)
-        self.modified = (
+        was_modified = (
             bool(record.flags & Flags.MODIFIED) or not as_recorded or not record.settled(status.st_ctime_ns)
         )
+        self._raced = bool(record.flags & Flags.RACED)
+        self.modified = was_modified or self._raced
         self.unexplained = bool(record.flags & Flags.UNEXPLAINED) or not (
             as_recorded or record.flags & Flags.OPEN
         )
@@ -122,11 +139,12 @@ class StubFile:
         self.blocks = record.blocks()
         self._shrink(status.st_size)
         if not self.synced and record.place != self._place:
+            forget_clean_pages(fd)
             lost = [block for block in range(self.blocks.number) if self._has_hole(fd, block)]
             for block in lost:
                 if block in self.blocks:
                     self.blocks.discard(block)
-                    self.unexplained = self.unexplained or self.modified
+                    self.unexplained = self.unexplained or was_modified
 
     # Questions
 
@@ -148,11 +166,20 @@ class StubFile:
         return min(self.blocks.here * self.block_size, self.limit) + self.size - self.limit
 
     def lacks(self, fd: int, offset: int, end: int) -> bool:
-        """Whether there is a hole in [offset, end) in a block that is not here."""
+        """Whether there is something in [offset, end) that nobody knows, as the file was changed while nobody served it."""
+        blocks = self.missing(0, self.limit) if self.missing(offset, end) else []
+        runs: list[list[int]] = []
+        for block in blocks:
+            if runs and runs[-1][1] == block:
+                runs[-1][1] += 1
+            else:
+                runs.append([block, block + 1])
         return any(
-            next(holes(fd, max(offset, start), min(end, start + self.block_size, self.limit)), None)
-            for block in self.missing(offset, end)
-            for start in [block * self.block_size]
+            start < end and offset < stop
+            for first, last in runs
+            for start, stop in doubtful(
+                fd, first * self.block_size, min(last * self.block_size, self.limit), self.mark.size
+            )
         )
 
     def _has_hole(self, fd: int, block: int) -> bool:
@@ -161,19 +188,31 @@ class StubFile:
 
     # Changes
 
-    def look(self, fd: int, status: os.stat_result) -> None:
+    def look(self, fd: int) -> None:
         """Take note of a size that the file has come to have. To be called before the access that tells of it goes on: whatever makes a file grow
-        makes an event first, so no growth can hide a truncation."""
+        makes an event first, so no growth can hide a truncation. Raises OSError ENOSPC or EDQUOT if that cannot be recorded."""
         with self._lock:
-            self._note(status)
-            self._record(fd)
-
-    def user_modified(self, fd: int) -> None:
-        """Take note that the user has written to it."""
-        with self._lock:
-            self.modified = True
             self._note(os.fstat(fd))
-            self._record(fd)
+            if self.unrecorded:
+                self._record(fd)
+
+    def user_modified(self, fd: int, written: bool = True) -> None:
+        """Take note that the user has written to it, for the first time, or (not `written`) may have done so."""
+        with self._lock:
+            status = os.fstat(fd)
+            if written and (status.st_mtime_ns, status.st_ctime_ns) == (self._mtime_ns, self._ctime_ns):
+                # A fill that was at work in the same moment has put the old time back.
+                os.utime(fd, ns=(status.st_atime_ns, time.time_ns()))
+                status = os.fstat(fd)
+            self._note(status)
+            self.modified = True
+            self._record_modification(fd)
+
+    def _record_modification(self, fd: int) -> None:
+        # All that is here goes to the disk: a hole would not be fetched again after a power cut, it might be the user's.
+        os.fdatasync(fd)
+        self.synced = True
+        self._record(fd)
 
     def fill(
         self,
@@ -186,47 +225,94 @@ class StubFile:
         """Put content into the holes of the blocks [first, end): pieces as (offset, data); what they leave out is a hole in the store, too. Returns
         how many bytes were written.
 
-        Does nothing if `wanted` says no by now, nor to blocks that have come meanwhile. Raises OSError ENOSPC, EDQUOT or EIO of the disk: the
-        blocks then count as not here.
+        Does nothing if `wanted` says no by now, nor to blocks that have come meanwhile. Raises OSError ENOSPC, EDQUOT or EIO of the disk, InDoubt
+        for what may be the user's: the blocks then count as not here.
         """
         with self._lock:
             if not wanted():
                 return 0
             before = os.fstat(fd)
             self._note(before)
-            if not self._is_open:
+            self._expect_explained()
+            pieces = list(pieces)
+            if self._find_residue(fd, first, end, pieces):
+                self.modified = True
+            if self.unrecorded or not self._is_open or not self._raced:
+                self._raced = True
                 self._record(fd)
             written = 0
             self.may_hide_changes = True
+            parts: list[tuple[int, int]] = []
             try:
                 for offset, data in pieces:
-                    written += self._fill_holes(fd, offset, data, first, end)
+                    written += self._fill_holes(fd, offset, data, first, end, before.st_size, parts)
+            except OSError:
+                # Where a write fails for want of room the kernel leaves zeros, as data.
+                _make_holes(fd, parts)
+                raise
             finally:
                 os.utime(fd, ns=(time.time_ns(), self._mtime_ns))  # a fill is no modification
-            if os.fstat(fd).st_size > before.st_size:
-                self.unexplained = self.modified = True
-                self._write_record(fd)
-                raise OSError(errno.EIO, "was truncated in the moment of its being filled", self.path)
+                after = os.fstat(fd)
+                self._ctime_ns = after.st_ctime_ns
+            if after.st_size != before.st_size:
+                self._expect_not_grown(fd, before.st_size, after.st_size, parts)
+                self._note(after)
             if self.modified:
-                os.fdatasync(
-                    fd
-                )  # a hole would not be fetched again after a power cut: it might be the user's
+                os.fdatasync(fd)  # as _record_modification does
             self.synced = self.modified
-            for block in range(first, min(end, self.blocks.number)):
-                self.blocks.add(block)
-            self._record(fd)
+            blocks = self.blocks.copy()
+            for block in range(first, min(end, blocks.number)):
+                blocks.add(block)
+            # In this order: who sees the bit may write or make a hole, and it would be filled after a kill if the record came later.
+            self._record(fd, blocks)
+            self.blocks = blocks
             return written
 
-    def _fill_holes(self, fd: int, offset: int, data: bytes, first: int, end: int) -> int:
+    def _expect_explained(self) -> None:
+        if self.unexplained:
+            raise InDoubt(errno.EIO, "was changed while nobody served it", self.path)
+
+    def _find_residue(self, fd: int, first: int, end: int, pieces: list[tuple[int, bytes]]) -> bool:
+        """Whether there is something of the user's in blocks that are not here. Raises InDoubt if it cannot be told."""
+        users = False
+        for block in self.blocks.missing(first, end):
+            start = block * self.block_size
+            match residue(fd, start, min(start + self.block_size, self.limit), pieces):
+                case Residue.USERS:
+                    users = True
+                case Residue.UNKNOWN:
+                    raise InDoubt(errno.EIO, _WRITTEN_UNSERVED, self.path)
+        return users
+
+    def _expect_not_grown(self, fd: int, before: int, after: int, parts: list[tuple[int, int]]) -> None:
+        """Raise InDoubt if a fill that wrote these parts of a file may have undone a truncation, and take away what it wrote. Sizes in bytes."""
+        if not any(may_have_grown_to(after, before, stop) for _, stop in parts):
+            return
+        _make_holes(fd, parts)
+        self.unexplained = self.modified = True
+        self._write_record(fd)
+        raise InDoubt(errno.EIO, "was truncated in the moment of its being filled", self.path)
+
+    def _fill_holes(
+        self,
+        fd: int,
+        offset: int,
+        data: bytes,
+        first: int,
+        end: int,
+        size: int,
+        parts: list[tuple[int, int]],
+    ) -> int:
         whole = memoryview(data)
         written = 0
-        for start, stop in holes(fd, offset, min(offset + len(data), self.limit)):
+        for start, stop in unfilled(fd, offset, min(offset + len(data), self.limit)):
             for block in self.blocks.missing(
                 max(first, start // self.block_size), min(end, -(-stop // self.block_size))
             ):
                 at = max(start, block * self.block_size)
                 part = whole[at - offset : min(stop, (block + 1) * self.block_size) - offset]
-                written += _write_all(fd, part, at, self.path)
+                parts.append((at, at + len(part)))
+                written += write_without_growing(fd, part, at, size, self.path)
         return written
 
     def seal(self, fd: int, changes: int) -> None:
@@ -234,6 +320,7 @@ class StubFile:
         with self._lock:
             if self.changes == changes and not self.synced:
                 self.synced = True
+                self._raced = self._raced and _may_be_written(fd)
                 self._record(fd)
 
     def rest(self, fd: int) -> None:
@@ -256,7 +343,7 @@ class StubFile:
             self.expect_evictable()
             kept = status.st_blocks
             self.blocks = Blocks(self.blocks.number)
-            self.synced = False
+            self.synced = self._raced = False
             self._record(fd)
             sync()
             if status.st_size:
@@ -299,8 +386,9 @@ class StubFile:
             self._mtime_ns,
             self._ctime_ns,
         ):
-            self.modified = True
+            self.unrecorded = self.modified = True
             self._mtime_ns = status.st_mtime_ns
+            self._ctime_ns = status.st_ctime_ns
             self.size = status.st_size
             self._shrink(status.st_size)
 
@@ -309,25 +397,29 @@ class StubFile:
             self.limit = size
             self.blocks = Blocks(-(-size // self.block_size), self.blocks.to_bytes())
 
-    def _record(self, fd: int) -> None:
+    def _record(self, fd: int, blocks: Blocks | None = None) -> None:
         if self.unexplained:
-            return  # what is on the disk must go on being unexplained
+            self.unrecorded = False  # what is on the disk must go on being unexplained
+            return
         self._is_open = True
         self.changes += 1
-        self._write_record(fd)
+        self._write_record(fd, blocks)
 
-    def _write_record(self, fd: int) -> None:
+    def _write_record(self, fd: int, blocks: Blocks | None = None) -> None:
+        blocks = self.blocks if blocks is None else blocks
+        self.unrecorded = True
         flags = Flags.NONE
         for condition, flag in (
             (self._is_open, Flags.OPEN),
             (self.modified, Flags.MODIFIED),
             (self.synced, Flags.SYNCED),
             (self.unexplained, Flags.UNEXPLAINED),
-            (self.blocks.is_full, Flags.COMPLETE),
+            (blocks.is_full, Flags.COMPLETE),
+            (self._raced, Flags.RACED),
         ):
             if condition:
                 flags |= flag
-        bits = b"" if self.blocks.is_full else self.blocks.to_bytes()
+        bits = b"" if blocks.is_full else blocks.to_bytes()
         for _ in range(_TRIES):
             record = Record(
                 digest_of(self.mark),
@@ -345,9 +437,11 @@ class StubFile:
             if record.settled(status.st_ctime_ns):
                 break
         self.recorded = True
+        self.unrecorded = False
         self._ctime_ns = status.st_ctime_ns
 
 
+_WRITTEN_UNSERVED = "was written to while nobody served it, where it lacked content; end fetch, save what you need of it, remove it, populate again"
 _PUNCH = 0x01 | 0x02  # FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE (fallocate(2))
 _LARGEST_PAGE = 1 << 16  # bytes, of what Linux runs on
 _TICK = 10_000_000  # nanoseconds that the clock of file systems may lag behind
@@ -362,11 +456,14 @@ def is_pinned(fd: int) -> bool:
     return True
 
 
-def _write_all(fd: int, data: memoryview, offset: int, path: str) -> int:
-    written = 0
-    while written < len(data):
-        count = os.pwrite(fd, data[written:], offset + written)
-        if not count:
-            raise OSError(errno.ENOSPC, "no room to fill it", path)
-        written += count
-    return written
+def _make_holes(fd: int, parts: list[tuple[int, int]]) -> None:
+    for start, stop in parts:
+        syscalls.fallocate(fd, _PUNCH, start, stop - start)
+
+
+def _may_be_written(fd: int) -> bool:
+    """Whether somebody may have the file open for writing."""
+    try:
+        return syscalls.is_open_for_writing(fd)
+    except OSError:
+        return True

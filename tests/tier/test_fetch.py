@@ -171,11 +171,15 @@ def test_a_truncated_file_is_the_users_beyond(big: Path, target: Path, backend: 
 def test_what_was_changed_while_nobody_served_is_refused_where_it_lacks_content(
     big: Path, target: Path, backend: str
 ) -> None:
+    (big / "new").write_bytes(content_of(100))
     plant(big, target)
     with open(target / "big", "r+b") as file:
         file.write(b"unserved")
+    (target / "new").write_bytes(b"whole, new")
     with fetching(big, target, "--backend", backend) as served:
-        assert run("head", "-c8", target / "big").stdout == "unserved"
+        # After these eight bytes come zeros that nobody has ever meant.
+        assert "Input/output error" in run("head", "-c8", target / "big").stderr
+        assert run("head", "-c8", target / "new").stdout == "whole, n"
         read = run("dd", f"if={target}/big", "bs=1M", "skip=3", "count=1")
         assert "Input/output error" in read.stderr
         _, complaints = served.end()
