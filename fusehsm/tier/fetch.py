@@ -23,7 +23,7 @@ from fusehsm.tier.fetch_client import socket_name
 from fusehsm.tier.fetch_progress import StderrHandler, show_progress
 from fusehsm.tier.fetch_server import FetchServer
 from fusehsm.tier.fetcher import Fetcher, Policy, Totals
-from fusehsm.tier.keeping import Keeper
+from fusehsm.tier.keeping import INTERVAL, Keeper
 from fusehsm.tier.opening import open_store
 from fusehsm.tier.place import place_of
 from fusehsm.tier.populate_progress import size_text
@@ -43,7 +43,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class FetchOptions:
-    """The command line of `fusehsm fetch`. `mount_arguments`: for `fusehsm mount`."""
+    """The command line of `fusehsm fetch`. `mount_arguments`: for `fusehsm mount`; `keep_interval`: Keeper's, in seconds."""
 
     store: str
     destination: str
@@ -58,6 +58,7 @@ class FetchOptions:
     record: str | None = None
     prefetch: str | None = None
     mount_arguments: tuple[str, ...] = ()
+    keep_interval: float = INTERVAL
 
     def policy(self) -> Policy:
         """What it means. Raises ValueError with one line for what makes no sense."""
@@ -83,11 +84,12 @@ class FetchOptions:
 
 @dataclass(frozen=True, slots=True)
 class _Wishes:
-    """What is done beside serving. `max_size`: bytes."""
+    """What is done beside serving. `max_size`: bytes; `keep_interval`: seconds."""
 
     max_size: int | None
     recorder: Recorder | None
     warm: list[Touched] | None
+    keep_interval: float
 
 
 def fetch(options: FetchOptions) -> int:
@@ -111,7 +113,14 @@ def fetch(options: FetchOptions) -> int:
         if options.record is not None:
             recorder = stack.enter_context(Recorder(options.record, policy.block_size))
         started = time.monotonic()
-        fetcher = trio.run(_serve, store, place, policy, _Wishes(max_size, recorder, warm), interruption)
+        fetcher = trio.run(
+            _serve,
+            store,
+            place,
+            policy,
+            _Wishes(max_size, recorder, warm, options.keep_interval),
+            interruption,
+        )
         print(summary(options, fetcher.totals, time.monotonic() - started), flush=True)
     return 0
 
@@ -121,40 +130,39 @@ async def _serve(
 ) -> Fetcher:
     failures: list[OSError] = []
     events = _EVENTS_OF_KERNEL if place.backend == "kernel" else _EVENTS
-    async with (
-        open_group(place.path, events, backend=place.backend) as group,
-        trio.open_nursery() as nursery,
-    ):
-        if place.backend == "kernel":
-            await _watch_mounts_below(group, place.path, parse_mask(events, group.dialect))
-        fetcher = Fetcher(store, place.path, place_of(place.root_fd), policy, nursery, wishes.recorder)
-        fetcher.group = group
-        keeper = Keeper(fetcher, place.root_fd)
-        evictor = Evictor(fetcher, place, group)
+    async with open_group(place.path, events, backend=place.backend) as group:
+        async with trio.open_nursery() as nursery:
+            if place.backend == "kernel":
+                await _watch_mounts_below(group, place.path, parse_mask(events, group.dialect))
+            fetcher = Fetcher(store, place.path, place_of(place.root_fd), policy, nursery, wishes.recorder)
+            fetcher.group = group
+            keeper = Keeper(fetcher, place.root_fd)
+            evictor = Evictor(fetcher, place, group)
 
-        async def serve_group() -> None:
+            async def serve_group() -> None:
+                try:
+                    await serve(group, fetcher, limit=_HANDLERS)
+                except OSError as error:
+                    failures.append(error)
+                    nursery.cancel_scope.cancel()
+
+            nursery.start_soon(serve_group)
+            nursery.start_soon(keeper.keep)
+            nursery.start_soon(show_progress, fetcher)
+            await nursery.start(_serve_socket, place, FetchServer(fetcher, evictor, place.root_fd))
+            if wishes.max_size is not None:
+                nursery.start_soon(keep_below, evictor, wishes.max_size, _log.warning)
+            if wishes.warm is not None:
+                nursery.start_soon(warm_up, fetcher, place.root_fd, wishes.warm)
+            means = "the kernel's own events" if place.backend == "kernel" else "a mount of fusehsm"
+            print(f"fusehsm: serving {shown(place.path)} from {store.name} by {means}", file=sys.stderr)
+            print("ready", file=sys.stderr, flush=True)
             try:
-                await serve(group, fetcher, limit=_HANDLERS)
-            except OSError as error:
-                failures.append(error)
+                await interruption.watch()
+            except Interrupted:
                 nursery.cancel_scope.cancel()
-
-        nursery.start_soon(serve_group)
-        nursery.start_soon(keeper.keep)
-        nursery.start_soon(show_progress, fetcher)
-        await nursery.start(_serve_socket, place, FetchServer(fetcher, evictor, place.root_fd))
-        if wishes.max_size is not None:
-            nursery.start_soon(keep_below, evictor, wishes.max_size, _log.warning)
-        if wishes.warm is not None:
-            nursery.start_soon(warm_up, fetcher, place.root_fd, wishes.warm)
-        means = "the kernel's own events" if place.backend == "kernel" else "a mount of fusehsm"
-        print(f"fusehsm: serving {shown(place.path)} from {store.name} by {means}", file=sys.stderr)
-        print("ready", file=sys.stderr, flush=True)
-        try:
-            await interruption.watch()
-        except Interrupted:
-            nursery.cancel_scope.cancel()
-    keeper.rest()
+        # While the group still keeps everybody waiting.
+        keeper.rest()
     if failures:
         raise failures[0]
     return fetcher

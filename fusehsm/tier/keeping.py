@@ -14,7 +14,7 @@ from fusehsm.tier.fetcher import Fetcher, Key
 from fusehsm.tier.stub_file import StubFile
 from fusehsm.tier.stub_mark import generation
 
-_INTERVAL: Final = 5.0  # seconds
+INTERVAL: Final = 5.0  # seconds
 _LONGEST: Final = 6  # intervals for which files that are being filled all the time are let off
 
 _log = logging.getLogger(__name__)
@@ -23,16 +23,18 @@ _log = logging.getLogger(__name__)
 class Keeper:
     """Of the files that a fetcher serves, below `root_fd`."""
 
-    def __init__(self, fetcher: Fetcher, root_fd: int) -> None:
+    def __init__(self, fetcher: Fetcher, root_fd: int, interval: float = INTERVAL) -> None:
+        """`interval`: seconds between two looks at whether something is to be brought to the disk."""
         self._fetcher = fetcher
         self._root_fd = root_fd
+        self._interval = interval
         self._put_off = 0
 
     async def keep(self) -> None:
         """Bring content to the disk every now and then, while nothing is on its way, and say so in the records. Never returns."""
         last = -1
         while True:
-            await trio.sleep(_INTERVAL)
+            await trio.sleep(self._interval)
             is_busy = self._fetcher.totals.requests != last
             last = self._fetcher.totals.requests
             self._put_off += 1
@@ -61,15 +63,20 @@ class Keeper:
                         file.seal(fd, changes)
 
     def rest(self) -> None:
-        """At the end: everything on the disk, every record closed. To be called when nothing is served any more."""
+        """At the end: everything on the disk, every record closed. To be called when nothing is filled any more and nobody is let go on yet: what
+        is done afterwards is not explained by these records."""
         self._sync()
+        moved: dict[Key, StubFile] = {}
         for key, served in self._fetcher.served.items():
             if served.file is None or not served.file.recorded:
                 continue
             with self.opened(key, served.file) as fd:
-                if fd is not None:
-                    with suppress(OSError):
-                        served.file.rest(fd)
+                if fd is None:
+                    moved[key] = served.file
+                else:
+                    _rest(served.file, fd)
+        if moved:
+            _rest_moved(self._root_fd, moved)
 
     @contextmanager
     def opened(self, key: Key, file: StubFile) -> Iterator[int | None]:
@@ -87,3 +94,27 @@ class Keeper:
         finally:
             if fd is not None:
                 os.close(fd)
+
+
+def _rest(file: StubFile, fd: int) -> None:
+    with suppress(OSError):  # the disk is full: it stays as when somebody was killed
+        file.rest(fd)
+
+
+def _rest_moved(root_fd: int, files: dict[Key, StubFile]) -> None:
+    """Of files that are not where they were seen: renamed ones have to be looked for."""
+    numbers = {key[:2] for key in files}
+    for _, _, names, directory_fd in os.fwalk(".", dir_fd=root_fd):
+        for name in names:
+            with suppress(OSError):
+                status = os.stat(name, dir_fd=directory_fd, follow_symlinks=False)
+                if (status.st_dev, status.st_ino) not in numbers:
+                    continue
+                fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory_fd)
+                try:
+                    if file := files.pop((status.st_dev, status.st_ino, generation(fd)), None):
+                        _rest(file, fd)
+                finally:
+                    os.close(fd)
+        if not files:
+            return
