@@ -45,6 +45,7 @@ def destination(path: str, backend: str, mount_arguments: Sequence[str]) -> Iter
     if backend not in BACKENDS:
         raise ValueError(f"--backend {backend}: choose one of {', '.join(BACKENDS)}")
     path = os.path.realpath(path)
+    _clear_dead_mount(path)
     if not os.path.isdir(path):
         why = "is no directory" if os.path.exists(path) else "is not there; `fusehsm populate` makes it"
         raise OSError(errno.ENOTDIR, why, path)
@@ -73,6 +74,15 @@ def destination(path: str, backend: str, mount_arguments: Sequence[str]) -> Iter
                     _unmount(path)
     finally:
         os.close(root_fd)
+
+
+def _clear_dead_mount(path: str) -> None:
+    """Take away a mount of which the daemon was killed: it refuses everything, so nobody gets to see less than before."""
+    try:
+        os.statvfs(path)  # asks the server, where attributes may be cached
+    except OSError as error:
+        if error.errno == errno.ENOTCONN:
+            _unmount(path)
 
 
 def _kernel_can(path: str) -> bool:
