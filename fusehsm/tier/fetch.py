@@ -2,9 +2,11 @@
 
 import errno
 import logging
+import os
 import sys
 import time
-from contextlib import ExitStack, suppress
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -36,6 +38,7 @@ _EVENTS: Final = ("PRE_ACCESS", "MODIFY")
 _EVENTS_OF_KERNEL: Final = (*_EVENTS, "CLOSE_WRITE")
 _DENIALS: Final = {"EIO": errno.EIO, "EAGAIN": errno.EAGAIN}
 _SMALLEST_BLOCK: Final = 4096
+_LAST_LOOK: Final = 1.0  # seconds: who asks again and again must not keep it from ending
 _HANDLERS: Final = 256  # events that may wait at once
 
 _log = logging.getLogger(__name__)
@@ -130,7 +133,7 @@ async def _serve(
 ) -> Fetcher:
     failures: list[OSError] = []
     events = _EVENTS_OF_KERNEL if place.backend == "kernel" else _EVENTS
-    async with open_group(place.path, events, backend=place.backend) as group:
+    async with open_group(place.path, events, backend=place.backend) as group, _refusing_the_rest(group):
         async with trio.open_nursery() as nursery:
             if place.backend == "kernel":
                 await _watch_mounts_below(group, place.path, parse_mask(events, group.dialect))
@@ -166,6 +169,23 @@ async def _serve(
     if failures:
         raise failures[0]
     return fetcher
+
+
+@asynccontextmanager
+async def _refusing_the_rest(group: Group) -> AsyncIterator[None]:
+    """At the end, refuse what nobody has looked at: the real kernel allows whatever waits in a group that is closed, and stubs were read as zeros."""
+    try:
+        yield
+    finally:
+        end = time.monotonic() + _LAST_LOOK
+        with suppress(OSError):  # EAGAIN: nothing is left
+            while time.monotonic() < end:
+                for event in group.take_events():
+                    if event.fd < 0:
+                        continue
+                    os.close(event.fd)
+                    if event.mask & group.permission_events:
+                        group.answer(event, errno.EIO)
 
 
 async def _watch_mounts_below(group: Group, path: str, mask: int) -> None:

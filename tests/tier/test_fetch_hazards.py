@@ -119,6 +119,35 @@ def test_another_mount_below_is_served_too(
                 assert run("cmp", big / "sub" / "big", target / "sub" / "big").stdout == ""
                 assert "evicted 1 files" in harness.fusehsm("evict", target).stdout
             served.end()
-        assert os.path.ismount(target / "sub")
+        assert is_mounted(target / "sub")
     finally:
         run("umount", "--lazy", target / "sub")
+
+
+_READING_AT_ONCE = """
+import os, sys, threading
+def read(name):
+    try:
+        said = os.pread(os.open(name, os.O_RDONLY), 10, 0)
+    except OSError as error:
+        said = error.strerror.encode()
+    os.write(1, said + b"\\n")
+for name in sys.argv[1:]:
+    threading.Thread(target=read, args=(name,)).start()
+"""
+
+
+def test_who_waits_when_it_ends_is_refused(target: Path, backend: str, places: Callable[[str], Path]) -> None:
+    """Also those whose turn has not come yet, more than are handled at once."""
+    store = places("store")
+    names = [f"{number}" for number in range(300)]
+    for name in names:
+        (store / name).write_bytes(b"content")
+    plant(store, target)
+    with fetching(store, target, "--backend", backend, "--limit-rate", "1") as served:
+        command = [sys.executable, "-c", _READING_AT_ONCE, *(str(target / name) for name in names)]
+        with harness.start(command) as readers:
+            time.sleep(2)  # until all of them wait
+            served.end()
+            answers = set(readers.communicate(timeout=harness.PATIENCE)[0].splitlines())
+    assert answers == {"content", "Input/output error"}
