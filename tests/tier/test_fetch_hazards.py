@@ -151,3 +151,12 @@ def test_who_waits_when_it_ends_is_refused(target: Path, backend: str, places: C
             served.end()
             answers = set(readers.communicate(timeout=harness.PATIENCE)[0].splitlines())
     assert answers == {"content", "Input/output error"}
+
+
+def test_a_limited_rate_takes_longer_than_the_deadline(big: Path, target: Path, backend: str) -> None:
+    """Which is for stores that do not answer."""
+    plant(big, target)
+    with fetching(big, target, "--backend", backend, "--limit-rate", "3M", "--deadline", "0.5s") as served:
+        compared = run("cmp", big / "big", target / "big")
+        assert (compared.stdout, compared.stderr) == ("", "")
+        served.end()
