@@ -322,8 +322,12 @@ class Fetcher:
         self.under_way[fill] = served.file
         try:
             async with fill.turn(self._prefetches):
-                size = (fill.end - fill.first) * served.file.block_size
-                await trio.sleep(self._allowance.take(size))
+                size = (
+                    min(fill.end * served.file.block_size, served.file.limit)
+                    - fill.first * served.file.block_size
+                )
+                # Outside the deadline, which is the store's: that it takes long is the user's wish.
+                await trio.sleep(self._allowance.take(max(size, 0)))
                 await self._try_until_deadline(served, fd, fill)
         except OSError as error:
             fill.error = error

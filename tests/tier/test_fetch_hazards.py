@@ -160,3 +160,15 @@ def test_a_limited_rate_takes_longer_than_the_deadline(big: Path, target: Path, 
         compared = run("cmp", big / "big", target / "big")
         assert (compared.stdout, compared.stderr) == ("", "")
         served.end()
+
+
+def test_a_limited_rate_is_of_bytes_not_blocks(
+    target: Path, backend: str, places: Callable[[str], Path]
+) -> None:
+    store = places("store")
+    for number in range(50):
+        (store / f"{number}").write_bytes(b"content")
+    plant(store, target)
+    with fetching(store, target, "--backend", backend, "--limit-rate", "1M") as served:
+        assert run("diff", "-r", store, target, timeout=10).stdout == ""
+        served.end()
