@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import resource
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -39,6 +40,7 @@ _EVENTS_OF_KERNEL: Final = (*_EVENTS, "CLOSE_WRITE")
 _DENIALS: Final = {"EIO": errno.EIO, "EAGAIN": errno.EAGAIN}
 _SMALLEST_BLOCK: Final = 4096
 _LAST_LOOK: Final = 1.0  # seconds: who asks again and again must not keep it from ending
+_OTHER_FILES: Final = 32  # descriptors, of which those of a store over the network are some
 _HANDLERS: Final = 256  # events that may wait at once
 
 _log = logging.getLogger(__name__)
@@ -144,7 +146,7 @@ async def _serve(
 
             async def serve_group() -> None:
                 try:
-                    await serve(group, fetcher, limit=_HANDLERS)
+                    await serve(group, fetcher, limit=_handlers(policy))
                 except OSError as error:
                     failures.append(error)
                     nursery.cancel_scope.cancel()
@@ -169,6 +171,17 @@ async def _serve(
     if failures:
         raise failures[0]
     return fetcher
+
+
+def _handlers(policy: Policy) -> int:
+    """How many events may be answered at once: each has up to four descriptors for as long as it waits. Takes all that this process may have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    if soft == resource.RLIM_INFINITY:
+        return _HANDLERS
+    return max(min(_HANDLERS, (soft - _OTHER_FILES - policy.connections) // 4), 1)
 
 
 @asynccontextmanager

@@ -39,7 +39,7 @@ _IGNORE = FAN_MARK_ADD | FAN_MARK_IGNORED_MASK | FAN_MARK_IGNORED_SURV_MODIFY | 
 _CHANGES = FAN_MODIFY | FAN_CLOSE_WRITE
 # What waiting does not mend. ENOSPC and EDQUOT are of the destination's disk and are told as they are.
 _FINAL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS))
-_AT_ONCE = 64  # fills of one access
+_AT_ONCE = 16  # fills of one access
 _COMPLAINT_INTERVAL = 5.0  # seconds between two lines about the same store
 
 Key = tuple[int, int, int]  # device, inode, generation
@@ -259,13 +259,16 @@ class Fetcher:
             ahead = served.streams.note(offset, end)
         # A mapping may be larger than what there are descriptors for.
         most = max(_AT_ONCE * self.policy.span // file.block_size, 1)
-        for start in range(0, len(missing), most):
-            waits = self._start(served, fd, missing[start : start + most], is_prefetch=False)
-            if start + most >= len(missing):
+        while missing:
+            waits = self._start(served, fd, missing[:most], is_prefetch=False)
+            if len(missing) <= most:
                 self._prefetch(served, fd, *ahead)
             await self._wait(waits)
-        if not missing:
-            self._prefetch(served, fd, *ahead)
+            missing = file.missing(offset, end)
+            if missing and file.unexplained:
+                self._expect_no_holes(served, fd, offset, end)
+                return
+        self._prefetch(served, fd, *ahead)
 
     async def warm(self, served: Served, fd: int, offset: int, end: int) -> None:
         """Fetch what [offset, end) lacks before anybody asks for it. Raises OSError as bring()."""
@@ -298,10 +301,16 @@ class Fetcher:
         most = max(self.policy.span // file.block_size, 1)
         for first, end in runs([block for block in missing if block not in served.fills], most):
             fill = _Fill(first, end, is_prefetch=is_prefetch)
+            try:
+                own_fd = os.dup(fd)
+            except OSError as error:
+                if is_prefetch or fills:
+                    break  # more when these have come
+                raise OSError(errno.EIO, f"cannot be filled: {error.strerror}", file.path) from None
             for block in range(first, end):
                 served.fills[block] = fill
             fills.add(fill)
-            self._nursery.start_soon(self._carry_out, served, os.dup(fd), fill)
+            self._nursery.start_soon(self._carry_out, served, own_fd, fill)
         return fills
 
     def _prefetch(self, served: Served, fd: int, offset: int, end: int) -> None:

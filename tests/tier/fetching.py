@@ -40,10 +40,16 @@ class Fetching:
 
 @contextmanager
 def fetching(
-    store: str | Path, path: Path, *options: str, within: Sequence[str] = (), **more: object
+    store: str | Path,
+    path: Path,
+    *options: str,
+    within: Sequence[str] = (),
+    command: Sequence[str] = harness.COMMAND,
+    **more: object,
 ) -> Iterator[Fetching]:
-    """Start it, wait until it serves; killed at the end if it is still there, and what it mounted with it. `within`: what the command begins with."""
-    command = [*within, *harness.COMMAND, "fetch", str(store), str(path), *options]
+    """Start it (`command`: fusehsm's, `within`: what comes before it), wait until it serves; killed at the end if it is still there, and what it
+    mounted with it."""
+    command = [*within, *command, "fetch", str(store), str(path), *options]
     with harness.start(command, **more) as process:
         try:
             assert process.stderr is not None

@@ -172,3 +172,18 @@ def test_a_limited_rate_is_of_bytes_not_blocks(
     with fetching(store, target, "--backend", backend, "--limit-rate", "1M") as served:
         assert run("diff", "-r", store, target, timeout=10).stdout == ""
         served.end()
+
+
+def test_few_descriptors(target: Path, backend: str, places: Callable[[str], Path]) -> None:
+    """Nobody hangs, and nobody is refused: they wait for their turn."""
+    store = places("store")
+    names = [f"{number}" for number in range(100)]
+    for name in names:
+        (store / name).write_bytes(b"content")
+    plant(store, target)
+    limited = ["prlimit", "--nofile=128", *harness.COMMAND]
+    with fetching(store, target, "--backend", backend, "--limit-rate", "300", command=limited) as served:
+        command = [sys.executable, "-c", _READING_AT_ONCE, *(str(target / name) for name in names)]
+        answers = set(run(*command).stdout.splitlines())
+        assert answers == {"content"}
+        served.end()
