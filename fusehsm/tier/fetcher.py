@@ -94,10 +94,11 @@ class _Fill:
     @contextlib.asynccontextmanager
     async def turn(self, prefetches: trio.CapacityLimiter) -> AsyncIterator[None]:
         """A prefetch's turn among the others; at once when somebody comes to want it."""
+        has_turn = False
         with trio.CancelScope() as self._queue:
             if self.is_prefetch:
                 await prefetches.acquire_on_behalf_of(self)
-        has_turn = self.is_prefetch and not self._queue.cancelled_caught
+                has_turn = True
         self._queue = None
         try:
             yield
@@ -340,6 +341,10 @@ class Fetcher:
                 await self._try_until_deadline(served, fd, fill)
         except OSError as error:
             fill.error = error
+        except Exception:
+            # A mistake of ours, or of a library that a store is made of: it must not end serving.
+            _log.exception("%s: cannot be filled", served.file.path)
+            fill.error = OSError(errno.EIO, "cannot be filled", served.file.path)
         finally:
             fill.abandoned = True
             del self.under_way[fill]

@@ -12,6 +12,8 @@ import pytest
 from tests import harness
 from tests.tier.fetching import BACKENDS, clear, fetching, is_mounted, run
 from tests.tier.planted import plant
+from tests.tier.relay import relay
+from tests.tier.servers import Served
 from tests.tier.trees import content_of
 
 pytestmark = pytest.mark.any_engine
@@ -186,4 +188,32 @@ def test_few_descriptors(target: Path, backend: str, places: Callable[[str], Pat
         command = [sys.executable, "-c", _READING_AT_ONCE, *(str(target / name) for name in names)]
         answers = set(run(*command).stdout.splitlines())
         assert answers == {"content"}
+        served.end()
+
+
+def test_who_waits_for_what_was_being_fetched_ahead_is_as_patient_as_others(
+    nginx: Served, target: Path, backend: str
+) -> None:
+    """What is fetched ahead is given up on the first failure, but not when somebody has come to want it."""
+    place = nginx.directory / f"ahead-{backend}"
+    place.mkdir()
+    (place / "big").write_bytes(content_of(8 * MIB))
+    store = f"{nginx.url}/{place.name}"
+    plant(store, target)
+    good_again = 0.0
+
+    def trouble(so_far: int) -> None:
+        if so_far and time.monotonic() < good_again:
+            time.sleep(0.3)
+            raise ConnectionError
+
+    with (
+        relay(nginx.url) as line,
+        fetching(f"{line.endpoint}/{place.name}", target, "--backend", backend) as served,
+    ):
+        line.on_answer = trouble
+        assert run("head", "-c1", target / "big").returncode == 0
+        good_again = time.monotonic() + 1.5
+        compared = run("cmp", place / "big", target / "big")
+        assert (compared.stdout, compared.stderr) == ("", "")
         served.end()
