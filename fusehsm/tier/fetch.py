@@ -27,7 +27,7 @@ from fusehsm.tier.fetch_progress import StderrHandler, show_progress
 from fusehsm.tier.fetch_server import FetchServer
 from fusehsm.tier.fetcher import Fetcher, Policy, Totals
 from fusehsm.tier.keeping import INTERVAL, Keeper
-from fusehsm.tier.opening import open_store
+from fusehsm.tier.opening import expect_apart, open_store
 from fusehsm.tier.place import place_of
 from fusehsm.tier.populate_progress import size_text
 from fusehsm.tier.sizes import parse_seconds, parse_size
@@ -111,6 +111,7 @@ def fetch(options: FetchOptions) -> int:
     logging.captureWarnings(True)
     with interruptible() as interruption, suppress(Interrupted), ExitStack() as stack:
         store = stack.enter_context(open_store(options.store))
+        expect_apart(store, options.destination)
         place = stack.enter_context(
             destination(options.destination, options.backend, options.mount_arguments)
         )

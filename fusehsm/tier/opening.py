@@ -5,7 +5,7 @@ import os
 from typing import Final
 
 from fusehsm.tier.local_store import LocalStore
-from fusehsm.tier.store import Store
+from fusehsm.tier.store import Store, shown
 
 _ARCHIVES: Final = {
     ".zip": "zip",
@@ -67,3 +67,14 @@ def open_store(url_or_path: str) -> Store:
 
             return TarStore(name, filesystem, root, url_or_path)
     return FsspecStore(name, filesystem, root)
+
+
+def expect_apart(store: Store, destination: str) -> None:
+    """Raise ValueError if a store in a local directory and the destination lie one in the other: stubs would be filled from stubs."""
+    if not isinstance(store, LocalStore):
+        return
+    here, there = os.path.realpath(destination), os.path.realpath(store.root)
+    if os.path.commonpath((here, there)) in (here, there):
+        raise ValueError(
+            f"{shown(destination)}: the store and the destination lie one in the other; choose another destination"
+        )

@@ -18,8 +18,7 @@ from typing import Final
 from fusehsm.mountinfo import mount_of
 from fusehsm.tier import stub_mark
 from fusehsm.tier.alone import alone
-from fusehsm.tier.local_store import LocalStore
-from fusehsm.tier.opening import open_store
+from fusehsm.tier.opening import expect_apart, open_store
 from fusehsm.tier.planting import NO_UNNAMED_FILES, UNFINISHED, Outcome, Planter
 from fusehsm.tier.populate_progress import Progress, progress_line, size_text
 from fusehsm.tier.store import Entry, Kind, Store, StoreError, shown
@@ -124,8 +123,7 @@ _PLURALS: Final = {"file": "files", "directory": "directories", "symbolic link":
 def _destination(options: PopulateOptions, store: Store) -> Iterator[int | None]:
     """The destination's descriptor; it is made if it is not there, except in a dry run, which has None then."""
     path = options.destination
-    if isinstance(store, LocalStore):
-        _expect_apart(store, path)
+    expect_apart(store, path)
     if not os.path.lexists(path):
         if options.dry_run:
             yield None
@@ -146,14 +144,6 @@ def _destination(options: PopulateOptions, store: Store) -> Iterator[int | None]
             yield fd
     finally:
         os.close(fd)
-
-
-def _expect_apart(store: LocalStore, destination: str) -> None:
-    here, there = os.path.realpath(destination), os.path.realpath(store.root)
-    if os.path.commonpath((here, there)) in (here, there):
-        raise ValueError(
-            f"{shown(destination)}: the store and the destination lie one in the other; choose another destination"
-        )
 
 
 def _try_file_system(root_fd: int, path: str) -> None:

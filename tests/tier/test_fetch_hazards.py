@@ -217,3 +217,11 @@ def test_who_waits_for_what_was_being_fetched_ahead_is_as_patient_as_others(
         compared = run("cmp", place / "big", target / "big")
         assert (compared.stdout, compared.stderr) == ("", "")
         served.end()
+
+
+def test_not_from_itself(big: Path, target: Path) -> None:
+    """A stub would be filled with its own zeros."""
+    plant(big, target)
+    for store, destination in ((target, target), (target, target.parent), (target.parent, target)):
+        done = harness.fusehsm("fetch", store, destination, "--backend", "fuse")
+        assert (done.returncode, "lie one in the other" in done.stderr) == (2, True)
