@@ -44,6 +44,8 @@ def destination(path: str, backend: str, mount_arguments: Sequence[str]) -> Iter
     """
     if backend not in BACKENDS:
         raise ValueError(f"--backend {backend}: choose one of {', '.join(BACKENDS)}")
+    if not path:
+        raise ValueError("DST is empty; name the directory with the stubs")
     path = os.path.realpath(path)
     _clear_dead_mount(path)
     if not os.path.isdir(path):

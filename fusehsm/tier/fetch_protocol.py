@@ -39,6 +39,7 @@ class Pin:
 
 Request = Evict | List | Pin
 _REQUESTS: Final[dict[str, type[Request]]] = {"evict": Evict, "list": List, "pin": Pin}
+_MOST: Final = 1 << 62
 _NAMES: Final = {kind: name for name, kind in _REQUESTS.items()}
 _TYPES: Final[dict[str, tuple[type, ...]]] = {
     "path": (str,),
@@ -66,7 +67,7 @@ def decode_request(data: bytes) -> Request:
     if fields.keys() != set(kind.__dataclass_fields__):
         raise ValueError(f"{name}: its fields are {', '.join(kind.__dataclass_fields__)}")
     for field, value in fields.items():
-        if type(value) not in _TYPES[field] or (isinstance(value, (int, float)) and value < 0):
+        if type(value) not in _TYPES[field] or (isinstance(value, (int, float)) and not 0 <= value <= _MOST):
             raise ValueError(f"{field}: bad value")
     return kind(**fields)
 

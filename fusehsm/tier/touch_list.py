@@ -36,10 +36,14 @@ class Touched:
     def parse(cls, line: str) -> Self:
         """One line of a list. ValueError for anything else."""
         offset, length, name = line.split(" ", 2)
-        path = json.loads(name)
+        try:
+            path = json.loads(name)
+        except RecursionError:
+            raise ValueError(line) from None
         if not isinstance(path, str) or int(offset) < 0 or int(length) < 0:
             raise ValueError(line)
         components(path)
+        os.fsencode(path)
         return cls(path, int(offset), int(length))
 
     def __str__(self) -> str:

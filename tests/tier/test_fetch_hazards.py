@@ -225,3 +225,28 @@ def test_not_from_itself(big: Path, target: Path) -> None:
     for store, destination in ((target, target), (target, target.parent), (target.parent, target)):
         done = harness.fusehsm("fetch", store, destination, "--backend", "fuse")
         assert (done.returncode, "lie one in the other" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--block-size", "9" * 400),
+        ("--deadline", "9" * 400),
+        ("--prefetch", '0 1 "\\ud800"'),
+        ("--prefetch", "0 1 " + "[" * 100_000),
+        ("--prefetch", '0 1 "../big"'),
+        (),
+    ],
+    ids=["size", "time", "no name", "no JSON", "elsewhere", "no destination"],
+)
+def test_bad_usage(big: Path, target: Path, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    """One line, which says so."""
+    plant(big, target)
+    destination = str(target) if arguments else ""
+    if arguments[:1] == ("--prefetch",):
+        (tmp_path / "list").write_text(f"{arguments[1]}\n")
+        arguments = ("--prefetch", str(tmp_path / "list"))
+    done = harness.fusehsm("fetch", big, destination, *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("fusehsm: ")
+    assert done.stderr.count("\n") == 1
