@@ -95,8 +95,7 @@ class FetchServer:
     async def _perform(self, connection: socket.socket, request: Request) -> None:
         match request:
             case Evict():
-                async with self._evicting:
-                    await self._evict(connection, request)
+                await self._evict(connection, request)
             case List():
                 items = await self._evictor.inventory(request.path)
                 await _send_lines(connection, (asdict(item) for item in items))
@@ -109,10 +108,11 @@ class FetchServer:
                 await _send(connection, encode_result({"changed": changed}))
 
     async def _evict(self, connection: socket.socket, request: Evict) -> None:
-        items = await self._evictor.inventory(request.path)
-        if request.free is not None:
-            items.sort(key=lambda item: item.used_ns)
-        outcome = await self._evictor.evict_many(items, older_than=request.older_than, free=request.free)
+        async with self._evicting:  # not while answering, which takes as long as the client likes
+            items = await self._evictor.inventory(request.path)
+            if request.free is not None:
+                items.sort(key=lambda item: item.used_ns)
+            outcome = await self._evictor.evict_many(items, older_than=request.older_than, free=request.free)
         await _send_lines(connection, ({"path": path, "why": why} for path, why in outcome.complaints))
         kept = {reason.name.lower(): outcome.kept[reason] for reason in Kept}
         await _send(connection, encode_result({"evicted": outcome.evicted, "freed": outcome.freed, **kept}))

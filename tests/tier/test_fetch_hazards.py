@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from fusehsm.tier.fetch_client import found
+from fusehsm.tier.fetch_protocol import Evict, encode_request
 from tests import harness
 from tests.tier.fetching import BACKENDS, clear, fetching, is_mounted, run
 from tests.tier.planted import plant
@@ -250,3 +252,15 @@ def test_bad_usage(big: Path, target: Path, tmp_path: Path, arguments: tuple[str
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("fusehsm: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_client_that_never_reads_keeps_nobody_from_evicting(big: Path, target: Path, backend: str) -> None:
+    plant(big, target)
+    with fetching(big, target, "--backend", backend) as served:
+        with found(str(target)).connection as connection:
+            connection.settimeout(1)
+            with pytest.raises(TimeoutError):
+                while True:
+                    connection.send(encode_request(Evict("")))
+            assert harness.fusehsm("evict", target, timeout=10).returncode == 0
+        served.end()
