@@ -30,6 +30,7 @@ from fusehsm.tier.keeping import INTERVAL, Keeper
 from fusehsm.tier.opening import expect_apart, open_store
 from fusehsm.tier.place import place_of
 from fusehsm.tier.populate_progress import size_text
+from fusehsm.tier.service_manager import say_ready
 from fusehsm.tier.sizes import parse_seconds, parse_size
 from fusehsm.tier.store import Store, shown
 from fusehsm.tier.touch_list import Recorder, Touched, read_list, warm_up
@@ -98,7 +99,8 @@ class _Wishes:
 
 
 def fetch(options: FetchOptions) -> int:
-    """Serve until SIGINT, SIGTERM or SIGHUP; prints `ready` on stderr once accesses are served, and a summary at the end. Returns the exit code.
+    """Serve until SIGINT, SIGTERM or SIGHUP; prints `ready` on stderr (and tells a service manager) once accesses are served, and a
+    summary at the end. Returns the exit code.
 
     Raises ValueError for bad usage, OSError with one line for what cannot be done, also when the mount or the group is gone.
     """
@@ -163,6 +165,7 @@ async def _serve(
             means = "the kernel's own events" if place.backend == "kernel" else "a mount of fusehsm"
             print(f"fusehsm: serving {shown(place.path)} from {store.name} by {means}", file=sys.stderr)
             print("ready", file=sys.stderr, flush=True)
+            say_ready()
             try:
                 await interruption.watch()
             except Interrupted:

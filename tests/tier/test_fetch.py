@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fusehsm.tier import residency, stub_mark
+from tests.harness import PATIENCE, environment
 from tests.tier.fetching import BACKENDS, fetching, is_mounted, run
 from tests.tier.planted import plant
 from tests.tier.servers import Served
@@ -64,6 +66,19 @@ def test_a_whole_tree_is_as_in_the_store(source: Path, target: Path, backend: st
     assert not is_mounted(target)
     assert describe(target) == stubs  # times, modes, owners, links
     assert run("diff", "-r", "--no-dereference", source, target).returncode == compared.returncode
+
+
+@pytest.mark.parametrize("kind", ["path", "abstract"])
+def test_a_service_manager_is_told(big: Path, target: Path, tmp_path: Path, kind: str) -> None:
+    plant(big, target)
+    address = str(tmp_path / "notify") if kind == "path" else f"@{tmp_path}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(address.replace("@", "\0", 1))
+        manager.settimeout(PATIENCE)
+        env = environment(NOTIFY_SOCKET=address)
+        with fetching(big, target, "--backend", "fuse", env=env) as served:
+            assert manager.recv(100) == b"READY=1"
+            served.end()
 
 
 def test_only_what_is_touched_is_fetched(big: Path, target: Path, backend: str) -> None:
