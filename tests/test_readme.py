@@ -70,7 +70,7 @@ def listen_and_look(listener: "subprocess.Popen[str]", look: list[str]) -> list[
 
 @pytest.mark.fuse
 def test_the_handler_and_its_output(tree: Path, tmp_path: Path) -> None:
-    session = Session(tree, "mkdir")
+    session = Session(tree, "mkdir /tmp/tree")
     _mkdir, truncate, mount, python, head, _kill, umount = session.commands
     subprocess.run(truncate, check=True)
     assert fusehsm(*mount[1:]).returncode == 0
@@ -93,6 +93,48 @@ def test_a_program_in_c_and_its_output(tree: Path, tmp_path: Path) -> None:
     assert listen_and_look(harness.start([*harness.COMMAND, *command]), head) == session.printed
     assert not any(mount.mount_point == str(tree) for mount in read_mounts())
     assert (tree / "hello").read_text() == session.printed[-1] + "\n"
+
+
+@pytest.mark.fuse
+def test_a_store_that_is_fetched_from(tree: Path, tmp_path: Path) -> None:
+    (text,) = [block for block in blocks("") if "$ fusehsm fetch" in block]
+    text = text.replace("/tmp/tree", str(tree)).replace("/tmp/store", str(tmp_path / "store"))
+    make, populate, fetch, look, evict, _kill = re.findall(r"^\$ (.*)$", text, re.MULTILINE)
+    subprocess.run(["sh", "-c", make], check=True)
+    printed = fusehsm(*populate.split()[1:]).stdout
+    # The emulator, also where the kernel could.
+    fetcher = harness.start([*harness.COMMAND, *fetch.split()[1:-1], "--backend", "fuse"])
+    assert fetcher.stderr is not None
+    assert fetcher.stdout is not None
+    try:
+        complaints = LogReader(fetcher.stderr)
+        complaints.wait_for(lambda line: line == "ready")
+        for command in (look, evict):
+            done = subprocess.run(
+                [*harness.COMMAND, *command.split()[1:]]
+                if command.startswith("fusehsm")
+                else command.split(),
+                capture_output=True,
+                text=True,
+                timeout=PATIENCE,
+                check=True,
+            )
+            printed += done.stdout
+        fetcher.terminate()
+        fetcher.wait(PATIENCE)
+        said = complaints.wait_for_end()
+    finally:
+        fetcher.kill()
+        fetcher.wait()
+        fetcher.stdout.close()
+        fetcher.stderr.close()
+    shown = [line for line in text.splitlines() if not line.startswith("$ ")]
+
+    def comparable(lines: list[str]) -> list[str]:
+        """Times differ, and what a file takes on the disk, with its attributes, is the file system's affair."""
+        return sorted(re.sub(r"[\d.]+ s \([\d,]+ a second\)|[\d.]+ kB freed", "", line) for line in lines)
+
+    assert comparable([*printed.splitlines(), *said]) == comparable(shown)
 
 
 @pytest.mark.fuse
@@ -119,7 +161,21 @@ def test_the_handler_has_about_twenty_lines() -> None:
 def test_it_names_the_commands_that_are_there() -> None:
     named = set(re.findall(r"^\| `fusehsm (\w+)", README, re.MULTILINE))
     described = fusehsm("--help").stdout
-    assert named == {"mount", "umount", "run", "populate", "validate", "trace", "status", "conform", "doctor"}
+    assert named == {
+        "mount",
+        "umount",
+        "run",
+        "populate",
+        "fetch",
+        "evict",
+        "pin",
+        "unpin",
+        "validate",
+        "trace",
+        "status",
+        "conform",
+        "doctor",
+    }
     assert all(re.search(rf"\b{name}\b", described) for name in named)
     targets = set(re.findall(r"(?:^|`)make (\w+)", README, re.MULTILINE))
     assert targets <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
