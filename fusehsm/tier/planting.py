@@ -6,7 +6,7 @@ their modes and times when all that they hold is there.
 
 Nothing outside of the destination is touched: every name is one component, used with the descriptor of its directory, and no symbolic link is
 followed.
-Nothing is touched that is not a stub (stub_mark.py). Whoever fills stubs at the same time must be asked first; nobody does yet.
+Nothing is touched that is not a stub (stub_mark.py). Nobody may fill stubs at the same time: alone.py.
 """
 
 import errno
