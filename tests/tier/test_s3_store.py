@@ -191,6 +191,29 @@ def test_the_same_content_again_is_the_same_version(s3: S3, s3_prefix: str) -> N
             store.read("file", 7, 9, version)
 
 
+def test_a_range_of_a_version_that_is_known_when_it_is_seen(s3: S3, s3_prefix: str) -> None:
+    """One request, and none for the body of another version."""
+    s3.put("tests", f"{s3_prefix}/file", b"0123456789")
+    s3.put("tests", f"{s3_prefix}/large", bytes(LARGE))
+    with relay(s3.endpoint) as line, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", line.endpoint)
+        with open_store(f"s3://tests/{s3_prefix}") as store:
+            version = store.version("file")
+            line.asked.clear()
+            assert store.read_if("file", 3, 4, lambda now: now == version) == (version, b"3456")
+            assert store.read_if("file", 8, 100, lambda now: True) == (version, b"89")
+            assert len(line.asked) == 2
+            assert store.read_if("file", 10, 100, lambda now: True) == (version, b"")
+            received = line.received
+            with pytest.raises(StoreChanged):
+                store.read_if("large", 0, LARGE, lambda now: now == version)
+            assert line.received - received < LARGE
+            with pytest.raises(StoreChanged):
+                store.read_if("file", 10, 100, lambda now: False)
+            with pytest.raises(FileNotFoundError):
+                store.read_if("nothing", 0, 1, lambda now: True)
+
+
 def test_an_object_that_is_replaced_while_it_is_read(s3: S3, s3_prefix: str) -> None:
     """The answer is on its way when it happens: it is of the old version to its end, or an error."""
     old, new = b"o" * LARGE, b"n" * LARGE
