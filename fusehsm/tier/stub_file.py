@@ -347,8 +347,13 @@ class StubFile:
             self._record(fd)
             sync()
             if status.st_size:
-                # To the end of its last page, which would be zeroed in part otherwise, and may be on its way in a pipe or a socket (splice(2)).
+                # To the end of its last page, which would be zeroed in part otherwise, and may be on its way in a pipe or a socket (splice(2));
+                # zeros that stay count as content.
                 syscalls.fallocate(fd, _PUNCH, 0, -(-status.st_size // _LARGEST_PAGE) * _LARGEST_PAGE)
+                if not stub_mark.is_all_hole(fd):
+                    self.unexplained = self.modified = True
+                    self._write_record(fd)
+                    raise OSError(errno.EIO, "the file system has not let all of its content go", self.path)
             os.utime(fd, ns=(status.st_atime_ns, self._mtime_ns))
             residency.remove(fd)
             after = os.fstat(fd)

@@ -103,6 +103,21 @@ def test_evicted_content_is_fetched_again(store: Path, target: Path, backend: st
     assert (target / "b").read_bytes() == (store / "b").read_bytes()
 
 
+def test_files_that_end_within_a_block(store: Path, target: Path, backend: str) -> None:
+    """A block of which only a part is punched keeps zeros, which must not be taken for content."""
+    sizes = (1, 4095, 4097, 100_001, MIB - 1, MIB + 1)
+    for size in sizes:
+        (store / f"odd-{size}").write_bytes(content_of(size, size))
+    plant(store, target)
+    with fetching(store, target, "--backend", backend) as served:
+        for _ in range(2):
+            for size in sizes:
+                assert run("cmp", store / f"odd-{size}", target / f"odd-{size}").stdout == ""
+            assert harness.fusehsm("evict", target).stdout.startswith(f"evicted {len(sizes)} files")
+        served.end()
+    assert all(is_stub(target / f"odd-{size}") for size in sizes)
+
+
 def test_also_what_another_run_has_fetched(store: Path, target: Path, backend: str) -> None:
     with fetching(store, target, "--backend", backend) as served:
         read(target / "a", target / "b")
