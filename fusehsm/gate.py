@@ -19,7 +19,9 @@ from fusehsm.abi import (
     FAN_ACCESS_PERM,
     FAN_CLOSE,
     FAN_MARK_ADD,
+    FAN_MARK_FILESYSTEM,
     FAN_MARK_FLUSH,
+    FAN_MARK_MOUNT,
     FAN_OPEN_EXEC_PERM,
     FAN_OPEN_PERM,
     Dialect,
@@ -153,9 +155,11 @@ class Gate:
                 "first-access mode has no OPEN_PERM, OPEN_EXEC_PERM or ACCESS_PERM; mount with --events exact",
             )
         opened_for_write = any(file.writable for file in self.handles.of_node(node))
-        unheard = self._stale.unheard(node)
+        # A mark on the mount or its filesystem may be made by the path of any file in it.
+        touched = None if flags & (FAN_MARK_MOUNT | FAN_MARK_FILESYSTEM) else node
+        unheard = self._stale.unheard(touched)
         group.marks.modify(flags, mask, node.id, opened_for_write=opened_for_write, is_dir=node.is_dir)
-        await self._marks_changed(group, node, unheard)
+        await self._marks_changed(group, touched, unheard)
 
     async def _marks_changed(self, group: Group, node: Node | None, unheard: list[Node]) -> None:
         self._adjust_read_ahead()

@@ -96,9 +96,9 @@ class StalePages:
 
     def covered_by(self, group: Group, node: Node | None) -> list[Node]:
         """The nodes that may be heard otherwise since a mark of the group on that node (None: any) has changed."""
-        if group.marks.watched(Subject(-1, (), False)):
-            return self._overlay.known_nodes()
         nodes = self._overlay.known_nodes() if node is None or node.is_dir else [node]
+        if group.marks.watched(Subject(-1, (), False)):
+            return nodes
         return [found for found in nodes if group.marks.watched(self._subject_of(found))]
 
     async def drop(self, nodes: Iterable[Node], unheard: Iterable[Node] = ()) -> None:
