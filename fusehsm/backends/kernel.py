@@ -27,9 +27,11 @@ class KernelGroup(Group):
     async def mark(
         self, flags: int, mask: int, dirfd: int = AT_FDCWD, path: str | bytes | None = None
     ) -> None:
+        if path is None:
+            syscalls.fanotify_mark(self._fd, flags, mask, dirfd)
+            return
         # Looking the path up may wait for a filesystem's server, which may live in this very event loop.
-        encoded = None if path is None else os.fsencode(path)
-        await trio.to_thread.run_sync(syscalls.fanotify_mark, self._fd, flags, mask, dirfd, encoded)
+        await trio.to_thread.run_sync(syscalls.fanotify_mark, self._fd, flags, mask, dirfd, os.fsencode(path))
 
     def read(self, size: int) -> bytes:
         return os.read(self._fd, size)

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import trio
@@ -42,6 +42,8 @@ _DENIALS: Final = {"EIO": errno.EIO, "EAGAIN": errno.EAGAIN}
 _SMALLEST_BLOCK: Final = 4096
 _LAST_LOOK: Final = 1.0  # seconds: who asks again and again must not keep it from ending
 _OTHER_FILES: Final = 32  # descriptors, of which those of a store over the network are some
+# On the real kernel an ignore mark is a system call. On a mount it costs more than the events of a file that is read once: its content and its end.
+_IGNORE_AFTER: Final = 2
 _HANDLERS: Final = 256  # events that may wait at once
 
 _log = logging.getLogger(__name__)
@@ -120,6 +122,8 @@ def fetch(options: FetchOptions) -> int:
         recorder = None
         if options.record is not None:
             recorder = stack.enter_context(Recorder(options.record, policy.block_size))
+        if place.backend == "fuse":
+            policy = replace(policy, ignore_after=_IGNORE_AFTER)
         started = time.monotonic()
         fetcher = trio.run(
             _serve,

@@ -11,7 +11,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -30,7 +30,7 @@ from fusehsm.events import Event
 from fusehsm.tier.catalog import Catalog, below, where
 from fusehsm.tier.persistence import Allowance, BackOff
 from fusehsm.tier.runs import runs
-from fusehsm.tier.store import Store, StoreChanged
+from fusehsm.tier.store import Store, StoreChanged, shorter
 from fusehsm.tier.streams import Streams
 from fusehsm.tier.stub_file import InDoubt, StubFile
 from fusehsm.tier.stub_mark import generation
@@ -50,7 +50,8 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class Policy:
     """`block_size`, `prefetch_window` and `span` (the most that one request asks for ahead of a reader) in bytes, `deadline` in seconds, `rate` in
-    bytes a second or None; `denial`: the errno when a store does not answer; `connections`: requests at once."""
+    bytes a second or None; `denial`: the errno when a store does not answer; `connections`: requests at once; `ignore_after`: events of a complete
+    file before no more are asked for."""
 
     block_size: int = 1 << 20
     prefetch_window: int = 32 << 20
@@ -59,6 +60,7 @@ class Policy:
     denial: int = errno.EIO
     rate: int | None = None
     connections: int = 16
+    ignore_after: int = 0
 
 
 @dataclass(slots=True)
@@ -125,7 +127,7 @@ class _Fill:
 @dataclass(slots=True)
 class Served:
     """What the fetcher knows of one inode. `file` is None for what is no stub: it is the user's own. `ignored`: the events of which it wants none.
-    `evicting` is there while its content is being taken away: accesses wait for it."""
+    `idle_events`: those for which nothing was left to be fetched. `evicting` is there while its content is being taken away: accesses wait for it."""
 
     file: StubFile | None
     streams: Streams | None = None
@@ -133,6 +135,7 @@ class Served:
     fills: dict[int, _Fill] = field(default_factory=dict)
     ignored: int = 0
     active: int = 0  # accesses that are being answered
+    idle_events: int = 0
     evicting: trio.Event | None = None
     complained: bool = False
 
@@ -215,7 +218,9 @@ class Fetcher:
         end = min(event.offset + event.count or file.limit, file.limit)
         await self.bring(served, event.fd, event.offset, end)
         if file.is_complete:
-            await self._ignore(served, event.fd, event.dialect.pre_content)
+            served.idle_events += 1
+            if served.idle_events > self.policy.ignore_after:
+                await self._ignore(served, event.fd, event.dialect.pre_content)
 
     def _meet(self, key: Key, event: Event, status: os.stat_result) -> Served:
         path = below(self._destination, event.path.removesuffix(" (deleted)" if not status.st_nlink else ""))
@@ -337,7 +342,8 @@ class Fetcher:
                     - fill.first * served.file.block_size
                 )
                 # Outside the deadline, which is the store's: that it takes long is the user's wish.
-                await trio.sleep(self._allowance.take(max(size, 0)))
+                if wait := self._allowance.take(max(size, 0)):
+                    await trio.sleep(wait)
                 await self._try_until_deadline(served, fd, fill)
         except OSError as error:
             fill.error = error
@@ -420,31 +426,21 @@ class Fetcher:
             file = served.file
             assert file is not None
             start, end = fill.first * file.block_size, min(fill.end * file.block_size, file.limit)
+            if start >= end:
+                return 0, 0  # truncated meanwhile
             data = None
             if served.origin is None:
                 served.origin, data = self._catalog.origin_and_range(file.mark, file.path, start, end - start)
-            if data is not None:
-                data = self._whole(served.origin, data, end - start)
-            pieces = list(self._read(served.origin, start, end)) if data is None else [(start, data)]
+            if data is None:
+                pieces = list(self._store.content(served.origin[0], start, end - start, served.origin[1]))
+            elif len(data) == end - start:
+                pieces = [(start, data)]
+            else:
+                raise shorter(self._store, served.origin[0])
             written = file.fill(fd, fill.first, fill.end, pieces, lambda: not fill.abandoned)
             return written, sum(len(data) for _, data in pieces)
         finally:
             let_go()
-
-    def _read(self, origin: tuple[str, str], start: int, end: int) -> Iterator[tuple[int, bytes]]:
-        path, version = origin
-        something = False
-        for offset, length in self._store.data(path, start, end - start):
-            something = True
-            data = self._store.read(path, offset, length, version)
-            yield offset, self._whole(origin, data, length)
-        if not something and end > start and self._store.version(path) != version:
-            raise StoreChanged(errno.EIO, f"has changed in {self._store.name}", path)
-
-    def _whole(self, origin: tuple[str, str], data: bytes, length: int) -> bytes:
-        if len(data) != length:
-            raise StoreChanged(errno.EIO, f"is shorter in {self._store.name} than its stub", origin[0])
-        return data
 
     def _complain(self, served: Served, error: OSError) -> None:
         if not served.complained:

@@ -4,11 +4,13 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 
 from fusehsm.tier.beneath import open_beneath
-from fusehsm.tier.store import Entry, Kind, Store, StoreError, byte_order, changed, throw
+from fusehsm.tier.store import Entry, Kind, Store, StoreError, byte_order, changed, shorter, throw
 
 _LIST = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_SMALL = 1 << 16  # bytes
 _READ = os.O_RDONLY | os.O_NONBLOCK  # whoever puts a FIFO in a file's place does not make us wait
 
 
@@ -71,40 +73,24 @@ class LocalStore(Store):
 
     def read(self, path: str, offset: int, length: int, version: str) -> bytes:
         """The version is looked at before and after: what is written meanwhile changes the modification time."""
-        try:
-            fd = self._open(path)
-        except FileNotFoundError:
-            raise changed(self, path) from None
-        try:
-            pieces = []
-            if _version(os.fstat(fd)) != version:
-                raise changed(self, path)
-            while length and (piece := os.pread(fd, length, offset)):
-                pieces.append(piece)
-                offset += len(piece)
-                length -= len(piece)
-            if _version(os.fstat(fd)) != version:
-                raise changed(self, path)
-            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        finally:
-            os.close(fd)
+        with self._opened(path, version) as fd:
+            return _read(fd, offset, length)
+
+    def content(self, path: str, offset: int, length: int, version: str) -> Iterator[tuple[int, bytes]]:
+        """Opens the file once. Holes are not looked for in what is read faster than that."""
+        with self._opened(path, version) as fd:
+            parts = [(offset, length)] if length <= _SMALL else _data(fd, offset, offset + length)
+            for start, count in parts:
+                data = _read(fd, start, count)
+                if len(data) != count:
+                    raise shorter(self, path)
+                yield start, data
 
     def data(self, path: str, offset: int, length: int) -> Iterator[tuple[int, int]]:
         """As SEEK_DATA and SEEK_HOLE of lseek(2) tell."""
         fd = self._open(path)
         try:
-            end = offset + length
-            while offset < end:
-                try:
-                    start = os.lseek(fd, offset, os.SEEK_DATA)
-                except OSError as error:
-                    if error.errno != errno.ENXIO:
-                        raise
-                    return  # nothing but a hole up to the end of the file
-                if start >= end:
-                    return
-                offset = min(os.lseek(fd, start, os.SEEK_HOLE), end)
-                yield start, offset - start
+            yield from _data(fd, offset, offset + length)
         finally:
             os.close(fd)
 
@@ -114,12 +100,53 @@ class LocalStore(Store):
             os.close(self._root_fd)
             self._root_fd = -1
 
+    @contextmanager
+    def _opened(self, path: str, version: str) -> Iterator[int]:
+        """A descriptor of the file, which is that version at the beginning and at the end."""
+        try:
+            fd = self._open(path)
+        except FileNotFoundError:
+            raise changed(self, path) from None
+        try:
+            if _version(os.fstat(fd)) != version:
+                raise changed(self, path)
+            yield fd
+            if _version(os.fstat(fd)) != version:
+                raise changed(self, path)
+        finally:
+            os.close(fd)
+
     def _open(self, path: str) -> int:
         fd = open_beneath(self._root_fd, path, _READ)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
             raise changed(self, path)
         return fd
+
+
+def _read(fd: int, offset: int, length: int) -> bytes:
+    """`length` bytes, fewer only at the file's end."""
+    pieces = []
+    while length and (piece := os.pread(fd, length, offset)):
+        pieces.append(piece)
+        offset += len(piece)
+        length -= len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _data(fd: int, offset: int, end: int) -> Iterator[tuple[int, int]]:
+    """The parts of [offset, end) that are no holes, as (offset, length)."""
+    while offset < end:
+        try:
+            start = os.lseek(fd, offset, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return  # nothing but a hole up to the end of the file
+        if start >= end:
+            return
+        offset = min(os.lseek(fd, start, os.SEEK_HOLE), end)
+        yield start, offset - start
 
 
 def _names(fd: int) -> list[str]:

@@ -102,6 +102,21 @@ class Store(abc.ABC):
         if length:
             yield offset, length
 
+    def content(self, path: str, offset: int, length: int, version: str) -> Iterator[tuple[int, bytes]]:
+        """What [offset, offset + length) holds in that version, as (offset, bytes) in ascending order; what is left out is a hole.
+
+        Raises as read(), and StoreChanged where the file is shorter. Nothing of it is to be believed before the end has been reached.
+        """
+        something = False
+        for start, count in self.data(path, offset, length):
+            something = True
+            data = self.read(path, start, count, version)
+            if len(data) != count:
+                raise shorter(self, path)
+            yield start, data
+        if length and not something and self.version(path) != version:
+            raise changed(self, path)
+
     def close(self) -> None:  # noqa: B027 (most have nothing to close)
         """Give back descriptors and connections."""
 
@@ -119,6 +134,11 @@ def changed(store: Store, path: str) -> StoreChanged:
         f"has changed in {store.name} since its stub was made; populate again",
         path,
     )
+
+
+def shorter(store: Store, path: str) -> StoreChanged:
+    """The error for a file that ends before its stub does."""
+    return StoreChanged(errno.EIO, f"is shorter in {store.name} than its stub", path)
 
 
 def byte_order(name: str) -> bytes:
