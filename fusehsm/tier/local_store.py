@@ -3,7 +3,7 @@
 import errno
 import os
 import stat
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 
 from fusehsm.tier.beneath import open_beneath
@@ -79,7 +79,11 @@ class LocalStore(Store):
     def content(self, path: str, offset: int, length: int, version: str) -> Iterator[tuple[int, bytes]]:
         """Opens the file once. Holes are not looked for in what is read faster than that."""
         with self._opened(path, version) as fd:
-            parts = [(offset, length)] if length <= _SMALL else _data(fd, offset, offset + length)
+            parts: Iterable[tuple[int, int]] = ((offset, length),)
+            if length > _SMALL:
+                # A descriptor that has just been opened reads ahead in small steps: the disk is told at once.
+                os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
+                parts = _data(fd, offset, offset + length)
             for start, count in parts:
                 data = _read(fd, start, count)
                 if len(data) != count:
