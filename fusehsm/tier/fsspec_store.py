@@ -36,7 +36,7 @@ _EXTRAS: Final = {
     "git": "git",
 }
 _INSIDE_ANOTHER: Final = frozenset(("zip", "tar", "libarchive"))
-_PATIENCE: Final = 60.0  # seconds without a byte after which an http server is given up on
+PATIENCE: Final = 60.0  # seconds without a byte after which an http server is given up on
 
 
 def filesystem_of(url: str) -> tuple[Any, str]:
@@ -77,7 +77,7 @@ def filesystem_of(url: str) -> tuple[Any, str]:
 def _http_options() -> dict[str, Any]:
     import aiohttp
 
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_PATIENCE, sock_read=_PATIENCE)
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=PATIENCE, sock_read=PATIENCE)
     # Sizes and ranges are to be those of the file, not of something compressed.
     return {"client_kwargs": {"timeout": timeout, "headers": {"Accept-Encoding": "identity"}}}
 

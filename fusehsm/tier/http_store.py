@@ -1,7 +1,8 @@
 """A web server's directory pages as a store: the tree is what they link to, a file's size and version are in the answer to HEAD.
 
-fsspec has the connections; what is asked over them is here, because fsspec takes whatever a server answers to a Range for that range, and
-drops links to files whose names begin with "http". Any number of ranges can be fetched at a time.
+Lists are asked for over fsspec's connections, but what is asked is here, because fsspec takes whatever a server answers to a Range for that range,
+and drops links to files whose names begin with "http". Content is read over connections of the threads that want it (urllib3): all of fsspec's are
+of one thread, which took longer over a byte than the network. Any number of ranges can be fetched at a time.
 """
 
 import asyncio
@@ -12,16 +13,20 @@ from collections.abc import Callable, Iterator, Mapping
 from email.utils import parsedate_to_datetime
 from html.parser import HTMLParser
 from typing import Any, Final
-from urllib.parse import quote, unquote_to_bytes, urljoin, urlsplit
+from urllib.parse import quote, unquote, unquote_to_bytes, urljoin, urlsplit
 
-import aiohttp
+import urllib3
 from fsspec.asyn import sync
+from urllib3.util import parse_url
 from yarl import URL
 
-from fusehsm.tier.fsspec_store import FsspecStore
+from fusehsm.tier.fsspec_store import PATIENCE, FsspecStore
 from fusehsm.tier.store import Entry, Kind, StoreError, changed
 
-_AT_ONCE: Final = 16  # HEAD requests
+_AT_ONCE: Final = 16  # HEAD requests of a list
+_CONNECTIONS: Final = 32  # that are kept, of the threads that read
+_REDIRECTS: Final = 10
+_PIECE: Final = 1 << 20  # bytes
 _CONTENT_RANGE: Final = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)")
 
 
@@ -32,11 +37,23 @@ class HttpStore(FsspecStore):
         super().__init__(name, filesystem, root)
         if urlsplit(root).query:
             raise ValueError(f"{name}: a query names no directory; leave it away")
+        parts = parse_url(root)
+        # One more try for a connection that the server has closed while it was idle.
+        retries = urllib3.Retry(total=None, connect=0, read=1, other=0, status=0, redirect=_REDIRECTS)
+        self._pool = urllib3.PoolManager(
+            maxsize=_CONNECTIONS,
+            retries=retries,
+            timeout=urllib3.Timeout(connect=PATIENCE, read=PATIENCE),
+            headers={
+                "Accept-Encoding": "identity",
+                **(urllib3.make_headers(basic_auth=unquote(parts.auth)) if parts.auth else {}),
+            },
+        )
 
     def version(self, path: str) -> str:
         """Of the answer to HEAD."""
         with self.complaining(path, "cannot be looked up"):
-            headers = self._sync(self._head(path))
+            headers = self._looked_up(path)
         version = _version(headers, _content_length(headers))
         if version is None:
             raise StoreError(
@@ -49,12 +66,15 @@ class HttpStore(FsspecStore):
         if not length:
             return b""
         with self.complaining(path, "cannot be read", reading=True):
-            data: bytes = self._sync(self._get(path, offset, length, version))
-            return data
+            return self._get(path, offset, length, version)
 
     def full(self, path: str) -> str:
         """The URL; a directory's ends with a slash."""
         return f"{self._root}/{quote(os.fsencode(path))}"
+
+    def close(self) -> None:
+        """Close the connections of the calling threads."""
+        self._pool.clear()
 
     def _sync(self, coroutine: Any) -> Any:
         return sync(self._filesystem.loop, lambda: coroutine)
@@ -62,62 +82,78 @@ class HttpStore(FsspecStore):
     async def _head(self, path: str) -> Mapping[str, str]:
         session = await self._filesystem.set_session()
         async with session.head(URL(self.full(path), encoded=True), allow_redirects=True) as answer:
-            _expect_success(answer)
+            _expect_success(answer.status, answer.reason)
             headers: Mapping[str, str] = answer.headers
             return headers
 
-    async def _get(self, path: str, offset: int, length: int, version: str) -> bytes:
-        session = await self._filesystem.set_session()
-        headers = {"Range": f"bytes={offset}-{offset + length - 1}"}
-        async with session.get(URL(self.full(path), encoded=True), headers=headers) as answer:
-            if answer.headers.get("Content-Encoding", "identity") not in ("", "identity"):
-                raise self._nonsense(path, "compressed content, although asked for plain")
-            if answer.status == 416:
-                # Nothing there: the end of the file, unless it has become shorter. This answer need not name a version.
-                now = await self._head(path)
-                total = _content_length(now)
-                if _version(now, total) != version:
-                    raise changed(self, path)
-                if total is None or offset < total:
-                    raise self._nonsense(path, "no such range, although the file is longer")
-                return b""
-            _expect_success(answer)
-            if answer.status == 206:
-                start, end, total = _range_of(answer)
-                if start != offset or end is None or end >= offset + length:
-                    raise self._nonsense(path, f"another range: {answer.headers.get('Content-Range')}")
-                skip, expected = 0, end + 1 - start
-                if expected < length and total is not None and end + 1 != total:
-                    raise self._nonsense(path, "a part of the range only")
-            elif answer.status == 200:
-                # The server knows no ranges and sends the whole file: what lies before the range is thrown away.
-                total = _content_length(answer.headers)
-                if total is None:
-                    raise self._nonsense(path, "neither a range nor the file's size")
-                skip, expected = offset, max(0, min(length, total - offset))
-            else:
-                raise self._nonsense(path, f"status {answer.status}")
-            if _version(answer.headers, total) != version:
-                raise changed(self, path)
-            return await self._body(path, answer, skip, expected)
+    def _looked_up(self, path: str) -> Mapping[str, str]:
+        answer = self._pool.request("HEAD", self.full(path))
+        _expect_success(answer.status, answer.reason)
+        return answer.headers
 
-    async def _body(self, path: str, answer: aiohttp.ClientResponse, skip: int, expected: int) -> bytes:
+    def _get(self, path: str, offset: int, length: int, version: str) -> bytes:
+        answer = self._pool.request(
+            "GET",
+            self.full(path),
+            headers={**self._pool.headers, "Range": f"bytes={offset}-{offset + length - 1}"},
+            preload_content=False,
+        )
+        try:
+            skip, expected = self._expect_range(path, answer, offset, length, version)
+            data = self._body(path, answer, skip, expected)
+            if answer.status == 206:
+                answer.drain_conn()  # at the end already: this gives the connection back
+            return data
+        finally:
+            answer.close()  # and with it a connection that still has something to say
+
+    def _expect_range(
+        self, path: str, answer: urllib3.BaseHTTPResponse, offset: int, length: int, version: str
+    ) -> tuple[int, int]:
+        """How many bytes of the body are before the range, and how many of the range are there. Raises where it is another range or version."""
+        if answer.headers.get("Content-Encoding", "identity") not in ("", "identity"):
+            raise self._nonsense(path, "compressed content, although asked for plain")
+        if answer.status == 416:
+            # Nothing there: the end of the file, unless it has become shorter. This answer need not name a version.
+            now = self._looked_up(path)
+            total = _content_length(now)
+            if _version(now, total) != version:
+                raise changed(self, path)
+            if total is None or offset < total:
+                raise self._nonsense(path, "no such range, although the file is longer")
+            return 0, 0
+        _expect_success(answer.status, answer.reason)
+        if answer.status == 206:
+            start, end, total = _range_of(answer.headers)
+            if start != offset or end is None or end >= offset + length:
+                raise self._nonsense(path, f"another range: {answer.headers.get('Content-Range')}")
+            skip, expected = 0, end + 1 - start
+            if expected < length and total is not None and end + 1 != total:
+                raise self._nonsense(path, "a part of the range only")
+        elif answer.status == 200:
+            # The server knows no ranges and sends the whole file: what lies before the range is thrown away.
+            total = _content_length(answer.headers)
+            if total is None:
+                raise self._nonsense(path, "neither a range nor the file's size")
+            skip, expected = offset, max(0, min(length, total - offset))
+        else:
+            raise self._nonsense(path, f"status {answer.status}")
+        if _version(answer.headers, total) != version:
+            raise changed(self, path)
+        return skip, expected
+
+    def _body(self, path: str, answer: urllib3.BaseHTTPResponse, skip: int, expected: int) -> bytes:
         """`expected` bytes after the first `skip` bytes; the rest is not waited for."""
+        while skip and (piece := answer.read(min(skip, _PIECE), decode_content=False)):
+            skip -= len(piece)
         pieces: list[bytes] = []
         missing = expected
-        while missing and (piece := await answer.content.readany()):
-            if skip >= len(piece):
-                skip -= len(piece)
-                continue
-            piece = piece[skip : skip + missing]
-            skip = 0
+        while missing and (piece := answer.read(missing, decode_content=False)):
             missing -= len(piece)
             pieces.append(piece)
         if missing:
             raise self._nonsense(path, f"{expected - missing} bytes instead of {expected}")
-        if answer.status == 200:
-            answer.close()
-        return b"".join(pieces)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _nonsense(self, path: str, what: str) -> StoreError:
         return StoreError(errno.EIO, f"{self.name} answered with {what}", path)
@@ -158,7 +194,7 @@ class HttpStore(FsspecStore):
         session = await self._filesystem.set_session()
         url = self.full(path).rstrip("/") + "/"
         async with session.get(URL(url, encoded=True)) as answer:
-            _expect_success(answer)
+            _expect_success(answer.status, answer.reason)
             page = (await answer.read()).decode("utf-8", "surrogateescape")
             base = str(answer.url)
         found: dict[str, bool] = {}
@@ -199,12 +235,12 @@ def _decoded(path: str) -> bytes:
     return unquote_to_bytes(path.encode("utf-8", "surrogateescape"))
 
 
-def _expect_success(answer: aiohttp.ClientResponse) -> None:
-    if answer.status in (404, 410):
+def _expect_success(status: int, reason: str | None) -> None:
+    if status in (404, 410):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-    if answer.status >= 300:
+    if status >= 300:
         # Not raise_for_status(): its text has the URL, passwords included.
-        raise OSError(errno.EIO, f"the server answered {answer.status} {answer.reason}")
+        raise OSError(errno.EIO, f"the server answered {status} {reason}")
 
 
 def _content_length(headers: Mapping[str, str]) -> int | None:
@@ -213,9 +249,9 @@ def _content_length(headers: Mapping[str, str]) -> int | None:
     return int(text) if text.isdecimal() and plain else None
 
 
-def _range_of(answer: aiohttp.ClientResponse) -> tuple[int | None, int | None, int | None]:
+def _range_of(headers: Mapping[str, str]) -> tuple[int | None, int | None, int | None]:
     """First byte, last byte and the file's size as Content-Range tells (RFC 9110, 14.4)."""
-    match = _CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range", ""))
+    match = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", ""))
     if match is None:
         return None, None, None
     first, last, total = (int(text) if text and text.isdecimal() else None for text in match.groups())
