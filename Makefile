@@ -1,5 +1,5 @@
 # `make demo` and `make test` set up everything they need themselves (scripts/bootstrap.sh).
-.PHONY: help demo test lint bench conform soak oldkernel setup setup-demo clean
+.PHONY: help demo test lint bench conform soak oldkernel setup setup-bench setup-demo clean
 .DEFAULT_GOAL := help
 
 BIN := .venv/bin
@@ -27,7 +27,7 @@ lint: setup
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy
 
-bench: setup-demo
+bench: setup-bench
 	$(BIN)/python -m bench.run $(ARGS)
 
 conform: setup
@@ -44,6 +44,9 @@ oldkernel:
 
 setup:
 	@scripts/bootstrap.sh tests
+
+setup-bench:
+	@scripts/bootstrap.sh bench
 
 setup-demo:
 	@scripts/bootstrap.sh demo

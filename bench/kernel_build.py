@@ -27,18 +27,11 @@ def kernel_build(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity]:
     directory = scene.files / "g"
     directory.mkdir()
     note("unpacking the source")
-    source = _unpacked(directory) if sizes.kernel_source else _generated(directory)
+    source = source_tree(directory, sizes)
     seen: dict[str, dict[str, list[float]]] = {"requests": {}, "events": {}, "occupied": {}}
     of_a_cold_build: list[Counter[str]] = []
 
-    def built(tree: Path) -> float:
-        output = scene.work / "output"
-        shutil.rmtree(output, ignore_errors=True)
-        output.mkdir()
-        run("make", "-s", "-C", str(tree), f"O={output}", "tinyconfig")
-        with stopwatch() as taken:
-            run("make", "-s", "-C", str(tree), f"O={output}", "-j2")
-        return taken[0]
+    built = partial(build_seconds, scene)
 
     def mounted(case: str, tree: Path) -> float:
         with Stage(scene) as stage:
@@ -58,7 +51,7 @@ def kernel_build(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity]:
         _make_stubs(source, tree)
         os.sync()
         seconds = build(case, tree)
-        seen["occupied"].setdefault(case, []).append(_occupied(tree))
+        seen["occupied"].setdefault(case, []).append(occupied(tree))
         return seconds
 
     def listened(case: str, tree: Path) -> float:
@@ -79,7 +72,7 @@ def kernel_build(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity]:
         cases[KERNEL_COLD] = partial(cold, KERNEL_COLD, listened)
     built(source)  # warms what all of them use, and is not counted
     values = interleave(sizes.repetitions, cases, note)
-    what = "Linux 6.1 tinyconfig" if sizes.kernel_source else "150 generated files"
+    what = what_is_built(sizes)
     targets = (Target(RESIDENT, NATIVE, at_most=1.03), Target(COLD, KERNEL_COLD, at_most=1.1))
     yield Quantity("g", f"build of {what}, -j2", "s", values, NATIVE, targets)
     yield Quantity("g", "requests of a build", "requests", seen["requests"], RESIDENT)
@@ -87,8 +80,24 @@ def kernel_build(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity]:
     by_kind = {kind: [float(requests[kind]) for requests in of_a_cold_build] for kind in kinds}
     yield Quantity("g", "requests of a cold build, by kind", "requests", by_kind, "")
     yield Quantity("g", "events of a build", "events", seen["events"], KERNEL_COLD)
-    full = {"the whole tree": [_occupied(source)] * sizes.repetitions}
+    full = {"the whole tree": [occupied(source)] * sizes.repetitions}
     yield Quantity("g", "disk space afterwards", "MiB", {**full, **seen["occupied"]}, "the whole tree")
+
+
+def what_is_built(sizes: Sizes) -> str:
+    """Its name."""
+    return "Linux 6.1 tinyconfig" if sizes.kernel_source else "150 generated files"
+
+
+def build_seconds(scene: Scene, tree: Path) -> float:
+    """Seconds that `make -j2` takes after `make tinyconfig`, output elsewhere."""
+    output = scene.work / "output"
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir()
+    run("make", "-s", "-C", str(tree), f"O={output}", "tinyconfig")
+    with stopwatch() as taken:
+        run("make", "-s", "-C", str(tree), f"O={output}", "-j2")
+    return taken[0]
 
 
 def what_is_missing() -> str:
@@ -98,6 +107,11 @@ def what_is_missing() -> str:
         missing.append(str(TARBALL))
     packages = "linux-source-6.1 build-essential flex bison bc xz-utils"
     return f"{', '.join(missing)}: not found; apt-get install {packages}" if missing else ""
+
+
+def source_tree(directory: Path, sizes: Sizes) -> Path:
+    """The tree that is built, made below `directory`."""
+    return _unpacked(directory) if sizes.kernel_source else _generated(directory)
 
 
 def _unpacked(directory: Path) -> Path:
@@ -138,6 +152,7 @@ def _make_stubs(source: Path, target: Path) -> None:
                 os.utime(stub, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def _occupied(tree: Path) -> float:
+def occupied(tree: Path) -> float:
+    """MiB that a tree takes on the disk."""
     os.sync()
     return int(run("du", "-s", "--block-size=1", str(tree)).split()[0]) / (1 << 20)

@@ -22,7 +22,7 @@ from rich.console import Console
 if __name__ == "__main__":  # run as a script: make the packages beside this directory importable
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from bench import kernel_build, large_tree, parts, resident, supervised, waiting
+from bench import hsm, kernel_build, large_tree, parts, resident, supervised, waiting
 from bench.report import Quantity, as_json, table_of, targets_of, verdicts
 from bench.scene import Scene, SceneError
 from bench.sizes import FULL, QUICK, Note, Sizes
@@ -34,6 +34,7 @@ PARTS = {
     "h": waiting.many_waiting,
     "i": large_tree.large_tree,
     "j": supervised.supervised,
+    "k": hsm.ready_made_hsm,
 }
 RESULTS = Path(__file__).resolve().parent / "results"
 IMAGE = 24 << 30  # bytes; sparse
@@ -73,7 +74,7 @@ def note_of(note: Note, part: str, text: str) -> None:
     note(f"({part}) {text}")
 
 
-def what_is_left_out(scene: Scene, build: str) -> list[str]:
+def what_is_left_out(scene: Scene, build: str, *, hsm_is_wanted: bool) -> list[str]:
     """One line for everything that this machine or user cannot measure; `build`: why no kernel is built, or empty."""
     lines = [f"the build of a kernel: {build}"] if build else []
     if not scene.is_root:
@@ -82,6 +83,8 @@ def what_is_left_out(scene: Scene, build: str) -> list[str]:
         lines.append("the real kernel: no pre-content events here; needs Linux 6.14 or later")
     if not scene.has_bindfs:
         lines.append("bindfs: not found; apt-get install bindfs")
+    if hsm_is_wanted:
+        lines += [f"what is compared with {tool}: not found" for tool in hsm.missing_tools()]
     return lines
 
 
@@ -92,11 +95,11 @@ def main() -> int:
     if chosen.repetitions is not None:
         sizes = replace(sizes, repetitions=chosen.repetitions)
     # Asked for by name, a part that cannot run is an error, and at once; as one of all it is left out.
-    lacking = kernel_build.what_is_missing() if sizes.kernel_source and "g" in chosen.parts else ""
-    if lacking and chosen.only is not None:
+    lacking = kernel_build.what_is_missing() if sizes.kernel_source and {"g", "k"} & set(chosen.parts) else ""
+    if lacking and chosen.only is not None and "g" in chosen.parts:
         print(f"bench: part g: {lacking}", file=sys.stderr)
         return 1
-    if lacking:
+    if lacking and "g" in chosen.parts:
         chosen.parts.remove("g")
     console = Console(stderr=chosen.json == "-", width=None if sys.stdout.isatty() else WIDTH)
     load = os.getloadavg()[0]
@@ -106,7 +109,7 @@ def main() -> int:
     failure = ""
     try:
         with Scene(IMAGE) as scene, console.status("preparing") as status:
-            left_out = what_is_left_out(scene, lacking)
+            left_out = what_is_left_out(scene, lacking, hsm_is_wanted="k" in chosen.parts)
             for quantity in measure(scene, chosen.parts, sizes, status.update):
                 quantities.append(quantity)
                 console.print(table_of([quantity], sizes.repetitions))

@@ -99,6 +99,20 @@ class Scene:
         os.sync()
         Path("/proc/sys/vm/drop_caches").write_text("3", encoding="ascii")
 
+    @contextlib.contextmanager
+    def direct_image(self) -> Iterator[None]:
+        """Have the image's blocks in the page cache once, not a second time as the image's own content: copying those takes the place of
+        whoever is measured on a machine with few cores."""
+        devices = (
+            run("losetup", "-n", "-O", "NAME", "-j", str(self.work / "image")).split() if self.is_root else []
+        )
+        for switch in ("on", "off"):
+            for device in devices:
+                with contextlib.suppress(SceneError):  # not every file system can
+                    run("losetup", f"--direct-io={switch}", device)
+            if switch == "on":
+                yield
+
     def _mount_image(self) -> None:
         image = self.work / "image"
         with open(image, "wb") as file:
@@ -185,6 +199,13 @@ class Stage:
         self._start_listener(
             [sys.executable, "-m", "bench.listen", str(root), "kernel", str(origin), str(counts)]
         )
+
+    def fetch(self, store: str, path: Path, *options: str) -> None:
+        """Start `fusehsm fetch`. Its end waits until everything is on the disk."""
+        command = [sys.executable, "-m", "fusehsm", "fetch", store, str(path), *options]
+        server = self._start(command, stderr=subprocess.PIPE)
+        assert server.stderr is not None
+        self._wait_for_ready(server, server.stderr)
 
     def status(self, point: Path) -> dict[str, Any]:
         """What `fusehsm status` says of a mount."""

@@ -1,5 +1,5 @@
 #!/bin/bash
-# bootstrap.sh [demo | tests | oldkernel]: sets up everything that `make demo` and `make bench`, `make test` or `make oldkernel` needs: system
+# bootstrap.sh [demo | bench | tests | oldkernel]: sets up everything that `make demo`, `make bench`, `make test` or `make oldkernel` needs: system
 # packages (Debian, Ubuntu), /dev/fuse, and a virtual environment in .venv. Who only wants to see it work gets no compiler for the tests' sake. Quick when there is nothing to do. Says in one line what it cannot do itself.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -94,6 +94,10 @@ missing_packages() {
     command -v bindfs > /dev/null || echo bindfs
     command -v git > /dev/null || echo git
     [ -e /dev/fuse ] || command -v modprobe > /dev/null || echo kmod
+    if [ "$FOR" = bench ]; then
+        command -v rsync > /dev/null || echo rsync
+        command -v curl > /dev/null || echo curl
+    fi
     if [ "$FOR" = tests ]; then
         command -v go > /dev/null || echo golang-go # a listener whose runtime has signals and an epoll of its own
         command -v ip > /dev/null || echo iproute2 # networks of their own, as of several machines
@@ -107,10 +111,11 @@ missing_packages() {
     fi
 }
 
-# Servers that only the tests use, each time with a configuration of their own: installing them must not start them for the machine.
+# Servers that only tests and measurements use, each time with a configuration of their own: installing them must not start them for the machine.
 missing_servers() {
-    [ "$FOR" = tests ] || return 0
+    case $FOR in tests | bench) ;; *) return 0 ;; esac
     command -v nginx > /dev/null || echo nginx-light
+    [ "$FOR" = tests ] || return 0
     command -v sshd > /dev/null || echo openssh-server
     command -v memcached > /dev/null || echo memcached # for swift, which comes with pip
 }
@@ -160,12 +165,17 @@ pip_install() { # arguments of pip install
 # Made again only when this changes: the interpreter, the dependencies, the place (scripts in a venv hold absolute paths). What the tests need
 # is added when they are first run.
 made=$({ "$python" -c 'import sys; print(sys.version, sys.base_prefix)'; pwd; cat pyproject.toml scripts/bootstrap.sh; } | sha256sum)
-packages='.[test]'
-[ "$FOR" != demo ] || packages=.
-case $(cat $STAMP 2> /dev/null) in
-    "$made .[test]" | "$made $packages") ;;
+case $FOR in
+    demo) packages=. enough=("." ".[http]" ".[test]") ;;
+    bench) packages=".[http]" enough=(".[http]" ".[test]") ;;
+    *) packages=".[test]" enough=(".[test]") ;;
+esac
+installed=$(cat $STAMP 2> /dev/null || true)
+installed=${installed#"$made "}
+case " ${enough[*]} " in
+    *" $installed "*) ;;
     *)
-        if [ "$(cat $STAMP 2> /dev/null)" != "$made ." ]; then
+        if [ "$installed" != . ] && [ "$installed" != ".[http]" ]; then
             say "making $VENV (a minute or two, once)"
             rm -f $STAMP
             "$python" -m venv --clear $VENV
