@@ -10,7 +10,8 @@ brought to the disk: without it, and on another mount than the record was writte
 fetched again if the file is as it was filled, and refused if somebody has modified it, who may have wanted the hole.
 
 What explains the file's size and times: the record's, or OPEN, which says that it was being served when the record was written, so that fills and
-the user's writes were to be expected. Anything else was done while nobody served, and is the user's.
+the user's writes were to be expected. Anything else was done while nobody served, and is the user's. Not to be told apart from what was done while
+somebody served: that after a kill on the real kernel, or in its moment, a file was made shorter and then longer again. A mount lets nobody do so.
 
 `recorded_ns` stands for the change time, which no attribute can hold, as setting the attribute sets it: the record was written at that time or
 within SETTLING after it, so a change time outside is of somebody else's change.

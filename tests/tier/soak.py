@@ -195,7 +195,7 @@ class Soak:
                             os.pwrite(file.fileno(), data, offset)
                     else:
                         file.write(content)
-                files.append(Content([content], [path]))
+                files.append(Content([content], [path], bytes(content)))
             groups.append(files)
         # Planted where nobody hears of it, so that one mount serves many episodes.
         planter = Planter(self._root_fd, lambda path, why: None)
@@ -320,22 +320,38 @@ def main() -> None:
     arguments = parser.parse_args()
     backends = arguments.backend or BACKENDS
     print(f"seed {arguments.seed}", flush=True)
+    signal.signal(signal.SIGTERM, interrupt)
     started = time.monotonic()
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fusehsm-soak-")))
         root = stack.enter_context(ext4_image(directory / "ext4", 2048))
         soaks = [stack.enter_context(soaking(root, backend, arguments.seed)) for backend in backends]
-        while sum(soak.points for soak in soaks) < arguments.points:
-            for soak in soaks:
-                soak.episode()
-        seconds = time.monotonic() - started
-        kinds = sum((soak.kinds for soak in soaks), Counter())
-        refusals = sum((soak.refusals for soak in soaks), Counter())
-        print(f"{sum(kinds.values())} kills in {seconds:.0f} s: {dict(kinds)}")
-        print(f"{sum(soak.acts for soak in soaks):,} acts of users, refused with {dict(refusals)}")
-        print(
-            f"{sum(soak.checked for soak in soaks):,} files compared, {sum(soak.refused for soak in soaks):,} reads of them refused; no byte wrong"
-        )
+        try:
+            while sum(soak.points for soak in soaks) < arguments.points:
+                for soak in soaks:
+                    soak.episode()
+        except (Interrupted, KeyboardInterrupt):
+            print("interrupted; up to here:")
+        report(soaks, time.monotonic() - started)
+
+
+def report(soaks: list[Soak], seconds: float) -> None:
+    """What has been tried and found right."""
+    kinds = sum((soak.kinds for soak in soaks), Counter())
+    refusals = sum((soak.refusals for soak in soaks), Counter())
+    print(f"{sum(kinds.values())} kills in {seconds:.0f} s: {dict(kinds)}")
+    print(f"{sum(soak.acts for soak in soaks):,} acts of users, refused with {dict(refusals)}")
+    checked, refused = sum(soak.checked for soak in soaks), sum(soak.refused for soak in soaks)
+    print(f"{checked:,} files compared, {refused:,} reads of them refused; no byte wrong", flush=True)
+
+
+class Interrupted(BaseException):
+    """Somebody wants it to end, with nothing left mounted."""
+
+
+def interrupt(*_: object) -> None:
+    """A signal handler."""
+    raise Interrupted
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import product
 
 Change = Callable[[bytearray], None]
 
@@ -9,10 +10,11 @@ Change = Callable[[bytearray], None]
 @dataclass
 class Content:
     """One file. `versions`: what it may be by now, byte by byte any of them; more than one only after an operation of which it is not known
-    whether it came about. `doubtful`: names that it may have lost or got. `touched`: a user has changed it."""
+    whether it came about. `store`: the store's content. `doubtful`: names that it may have lost or got. `touched`: a user has changed it."""
 
     versions: list[bytearray]
     names: list[str] = field(default_factory=list)
+    store: bytes = b""
     doubtful: set[str] = field(default_factory=set)
     touched: bool = False
     history: list[str] = field(default_factory=list)
@@ -25,6 +27,17 @@ class Content:
         self.versions = _distinct([*self.versions, *after])
         self.touched = True
         return after
+
+    def grow_unheard(self, before: list[bytearray], after: list[bytearray]) -> None:
+        """It became longer in the moment of a kill, when nobody took note of a truncation before: that is forgotten, and the store's content is there
+        again. The known limit of what records can tell."""
+        for old, new in product(before, after):
+            if len(old) < len(new):
+                again = bytearray(new)
+                for index in range(len(old), min(len(new), len(self.store))):
+                    again[index] = again[index] or self.store[index]
+                self.versions.append(again)
+        self.versions = _distinct(self.versions)
 
     @property
     def size(self) -> int:

@@ -135,6 +135,7 @@ class User:
 
     @contextmanager
     def _doing(self, content: Content, what: str, change: Change) -> Iterator[None]:
+        before = content.versions
         after = content.begin(change)
         content.history = [*content.history[-15:], what]
         try:
@@ -142,7 +143,9 @@ class User:
         except OSError as error:
             content.history[-1] += f": {error.strerror}"
             raise
-        if not self._in_flight():
+        if self._in_flight():
+            content.grow_unheard(before, after)
+        else:
             content.versions = after
         content.history.append(f"{what}: done")
 

@@ -20,7 +20,7 @@ from tests.tier.trees import content_of
 pytestmark = pytest.mark.any_engine
 
 SEED = 1
-POINTS = 12
+POINTS = 8
 BACKENDS = [pytest.param("kernel", marks=pytest.mark.kernel), pytest.param("fuse", marks=pytest.mark.fuse)]
 
 

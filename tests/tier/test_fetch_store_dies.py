@@ -54,7 +54,7 @@ def expected(offset: int) -> bytes:
     return content_of(SIZE)[offset : offset + 100]
 
 
-@pytest.mark.parametrize("trouble", ["refuse", "hang", "cut", "short"])
+@pytest.mark.parametrize("trouble", ["refuse", "hang", "short"])
 def test_an_errno_by_the_deadline(line: BadLine, store: Served, target: Path, trouble: str) -> None:
     url = line.through(store.url)
     plant(url, target)
@@ -70,7 +70,7 @@ def test_an_errno_by_the_deadline(line: BadLine, store: Served, target: Path, tr
     assert trouble == "hang" or "trying again" in complaints
 
 
-@pytest.mark.parametrize("trouble", ["refuse", "cut", "short"])
+@pytest.mark.parametrize("trouble", ["refuse", "cut"])
 def test_a_store_that_is_back_in_time(line: BadLine, store: Served, target: Path, trouble: str) -> None:
     url = line.through(store.url)
     plant(url, target)
@@ -88,7 +88,7 @@ def test_connections_that_are_cut_at_random(line: BadLine, store: Served, target
     choose = random.Random(1)
     with fetching(url, target, *OPTIONS, "--deadline", "2s") as served:
         line.trouble = "random"
-        for _ in range(60):
+        for _ in range(12):
             offset = choose.randrange(SIZE - 100)
             assert read_at(target / "file", offset) in (expected(offset), errno.EIO)
         line.trouble = ""
