@@ -53,17 +53,15 @@ def unfilled(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
         yield page, end
 
 
-def doubtful(fd: int, start: int, end: int, size: int) -> Iterator[tuple[int, int]]:
+def doubtful(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
     """The parts of [start, end), blocks that are not here, of which it cannot be told what ought to be there: holes, and pages of which only a part
-    may have been written, as a page next to a hole is that begins or ends with a zero. `size` of the file in the store; bytes."""
+    may have been written, as a page next to a hole or an end of the file is that begins or ends with a zero."""
     yield from unfilled(fd, start, end)
-    now = os.fstat(fd).st_size
-    for first, stop in _data(fd, start, min(end, now)):
+    for first, stop in _data(fd, start, min(end, os.fstat(fd).st_size)):
         page = first // PAGE_SIZE * PAGE_SIZE
-        # Who has written a file anew has begun at the beginning, and it is most likely as long as what they have written.
-        if (first or now >= size) and not any(os.pread(fd, 1, first)):
+        if not any(os.pread(fd, 1, first)):
             yield page, page + PAGE_SIZE
-        if (stop < now or now == size) and not any(os.pread(fd, 1, stop - 1)):
+        if not any(os.pread(fd, 1, stop - 1)):
             yield (stop - 1) // PAGE_SIZE * PAGE_SIZE, stop
 
 

@@ -177,9 +177,7 @@ class StubFile:
         return any(
             start < end and offset < stop
             for first, last in runs
-            for start, stop in doubtful(
-                fd, first * self.block_size, min(last * self.block_size, self.limit), self.mark.size
-            )
+            for start, stop in doubtful(fd, first * self.block_size, min(last * self.block_size, self.limit))
         )
 
     def _has_hole(self, fd: int, block: int) -> bool:

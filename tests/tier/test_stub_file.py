@@ -126,6 +126,19 @@ def test_what_was_written_into_a_hole_is_in_doubt(stub: Stub) -> None:
     stub.fill(2)
 
 
+def test_nor_is_it_read_when_nothing_was_known_of_the_file(stub: Stub) -> None:
+    """Not even once it has been made shorter."""
+    os.pwrite(stub.fd, b"m" * 20_000, 160)
+    os.ftruncate(stub.fd, 12_288)
+    stub.again()
+    assert stub.file.unexplained
+    assert stub.file.lacks(stub.fd, 0, 4096)
+    assert not stub.file.lacks(stub.fd, 4096, 12_288)
+    os.ftruncate(stub.fd, 50)
+    stub.again()
+    assert stub.file.lacks(stub.fd, 0, 50)
+
+
 def test_whole_pages_that_were_written_into_a_hole_are_the_users(stub: Stub) -> None:
     stub.fill(0)
     os.pwrite(stub.fd, b"m" * 4096, BLOCK + 4096)
