@@ -121,6 +121,7 @@ def fetch(options: FetchOptions) -> int:
         )
         recorder = None
         if options.record is not None:
+            _expect_outside(options.record, place.path)
             recorder = stack.enter_context(Recorder(options.record, policy.block_size))
         if place.backend == "fuse":
             policy = replace(policy, ignore_after=_IGNORE_AFTER)
@@ -179,6 +180,13 @@ async def _serve(
     if failures:
         raise failures[0]
     return fetcher
+
+
+def _expect_outside(record: str, destination: str) -> None:
+    """Writing the list would be an access, and wait for us who write it."""
+    place = os.path.realpath(record)
+    if os.path.commonpath((place, destination)) == destination:
+        raise ValueError(f"--record {shown(record)}: lies in the destination; choose a place outside")
 
 
 def _handlers(policy: Policy) -> int:

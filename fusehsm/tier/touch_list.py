@@ -10,7 +10,7 @@ import stat
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final, Self
+from typing import Final, Self, TextIO
 
 import trio
 
@@ -55,12 +55,15 @@ class Recorder:
 
     def __init__(self, path: str, block_size: int) -> None:
         """Raises OSError where the list cannot be written."""
-        self._file = open(path, "w", encoding="ascii")  # noqa: SIM115 (closed by __exit__)
+        self._path = path
+        self._file: TextIO | None = open(path, "w", encoding="ascii")  # noqa: SIM115 (closed by __exit__)
         self._block_size = block_size
         self._seen: set[tuple[str, int]] = set()
 
     def __call__(self, path: str, offset: int, end: int) -> None:
         """Somebody wants [offset, end) of a file."""
+        if self._file is None or not path:
+            return  # what has no path below the destination cannot be found there next time
         size = self._block_size
         fresh = [
             block
@@ -69,13 +72,26 @@ class Recorder:
         ]
         for first, last in runs(fresh):
             self._seen.update((path, block) for block in range(first, last))
-            print(Touched(path, first * size, (last - first) * size), file=self._file)
+            try:
+                print(Touched(path, first * size, (last - first) * size), file=self._file)
+            except OSError as error:
+                self._give_up(error)
+                return
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        try:
+            if self._file is not None:
+                self._file.close()
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        """A list that cannot be written is no reason to refuse an access."""
+        _log.error("--record %s: cannot be written, and is not complete: %s", self._path, error.strerror)
+        self._file = None
 
 
 def read_list(path: str) -> list[Touched]:

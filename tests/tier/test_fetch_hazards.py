@@ -264,3 +264,24 @@ def test_a_client_that_never_reads_keeps_nobody_from_evicting(big: Path, target:
                     connection.send(encode_request(Evict("")))
             assert harness.fusehsm("evict", target, timeout=10).returncode == 0
         served.end()
+
+
+def test_a_list_that_cannot_be_written_refuses_nobody(
+    target: Path, backend: str, places: Callable[[str], Path]
+) -> None:
+    store = places("store")
+    for number in range(100):  # more than what is kept back
+        (store / f"{number:0100}").write_bytes(b"content")
+    plant(store, target)
+    with fetching(store, target, "--backend", backend, "--record", "/dev/full") as served:
+        compared = run("diff", "-r", store, target)
+        assert (compared.stdout, compared.stderr) == ("", "")
+        summary, complaints = served.end()
+    assert "100 files complete" in summary
+    assert "--record /dev/full: cannot be written, and is not complete: No space left" in complaints
+
+
+def test_no_list_where_writing_it_would_be_an_access(big: Path, target: Path, backend: str) -> None:
+    done = harness.fusehsm("fetch", big, target, "--backend", backend, "--record", target / "list")
+    assert (done.returncode, "lies in the destination" in done.stderr) == (2, True)
+    assert not is_mounted(target)
