@@ -16,9 +16,11 @@ zeros around it. So what a fill finds there is compared with the store's content
 import errno
 import logging
 import os
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Self
 
 from fusehsm import filesystem_calls as syscalls
@@ -30,6 +32,7 @@ from fusehsm.tier.residue import Residue, doubtful, forget_clean_pages, residue,
 from fusehsm.tier.stub_mark import Mark
 
 PINNED = "user.fusehsm.pinned"
+_CAPABILITIES = "security.capability"
 
 _TRIES = 3  # at a record whose time is right
 
@@ -241,6 +244,7 @@ class StubFile:
             written = 0
             self.may_hide_changes = True
             parts: list[tuple[int, int]] = []
+            restore = _privileges(fd, before)
             try:
                 for offset, data in pieces:
                     written += self._fill_holes(fd, offset, data, first, end, before.st_size, parts)
@@ -249,6 +253,7 @@ class StubFile:
                 _make_holes(fd, parts)
                 raise
             finally:
+                restore()
                 os.utime(fd, ns=(time.time_ns(), self._mtime_ns))  # a fill is no modification
                 after = os.fstat(fd)
                 self._ctime_ns = after.st_ctime_ns
@@ -470,3 +475,29 @@ def _may_be_written(fd: int) -> bool:
         return syscalls.is_open_for_writing(fd)
     except OSError:
         return True
+
+
+def _privileges(fd: int, status: os.stat_result) -> Callable[[], None]:
+    """What gives a program its set-user-id, set-group-id and capabilities back, which write(2) takes away."""
+    capabilities = None
+    with suppress(OSError):  # there are none, or they are not ours to see
+        capabilities = os.getxattr(fd, _CAPABILITIES)
+
+    def restore() -> None:
+        with suppress(OSError):
+            if status.st_mode & (stat.S_ISUID | stat.S_ISGID) and os.fstat(fd).st_mode != status.st_mode:
+                os.fchmod(fd, stat.S_IMODE(status.st_mode))
+            if capabilities is not None:
+                os.setxattr(fd, _CAPABILITIES, capabilities)
+
+    return restore
+
+
+def _write_all(fd: int, data: memoryview, offset: int, path: str) -> int:
+    written = 0
+    while written < len(data):
+        count = os.pwrite(fd, data[written:], offset + written)
+        if not count:
+            raise OSError(errno.ENOSPC, "no room to fill it", path)
+        written += count
+    return written

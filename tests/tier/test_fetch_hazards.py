@@ -285,3 +285,15 @@ def test_no_list_where_writing_it_would_be_an_access(big: Path, target: Path, ba
     done = harness.fusehsm("fetch", big, target, "--backend", backend, "--record", target / "list")
     assert (done.returncode, "lies in the destination" in done.stderr) == (2, True)
     assert not is_mounted(target)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a program capabilities")
+def test_a_program_keeps_its_capabilities(big: Path, target: Path, backend: str) -> None:
+    """Which write(2) takes away, and a fill gives back."""
+    plant(big, target)
+    may_bind = bytes.fromhex("01000002000400000000000000000000 00000000")  # cap_net_bind_service=ep
+    os.setxattr(target / "big", "security.capability", may_bind)
+    with fetching(big, target, "--backend", backend) as served:
+        assert run("cmp", big / "big", target / "big").stdout == ""
+        served.end()
+    assert os.getxattr(target / "big", "security.capability") == may_bind
