@@ -1,6 +1,7 @@
 """What a running `fusehsm fetch` is asked, and what it answers: JSON, one value a packet."""
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -84,4 +85,7 @@ def encode_result(result: dict[str, Any]) -> bytes:
 
 def encode_failure(error: OSError) -> bytes:
     """The last packet, if it went wrong."""
-    return json.dumps({"errno": error.errno or 5, "message": error.strerror or str(error)}).encode()
+    message = error.strerror or str(error)
+    if error.filename:
+        message = f"{os.fsdecode(error.filename)}: {message}"
+    return json.dumps({"errno": error.errno or 5, "message": message}).encode()

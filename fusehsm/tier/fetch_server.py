@@ -124,6 +124,8 @@ class FetchServer:
             key = (status.st_dev, status.st_ino, generation(fd))
             file = self._fetcher.meet(key, fd, item.path).file
             return file is not None and file.pin(fd, pinned)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, item.path) from None
         finally:
             os.close(fd)
 
