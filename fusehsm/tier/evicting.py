@@ -16,11 +16,13 @@ from typing import Final
 import trio
 
 from fusehsm.abi import (
+    FAN_CLOSE_WRITE,
     FAN_MARK_ADD,
     FAN_MARK_EVICTABLE,
     FAN_MARK_IGNORED_MASK,
     FAN_MARK_IGNORED_SURV_MODIFY,
     FAN_MARK_REMOVE,
+    FAN_MODIFY,
 )
 from fusehsm.backends.base import Group
 from fusehsm.backends.leasing import leased
@@ -135,16 +137,17 @@ class Evictor:
         else:
             target = os.path.join(self._place.path, path)
         try:
+            await self._hear_of_changes()  # events of this file cannot be read while it is leased
             async with leased(target) as lease:
                 fd = lease.descriptor
                 status = os.fstat(fd)
                 if (status.st_dev, status.st_ino, generation(fd)) != key:
                     raise OSError(errno.ESTALE, "is another file by now", path)
-                # Punching makes an event of ours where the descriptor is watched, which nobody could answer during the lease.
                 await self._hear_of_changes()
+                # Punching makes events of ours where the descriptor is watched, which could not even be read during the lease.
                 if self._place.is_watched:
-                    await self._group.mark(_ADD, self._group.dialect.pre_content, fd)
-                    served.ignored |= self._group.dialect.pre_content
+                    served.ignored |= self._group.dialect.pre_content | FAN_MODIFY | FAN_CLOSE_WRITE
+                    await self._group.mark(_ADD, served.ignored, fd)
                 else:
                     await self._unignore(served, fd)
                 freed = await trio.to_thread.run_sync(file.empty, fd, partial(os.fsync, fd))
