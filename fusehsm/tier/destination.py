@@ -26,12 +26,13 @@ from fusehsm.tier.store import shown
 class Destination:
     """`path`: absolute, without symbolic links, where accessors see it. `root_fd`: its directory as it is below everything that makes events
     (where that can be had), on the real kernel and under a mount. `backend`: "kernel" or "fuse". `is_watched`: what is done through `root_fd`
-    makes events all the same, as the destination is a mount point of its own."""
+    makes events all the same, as the destination is a mount point of its own. `is_whole`: it is the root of its file system."""
 
     path: str
     root_fd: int
     backend: str
     is_watched: bool = False
+    is_whole: bool = False
 
 
 @contextmanager
@@ -67,7 +68,9 @@ def destination(path: str, backend: str, mount_arguments: Sequence[str]) -> Iter
         with alone(root_fd, path):
             if backend == "kernel" or (backend == "auto" and _kernel_can(path)):
                 kernel_can_watch(path)
-                yield Destination(path, root_fd, "kernel", is_watched=mount.mount_point == path)
+                is_watched = mount.mount_point == path
+                is_whole = is_watched and mount.root == "/"
+                yield Destination(path, root_fd, "kernel", is_watched=is_watched, is_whole=is_whole)
             else:
                 try:
                     _mount(path, mount_arguments)  # a signal that came meanwhile is raised at its end

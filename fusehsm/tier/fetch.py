@@ -143,7 +143,12 @@ async def _serve(
 ) -> Fetcher:
     failures: list[OSError] = []
     events = _EVENTS_OF_KERNEL if place.backend == "kernel" else _EVENTS
-    async with open_group(place.path, events, backend=place.backend) as group, _refusing_the_rest(group):
+    # Of a whole file system also what other mounts show of it, and those of other namespaces (containers), which have no marks of their own.
+    mark = "filesystem" if place.is_whole and place.path != "/" else "mount"
+    async with (
+        open_group(place.path, events, backend=place.backend, mark=mark) as group,
+        _refusing_the_rest(group),
+    ):
         async with trio.open_nursery() as nursery:
             if place.backend == "kernel":
                 await _watch_mounts_below(group, place.path, parse_mask(events, group.dialect))

@@ -297,3 +297,31 @@ def test_a_program_keeps_its_capabilities(big: Path, target: Path, backend: str)
         assert run("cmp", big / "big", target / "big").stdout == ""
         served.end()
     assert os.getxattr(target / "big", "security.capability") == may_bind
+
+
+@pytest.mark.kernel
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
+def test_a_whole_file_system_is_served_wherever_it_is_seen(
+    big: Path, target: Path, kernel_events: Path, tmp_path: Path
+) -> None:
+    """In other mount namespaces, and through other mounts."""
+    image = tmp_path / "image"
+    image.touch()
+    os.truncate(image, 64 * MIB)
+    assert run("mkfs.ext4", "-q", image).returncode == 0
+    other = tmp_path / "other"
+    other.mkdir()
+    assert run("mount", "-o", "loop", image, target).returncode == 0
+    try:
+        assert run("mount", "--bind", target, other).returncode == 0
+        plant(big, target)
+        with fetching(big, target, "--backend", "kernel") as served:
+            for accessor in (("cmp",), ("unshare", "--mount", "cmp")):
+                for place in (target, other):
+                    compared = run(*accessor, big / "big", place / "big")
+                    assert (compared.stdout, compared.stderr) == ("", "")
+                    assert "evicted 1 files" in harness.fusehsm("evict", target).stdout
+            served.end()
+    finally:
+        run("umount", "--lazy", other)
+        run("umount", "--lazy", target)
