@@ -5,6 +5,7 @@ that call (0: nobody does) writes a byte into the FIFO and goes no further, so t
 """
 
 import ctypes
+import faulthandler
 import json
 import os
 import signal
@@ -41,6 +42,7 @@ def serve(options: FetchOptions, call: int, log: str, news: str) -> int:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for number, flags in ((0, os.O_RDONLY), (1, os.O_WRONLY), (2, os.O_WRONLY | os.O_CREAT | os.O_APPEND)):
         os.dup2(os.open(log if number == 2 else os.devnull, flags, 0o644), number)
+    faulthandler.register(signal.SIGUSR1)
     if call:
         stop_at(call, news)
     try:

@@ -33,7 +33,7 @@ from tests.tier.soak_user import User, Wrong
 
 BACKENDS = ("kernel", "fuse")
 USERS = 2
-PATIENCE = 30.0  # seconds
+PATIENCE = 60.0  # seconds
 
 
 class Forks:
@@ -94,6 +94,8 @@ class Fetch:
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, number)
         if not self.is_dead(PATIENCE):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGUSR1)  # it says where it is
+            self.is_dead(1)
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
             assert self.is_dead(PATIENCE)
             raise AssertionError("fetch does not end")
@@ -245,7 +247,10 @@ class Soak:
         for files in groups:
             for content in files:
                 content.history.append("kill")
-        kind = self._kill(fetch, orderly=not at_call)
+        try:
+            kind = self._kill(fetch, orderly=not at_call)
+        except AssertionError as error:
+            raise AssertionError(f"{self._backend}: {error}: {self._forks.log.read_text()}") from None
         self.kinds[f"{self._backend} {kind}{' at a call' if at_call else ''}"] += 1
         for thread in threads:
             thread.join(PATIENCE)
@@ -351,6 +356,7 @@ class Interrupted(BaseException):
 
 def interrupt(*_: object) -> None:
     """A signal handler."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise Interrupted
 
 
