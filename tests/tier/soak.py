@@ -326,6 +326,8 @@ def main() -> None:
     backends = arguments.backend or BACKENDS
     print(f"seed {arguments.seed}", flush=True)
     signal.signal(signal.SIGTERM, interrupt)
+    # A background job of a shell ignores it, and so would every fetch that is ended with it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     started = time.monotonic()
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fusehsm-soak-")))
