@@ -360,7 +360,7 @@ def evict(
         typer.Option(metavar="SIZE", help="Until so much is free, least recently used files first."),
     ] = None,
 ) -> int:
-    """Take content that the store has as well off the disk, of files that nobody has open. Asks the running fetch."""
+    """Take content that came from the store off the disk again, of unmodified files that nobody has open. Asks the running fetch."""
     from fusehsm.tier.evict import evict as do_evict
 
     return do_evict(paths, older_than=older_than, free=free)

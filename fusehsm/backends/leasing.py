@@ -131,21 +131,22 @@ class _OfKernel(LeasedFile):
 
 async def _lease_of_kernel(found: FoundObject) -> LeasedFile:
     # In a thread: a listener may have to be asked for this open(2), or a network to answer.
-    return await trio.to_thread.run_sync(partial(_lease, found.descriptor))
-
-
-def _lease(found: int) -> LeasedFile:
-    try:
-        # Not to wait for somebody else's lease.
-        descriptor = os.open(f"/proc/self/fd/{found}", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno == errno.ETXTBSY:
-            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from None
-        raise
+    descriptor = await trio.to_thread.run_sync(partial(_open, found.descriptor))
     try:
         os.set_blocking(descriptor, True)
+        # Not in a thread: nothing else of this event loop comes between the grant and what the caller does first.
         kernel_lease.take(descriptor)
     except BaseException:
         os.close(descriptor)
         raise
     return _OfKernel(descriptor)
+
+
+def _open(found: int) -> int:
+    try:
+        # Not to wait for somebody else's lease.
+        return os.open(f"/proc/self/fd/{found}", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ETXTBSY:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from None
+        raise

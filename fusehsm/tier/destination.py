@@ -24,14 +24,12 @@ from fusehsm.tier.store import shown
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """`path`: absolute, without symbolic links, where accessors see it. `root_fd`: its directory as it is below everything that makes events
-    (where that can be had), on the real kernel and under a mount. `backend`: "kernel" or "fuse". `is_watched`: what is done through `root_fd`
-    makes events all the same, as the destination is a mount point of its own. `is_whole`: it is the root of its file system."""
+    """`path`: absolute, without symbolic links, where accessors see it. `root_fd`: its directory, under a mount the backing. `backend`: "kernel",
+    where what is done through `root_fd` makes events as anything else, or "fuse". `is_whole`: it is the root of its file system."""
 
     path: str
     root_fd: int
     backend: str
-    is_watched: bool = False
     is_whole: bool = False
 
 
@@ -68,9 +66,8 @@ def destination(path: str, backend: str, mount_arguments: Sequence[str]) -> Iter
         with alone(root_fd, path):
             if backend == "kernel" or (backend == "auto" and _kernel_can(path)):
                 kernel_can_watch(path)
-                is_watched = mount.mount_point == path
-                is_whole = is_watched and mount.root == "/"
-                yield Destination(path, root_fd, "kernel", is_watched=is_watched, is_whole=is_whole)
+                is_whole = mount.mount_point == path and mount.root == "/"
+                yield Destination(path, root_fd, "kernel", is_whole=is_whole)
             else:
                 try:
                     _mount(path, mount_arguments)  # a signal that came meanwhile is raised at its end
@@ -128,6 +125,8 @@ def _mount(path: str, arguments: Sequence[str]) -> None:
             text=True,
             check=False,
         )
+    if result.returncode == 2:
+        raise ValueError(" ".join(result.stderr.replace("fusehsm: ", "").split()))
     if result.returncode:
         said = result.stderr.replace("fusehsm: ", "").strip() or f"exit code {result.returncode}"
         raise OSError(errno.EIO, f"{shown(path)} cannot be mounted: {' '.join(said.split())}")

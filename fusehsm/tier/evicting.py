@@ -140,18 +140,19 @@ class Evictor:
             await self._hear_of_changes()  # events of this file cannot be read while it is leased
             async with leased(target) as lease:
                 fd = lease.descriptor
+                if self._place.backend == "kernel" and self._is_told():
+                    raise BlockingIOError(errno.EAGAIN, "too much is going on", path)
                 status = os.fstat(fd)
                 if (status.st_dev, status.st_ino, generation(fd)) != key:
                     raise OSError(errno.ESTALE, "is another file by now", path)
-                await self._hear_of_changes()
                 # Punching makes events of ours where the descriptor is watched, which could not even be read during the lease.
-                if self._place.is_watched:
+                if self._place.backend == "kernel":
                     served.ignored |= self._group.dialect.pre_content | FAN_MODIFY | FAN_CLOSE_WRITE
                     await self._group.mark(_ADD, served.ignored, fd)
                 else:
                     await self._unignore(served, fd)
                 freed = await trio.to_thread.run_sync(file.empty, fd, partial(os.fsync, fd))
-                if self._place.is_watched:
+                if self._place.backend == "kernel":
                     await self._unignore(served, fd)
                 served.origin = None
         finally:
@@ -162,15 +163,19 @@ class Evictor:
     async def _hear_of_changes(self) -> None:
         """Let the fetcher hear what has been told so far: that the file was closed by somebody who could have written to it, for one. Raises
         BlockingIOError when there is so much of it that it takes too long for a lease."""
-        waiting = select.poll()
-        waiting.register(self._group.fileno(), select.POLLIN)
         for _ in range(_LOOKS):
-            if not waiting.poll(0):
+            if not self._is_told():
                 await trio.lowlevel.checkpoint()
                 await trio.lowlevel.checkpoint()
                 return
             await trio.sleep(0.001)
         raise BlockingIOError(errno.EAGAIN, "too much is going on")
+
+    def _is_told(self) -> bool:
+        """Whether there are events that the fetcher has not heard of."""
+        waiting = select.poll()
+        waiting.register(self._group.fileno(), select.POLLIN)
+        return bool(waiting.poll(0))
 
     async def _unignore(self, served: Served, fd: int) -> None:
         """From now on there are events of it again."""
@@ -219,4 +224,7 @@ async def keep_below(evictor: Evictor, most: int, complain: Callable[[str], None
 
 def kept_text(outcome: Outcome) -> str:
     """What stays and why, in words."""
-    return ", ".join(f"{count:,} {reason.value}" for reason, count in outcome.kept.items()) or "nothing"
+    return (
+        ", ".join(f"{count:,} {reason.value}" for reason, count in outcome.kept.items())
+        or "all of it is on its way"
+    )

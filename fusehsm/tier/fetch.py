@@ -14,7 +14,7 @@ from typing import Final
 import trio
 
 from fusehsm import control_socket
-from fusehsm.abi import FAN_MARK_ADD, FAN_MARK_MOUNT, parse_mask
+from fusehsm.abi import FAN_EVENT_ON_CHILD, FAN_MARK_ADD, FAN_MARK_MOUNT, parse_mask
 from fusehsm.backends.base import AT_FDCWD, Group
 from fusehsm.backends.opening import open_group
 from fusehsm.handler import serve
@@ -44,7 +44,7 @@ _LAST_LOOK: Final = 1.0  # seconds: who asks again and again must not keep it fr
 _OTHER_FILES: Final = 32  # descriptors, of which those of a store over the network are some
 # On the real kernel an ignore mark is a system call. On a mount it costs more than the events of a file that is read once: its content and its end.
 _IGNORE_AFTER: Final = 2
-_HANDLERS: Final = 256  # events that may wait at once
+_HANDLERS: Final = 1000  # events that may wait at once
 
 _log = logging.getLogger(__name__)
 
@@ -151,7 +151,10 @@ async def _serve(
     ):
         async with trio.open_nursery() as nursery:
             if place.backend == "kernel":
-                await _watch_mounts_below(group, place.path, parse_mask(events, group.dialect))
+                mask = parse_mask(events, group.dialect)
+                if mark == "mount":
+                    await _watch_directories(group, place.root_fd, mask)
+                await _watch_mounts_below(group, place.path, mask)
             fetcher = Fetcher(store, place.path, place_of(place.root_fd), policy, nursery, wishes.recorder)
             fetcher.group = group
             keeper = Keeper(fetcher, place.root_fd)
@@ -220,6 +223,13 @@ async def _refusing_the_rest(group: Group) -> AsyncIterator[None]:
                     os.close(event.fd)
                     if event.mask & group.permission_events:
                         group.answer(event, errno.EIO)
+
+
+async def _watch_directories(group: Group, root_fd: int, mask: int) -> None:
+    """A mark on the mount holds in no other mount of the same tree, and in no other namespace: containers get copies of mounts, without marks. What
+    is marked on a directory holds everywhere for the files that are in it."""
+    for _, _, _, fd in os.fwalk(".", dir_fd=root_fd):
+        await group.mark(FAN_MARK_ADD, mask | FAN_EVENT_ON_CHILD, fd)
 
 
 async def _watch_mounts_below(group: Group, path: str, mask: int) -> None:

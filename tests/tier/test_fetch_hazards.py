@@ -325,3 +325,26 @@ def test_a_whole_file_system_is_served_wherever_it_is_seen(
     finally:
         run("umount", "--lazy", other)
         run("umount", "--lazy", target)
+
+
+@pytest.mark.kernel
+@pytest.mark.usefixtures("kernel_events")
+def test_other_namespaces_and_mounts_see_no_zeros(
+    places: Callable[[str], Path], target: Path, tmp_path: Path
+) -> None:
+    """A container gets a copy of each mount, without the marks on it."""
+    store = places("store")
+    (store / "sub").mkdir()
+    for name in ("a", "b", "sub/c"):
+        (store / name).write_bytes(content_of(100_000, len(name)))
+    plant(store, target)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with fetching(store, target, "--backend", "kernel") as served:
+        assert run("unshare", "-m", "cmp", store / "a", target / "a").stdout == ""
+        bound = f"mount --bind {target} {elsewhere} && cmp {store}/b {elsewhere}/b && cmp {store}/sub/c {elsewhere}/sub/c"
+        done = run("unshare", "-m", "sh", "-c", bound)
+        assert (done.returncode, done.stdout) == (0, "")
+        assert harness.fusehsm("evict", target).stdout.startswith("evicted 3 files")
+        assert run("unshare", "-m", "cmp", store / "a", target / "a").stdout == ""
+        served.end()
