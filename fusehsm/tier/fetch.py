@@ -174,7 +174,7 @@ async def _serve(
             if wishes.max_size is not None:
                 nursery.start_soon(keep_below, evictor, wishes.max_size, _log.warning)
             if wishes.warm is not None:
-                nursery.start_soon(warm_up, fetcher, place.root_fd, wishes.warm)
+                nursery.start_soon(warm_up, place.path, wishes.warm)
             means = "the kernel's own events" if place.backend == "kernel" else "a mount of fusehsm"
             print(f"fusehsm: serving {shown(place.path)} from {store.name} by {means}", file=sys.stderr)
             print("ready", file=sys.stderr, flush=True)

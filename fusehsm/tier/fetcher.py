@@ -176,8 +176,8 @@ class Fetcher:
 
     async def __call__(self, event: Event) -> None:
         """Return when what the event is about is here; an OSError refuses it."""
-        if event.pid == self._own_pid:
-            return
+        if event.pid == self._own_pid and not event.mask & event.dialect.permission:
+            return  # what we do is no modification
         status = os.fstat(event.fd)
         if not stat.S_ISREG(status.st_mode):
             return
@@ -275,13 +275,6 @@ class Fetcher:
                 self._expect_no_holes(served, fd, offset, end)
                 return
         self._prefetch(served, fd, *ahead)
-
-    async def warm(self, served: Served, fd: int, offset: int, end: int) -> None:
-        """Fetch what [offset, end) lacks before anybody asks for it. Raises OSError as bring()."""
-        file = served.file
-        if file is not None and not file.unexplained and served.evicting is None:
-            missing = file.missing(offset, end)
-            await self._wait(self._start(served, fd, missing, is_prefetch=True))
 
     def _expect_no_holes(self, served: Served, fd: int, offset: int, end: int) -> None:
         file = served.file

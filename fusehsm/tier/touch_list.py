@@ -8,18 +8,16 @@ import logging
 import os
 import stat
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Self, TextIO
 
 import trio
 
 from fusehsm.tier.beneath import components, open_beneath
-from fusehsm.tier.fetcher import Fetcher, Served
 from fusehsm.tier.runs import runs
-from fusehsm.tier.stub_mark import generation
 
 _AT_ONCE: Final = 8  # files, or parts of one
+_PIECE: Final = 4 << 20  # bytes of one read(2)
 
 _log = logging.getLogger(__name__)
 
@@ -106,40 +104,42 @@ def read_list(path: str) -> list[Touched]:
     return found
 
 
-async def warm_up(fetcher: Fetcher, root_fd: int, wanted: Sequence[Touched]) -> None:
-    """Fetch these ranges, in that order, several at a time. What is not there any more, or fails, is left for whoever wants it."""
-    limit = trio.CapacityLimiter(_AT_ONCE)
+async def warm_up(destination: str, wanted: Sequence[Touched]) -> None:
+    """Have these ranges fetched, in that order, several at a time, by reading them below the directory `destination` as any program would. What is
+    not there any more, or fails, is left for whoever wants it."""
+    threads = trio.CapacityLimiter(_AT_ONCE)
     failures = 0
 
-    async def fetch(served: Served, fd: int, item: Touched) -> None:
+    async def fetch(item: Touched) -> None:
         nonlocal failures
         try:
-            await fetcher.warm(served, fd, item.offset, item.offset + item.length)
+            await trio.to_thread.run_sync(_read, root_fd, item, abandon_on_cancel=True)
+        except FileNotFoundError:
+            pass
         except OSError:
             failures += 1
         finally:
-            os.close(fd)
-            limit.release_on_behalf_of(item)
+            threads.release_on_behalf_of(item)
 
-    async with trio.open_nursery() as nursery:
-        for item in wanted:
-            await limit.acquire_on_behalf_of(item)
-            with suppress(OSError):
-                served, fd = await trio.to_thread.run_sync(_open, fetcher, root_fd, item.path)
-                nursery.start_soon(fetch, served, fd, item)
-                continue
-            limit.release_on_behalf_of(item)
+    root_fd = await trio.to_thread.run_sync(os.open, destination, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        async with trio.open_nursery() as nursery:
+            for item in wanted:
+                await threads.acquire_on_behalf_of(item)
+                nursery.start_soon(fetch, item)
+    finally:
+        os.close(root_fd)
     if failures:
         _log.warning("%d of %d ranges of the list could not be fetched ahead", failures, len(wanted))
 
 
-def _open(fetcher: Fetcher, root_fd: int, path: str) -> tuple[Served, int]:
-    fd = open_beneath(root_fd, path, os.O_RDWR | os.O_NONBLOCK)
+def _read(root_fd: int, item: Touched) -> None:
+    fd = open_beneath(root_fd, item.path, os.O_RDONLY | os.O_NONBLOCK)
     try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise FileNotFoundError(path)
-        return fetcher.meet((status.st_dev, status.st_ino, generation(fd)), fd, path), fd
-    except BaseException:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return
+        offset, end = item.offset, item.offset + item.length
+        while offset < end and (data := os.pread(fd, min(end - offset, _PIECE), offset)):
+            offset += len(data)
+    finally:
         os.close(fd)
-        raise

@@ -262,9 +262,8 @@ def test_what_was_touched_is_fetched_ahead_next_time(
         end = time.monotonic() + harness.PATIENCE
         while (found := status(target))["a"]["resident"] < 3 * MIB or found["b"]["resident"] < MIB:
             assert time.monotonic() < end
-        summary, _ = served.end()
+        served.end()
     assert found["sub/c"]["resident"] == 0
-    assert "0 events" in summary
 
 
 def test_nobody_serves(store: Path, target: Path) -> None:
