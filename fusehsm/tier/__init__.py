@@ -1,7 +1,7 @@
 """The ready-made HSM: stores, the stubs that stand for what they hold, and whoever fills and empties them.
 
 What the user calls:
-populate.py    `fusehsm populate`: stubs of everything in a store; populate_progress.py tells how far it is
+populate.py    `fusehsm populate`: stubs of everything in a store; progress.py tells how far it is
 fetch.py       `fusehsm fetch`: serves them, until told to end
 evict.py       `fusehsm evict`, `pin`, `unpin`: asks the running fetch
 file_status.py `fusehsm status PATH`: what of each file is here

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from fusehsm.tier.evicting import Kept
 from fusehsm.tier.fetch_client import found
 from fusehsm.tier.fetch_protocol import Evict, Pin
-from fusehsm.tier.populate_progress import size_text
+from fusehsm.tier.progress import size_text
 from fusehsm.tier.sizes import parse_seconds, parse_size
 from fusehsm.tier.store import shown
 

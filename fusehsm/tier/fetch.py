@@ -29,7 +29,7 @@ from fusehsm.tier.fetcher import Fetcher, Policy, Totals
 from fusehsm.tier.keeping import INTERVAL, Keeper
 from fusehsm.tier.opening import expect_apart, open_store
 from fusehsm.tier.place import place_of
-from fusehsm.tier.populate_progress import size_text
+from fusehsm.tier.progress import size_text
 from fusehsm.tier.service_manager import say_ready
 from fusehsm.tier.sizes import parse_seconds, parse_size
 from fusehsm.tier.store import Store, shown

@@ -7,7 +7,7 @@ from typing import Final
 import trio
 
 from fusehsm.tier.fetcher import Fetcher
-from fusehsm.tier.populate_progress import Progress, size_text
+from fusehsm.tier.progress import Progress, size_text
 from fusehsm.tier.store import shown
 
 _INTERVAL: Final = 0.2  # seconds

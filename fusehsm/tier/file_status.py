@@ -11,7 +11,7 @@ from fusehsm.mountinfo import mount_of
 from fusehsm.tier.fetch_client import find
 from fusehsm.tier.fetch_protocol import List
 from fusehsm.tier.inventory import Item, items
-from fusehsm.tier.populate_progress import size_text
+from fusehsm.tier.progress import size_text
 from fusehsm.tier.store import shown
 
 

@@ -20,7 +20,7 @@ from fusehsm.tier import stub_mark
 from fusehsm.tier.alone import alone
 from fusehsm.tier.opening import expect_apart, open_store
 from fusehsm.tier.planting import NO_UNNAMED_FILES, UNFINISHED, Outcome, Planter
-from fusehsm.tier.populate_progress import Progress, progress_line, size_text
+from fusehsm.tier.progress import Progress, progress_line, size_text
 from fusehsm.tier.store import Entry, Kind, Store, StoreError, shown
 
 _TRIAL_SIZE: Final = 1 << 20  # bytes; larger than what a file system keeps in an inode

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Final
 
 from fusehsm.tier.opening import open_store
-from fusehsm.tier.populate_progress import Progress
+from fusehsm.tier.progress import Progress
 from fusehsm.tier.store import Entry, Kind, Store, StoreChanged, StoreError, shown
 from fusehsm.tier.validate_plan import BY, Window, plan, windows
 from fusehsm.tier.validate_reader import Reader

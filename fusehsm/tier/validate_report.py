@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from fusehsm.tier.populate_progress import size_text
+from fusehsm.tier.progress import size_text
 from fusehsm.tier.store import Entry, shown
 from fusehsm.tier.validate_reader import TIMEOUT, Difference, Failure, Outcome
 

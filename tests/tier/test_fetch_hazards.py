@@ -332,7 +332,7 @@ def test_a_whole_file_system_is_served_wherever_it_is_seen(
 def test_other_namespaces_and_mounts_see_no_zeros(
     places: Callable[[str], Path], target: Path, tmp_path: Path
 ) -> None:
-    """A container gets a copy of each mount, without the marks on it."""
+    """A container gets a copy of each mount, without the marks on it; and who stood in the directory before sees what is below the bind mount."""
     store = places("store")
     (store / "sub").mkdir()
     for name in ("a", "b", "sub/c"):
@@ -340,7 +340,12 @@ def test_other_namespaces_and_mounts_see_no_zeros(
     plant(store, target)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
+    early = subprocess.Popen(
+        ["sh", "-c", f"read _; cmp {store}/sub/c sub/c"], cwd=target, stdin=subprocess.PIPE, text=True
+    )
     with fetching(store, target, "--backend", "kernel") as served:
+        early.communicate("go\n", timeout=harness.PATIENCE)
+        assert early.returncode == 0
         assert run("unshare", "-m", "cmp", store / "a", target / "a").stdout == ""
         bound = f"mount --bind {target} {elsewhere} && cmp {store}/b {elsewhere}/b && cmp {store}/sub/c {elsewhere}/sub/c"
         done = run("unshare", "-m", "sh", "-c", bound)
