@@ -220,6 +220,9 @@ class Fetcher:
         if file.is_complete:
             served.idle_events += 1
             if served.idle_events > self.policy.ignore_after:
+                # Again where that was done before: the mark has gone with an inode that the kernel had no room for.
+                served.idle_events = 0
+                served.ignored &= ~event.dialect.pre_content
                 await self._ignore(served, event.fd, event.dialect.pre_content)
 
     def _meet(self, key: Key, event: Event, status: os.stat_result) -> Served:
