@@ -10,7 +10,7 @@ help:
 	@echo "make demo   stubs of a real tree, filled on demand and checked byte for byte"
 	@echo "make test   formatting, lint, types and all tests (ARGS=\"--engine devfuse\": of one engine)"
 	@echo "make lint   formatting, lint and types only"
-	@echo "make bench  fusehsm, the real kernel and bindfs side by side (ARGS=--quick for a short run)"
+	@echo "make bench  fusehsm, the real kernel and bindfs side by side, fetch beside cp, rsync and curl (ARGS=--quick for a short run)"
 	@echo "make conform  the emulator against the real kernel, with both engines: all workloads (docs/conform.md), and 2,000 new sequences"
 	@echo "make soak   fetch killed at 500 random moments while users work, every byte compared (ARGS=\"--points 5000 --seed 1\")"
 	@echo "make oldkernel  the core tests under Debian's Linux 6.1 in an emulated machine (KERNEL=5.10: that one)"
