@@ -19,6 +19,7 @@ Stubs:
 stub_mark.py   how a stub is known: an attribute on the file
 residency.py   what is kept on disk of a stub that has been filled: another one
 stub_file.py   one stub while it is served: content comes and goes, and its record is true at every moment
+content_writer.py, residue.py   putting content there without making the file longer; what is where nothing should be
 planting.py    making stubs, one entry of a store after the other; ownership.py: their owners and modes
 beneath.py     opening what lies below a directory, without following links
 holes.py, runs.py, sizes.py, place.py   where a file has no data; numbers in a row; sizes and times as people write them; which mount it is
@@ -32,6 +33,7 @@ persistence.py how long to go on asking a store that does not answer, and how fa
 keeping.py     making what has been filled last
 touch_list.py  lists of what a run has touched: --record, --prefetch
 evicting.py    taking content away again; inventory.py: what is here
+fetch_progress.py   what a terminal shows meanwhile
 fetch_server.py, fetch_client.py, fetch_protocol.py   the running fetch's control socket
 service_manager.py   telling systemd that it serves
 
