@@ -28,6 +28,8 @@ from fusehsm.abi import (
     FAN_REPORT_PIDFD,
     encode_event,
 )
+from fusehsm.accepting import serve_connections
+from fusehsm.control_socket import Peer
 from fusehsm.gate_face import GateFace
 from fusehsm.group import Group, Pending
 from fusehsm.protocol import (
@@ -50,7 +52,6 @@ MOST_GROUPS: Final = 128  # as fs.fanotify.max_user_groups
 MOST_CONNECTIONS: Final = 256
 
 _FEEDBACK_AT_ONCE = 64  # messages read from one client before others get their turn
-_DESCRIPTOR_SHORTAGE = 0.1  # seconds to wait when no connection can be accepted
 _IN_FLIGHT_SHORTAGE = (
     0.01  # seconds to wait when too many descriptors are on their way to clients (ETOOMANYREFS, unix(7))
 )
@@ -72,50 +73,25 @@ async def serve_control(
     Raises OSError with one line when there is no place for the socket.
     """
     with control_socket.listening(device, places) as listener:
-        async with trio.open_nursery() as nursery:
-            task_status.started()
-            await _Server(gate, device, {0, os.getuid()}).accept(listener, nursery)
+        task_status.started()
+        await serve_connections(listener, {0, os.getuid()}, MOST_CONNECTIONS, _Server(gate, device).serve)
 
 
 class _Server:
     """What the sessions of one mount share."""
 
-    def __init__(self, gate: GateFace, device: tuple[int, int], allowed_uids: set[int]) -> None:
+    def __init__(self, gate: GateFace, device: tuple[int, int]) -> None:
         self.gate = gate
         self.device = device
         self.groups = 0
-        self._allowed_uids = allowed_uids
-        self._connections = 0
 
-    async def accept(self, listener: socket.socket, nursery: trio.Nursery) -> None:
-        while True:
-            await trio.lowlevel.wait_readable(listener)
-            try:
-                connection, _ = listener.accept()
-            except (BlockingIOError, ConnectionError):
-                continue
-            except OSError as error:
-                _log.warning("control socket: no connection can be accepted: %s", error.strerror)
-                await trio.sleep(_DESCRIPTOR_SHORTAGE)
-                continue
-            peer = control_socket.peer_of(connection)
-            if peer.uid not in self._allowed_uids or self._connections >= MOST_CONNECTIONS:
-                connection.close()
-                continue
-            connection.setblocking(False)
-            nursery.start_soon(self._serve, connection, peer.pid)
-
-    async def _serve(self, connection: socket.socket, pid: int) -> None:
-        self._connections += 1
-        session = _Session(self, connection, pid)
+    async def serve(self, connection: socket.socket, peer: Peer) -> None:
+        """Until the client goes, or breaks the protocol."""
+        session = _Session(self, connection, peer.pid)
         try:
             await session.run()
-        except Exception:
-            # A mistake of ours costs this client its group, and nobody else anything.
-            _log.exception("control socket: the session of process %d failed", pid)
         finally:
             session.close()
-            self._connections -= 1
 
 
 class _Session:

@@ -15,7 +15,8 @@ from typing import Any, Final
 
 import trio
 
-from fusehsm import control_socket
+from fusehsm.accepting import serve_connections
+from fusehsm.control_socket import Peer
 from fusehsm.tier.beneath import open_beneath
 from fusehsm.tier.evicting import Evictor, Kept
 from fusehsm.tier.fetch_protocol import (
@@ -35,7 +36,6 @@ from fusehsm.tier.inventory import Item
 from fusehsm.tier.stub_mark import generation
 
 _MOST_CONNECTIONS: Final = 64
-_SHORTAGE: Final = 0.1  # seconds to wait when no connection can be accepted
 
 _log = logging.getLogger(__name__)
 
@@ -47,40 +47,16 @@ class FetchServer:
         self._fetcher = fetcher
         self._evictor = evictor
         self._root_fd = root_fd
-        self._connections = 0
         self._evicting = trio.Lock()  # one at a time: a second would find the first one's files in use
 
     async def serve(self, listener: socket.socket) -> None:
-        """Accept connections of this user's and root's processes. Never returns."""
-        async with trio.open_nursery() as nursery:
-            while True:
-                await trio.lowlevel.wait_readable(listener)
-                try:
-                    connection, _ = listener.accept()
-                except (BlockingIOError, ConnectionError):
-                    continue
-                except OSError as error:
-                    _log.warning("control socket: no connection can be accepted: %s", error.strerror)
-                    await trio.sleep(_SHORTAGE)
-                    continue
-                uid = control_socket.peer_of(connection).uid
-                if uid not in (0, os.getuid()) or self._connections >= _MOST_CONNECTIONS:
-                    connection.close()
-                    continue
-                connection.setblocking(False)
-                nursery.start_soon(self._serve_one, connection)
+        """Answer connections of this user's and root's processes. Never returns."""
+        await serve_connections(listener, {0, os.getuid()}, _MOST_CONNECTIONS, self._serve)
 
-    async def _serve_one(self, connection: socket.socket) -> None:
-        self._connections += 1
-        try:
-            with connection, contextlib.suppress(ConnectionError):
-                while request := await _receive(connection):
-                    await self._answer(connection, request)
-        except Exception:
-            # A mistake of ours costs this client its answer, and nobody else anything.
-            _log.exception("control socket: a request failed")
-        finally:
-            self._connections -= 1
+    async def _serve(self, connection: socket.socket, _peer: Peer) -> None:
+        with contextlib.suppress(ConnectionError):
+            while request := await _receive(connection):
+                await self._answer(connection, request)
 
     async def _answer(self, connection: socket.socket, data: bytes) -> None:
         try:

@@ -80,6 +80,17 @@ def source(places: Callable[[str], Path]) -> Path:
     return root
 
 
+@pytest.fixture(
+    params=[pytest.param("kernel", marks=pytest.mark.kernel), pytest.param("fuse", marks=pytest.mark.fuse)]
+)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Where a fetch's events come from: each in turn."""
+    if request.param == "kernel":
+        request.getfixturevalue("kernel_events")
+    name: str = request.param
+    return name
+
+
 @pytest.fixture
 def target(places: Callable[[str], Path]) -> Path:
     return places("populated")

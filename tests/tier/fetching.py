@@ -8,14 +8,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
 from fusehsm import control_socket, mountinfo
 from fusehsm.engines.fuse_mount import unmount
 from fusehsm.mountinfo import read_mounts
 from tests import harness
-
-BACKENDS = [pytest.param("kernel", marks=pytest.mark.kernel), pytest.param("fuse", marks=pytest.mark.fuse)]
 
 
 @dataclass

@@ -14,7 +14,7 @@ import pytest
 
 from fusehsm.tier import stub_mark
 from tests import harness
-from tests.tier.fetching import BACKENDS, fetching, run
+from tests.tier.fetching import fetching, run
 from tests.tier.planted import plant
 from tests.tier.trees import content_of
 
@@ -22,14 +22,6 @@ pytestmark = pytest.mark.any_engine
 
 MIB = 1 << 20
 NAMES = ("a", "b", "sub/c")
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    if request.param == "kernel":
-        request.getfixturevalue("kernel_events")
-    name: str = request.param
-    return name
 
 
 @pytest.fixture

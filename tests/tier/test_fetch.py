@@ -12,7 +12,7 @@ import pytest
 
 from fusehsm.tier import residency, stub_mark
 from tests.harness import PATIENCE, environment
-from tests.tier.fetching import BACKENDS, fetching, is_mounted, run
+from tests.tier.fetching import fetching, is_mounted, run
 from tests.tier.planted import plant
 from tests.tier.servers import Served
 from tests.tier.trees import content_of, describe, make_small_tree
@@ -20,14 +20,6 @@ from tests.tier.trees import content_of, describe, make_small_tree
 pytestmark = pytest.mark.any_engine
 
 MIB = 1 << 20
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    if request.param == "kernel":
-        request.getfixturevalue("kernel_events")
-    name: str = request.param
-    return name
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ from tests.tier.trees import content_of
 pytestmark = pytest.mark.any_engine
 
 MIB = 1 << 20
-BACKENDS = [pytest.param("kernel", marks=pytest.mark.kernel), pytest.param("fuse", marks=pytest.mark.fuse)]
 
 
 @pytest.fixture
@@ -44,12 +43,7 @@ def fill_up(path: Path, leaving: int = 0) -> None:
     os.sync()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_no_room(
-    places: Callable[[str], Path], small_disk: Path, backend: str, request: pytest.FixtureRequest
-) -> None:
-    if backend == "kernel":
-        request.getfixturevalue("kernel_events")
+def test_no_room(places: Callable[[str], Path], small_disk: Path, backend: str) -> None:
     store, target = places("store"), small_disk / "tree"
     target.mkdir()
     content = {f"f{number}": content_of(3 * MIB + number, number) for number in range(6)}

@@ -13,7 +13,7 @@ import pytest
 from fusehsm.tier.fetch_client import found
 from fusehsm.tier.fetch_protocol import Evict, encode_request
 from tests import harness
-from tests.tier.fetching import BACKENDS, clear, fetching, is_mounted, run
+from tests.tier.fetching import clear, fetching, is_mounted, run
 from tests.tier.planted import plant
 from tests.tier.relay import relay
 from tests.tier.servers import Served
@@ -22,14 +22,6 @@ from tests.tier.trees import content_of
 pytestmark = pytest.mark.any_engine
 
 MIB = 1 << 20
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    if request.param == "kernel":
-        request.getfixturevalue("kernel_events")
-    name: str = request.param
-    return name
 
 
 @pytest.fixture

@@ -21,18 +21,14 @@ pytestmark = pytest.mark.any_engine
 
 SEED = 1
 POINTS = 8
-BACKENDS = [pytest.param("kernel", marks=pytest.mark.kernel), pytest.param("fuse", marks=pytest.mark.fuse)]
 
 
-@pytest.fixture(params=BACKENDS)
-def soak(
-    request: pytest.FixtureRequest, places: object, ext4: Path, numbers: Iterator[int]
-) -> Iterator[Soak]:
+@pytest.fixture
+def soak(backend: str, ext4: Path, numbers: Iterator[int]) -> Iterator[Soak]:
     require_root()
-    request.getfixturevalue("kernel_events" if request.param == "kernel" else "fuse")
     place = ext4 / f"soak-{next(numbers)}"
     place.mkdir()
-    with soaking(place, request.param, SEED) as soak:
+    with soaking(place, backend, SEED) as soak:
         yield soak
 
 
