@@ -6,6 +6,7 @@ import os
 import pty
 import shutil
 import subprocess
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from fusehsm.tier.validate import Crew, ValidateOptions, validate
 from fusehsm.tier.validate_plan import BY, SMALL, WINDOW, plan, windows
 from fusehsm.tier.validate_report import Report, progress_line
 from tests import harness
+from tests.conftest import MakeMount
 from tests.harness import NOBODY, fusehsm
 from tests.requirements import require_root
 from tests.tier.servers import Served
@@ -321,3 +323,15 @@ def test_progress_on_a_terminal(source: Path, copy: Path) -> None:
 def test_how_progress_reads() -> None:
     assert progress_line(1234567, 10**12, 0, 10) == "1,234,567 reads (123,457 a second), 1.0 TB"
     assert progress_line(1, 5, 2, 0) == "1 reads (1,000 a second), 5 B, 2 problems"
+
+
+@pytest.mark.fuse
+def test_a_directory_that_is_never_answered_for(places: Callable[[str], Path], make_mount: MakeMount) -> None:
+    """Opening it makes an event in patch-v2, which is held while nobody listens."""
+    store = places("store")
+    (store / "file").write_bytes(b"content")
+    mount = make_mount("--abi", "patch-v2", "--unattended", "hold", "--allow-other")
+    started = time.monotonic()
+    done = harness.fusehsm("validate", "--timeout", "1", store, mount.path)
+    assert (done.returncode, time.monotonic() - started < harness.PATIENCE / 2) == (1, True)
+    assert "no answer within 1 s when its directories were listed" in done.stderr
