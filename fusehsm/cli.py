@@ -319,6 +319,14 @@ def fetch(
     log_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="Where the mount's server logs.")
     ] = None,
+    cache: Annotated[str | None, typer.Option(help="Of the mount: private (default) or shared.")] = None,
+    event_timeout: Annotated[
+        str | None,
+        typer.Option(metavar="SECONDS[=ERRNO]", help="The mount refuses what is not answered by then."),
+    ] = None,
+    direct: Annotated[
+        bool, typer.Option("--direct", help="The mount keeps files out of the page cache always.")
+    ] = False,
 ) -> int:
     """Serve DST's stubs in place: what is touched is fetched first. Stays until Ctrl-C; prints `ready` on stderr once accesses are served."""
     from fusehsm.tier.fetch import FetchOptions
@@ -327,7 +335,9 @@ def fetch(
     mount_arguments = ["--events", events, "--engine", engine, "--unattended", f"deny={on_error}"]
     mount_arguments += [word for value in options or () for word in ("-o", value)]
     mount_arguments += ["--allow-other"] * allow_other
-    mount_arguments += [] if log_file is None else ["--log-file", log_file]
+    mount_arguments += ["--direct"] * direct
+    for option, value in (("--log-file", log_file), ("--cache", cache), ("--event-timeout", event_timeout)):
+        mount_arguments += [] if value is None else [option, value]
     return do_fetch(
         FetchOptions(
             store=store,

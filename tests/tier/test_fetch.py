@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from fusehsm import control_socket
+from fusehsm.mountinfo import read_mounts
 from fusehsm.tier import residency, stub_mark
-from tests.harness import PATIENCE, environment
+from tests.harness import PATIENCE, environment, fusehsm
 from tests.tier.fetching import fetching, is_mounted, run
 from tests.tier.planted import plant
 from tests.tier.servers import Served
@@ -219,3 +221,20 @@ def test_a_mapping_of_more_than_there_are_descriptors_for(
         assert (mapped.stdout, mapped.stderr) == (f"{5 * MIB}\n", "")
         assert run("cmp", store / "big", target / "big").stdout == ""
         served.end()
+
+
+@pytest.mark.fuse
+def test_the_options_of_the_mount_pass_through(big: Path, target: Path) -> None:
+    plant(big, target)
+    options = ("--engine", "pyfuse3", "--cache", "shared", "--event-timeout", "30=EAGAIN", "--direct")
+    with fetching(big, target, "--backend", "fuse", *options, "-o", "noatime") as served:
+        (mount,) = [mount for mount in read_mounts() if mount.mount_point == str(target)]
+        with control_socket.connect(mount) as connection:
+            command = Path(f"/proc/{control_socket.peer_of(connection).pid}/cmdline").read_text()
+        for option in options:
+            assert f"\0{option}\0" in command
+        assert run("cmp", big / "big", target / "big").stdout == ""
+        served.end()
+    for option in ("--engine", "--cache", "--events", "--event-timeout"):
+        done = fusehsm("fetch", "--backend", "fuse", option, "rubbish", big, target)
+        assert (done.returncode, "rubbish" in done.stderr, done.stderr.count("\n")) == (2, True, 1)
