@@ -28,10 +28,10 @@ from fusehsm.backends.base import Group
 from fusehsm.backends.leasing import leased
 from fusehsm.tier.beneath import open_beneath
 from fusehsm.tier.destination import Destination
-from fusehsm.tier.fetcher import Fetcher, Key, Served
+from fusehsm.tier.fetcher import Fetcher, Served
+from fusehsm.tier.identity import Key, key_of
 from fusehsm.tier.inventory import Item, items
 from fusehsm.tier.stub_file import StubFile
-from fusehsm.tier.stub_mark import generation
 
 _ADD = FAN_MARK_ADD | FAN_MARK_IGNORED_MASK | FAN_MARK_IGNORED_SURV_MODIFY | FAN_MARK_EVICTABLE
 _LOOKS: Final = 1000  # a millisecond each
@@ -143,7 +143,7 @@ class Evictor:
                 if self._place.backend == "kernel" and self._is_told():
                     raise BlockingIOError(errno.EAGAIN, "too much is going on", path)
                 status = os.fstat(fd)
-                if (status.st_dev, status.st_ino, generation(fd)) != key:
+                if key_of(fd, status) != key:
                     raise OSError(errno.ESTALE, "is another file by now", path)
                 # Punching makes events of ours where the descriptor is watched, which could not even be read during the lease.
                 if self._place.backend == "kernel":
@@ -188,7 +188,7 @@ class Evictor:
         fd = open_beneath(self._place.root_fd, path, os.O_RDONLY | os.O_NONBLOCK)
         try:
             status = os.fstat(fd)
-            key = (status.st_dev, status.st_ino, generation(fd))
+            key = key_of(fd, status)
             return key, self.fetcher.served.get(key) or self.fetcher.meet(key, fd, path)
         finally:
             os.close(fd)

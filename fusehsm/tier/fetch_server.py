@@ -32,8 +32,8 @@ from fusehsm.tier.fetch_protocol import (
     encode_result,
 )
 from fusehsm.tier.fetcher import Fetcher
+from fusehsm.tier.identity import key_of
 from fusehsm.tier.inventory import Item
-from fusehsm.tier.stub_mark import generation
 
 _MOST_CONNECTIONS: Final = 64
 
@@ -97,7 +97,7 @@ class FetchServer:
         fd = open_beneath(self._root_fd, item.path, os.O_RDONLY | os.O_NONBLOCK)
         try:
             status = os.fstat(fd)
-            key = (status.st_dev, status.st_ino, generation(fd))
+            key = key_of(fd, status)
             file = self._fetcher.meet(key, fd, item.path).file
             return file is not None and file.pin(fd, pinned)
         except OSError as error:

@@ -28,12 +28,12 @@ from fusehsm.abi import (
 from fusehsm.backends.base import Group
 from fusehsm.events import Event
 from fusehsm.tier.catalog import Catalog, below, where
+from fusehsm.tier.identity import Key, key_of
 from fusehsm.tier.persistence import Allowance, BackOff
 from fusehsm.tier.runs import runs
 from fusehsm.tier.store import Store, StoreChanged, shorter
 from fusehsm.tier.streams import Streams
 from fusehsm.tier.stub_file import InDoubt, StubFile
-from fusehsm.tier.stub_mark import generation
 
 _IGNORE = FAN_MARK_ADD | FAN_MARK_IGNORED_MASK | FAN_MARK_IGNORED_SURV_MODIFY | FAN_MARK_EVICTABLE
 _CHANGES = FAN_MODIFY | FAN_CLOSE_WRITE
@@ -42,7 +42,6 @@ _FINAL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS))
 _AT_ONCE = 16  # fills of one access
 _COMPLAINT_INTERVAL = 5.0  # seconds between two lines about the same store
 
-Key = tuple[int, int, int]  # device, inode, generation
 
 _log = logging.getLogger(__name__)
 
@@ -189,7 +188,7 @@ class Fetcher:
             raise
 
     async def _serve(self, event: Event, status: os.stat_result) -> None:
-        key = (status.st_dev, status.st_ino, generation(event.fd))
+        key = key_of(event.fd, status)
         served = self.served.get(key) or self._meet(key, event, status)
         file = served.file
         if file is None:

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from fusehsm.tier.beneath import components, open_beneath
+from fusehsm.tier.identity import Key, key_of
 from fusehsm.tier.store import byte_order
 from fusehsm.tier.stub_file import StubFile
-from fusehsm.tier.stub_mark import generation
-
-Key = tuple[int, int, int]  # device, inode, generation
 
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -57,7 +55,7 @@ def _walk(
 ) -> Iterator[Item]:
     status = os.fstat(fd)
     if stat.S_ISREG(status.st_mode):
-        key = (status.st_dev, status.st_ino, generation(fd))
+        key = key_of(fd, status)
         if key not in seen:
             seen.add(key)
             yield _item(fd, path, status, known(key), place)

@@ -10,9 +10,9 @@ import trio
 
 from fusehsm import filesystem_calls as syscalls
 from fusehsm.tier.beneath import open_beneath
-from fusehsm.tier.fetcher import Fetcher, Key
+from fusehsm.tier.fetcher import Fetcher
+from fusehsm.tier.identity import Key, key_of
 from fusehsm.tier.stub_file import StubFile
-from fusehsm.tier.stub_mark import generation
 
 INTERVAL: Final = 5.0  # seconds
 _LONGEST: Final = 6  # intervals for which files that are being filled all the time are let off
@@ -87,7 +87,7 @@ class Keeper:
         try:
             if fd is not None:
                 status = os.fstat(fd)
-                if (status.st_dev, status.st_ino, generation(fd)) != key:
+                if key_of(fd, status) != key:
                     yield None
                     return
             yield fd
@@ -112,7 +112,7 @@ def _rest_moved(root_fd: int, files: dict[Key, StubFile]) -> None:
                     continue
                 fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory_fd)
                 try:
-                    if file := files.pop((status.st_dev, status.st_ino, generation(fd)), None):
+                    if file := files.pop(key_of(fd, status), None):
                         _rest(file, fd)
                 finally:
                     os.close(fd)

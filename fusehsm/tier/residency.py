@@ -20,10 +20,10 @@ within SETTLING after it, so a change time outside is of somebody else's change.
 import errno
 import os
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import IntFlag
 from hashlib import blake2b
-from typing import Final, Self
+from typing import Final
 
 from fusehsm.tier.stub_mark import Mark
 
@@ -135,10 +135,6 @@ class Record:
     def settled(self, ctime_ns: int) -> bool:
         """Whether a file with that change time has not been changed since the record was written."""
         return self.recorded_ns <= ctime_ns <= self.recorded_ns + SETTLING
-
-    def without(self, flags: Flags) -> Self:
-        """The same with these flags cleared."""
-        return replace(self, flags=self.flags & ~flags)
 
     def write(self, fd: int) -> None:
         """Put it on the file. Raises OSError ENOSPC or EDQUOT where there is no room for it."""

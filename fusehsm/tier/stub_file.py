@@ -14,7 +14,6 @@ zeros around it. So what a fill finds there is compared with the store's content
 """
 
 import errno
-import logging
 import os
 import stat
 import threading
@@ -29,14 +28,13 @@ from fusehsm.tier.content_writer import may_have_grown_to, write_without_growing
 from fusehsm.tier.holes import holes
 from fusehsm.tier.residency import Blocks, Flags, Record, block_size_for, digest_of
 from fusehsm.tier.residue import Residue, doubtful, forget_clean_pages, residue, unfilled
+from fusehsm.tier.runs import runs
 from fusehsm.tier.stub_mark import Mark
 
 PINNED = "user.fusehsm.pinned"
 _CAPABILITIES = "security.capability"
 
 _TRIES = 3  # at a record whose time is right
-
-_log = logging.getLogger(__name__)
 
 
 class InDoubt(OSError):
@@ -171,15 +169,9 @@ class StubFile:
     def lacks(self, fd: int, offset: int, end: int) -> bool:
         """Whether there is something in [offset, end) that nobody knows, as the file was changed while nobody served it."""
         blocks = self.missing(0, self.limit) if self.missing(offset, end) else []
-        runs: list[list[int]] = []
-        for block in blocks:
-            if runs and runs[-1][1] == block:
-                runs[-1][1] += 1
-            else:
-                runs.append([block, block + 1])
         return any(
             start < end and offset < stop
-            for first, last in runs
+            for first, last in runs(blocks)
             for start, stop in doubtful(fd, first * self.block_size, min(last * self.block_size, self.limit))
         )
 
@@ -491,13 +483,3 @@ def _privileges(fd: int, status: os.stat_result) -> Callable[[], None]:
                 os.setxattr(fd, _CAPABILITIES, capabilities)
 
     return restore
-
-
-def _write_all(fd: int, data: memoryview, offset: int, path: str) -> int:
-    written = 0
-    while written < len(data):
-        count = os.pwrite(fd, data[written:], offset + written)
-        if not count:
-            raise OSError(errno.ENOSPC, "no room to fill it", path)
-        written += count
-    return written
