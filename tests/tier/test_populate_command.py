@@ -1,7 +1,6 @@
 """`fusehsm populate` from stores of all kinds, and what it prints."""
 
 import os
-import pty
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from tests import harness
 from tests.harness import NOBODY, fusehsm
 from tests.requirements import require_root
 from tests.tier.servers import Served
+from tests.tier.terminal import on_a_terminal
 from tests.tier.trees import Telling, changes_since, describe, expect_stubs, make_small_tree
 
 pytestmark = pytest.mark.any_engine
@@ -110,21 +110,7 @@ def test_a_directory_that_cannot_be_listed_is_told(source: Path, places: Callabl
 
 
 def test_progress_on_a_terminal(source: Path, target: Path) -> None:
-    ours, theirs = pty.openpty()
-    try:
-        process = harness.start(
-            [*harness.COMMAND, "populate", str(source), str(target)],
-            stderr=theirs,
-            env=harness.environment(TERM="xterm"),
-        )
-        os.close(theirs)
-        shown = b""
-        with pytest.raises(OSError, match="Input/output"):  # the terminal's end
-            while True:
-                shown += os.read(ours, 4096)
-        output, _ = process.communicate(timeout=harness.PATIENCE)
-    finally:
-        os.close(ours)
+    shown, output = on_a_terminal([*harness.COMMAND, "populate", str(source), str(target)])
     assert b"entries (" in shown
     assert output.startswith("populated ")
 

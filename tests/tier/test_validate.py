@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-import pty
 import shutil
 import subprocess
 import time
@@ -24,6 +23,7 @@ from tests.conftest import MakeMount
 from tests.harness import NOBODY, fusehsm
 from tests.requirements import require_root
 from tests.tier.servers import Served
+from tests.tier.terminal import on_a_terminal
 from tests.tier.trees import content_of, make_small_tree
 
 pytestmark = pytest.mark.any_engine
@@ -301,21 +301,7 @@ def test_bad_input_is_one_line(tmp_path: Path, words: list[str], code: int, line
 
 
 def test_progress_on_a_terminal(source: Path, copy: Path) -> None:
-    ours, theirs = pty.openpty()
-    try:
-        process = harness.start(
-            [*harness.COMMAND, "validate", str(source), str(copy), "--reads", "300"],
-            stderr=theirs,
-            env=harness.environment(TERM="xterm"),
-        )
-        os.close(theirs)
-        shown = b""
-        with pytest.raises(OSError, match="Input/output"):  # the terminal's end
-            while True:
-                shown += os.read(ours, 4096)
-        output, _ = process.communicate(timeout=harness.PATIENCE)
-    finally:
-        os.close(ours)
+    shown, output = on_a_terminal([*harness.COMMAND, "validate", str(source), str(copy), "--reads", "300"])
     assert b"reads (" in shown
     assert " agrees with the store; 8 files, " in output
 
