@@ -4,6 +4,7 @@ Who serves something else than a mount meets others there, too, by another name 
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
 import socket
@@ -78,12 +79,13 @@ def listening_as(name: str, places: Sequence[str] | None = None) -> Iterator[soc
                 os.unlink(unborn, dir_fd=directory)
             listener.bind(f"/proc/self/fd/{directory}/{unborn}")
             listener.listen(_BACKLOG)
-            os.rename(unborn, name, src_dir_fd=directory, dst_dir_fd=directory)
-            identity = os.stat(name, dir_fd=directory).st_ino
+            with _locked(directory):
+                os.rename(unborn, name, src_dir_fd=directory, dst_dir_fd=directory)
+                identity = os.stat(name, dir_fd=directory).st_ino
             try:
                 yield listener
             finally:
-                with contextlib.suppress(FileNotFoundError):
+                with _locked(directory), contextlib.suppress(FileNotFoundError):
                     if os.stat(name, dir_fd=directory).st_ino == identity:
                         os.unlink(name, dir_fd=directory)
     finally:
@@ -205,12 +207,23 @@ def sweep() -> None:
 
 def _sweep(directory: int) -> None:
     """Unlink the sockets that nobody listens on any more."""
-    for name in os.listdir(directory):
-        if _SOCKET_NAME.fullmatch(name):
-            try:
-                _connect(f"/proc/self/fd/{directory}/{name}", blocking=False).close()
-            except ConnectionRefusedError:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(name, dir_fd=directory)
-            except OSError:
-                pass  # busy, or gone meanwhile
+    with _locked(directory):
+        for name in os.listdir(directory):
+            if _SOCKET_NAME.fullmatch(name):
+                try:
+                    _connect(f"/proc/self/fd/{directory}/{name}", blocking=False).close()
+                except ConnectionRefusedError:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(name, dir_fd=directory)
+                except OSError:
+                    pass  # busy, or gone meanwhile
+
+
+@contextmanager
+def _locked(directory: int) -> Iterator[None]:
+    """Keep others from giving a name to another socket between a look at it and its removal."""
+    fcntl.flock(directory, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.flock(directory, fcntl.LOCK_UN)

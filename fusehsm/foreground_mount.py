@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -9,11 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+from fusehsm import control_socket
 from fusehsm.engines.fuse_mount import unmount
 from fusehsm.held_signals import signals_held
+from fusehsm.mountinfo import Mount, MountId, read_mounts
 from fusehsm.own_command import own_command, own_environment
 
 _PATIENCE = 30.0  # seconds for a daemon to go
+_LONGEST_MESSAGE = 64  # bytes; of the daemon, with the number of its mount
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +39,16 @@ def foreground_mount(
     """`fusehsm mount` of one directory at another, which other users may use where root mounts it; unmounted at the end whatever happened.
     What its server says from now on goes to `hear`, a line at a time, in another thread.
 
-    It ends, too, when this process is killed: it holds the other end of a pipe (PR_SET_PDEATHSIG does not outlast a change of setfsuid(2), as
+    It ends, too, when this process is killed: it holds the other end of a socket (PR_SET_PDEATHSIG does not outlast a change of setfsuid(2), as
     servers of file systems make it). Raises OSError with what the command said if the mount does not come up.
     """
-    lifeline, held = os.pipe()
-    command = own_command("mount", "--foreground", "--lifeline", str(lifeline))
+    lifeline, held = socket.socketpair()
+    command = own_command("mount", "--foreground", "--lifeline", str(lifeline.fileno()))
     allow_other = ["--allow-other"] if os.geteuid() == 0 else []
     try:
         daemon = None
         try:
-            with os.fdopen(lifeline, "rb", buffering=0), signals_held():
+            with lifeline, signals_held():
                 daemon = subprocess.Popen(
                     [*command, *options, *allow_other, source, destination],
                     stdin=subprocess.DEVNULL,
@@ -52,7 +56,7 @@ def foreground_mount(
                     stderr=subprocess.PIPE,
                     start_new_session=True,
                     env=own_environment(),
-                    pass_fds=[lifeline],
+                    pass_fds=[lifeline.fileno()],
                     text=True,
                 )
             _wait_until_ready(daemon)
@@ -61,9 +65,9 @@ def foreground_mount(
             yield ForegroundMount(daemon, reader)
         finally:
             if daemon is not None:
-                _end(daemon, destination)
+                _end(daemon, held, destination)
     finally:
-        os.close(held)
+        held.close()
 
 
 def _wait_until_ready(daemon: "subprocess.Popen[str]") -> None:
@@ -83,16 +87,36 @@ def _pass_on(daemon: "subprocess.Popen[str]", hear: Callable[[str], None]) -> No
             hear(line.rstrip("\n"))
 
 
-def _end(daemon: "subprocess.Popen[str]", destination: str) -> None:
-    """Unmount as a service manager would; if that takes too long, kill the daemon, which ends the connection, and unmount lazily."""
+def _end(daemon: "subprocess.Popen[str]", held: socket.socket, destination: str) -> None:
+    """Let the daemon unmount, as a service manager would. If that takes too long, kill it; of one that was killed, unmount what it had mounted."""
     daemon.send_signal(signal.SIGTERM)
     with suppress(subprocess.TimeoutExpired):
         daemon.wait(_PATIENCE)
     if daemon.poll() is None:
         daemon.kill()
         daemon.wait()
+    if daemon.returncode >= 0:
+        return
+    held.setblocking(False)
+    with suppress(OSError):  # it has told nothing, or its mount is gone already
+        left = MountId.unpack(held.recv(_LONGEST_MESSAGE))
+        if left is not None:
+            _unmount_dead(destination, left)
+
+
+def _unmount_dead(destination: str, left: MountId) -> None:
+    """Unmount what a daemon that is dead by now has left."""
+    for mount in read_mounts():
+        if mount.mount_id == left.number and _is_served(mount):
+            return  # another's, with the same number (before Linux 6.8)
     absolute = os.path.abspath(destination)
-    with suppress(OSError):  # it is gone already, as a daemon that ends leaves it
-        unmount(
-            os.path.join(os.path.realpath(os.path.dirname(absolute)), os.path.basename(absolute)), lazily=True
-        )
+    point = os.path.join(os.path.realpath(os.path.dirname(absolute)), os.path.basename(absolute))
+    unmount(point, left, lazily=True)
+
+
+def _is_served(mount: Mount) -> bool:
+    try:
+        control_socket.connect(mount).close()
+    except OSError:
+        return False
+    return True

@@ -34,6 +34,8 @@ _READY = b"ready\n"
 _SYSLOG = "/dev/log"
 _START_DEADLINE = 60.0  # seconds until the mount must answer
 _END_DEADLINE = 30.0  # seconds for the daemon to end after unmounting
+_INNER_PATIENCE = 5.0  # seconds for what is mounted inside to go before the mount itself
+_INNER_INTERVAL = 0.02  # seconds
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -179,15 +181,22 @@ def _serve(options: MountOptions, plan: Plan, ready: Callable[[], None]) -> None
         engine.mount(plan.destination, plan.fuse_options)
     except MountRefused as error:
         raise MountError(str(error)) from None
+    ours: mountinfo.Mount | None = None
     unmounted = False
     try:
-        device = _device_of(plan.destination)
-        gate.mounted(device, engine.caches(device))
+        ours = _mounted_at(plan.destination)
+        ours_id = mountinfo.id_of(ours)
+        if options.lifeline is not None:
+            with suppress(OSError):  # nobody holds its other end any more
+                os.write(options.lifeline, ours_id.pack())
+        gate.mounted(ours.device, engine.caches(ours.device))
         gate.requests = engine.requests
-        unmounted = _run(gate, engine, plan, device, ready, noted, options.lifeline)
+        unmounted = _run(gate, engine, plan, ours, ready, noted, options.lifeline)
     finally:
         gate.close()
-        engine.close(unmount=not unmounted)
+        if ours is not None and not unmounted:
+            _give_back(ours, ours_id)
+        engine.close()
         overlay.close()
 
 
@@ -213,28 +222,39 @@ def _run(
     gate: Gate,
     engine: Engine,
     plan: Plan,
-    device: tuple[int, int],
+    ours: mountinfo.Mount,
     ready: Callable[[], None],
     noted: list[int],
     lifeline: int | None,
 ) -> bool:
     """The event loop; returns whether the filesystem has been unmounted already. Ends when it can if signals have been `noted` before, and
-    when nobody holds the other end of the pipe `lifeline` any more."""
+    when nobody holds the other end of the socket `lifeline` any more."""
     import trio
 
     from fusehsm.backends.inprocess import serve_in_process
     from fusehsm.self_access import Watchdog, refuse_calls
     from fusehsm.server import serve_control
 
+    ending = trio.Event()
+
     async def on_signals(*, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         with trio.open_signal_receiver(*_ENDING) as signals:
             task_status.started()
             async for number in signals:
                 noted.append(number)
-                engine.stop()
+                ending.set()
 
     async def end_with(lifeline: int) -> None:
         await trio.lowlevel.wait_readable(lifeline)
+        ending.set()
+
+    async def stop_when_asked() -> None:
+        await ending.wait()
+        # Whoever has mounted something inside needs this mount to get there and unmount it: as does the daemon of a nested --mount, which is
+        # asked to end at the same time.
+        with trio.move_on_after(_INNER_PATIENCE):
+            while mountinfo.mounts_on(ours.mount_id):  # noqa: ASYNC110 (trio cannot wait for POLLPRI)
+                await trio.sleep(_INNER_INTERVAL)
         engine.stop()
 
     async def announce() -> None:
@@ -242,23 +262,22 @@ def _run(
         await trio.to_thread.run_sync(os.statvfs, plan.destination, abandon_on_cancel=True)
         ready()
         if noted:
-            engine.stop()
+            ending.set()
 
     async def main() -> bool:
-        stopped_by_signal = True
         async with trio.open_nursery() as nursery:
             await nursery.start(on_signals)
-            await nursery.start(serve_control, gate, device)
+            await nursery.start(serve_control, gate, ours.device)
             if plan.handler is not None:
                 await nursery.start(serve_in_process, gate, plan.handler)
             nursery.start_soon(announce)
+            nursery.start_soon(stop_when_asked)
             if lifeline is not None:
                 nursery.start_soon(end_with, lifeline)
             await engine.serve()
-            stopped_by_signal = mountinfo_has(device)
             gate.listeners.abandon()
             nursery.cancel_scope.cancel()
-        return not stopped_by_signal
+        return not ending.is_set()
 
     try:
         if plan.handler is None:
@@ -275,11 +294,6 @@ def _run(
         raise
 
 
-def mountinfo_has(device: tuple[int, int]) -> bool:
-    """Whether a filesystem with this (major, minor) is mounted here."""
-    return any(mount_.device == device for mount_ in mountinfo.read_mounts())
-
-
 def _raise_open_limit() -> int:
     """Let this process hold as many descriptors as it may; returns that number."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -291,9 +305,9 @@ def _raise_open_limit() -> int:
     return soft
 
 
-def _device_of(destination: str) -> tuple[int, int]:
-    """The (major, minor) of what was mounted last on `destination`; asks nobody, least of all the mount."""
-    found = [m.device for m in mountinfo.read_mounts() if m.mount_point == destination and m.is_fusehsm]
+def _mounted_at(destination: str) -> mountinfo.Mount:
+    """What was mounted last on `destination`; asks nobody, least of all the mount."""
+    found = [m for m in mountinfo.read_mounts() if m.mount_point == destination and m.is_fusehsm]
     if not found:
         raise MountError(f"{destination}: mounted, but not in /proc/self/mountinfo; see fusehsm doctor")
     return found[-1]
@@ -302,12 +316,29 @@ def _device_of(destination: str) -> tuple[int, int]:
 # Unmounting
 
 
-def unmount(path: str) -> None:
-    """Unmount a fusehsm mount and wait for its daemon. Raises MountError."""
+def _give_back(ours: mountinfo.Mount, ours_id: mountinfo.MountId) -> None:
+    """Unmount what this process has mounted, if it is there; nothing that others have mounted goes with it."""
+    point = ours.mount_point
+    try:
+        fuse_mount.unmount(point, ours_id, lazily=True)
+        return
+    except OSError as error:
+        reason = error.strerror
+    for above in mountinfo.mounts_on(ours.mount_id):
+        reason = f"{above.mount_point} is mounted on it; unmount that, then run fusehsm umount {point}"
+    if any(m.mount_id == ours.mount_id and m.device == ours.device for m in mountinfo.read_mounts()):
+        log.warning("%s: left mounted: %s", point, reason)
+
+
+def unmount(path: str, wanted: mountinfo.MountId | None = None) -> None:
+    """Unmount a fusehsm mount, `wanted` if that is given and no other, and wait for its daemon. Raises MountError."""
     mount_ = _find(path)
+    found = mountinfo.id_of(mount_)
+    if wanted not in (None, found):
+        raise MountError(f"{path}: another mount has come in its place; fusehsm status shows it")
     daemon = _daemon_pid(mount_)
     # Nobody serves a mount whose daemon was killed: what is still open there only gets errors, and must not keep the mount.
-    _unmount(path, mount_.mount_point, lazily=daemon is None)
+    _unmount(path, mount_.mount_point, found, lazily=daemon is None)
     if daemon is not None:
         _wait_for_end(daemon, path)
     else:
@@ -332,15 +363,15 @@ def _find(path: str) -> mountinfo.Mount:
     return found[-1]
 
 
-def _unmount(path: str, mount_point: str, *, lazily: bool) -> None:
+def _unmount(path: str, mount_point: str, wanted: mountinfo.MountId, *, lazily: bool) -> None:
     try:
-        fuse_mount.unmount(mount_point, lazily=lazily)
+        fuse_mount.unmount(mount_point, wanted, lazily=lazily)
     except OSError as error:
-        mend = (
-            "close what is open there (fuser -vm shows it) and try again"
-            if error.errno == errno.EBUSY
-            else "see fusehsm doctor"
-        )
+        mend = "see fusehsm doctor"
+        if mountinfo.mounts_on(wanted.number):
+            mend = f"unmount that first, or both with umount -l {path}"
+        elif error.errno == errno.EBUSY:
+            mend = "close what is open there (fuser -vm shows it) and try again"
         raise MountError(f"{path}: {error.strerror}; {mend}") from None
 
 

@@ -9,6 +9,7 @@ AT_FDCWD: Final = -100
 
 MS_BIND: Final = 0x1000  # mount(2)
 MS_REC: Final = 0x4000
+MS_PRIVATE: Final = 1 << 18
 MNT_DETACH: Final = 2  # umount2(2)
 
 _SYS_FACCESSAT2: Final = 439  # on every architecture; Linux 5.8

@@ -72,7 +72,7 @@ def main(source: str, descriptor: int, world: str) -> None:
         trio.run(lambda: _serve(engine, gate, watched=watched))
     finally:
         gate.close()
-        engine.close(unmount=False)
+        engine.close()
         overlay.close()
 
 

@@ -98,6 +98,7 @@ class InProcessSite(Site):
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         from fusehsm import mountinfo
+        from fusehsm.engines import fuse_mount
         from fusehsm.engines.choice import make
         from fusehsm.gate import Gate
         from fusehsm.overlay import Overlay
@@ -128,7 +129,8 @@ class InProcessSite(Site):
                 nursery.cancel_scope.cancel()
         finally:
             gate.close()
-            engine.close(unmount=True)
+            fuse_mount.unmount(str(self.path), mountinfo.id_at(str(self.path)), lazily=True)
+            engine.close()
             overlay.close()
 
 

@@ -52,6 +52,11 @@ def mount_at(path: str | Path) -> mountinfo.Mount:
     return found
 
 
+def unmount_at(path: Path, *, lazily: bool) -> None:
+    """What is on top there by now."""
+    unmount(str(path), mountinfo.id_at(str(path)), lazily=lazily)
+
+
 def wait_until_gone(path: Path) -> None:
     with open("/proc/self/mountinfo", "rb") as mounts:
         poll = select.poll()
@@ -74,6 +79,7 @@ def connected(path: str | Path, *options: str) -> Iterator[Connection]:
 # Holds a mount as another process, says what came of it, and does what stdin says.
 HOLDER = """
 import logging, sys
+from fusehsm import mountinfo
 from fusehsm.engines import fuse_mount
 point, *options = sys.argv[1:]
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
@@ -81,10 +87,11 @@ try:
     connection = fuse_mount.mount(point, frozenset(options))
 except fuse_mount.MountRefused as refusal:
     sys.exit(ascii(str(refusal)))
+ours = mountinfo.id_at(point)
 print("mounted", flush=True)
 for line in sys.stdin:
     try:
-        fuse_mount.unmount(point, lazily=line == "lazily\\n")
+        fuse_mount.unmount(point, ours, lazily=line == "lazily\\n")
         print("unmounted", flush=True)
     except OSError as error:
         print(error.errno, error.strerror, flush=True)
@@ -204,7 +211,7 @@ def test_options(mount_point: Path, options: str, of_mount: str, of_filesystem: 
         assert lines_at(mount_point) == [expected]
         found = mount_at(mount_point)
         assert (found.filesystem_type, found.source) == ("fuse.fusehsm", "/the/source")
-        unmount(str(mount_point), lazily=False)
+        unmount_at(mount_point, lazily=False)
         assert not lines_at(mount_point)
 
 
@@ -247,7 +254,7 @@ def test_mount_points(mount_point: Path, name: str, more: tuple[str, ...]) -> No
     place.mkdir()
     with connected(place, *USUAL, *more):
         assert len(lines_at(place)) == 1
-        unmount(str(place), lazily=False)
+        unmount_at(place, lazily=False)
         assert not lines_at(place)
 
 
@@ -448,10 +455,10 @@ def test_unmounting_what_is_in_use(mount_point: Path) -> None:
         in_use = open_root(mount_point)
         try:
             with pytest.raises(OSError) as caught:
-                unmount(str(mount_point), lazily=False)
+                unmount_at(mount_point, lazily=False)
             assert caught.value.errno == errno.EBUSY
             assert lines_at(mount_point)
-            unmount(str(mount_point), lazily=True)
+            unmount_at(mount_point, lazily=True)
             assert not lines_at(mount_point)
         finally:
             in_use.communicate(timeout=PATIENCE)
@@ -464,10 +471,11 @@ def test_what_lies_below_is_not_unmounted(mount_point: Path) -> None:
     try:
         with connected(mount_point):
             assert len(lines_at(mount_point)) == 2
-            unmount(str(mount_point), lazily=False)
+            ours = mountinfo.id_at(str(mount_point))
+            unmount(str(mount_point), ours, lazily=False)
             for lazily in (False, True):
                 with pytest.raises(OSError) as caught:
-                    unmount(str(mount_point), lazily=lazily)
+                    unmount(str(mount_point), ours, lazily=lazily)
                 assert caught.value.errno == errno.EINVAL
             assert len(lines_at(mount_point)) == 1
     finally:
@@ -479,7 +487,7 @@ def test_the_holder_dies(mount_point: Path, hold: MakeHolder) -> None:
     hold(mount_point).kill()
     assert len(lines_at(mount_point)) == 1
     assert is_dead(mount_point)
-    unmount(str(mount_point), lazily=True)
+    unmount_at(mount_point, lazily=True)
     assert not lines_at(mount_point)
 
 
@@ -538,7 +546,7 @@ def test_closing(mount_point: Path) -> None:
     connection = mount(str(mount_point), USUAL)
     connection.close()
     assert is_dead(mount_point)
-    unmount(str(mount_point), lazily=False)
+    unmount_at(mount_point, lazily=False)
     connection = mount(str(mount_point), USUAL | {"auto_unmount"})
     connection.close()
     assert connection.helper is not None

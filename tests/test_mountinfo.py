@@ -43,7 +43,9 @@ def test_a_mount_of_ours_is_known_with_its_owner(make_mount: MakeMount) -> None:
 
 def test_the_owner_is_the_user_who_mounted() -> None:
     line = "60 27 0:41 / /home/u/mnt rw,nosuid - fuse.fusehsm /home/u/src rw,user_id=1000,group_id=1000\n"
-    assert Mount.parse(line) == Mount(60, (0, 41), "/", "/home/u/mnt", "fuse.fusehsm", "/home/u/src", 1000)
+    assert Mount.parse(line) == Mount(
+        60, (0, 41), "/", "/home/u/mnt", "fuse.fusehsm", "/home/u/src", 1000, 27
+    )
     with_tags = "60 27 0:41 / /mnt rw shared:1 master:2 - fuse.fusehsm src rw\n"
     assert Mount.parse(with_tags).owner_uid == 0
 

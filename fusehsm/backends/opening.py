@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import logging
 import operator
 import os
 from collections.abc import AsyncIterator, Iterable, Iterator
@@ -30,7 +31,9 @@ from fusehsm.abi import (
 from fusehsm.backends.base import AT_FDCWD, Group
 from fusehsm.backends.emulated import EmulatedGroup
 from fusehsm.backends.kernel import KernelGroup
-from fusehsm.mountinfo import Mount, mount_of
+from fusehsm.mountinfo import Mount, mount_of, mount_of_descriptor, read_mounts
+
+log = logging.getLogger(__name__)
 
 # A full queue lets accesses through unasked, so the default queue is unlimited: no stub may be read as zeros.
 DEFAULT_FLAGS = FAN_CLASS_PRE_CONTENT | FAN_CLOEXEC | FAN_UNLIMITED_QUEUE | FAN_UNLIMITED_MARKS
@@ -176,11 +179,36 @@ def _bound_on_itself(target: str) -> Iterator[None]:
     # By descriptor: the path may lead to another mount by the time this one has to go.
     descriptor = os.open(target, os.O_PATH | os.O_CLOEXEC)
     try:
-        yield
+        bound = mount_of_descriptor(descriptor).mount_id
+        copies = _tree_of(bound)
+        try:
+            yield
+        finally:
+            _unbind(target, descriptor, _tree_of(bound) - copies)
     finally:
-        with contextlib.suppress(OSError):  # somebody else has unmounted it already
-            syscalls.umount2(b"/proc/self/fd/%d" % descriptor, syscalls.MNT_DETACH)
         os.close(descriptor)
+
+
+def _unbind(target: str, descriptor: int, strangers: set[int]) -> None:
+    """Unmount the bind mount and the copies of mounts that came with it."""
+    if strangers:
+        # They would be unmounted, too. Without the group the bind mount is as if it were not there.
+        log.warning("%s: left bind-mounted on itself, because others have mounted something in it", target)
+        return
+    path = b"/proc/self/fd/%d" % descriptor
+    with contextlib.suppress(OSError):  # somebody else has unmounted it already
+        # Where mounts are shared (as systemd makes them), the originals would be unmounted with their copies.
+        syscalls.mount(b"none", path, None, syscalls.MS_PRIVATE | syscalls.MS_REC)
+        syscalls.umount2(path, syscalls.MNT_DETACH)
+
+
+def _tree_of(root: int) -> set[int]:
+    """The numbers of a mount and of all below it."""
+    found = {root}
+    mounts = list(read_mounts())
+    while more := {m.mount_id for m in mounts if m.parent_id in found} - found:
+        found |= more
+    return found
 
 
 def _mask(mask: int | Iterable[str] | None, dialect: Dialect, *, chosen: bool, directory: bool) -> int:

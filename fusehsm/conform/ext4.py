@@ -7,7 +7,9 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from fusehsm import syscalls
 from fusehsm.held_signals import signals_held
+from fusehsm.mountinfo import mount_of_descriptor, mounts_on
 
 _PATIENCE = 60.0  # seconds for one command
 
@@ -34,10 +36,10 @@ def _run(*command: str) -> None:
 def ext4_image(path: Path | str, size_mb: int = 64) -> Iterator[Path]:
     """Make `path` (a directory, created) the root of a new ext4 of that many MiB, in the sparse file `path`.img. Needs root.
 
-    Unmounts at the end whatever happened, lazily if something still uses it; the loop device goes with its last user. Raises OSError in one
-    line when a tool is missing or fails.
+    Unmounts it at the end whatever happened, also where something still uses it, but nothing that others have mounted; the loop device goes with
+    its last user. Raises OSError in one line when a tool is missing or fails.
     """
-    make_filesystem, mount, unmount = _tool("mkfs.ext4"), _tool("mount"), _tool("umount")
+    make_filesystem, mount = _tool("mkfs.ext4"), _tool("mount")
     mount_point = Path(path)
     image = mount_point.with_name(mount_point.name + ".img")
     mount_point.mkdir(parents=True, exist_ok=True)
@@ -48,10 +50,28 @@ def ext4_image(path: Path | str, size_mb: int = 64) -> Iterator[Path]:
         _run(mount, "-t", "ext4", "-o", "loop", str(image), str(mount_point))
         yield mount_point
     finally:
-        # Looked up: mount(8) may have failed, or have run out of time at its very end.
-        if os.path.ismount(mount_point):
-            try:
-                _run(unmount, str(mount_point))
-            except OSError:
-                _run(unmount, "-l", str(mount_point))
+        _unmount(mount_point, image)
         image.unlink(missing_ok=True)
+
+
+def _unmount(mount_point: Path, image: Path) -> None:
+    """Unmount the image, if it is what is mounted there: mount(8) may have failed, or have run out of time at its very end."""
+    descriptor = os.open(mount_point, os.O_PATH | os.O_CLOEXEC)
+    try:
+        mount = mount_of_descriptor(descriptor)
+        if mount.mount_point != str(mount_point.resolve()) or _image_of(mount.source) != image.resolve():
+            return
+        for above in mounts_on(mount.mount_id):
+            raise OSError(f"{mount_point}: left mounted: {above.mount_point} is mounted on it; unmount both")
+        # By descriptor: the path may lead to another mount meanwhile.
+        syscalls.umount2(b"/proc/self/fd/%d" % descriptor, syscalls.MNT_DETACH)
+    finally:
+        os.close(descriptor)
+
+
+def _image_of(source: str) -> Path | None:
+    """The file that a loop device has its content in."""
+    try:
+        return Path(Path("/sys/block", Path(source).name, "loop/backing_file").read_text().rstrip("\n"))
+    except OSError:
+        return None

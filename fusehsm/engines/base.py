@@ -27,8 +27,8 @@ class Engine(Protocol):
     def stop(self) -> None:
         """Make `serve` return."""
 
-    def close(self, *, unmount: bool) -> None:
-        """Free everything, after `serve` has returned."""
+    def close(self) -> None:
+        """Free everything, after `serve` has returned. Unmounts nothing; a mount that still stands is refused from then on."""
 
     def requests(self) -> dict[str, int]:
         """How many requests have come, by their names in fuse.h; empty when the engine does not count."""

@@ -87,7 +87,6 @@ class DevFuse:
         self._interrupted: dict[int, Request] = {}  # what waits although a signal has come
         self._interruption = trio.Event()
         self._connection: fuse_mount.Connection | None = None
-        self._mount_point = ""
         self._device = -1  # its descriptor
         self._view = memoryview(bytearray(protocol.BUFFER_SIZE))
         self._reader: object | None = None  # the worker that reads, or answers and has not had to wait yet
@@ -99,7 +98,6 @@ class DevFuse:
 
     def mount(self, mount_point: str, options: frozenset[str]) -> None:
         self._connection = fuse_mount.mount(mount_point, options)
-        self._mount_point = mount_point
         self.attach(self._connection.descriptor)
 
     def attach(self, descriptor: int) -> None:
@@ -119,10 +117,7 @@ class DevFuse:
     def stop(self) -> None:
         self._scope.cancel()
 
-    def close(self, *, unmount: bool) -> None:
-        if unmount:
-            with suppress(OSError):
-                fuse_mount.unmount(self._mount_point, lazily=True)
+    def close(self) -> None:
         if self._connection is not None:
             self._connection.close()
 

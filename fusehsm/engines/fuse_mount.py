@@ -132,22 +132,32 @@ def mount(mount_point: str, options: frozenset[str]) -> Connection:
     return _mount_through_helper(mount_point, asked)
 
 
-def unmount(mount_point: str, *, lazily: bool) -> None:
-    """Unmount the fusehsm mount at that real path; `lazily`: although it is in use (MNT_DETACH in umount2(2)).
+def unmount(mount_point: str, wanted: mountinfo.MountId, *, lazily: bool) -> None:
+    """Unmount that mount, which is at that real path, and no other; `lazily`: although it is in use (MNT_DETACH in umount2(2)).
 
-    Raises OSError: EINVAL where no fusehsm mount is on top there, EBUSY where files are open and not `lazily`, else as umount2(2) does.
+    Raises OSError: EINVAL where another mount, or none, is on top there, EBUSY where something is mounted on it, or files are open and not
+    `lazily`, else as open(2) and umount2(2) do.
     """
-    found = [mount_.is_fusehsm for mount_ in mountinfo.read_mounts() if mount_.mount_point == mount_point]
-    if not found or not found[-1]:
-        # With SRC = DST, SRC may be a mount itself, and must not go when ours has gone already.
-        raise OSError(errno.EINVAL, "not a fusehsm mount", mount_point)
+    descriptor = os.open(mount_point, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        flags = _UMOUNT_NOFOLLOW | (syscalls.MNT_DETACH if lazily else 0)
-        syscalls.umount2(os.fsencode(mount_point), flags)
-        return
+        if mountinfo.id_of_descriptor(descriptor) != wanted:
+            raise OSError(errno.EINVAL, "another mount is there, or none", mount_point)
+        # The kernel would unmount that, too, if asked to be lazy.
+        for above in mountinfo.mounts_on(wanted.number):
+            raise OSError(errno.EBUSY, f"{above.mount_point} is mounted on it", mount_point)
+        if lazily:
+            # By descriptor: the path may lead to another mount meanwhile.
+            syscalls.umount2(b"/proc/self/fd/%d" % descriptor, syscalls.MNT_DETACH)
+            return
     except PermissionError:
         if os.geteuid() == 0:
             raise
+    finally:
+        os.close(descriptor)
+    if os.geteuid() == 0:
+        # The descriptor would keep it in use.
+        syscalls.umount2(os.fsencode(mount_point), _UMOUNT_NOFOLLOW)
+        return
     command = [_HELPER, "-u", *(["-z"] if lazily else []), "--", mount_point]
     # In a session of its own: the terminal's Ctrl-C is for us, and comes twice from the impatient.
     done = subprocess.run(

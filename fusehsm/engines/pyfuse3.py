@@ -360,8 +360,9 @@ class PyFuse3:
     def stop(self) -> None:
         pyfuse3.terminate()
 
-    def close(self, *, unmount: bool) -> None:
-        pyfuse3.close(unmount=unmount)
+    def close(self) -> None:
+        # libfuse would unmount by path, whatever is mounted there by now.
+        pyfuse3.close(unmount=False)
 
     def requests(self) -> dict[str, int]:
         return {}

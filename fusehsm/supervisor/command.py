@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NoReturn
 
+from fusehsm import mountinfo
 from fusehsm.abi import DIALECTS
 from fusehsm.foreground_mount import foreground_mount
-from fusehsm.mount_options import EVENT_MODES
+from fusehsm.held_signals import signals_held
+from fusehsm.mount import unmount
+from fusehsm.mount_options import EVENT_MODES, MountError
 from fusehsm.own_command import own_command, own_environment
 from fusehsm.supervisor import filters
 from fusehsm.supervisor.calls import Calls
@@ -91,6 +94,8 @@ def run(options: RunOptions) -> NoReturn:
         # One after the other: a directory may lie in another.
         for place in dict.fromkeys(map(os.path.realpath, options.mounts)):
             _mount(mounts, place, options)
+        if options.keep:
+            mounts.pop_all()
         code = _Run(options, machine, directory).run()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -115,15 +120,26 @@ def _mount(mounts: ExitStack, place: str, options: RunOptions) -> None:
         mounts.enter_context(foreground_mount(place, place, *arguments))
         return
     arguments += ["--allow-other"] if os.geteuid() == 0 else []
-    done = subprocess.run(
-        own_command("mount", *arguments, place, place),
-        env=own_environment(),
-        stdin=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    # In a session of its own: Ctrl-C is for us, who then unmount it.
+    with signals_held():
+        done = subprocess.run(
+            own_command("mount", *arguments, place, place),
+            env=own_environment(),
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            text=True,
+        )
+        if done.returncode == 0:
+            # Until the command begins: where another cannot be mounted, none is kept.
+            mounts.callback(_unmount, place, mountinfo.id_at(place))
     if done.returncode:
         raise RunError(done.stderr.strip().removeprefix("fusehsm: "))
+
+
+def _unmount(place: str, mount_id: mountinfo.MountId) -> None:
+    with suppress(MountError):
+        unmount(place, mount_id)
 
 
 def _die_of(number: int) -> None:

@@ -15,7 +15,7 @@ from fusehsm.backends.opening import BACKENDS, kernel_can_watch
 from fusehsm.held_signals import signals_held
 from fusehsm.mount import unmount
 from fusehsm.mount_options import MountError
-from fusehsm.mountinfo import Mount, mount_of
+from fusehsm.mountinfo import Mount, MountId, id_at, id_of, mount_of
 from fusehsm.own_command import own_command, own_environment
 from fusehsm.protocol import Backing
 from fusehsm.tier.alone import alone
@@ -56,10 +56,11 @@ def destination(path: str, backend: str, mount_arguments: Sequence[str]) -> Iter
             raise OSError(
                 errno.EINVAL, f"lies on a mount of fusehsm; serve its mount point {mount.mount_point}", path
             )
+        taken_over = id_of(mount)
         with _root_below(mount) as root_fd, alone(root_fd, path):
             yield Destination(path, root_fd, "fuse")
             if mount.source == path:
-                _unmount(path)
+                _unmount(path, taken_over)
         return
     root_fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -69,11 +70,15 @@ def destination(path: str, backend: str, mount_arguments: Sequence[str]) -> Iter
                 is_whole = mount.mount_point == path and mount.root == "/"
                 yield Destination(path, root_fd, "kernel", is_whole=is_whole)
             else:
+                mounted: list[MountId] = []
                 try:
-                    _mount(path, mount_arguments)  # a signal that came meanwhile is raised at its end
+                    _mount(
+                        path, mount_arguments, mounted
+                    )  # a signal that came meanwhile is raised at its end
                     yield Destination(path, root_fd, "fuse")
                 finally:
-                    _unmount(path)
+                    for ours in mounted:
+                        _unmount(path, ours)
     finally:
         os.close(root_fd)
 
@@ -81,10 +86,11 @@ def destination(path: str, backend: str, mount_arguments: Sequence[str]) -> Iter
 def _clear_dead_mount(path: str) -> None:
     """Take away a mount of which the daemon was killed: it refuses everything, so nobody gets to see less than before."""
     try:
+        dead = id_at(path)
         os.statvfs(path)  # asks the server, where attributes may be cached
     except OSError as error:
         if error.errno == errno.ENOTCONN:
-            _unmount(path)
+            _unmount(path, dead)
 
 
 def _kernel_can(path: str) -> bool:
@@ -113,7 +119,8 @@ def _root_below(mount: Mount) -> Iterator[int]:
         os.close(root_fd)
 
 
-def _mount(path: str, arguments: Sequence[str]) -> None:
+def _mount(path: str, arguments: Sequence[str], mounted: list[MountId]) -> None:
+    """Mount, and add the new mount to `mounted`."""
     with signals_held():
         result = subprocess.run(
             own_command("mount", *arguments, path, path),
@@ -125,6 +132,8 @@ def _mount(path: str, arguments: Sequence[str]) -> None:
             text=True,
             check=False,
         )
+        if result.returncode == 0:
+            mounted.append(id_at(path))
     if result.returncode == 2:
         raise ValueError(" ".join(result.stderr.replace("fusehsm: ", "").split()))
     if result.returncode:
@@ -132,12 +141,12 @@ def _mount(path: str, arguments: Sequence[str]) -> None:
         raise OSError(errno.EIO, f"{shown(path)} cannot be mounted: {' '.join(said.split())}")
 
 
-def _unmount(path: str) -> None:
+def _unmount(path: str, ours: MountId) -> None:
     try:
-        unmount(path)
+        unmount(path, ours)
     except MountError as error:
         with contextlib.suppress(OSError):
-            if not mount_of(path).is_fusehsm:
+            if id_at(path) != ours:
                 return
         mend = (
             f"what is not here is refused there until it is served again, or `fusehsm umount {shown(path)}`"

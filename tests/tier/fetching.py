@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fusehsm import control_socket, mountinfo
 from fusehsm.engines.fuse_mount import unmount
-from fusehsm.mountinfo import read_mounts
+from fusehsm.mountinfo import id_of, read_mounts
 from tests import harness
 
 
@@ -71,7 +71,7 @@ def clear(path: Path) -> None:
             with suppress(OSError), control_socket.connect(mount) as connection:
                 os.kill(control_socket.peer_of(connection).pid, signal.SIGKILL)
         with suppress(OSError):
-            unmount(mount.mount_point, lazily=True)
+            unmount(mount.mount_point, id_of(mount), lazily=True)
 
 
 def is_mounted(path: Path) -> bool:

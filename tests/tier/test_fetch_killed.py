@@ -2,15 +2,17 @@
 
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from fusehsm import control_socket
-from fusehsm.mountinfo import read_mounts
+from fusehsm.mountinfo import id_at, read_mounts
 from fusehsm.tier import residency, stub_mark
 from fusehsm.tier.residency import Flags
+from tests.harness import Mount
 from tests.requirements import require_root
 from tests.tier.fetching import fetching, run
 from tests.tier.planted import plant
@@ -50,6 +52,18 @@ def test_a_mount_whose_daemon_was_killed_is_replaced(source: Path, target: Path)
         with fetching(source, target, "--backend", "fuse") as again:
             assert run("cmp", source / "a file", target / "a file").stdout == ""
             again.end()
+
+
+@pytest.mark.fuse
+def test_a_mount_that_has_come_instead_stays(source: Path, target: Path) -> None:
+    """What fetch has mounted was unmounted by somebody, who has mounted another in that place."""
+    plant(source, target)
+    with fetching(source, target, "--backend", "fuse") as served:
+        subprocess.run(["umount", "-l", target], check=True)
+        with Mount(target, target):
+            theirs = id_at(str(target))
+            served.end()
+            assert id_at(str(target)) == theirs
 
 
 @pytest.mark.kernel
