@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from fusehsm import control_socket
 from fusehsm.engines.fuse_mount import unmount
-from fusehsm.held_signals import signals_held
+from fusehsm.held_signals import signals_blocked, signals_held
 from fusehsm.mountinfo import Mount, MountId, read_mounts
 from fusehsm.own_command import own_command, own_environment
 
@@ -61,7 +61,8 @@ def foreground_mount(
                 )
             _wait_until_ready(daemon)
             reader = threading.Thread(target=_pass_on, args=(daemon, hear), daemon=True)
-            reader.start()
+            with signals_blocked():
+                reader.start()
             yield ForegroundMount(daemon, reader)
         finally:
             if daemon is not None:

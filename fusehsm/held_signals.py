@@ -1,4 +1,4 @@
-"""Moments in which a signal that asks for the end must wait."""
+"""Moments in which a signal that asks for the end must wait, and threads that get none."""
 
 import signal
 import threading
@@ -31,3 +31,16 @@ def signals_held() -> Iterator[None]:
             signal.signal(number, handler)
         for arrived in came:
             signal.raise_signal(arrived)
+
+
+@contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Block every signal in this thread. A thread that is started in the body inherits that: what comes to the process never goes to it.
+
+    Otherwise the kernel may choose it, also where the main thread has blocked a signal to wait for it, and the process dies.
+    """
+    kept = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, kept)

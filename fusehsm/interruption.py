@@ -1,12 +1,11 @@
 """What has mounts and loop devices to give back is not to be ended in the middle: a signal that asks for the end becomes an exception."""
 
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Final
-
-import trio
 
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -34,6 +33,8 @@ class Interruption:
 
     async def watch(self) -> None:
         """Raise Interrupted when a signal comes: inside a trio.run() the handler must not."""
+        import trio  # not before: who has no event loop starts faster without
+
         news = trio.Event()
         token = trio.lowlevel.current_trio_token()
         self._wake = lambda: token.run_sync_soon(news.set)
@@ -53,7 +54,8 @@ class Interruption:
         if self._number or self._deaf:
             return
         self._number = number
-        if not trio.lowlevel.in_trio_run():
+        trio = sys.modules.get("trio")
+        if trio is None or not trio.lowlevel.in_trio_run():
             self.check()
         if self._wake is not None:
             self._wake()

@@ -2,6 +2,7 @@
 
 import ctypes
 import fcntl
+import itertools
 import json
 import os
 import signal
@@ -214,6 +215,55 @@ def test_a_signal_ends_the_command(number: signal.Signals, world: RunWorld) -> N
         running.process.send_signal(number)
         assert ended_by(running.end(), number)
     assert mounts_at(world.place) == 0
+
+
+def send_until_it_ends(running: Program, sent: tuple[signal.Signals, ...]) -> int:
+    """Those signals in turn, all the time; the exit code."""
+    turn = itertools.cycle(sent)
+    deadline = time.monotonic() + STEP
+    while running.process.poll() is None:
+        assert time.monotonic() < deadline, "it has not ended"
+        running.process.send_signal(next(turn))
+        time.sleep(0.001)
+    return running.process.returncode
+
+
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+several = pytest.mark.parametrize(
+    "sent", [*((number,) for number in ENDING), ENDING], ids=["SIGTERM", "SIGINT", "SIGHUP", "all"]
+)
+
+
+@several
+def test_signals_that_keep_coming(
+    sent: tuple[signal.Signals, ...], world: RunWorld, accessor: Accessor, tmp_path: Path
+) -> None:
+    """The command decides when it ends: until then its mount is served, and then unmounted."""
+    script = 'trap "" TERM INT HUP; echo ready; until test -e "$0"; do sleep 0.02; done; exit 7'
+    with Program(world.command("sh", "-c", script, str(tmp_path / "end"))) as running:
+        running.wait_ready()
+        for number in (*sent, *sent) * 30:
+            running.process.send_signal(number)
+        assert accessor.call("pread_path", str(world.place / "stub"), 10, 0, timeout=STEP) == bytes(10)
+        assert running.process.poll() is None
+        assert mounts_at(world.place) == 1
+        (tmp_path / "end").touch()
+        assert send_until_it_ends(running, sent) == 7
+        assert mounts_at(world.place) == 0
+    assert running.complaints.lines == []
+
+
+@several
+def test_signals_that_keep_coming_from_the_moment_of_mounting(
+    sent: tuple[signal.Signals, ...], world: RunWorld
+) -> None:
+    """Whether or not there is a command already, to which they go: nothing is mounted any more when it has ended."""
+    with Program(world.command("sleep", "1000")) as running:
+        wait_until(lambda: mounts_at(world.place) == 1 or running.process.poll() is not None)
+        code = send_until_it_ends(running, sent)
+        assert mounts_at(world.place) == 0
+        assert any(ended_by(code, number) for number in sent), code
+    assert running.complaints.lines == []
 
 
 # Mounts

@@ -19,6 +19,7 @@ from fusehsm import mountinfo
 from fusehsm.abi import DIALECTS
 from fusehsm.foreground_mount import foreground_mount
 from fusehsm.held_signals import signals_held
+from fusehsm.interruption import Interrupted, interruptible
 from fusehsm.mount import unmount
 from fusehsm.mount_options import EVENT_MODES, MountError
 from fusehsm.own_command import own_command, own_environment
@@ -90,19 +91,33 @@ def run(options: RunOptions) -> NoReturn:
     check_kernel(os.uname().release)
     logging.basicConfig(level=logging.WARNING, format="fusehsm run: %(message)s")
     directory = os.getcwd()
-    with ExitStack() as mounts:
-        # One after the other: a directory may lie in another.
-        for place in dict.fromkeys(map(os.path.realpath, options.mounts)):
-            _mount(mounts, place, options)
-        if options.keep:
-            mounts.pop_all()
-        code = _Run(options, machine, directory).run()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if code < 0:
-        _die_of(-code)
-    # Threads that still wait for calls, or for what somebody else's file system owes them, are not to be waited for.
-    os._exit(code)
+    # The first signal that asks for the end before there is a command ends this process, in good order; others do not disturb that.
+    with interruptible():
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        try:
+            code = _run_with_mounts(options, machine, directory)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            if code < 0:
+                _die_of(-code)
+            # Threads that still wait for calls, or for what somebody else's file system owes them, are not to be waited for.
+            os._exit(code)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _run_with_mounts(options: RunOptions, machine: Architecture, directory: str) -> int:
+    """The exit code, negative for a signal; nothing is mounted any more that is not to be kept. Signals that are passed on stay blocked."""
+    try:
+        with ExitStack() as mounts:
+            # One after the other: a directory may lie in another.
+            for place in dict.fromkeys(map(os.path.realpath, options.mounts)):
+                _mount(mounts, place, options)
+            if options.keep:
+                mounts.pop_all()
+            return _Run(options, machine, directory).run()
+    except Interrupted as interrupted:
+        return -interrupted.number
 
 
 def check_kernel(release: str) -> None:
@@ -174,11 +189,9 @@ class _Run:
         if os.geteuid() != 0:
             # Where Yama guards ptrace(2), and so a process's memory, it lets only ancestors pass: what the command leaves behind stays ours.
             prctl(PR_SET_CHILD_SUBREAPER, 1)
+        # They stay blocked when the command has ended: then there is nobody to pass them on to, and what is mounted has to go.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (*_PASSED_ON, *_JOB_CONTROL, signal.SIGCHLD))
-        try:
-            return self._run(blocked)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        return self._run(blocked)
 
     def _run(self, blocked: set[signal.Signals | int]) -> int:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
