@@ -160,7 +160,9 @@ class Content:
         """Up to `size` bytes at `offset`; fewer only at the end of the file. `fills`: whether they are for the page cache, None where the
         engine does not say. Raises OSError."""
         listeners = self._listeners
-        if listeners.idle:
+        if file.denied:
+            _forget_expired(file.denied)
+        if listeners.idle and not file.denied:
             if fills is not False:
                 self._stale.taint(file.node.id)
             return await self._read_backing(file, offset, size)
@@ -171,7 +173,7 @@ class Content:
         else:
             fill = Access(AccessKind.FILL, offset, size, who.pid, who.tid)
             explanation = Explanation((fill,), who.tid, Direction.READ, fills=True)
-        if explanation.fills and file.denied is not None:
+        if explanation.fills and file.denied:
             self._deny_repeat(file, explanation, offset, size, who)
         allowed = not explanation.accesses
         if explanation.fills:
@@ -283,17 +285,19 @@ class Content:
         waits = self._explainer.blocked_in(who, explanation.call)
         in_call = waits is not None and waits[0].number != caller.PAGE_FAULT
         window = _SAME_CALL_SECONDS if in_call else _SAME_FAULT_SECONDS
-        file.denied = DeniedFill(
+        file.denied.pop(who.tid, None)
+        file.denied[who.tid] = DeniedFill(
             waits, offset, offset + size, number, _FILL_REPEATS, time.monotonic() + window
         )
 
     def _deny_repeat(
         self, file: OpenFile[Node], explanation: Explanation, offset: int, size: int, who: Accessor
     ) -> None:
-        denied = file.denied
-        assert denied is not None
+        denied = file.denied.get(who.tid)
+        if denied is None:
+            return
         if denied.repeats_left <= 0 or time.monotonic() > denied.expires:
-            file.denied = None
+            del file.denied[who.tid]
             return
         overlaps = offset < denied.end and denied.start < offset + size
         if overlaps and self._explainer.blocked_in(who, explanation.call) == denied.waits:
@@ -487,6 +491,16 @@ def _one_less(counts: dict[int, int], node_id: int) -> int:
     if left:
         counts[node_id] = left
     return left
+
+
+def _forget_expired(denied: dict[int, DeniedFill]) -> None:
+    """Forget the oldest that count no more."""
+    now = time.monotonic()
+    while denied:
+        tid = next(iter(denied))
+        if denied[tid].expires >= now:
+            return
+        del denied[tid]
 
 
 def _armed(file: OpenFile[Node]) -> Armed:

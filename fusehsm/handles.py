@@ -50,7 +50,8 @@ class Grant:
 
 @dataclass(slots=True)
 class DeniedFill:
-    """A page-cache fill that was refused: the kernel asks more than once for one access, and the repeats get the same answer unasked.
+    """A page-cache fill that was refused: the kernel asks more than once for one access, and the repeats get the same answer unasked,
+    also when the group that refused it has gone.
 
     `waits` says what the accessor waits in (compared with ==); bytes [start, end) were refused with `errno`; `expires` in seconds of the
     monotonic clock.
@@ -69,9 +70,9 @@ class OpenFile(Generic[NodeT]):
     """One open file description of the mount.
 
     `flags` as in open(2); `tid`, `pid` (0: not looked up yet) and `uid` are the opener's; `direct`: opened with FOPEN_DIRECT_IO; `armed`
-    is the events' word for which accesses make events; `standing`: it stands for all of its node's, none of which is known;
-    `bypasses`: the kernel does not send it through the page cache any more; `tells_closer`: somebody is to be told who closes it, and
-    `closer` is the (process, thread) that has closed a descriptor of it last.
+    is the events' word for which accesses make events; `standing`: it stands for all of its node's, none of which is known; `denied`: the
+    fill that was refused last, by thread, the oldest first; `bypasses`: the kernel does not send it through the page cache any more;
+    `tells_closer`: somebody is to be told who closes it, and `closer` is the (process, thread) that has closed a descriptor of it last.
     """
 
     handle: int
@@ -84,7 +85,7 @@ class OpenFile(Generic[NodeT]):
     uid: int
     announced: RangeSet = field(default_factory=RangeSet)
     grants: dict[tuple[int, Direction], Grant] = field(default_factory=dict)
-    denied: DeniedFill | None = None
+    denied: dict[int, DeniedFill] = field(default_factory=dict)
     known_descriptor: tuple[int, int] | None = None
     descriptor: int | None = None
     users: int = 0

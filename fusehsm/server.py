@@ -311,6 +311,7 @@ class _EventChannel:
         self._credit = CREDIT
         self._numbers = _numbers()
         self._waiting: dict[int, Pending] = {}  # permission events by the number that the client answers with
+        self._unopened: list[Pending] = []  # permission events that are about to be denied
         self._errnos = (
             {0, *group.dialect.deny_errnos} if group.flags & FAN_CLASS_PRE_CONTENT else {0, errno.EPERM}
         )
@@ -348,7 +349,8 @@ class _EventChannel:
                 descriptors.append(self._gate.open_event_fd(self.group, pending))
             except OSError as error:
                 if pending.permission:
-                    self._token.run_sync_soon(self._answer, pending, errno.EPERM)
+                    self._unopened.append(pending)
+                    self._token.run_sync_soon(self._deny_unopened, idempotent=True)
                 if not self.group.flags & FAN_REPORT_FD_ERROR:
                     return None
                 fd = -(error.errno or errno.EIO)
@@ -436,18 +438,41 @@ class _EventChannel:
                 self._answer(pending, value)
         return True
 
+    def _deny_unopened(self) -> None:
+        for pending in self._unopened:
+            self._answer(pending, errno.EPERM)
+        self._unopened.clear()
+
     def _answer(self, pending: Pending, error: int) -> None:
         if not self.group.closed:
             self.group.answer(pending, error)
 
     def close(self) -> None:
+        """Take the answers that the client has given, then let it go: what it did next does not take them back."""
         self._open = False
         self.group.on_readable = None
+        self._deny_unopened()
+        self._take_the_rest()
         if self._stuck is not None:
             for descriptor in self._stuck[1]:
                 os.close(descriptor)
             self._stuck = None
         self._socket.close()
+
+    def _take_the_rest(self) -> None:
+        """Take what lies in the socket."""
+        with contextlib.suppress(OSError):
+            # A client that goes on writing would keep us here.
+            self._socket.shutdown(socket.SHUT_RDWR)
+        while True:
+            try:
+                message = self._socket.recv(protocol.FEEDBACK_SIZE + 1)
+            except ConnectionResetError:
+                continue  # the client had events to read when it closed; this is said once, before what it has written
+            except OSError:
+                return
+            if not message or not self._take(message):
+                return
 
 
 def _numbers() -> Iterator[int]:

@@ -345,6 +345,35 @@ def test_half_a_client_is_none(
     assert bystander.ask(Status())["waiting"] == []
 
 
+@pytest.mark.parametrize("which", ["requests", "events"])
+@pytest.mark.parametrize("how", ["close", "no more to write"])
+def test_what_half_a_client_has_answered_counts(
+    client: RawClient, accessor: Accessor, exact_mount: Mount, stub: Path, which: str, how: str
+) -> None:
+    client.watch(stub)
+    call = accessor.start("pread_path", str(stub), 1, 0)
+    number, _ = client.event()
+    end = client.requests if which == "requests" else client.events
+    assert end is not None
+    assert client.events is not None
+    client.events.setblocking(True)  # with a timeout it counts as full much earlier
+    # The server finds all of it at once.
+    os.kill(exact_mount.pid, signal.SIGSTOP)
+    try:
+        for _ in range(100):
+            client.feedback(protocol.ANSWER, number + 1, 0)  # to nothing
+        client.feedback(protocol.ANSWER, number, errno.EBUSY)
+        if how == "close":
+            end.close()
+        else:
+            end.shutdown(socket.SHUT_WR)
+    finally:
+        os.kill(exact_mount.pid, signal.SIGCONT)
+    with pytest.raises(OSError) as denied:
+        call.result()
+    assert denied.value.errno == errno.EBUSY
+
+
 def test_who_never_reads_keeps_only_his_own_accessors_waiting(
     client: RawClient, bystander: RawClient, make_accessor: MakeAccessor, exact_mount: Mount, stub: Path
 ) -> None:
