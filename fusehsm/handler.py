@@ -18,10 +18,12 @@ import trio
 from fusehsm.abi import FAN_Q_OVERFLOW
 from fusehsm.backends.base import Group
 from fusehsm.events import Event
-from fusehsm.suspension import noting_suspension
+from fusehsm.suspension import is_cancellation, noting_suspension
 
 AsyncHandler = Callable[[Event], Coroutine[Any, Any, None]]
 Handler = AsyncHandler | Callable[[Event], Awaitable[None] | None]
+
+_EXITS = (SystemExit, KeyboardInterrupt)
 
 _log = logging.getLogger(__name__)
 
@@ -30,12 +32,13 @@ _log = logging.getLogger(__name__)
 _GROUP_IS_GONE = frozenset((errno.EBADF, errno.EINVAL, errno.ENOTCONN))
 
 
-async def serve(group: Group, handler: Handler, *, limit: int = 64) -> None:
+async def serve(group: Group, handler: Handler, *, limit: int = 64, exits: bool = True) -> None:
     """Call `handler(event)` for every event of `group`, at most `limit` at once, until cancelled.
 
     A coroutine function runs as a task, anything else in a thread. Returning allows the access. Raising OSError with one of the errnos
     that fanotify can deny with (EPERM, EIO, EAGAIN, EBUSY, ETXTBSY, ENOSPC, EDQUOT) denies with it; every other exception denies with
-    EIO and is logged. The event's descriptor belongs to serve, which closes it when the handler is done. Events that want no answer
+    EIO and is logged. SystemExit and KeyboardInterrupt deny with EIO and are raised on, unless `exits` is false: they are failures of the
+    handler then, like others. The event's descriptor belongs to serve, which closes it when the handler is done. Events that want no answer
     are handed over too; what the handler makes of them counts for nothing.
 
     Cancelling denies with EIO what has been read and not answered. A thread cannot be cancelled: it is left to end by itself, and its
@@ -46,7 +49,7 @@ async def serve(group: Group, handler: Handler, *, limit: int = 64) -> None:
     server: _Server | None = None
     try:
         async with trio.open_nursery() as nursery:
-            server = _Server(group, handler, limit, nursery)
+            server = _Server(group, handler, limit, exits, nursery)
             if _is_coroutine_function(handler):
                 group.offer(server.handle_offered)
             server.start_worker()
@@ -58,10 +61,13 @@ async def serve(group: Group, handler: Handler, *, limit: int = 64) -> None:
 
 
 class _Server:
-    def __init__(self, group: Group, handler: Handler, limit: int, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, group: Group, handler: Handler, limit: int, exits: bool, nursery: trio.Nursery
+    ) -> None:
         self._group = group
         self._handler = handler
         self._limit = limit
+        self._exits = exits
         self._nursery = nursery
         self._handle = self._handle_as_task if _is_coroutine_function(handler) else self._handle_in_thread
         self._threads = trio.CapacityLimiter(limit)
@@ -152,7 +158,9 @@ class _Server:
                 if self._room:
                     self._room.unpark()
             error = 0
-        except Exception as exception:
+        except BaseException as exception:
+            if self._ends_with(exception):
+                raise
             error = _errno_of(exception, event)
         finally:
             self._finish(event, error)
@@ -175,10 +183,20 @@ class _Server:
             if inspect.isawaitable(result):
                 await result  # a plain function around a coroutine function
             error = 0
-        except Exception as exception:
+        except BaseException as exception:
+            if self._ends_with(exception):
+                raise
             error = _errno_of(exception, event)
         finally:
             self._finish(event, error, descriptor.release)
+
+    def _ends_with(self, exception: BaseException) -> bool:
+        """Whether what came out of a handler ends the serving, too: its event is denied before."""
+        if is_cancellation(exception):
+            return True
+        if isinstance(exception, BaseExceptionGroup):
+            return self._exits and exception.subgroup(_EXITS) is not None
+        return self._exits and isinstance(exception, _EXITS)
 
     def _finish(self, event: Event, error: int, close: Callable[[], None] | None = None) -> None:
         """Close the event's descriptor, then answer.
@@ -234,10 +252,10 @@ def _is_coroutine_function(handler: Handler) -> bool:
     return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(type(handler).__call__)
 
 
-def _errno_of(exception: Exception, event: Event) -> int:
+def _errno_of(exception: BaseException, event: Event) -> int:
     """What to deny with for what a handler raised; logs all that is not a plain denial."""
     cause = exception
-    while isinstance(cause, ExceptionGroup) and len(cause.exceptions) == 1:
+    while isinstance(cause, BaseExceptionGroup) and len(cause.exceptions) == 1:
         cause = cause.exceptions[0]  # a nursery inside the handler wraps what its one task raised
     if isinstance(cause, OSError) and cause.errno in event.dialect.deny_errnos:
         return cause.errno

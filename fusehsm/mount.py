@@ -120,6 +120,17 @@ def _wait_for_start(reader: int, child: int) -> bytes:
 def _run_daemon(options: MountOptions, plan: Plan, writer: int) -> None:
     """The daemon's whole life; never returns."""
     code = 1
+    waited_for = True
+
+    def tell(message: bytes) -> None:
+        """Say how the start went, once: nobody waits afterwards, and the number is another file's."""
+        nonlocal waited_for
+        if waited_for:
+            waited_for = False
+            with suppress(OSError):
+                os.write(writer, message)
+            os.close(writer)
+
     try:
         os.setsid()
         os.umask(0o022)
@@ -127,23 +138,15 @@ def _run_daemon(options: MountOptions, plan: Plan, writer: int) -> None:
         for standard in (0, 1, 2):
             os.dup2(null, standard)
         os.chdir("/")
-
-        def ready() -> None:
-            with suppress(OSError):
-                os.write(writer, _READY)
-            os.close(writer)
-
-        _serve(options, plan, ready)
+        _serve(options, plan, lambda: tell(_READY))
         code = 0
     except (MountError, ValueError) as error:
-        os.write(writer, f"{error}\n".encode(errors="surrogateescape"))
+        tell(f"{error}\n".encode(errors="surrogateescape"))
     except BaseException as error:
         log.exception("the mount's server failed")
-        with suppress(OSError):
-            os.write(
-                writer,
-                f"{options.destination}: {type(error).__name__}: {error}; try again with --foreground\n".encode(),
-            )
+        tell(
+            f"{options.destination}: {type(error).__name__}: {error}; try again with --foreground\n".encode()
+        )
     finally:
         os._exit(code)
 
@@ -182,7 +185,14 @@ def _serve(options: MountOptions, plan: Plan, ready: Callable[[], None]) -> None
     except MountRefused as error:
         raise MountError(str(error)) from None
     ours: mountinfo.Mount | None = None
-    unmounted = False
+    unmount = True
+
+    def stands() -> None:
+        # From now on nothing unmounts it but what is meant to: if this server fails, nobody may read the stubs that are beneath.
+        nonlocal unmount
+        unmount = False
+        ready()
+
     try:
         ours = _mounted_at(plan.destination)
         ours_id = mountinfo.id_of(ours)
@@ -191,13 +201,18 @@ def _serve(options: MountOptions, plan: Plan, ready: Callable[[], None]) -> None
                 os.write(options.lifeline, ours_id.pack())
         gate.mounted(ours.device, engine.caches(ours.device))
         gate.requests = engine.requests
-        unmounted = _run(gate, engine, plan, ours, ready, noted, options.lifeline)
+        unmount = _run(gate, engine, plan, ours, stands, noted, options.lifeline) or unmount
     finally:
         gate.close()
-        if ours is not None and not unmounted:
+        if ours is not None and unmount:
             _give_back(ours, ours_id)
         engine.close()
         overlay.close()
+        if ours is not None and not unmount and _stands(ours):
+            log.critical(
+                "%s: nobody serves this mount any more, and it refuses everybody; fusehsm umount takes it away",
+                plan.destination,
+            )
 
 
 def _import_from_elsewhere(destination: str) -> None:
@@ -227,8 +242,8 @@ def _run(
     noted: list[int],
     lifeline: int | None,
 ) -> bool:
-    """The event loop; returns whether the filesystem has been unmounted already. Ends when it can if signals have been `noted` before, and
-    when nobody holds the other end of the socket `lifeline` any more."""
+    """The event loop; returns whether somebody has asked for its end: else the filesystem has been unmounted, or its connection was ended from
+    outside. Ends when it can if signals have been `noted` before, and when nobody holds the other end of the socket `lifeline` any more."""
     import trio
 
     from fusehsm.backends.inprocess import serve_in_process
@@ -277,14 +292,19 @@ def _run(
             await engine.serve()
             gate.listeners.abandon()
             nursery.cancel_scope.cancel()
-        return not ending.is_set()
+        return ending.is_set()
 
     try:
         if plan.handler is None:
             return trio.run(main)
         refuse_calls(plan.destination, threading.get_ident())
-        with Watchdog():
-            return trio.run(main)
+        with Watchdog() as watchdog:
+            ended = trio.run(main)
+        if watchdog.has_ended_it:
+            raise MountError(
+                f"{plan.destination}: the handler waited for its own mount; have it use a thread (trio.to_thread.run_sync)"
+            )
+        return ended
     except ExceptionGroup as group:
         cause: Exception = group
         while isinstance(cause, ExceptionGroup) and len(cause.exceptions) == 1:
@@ -316,6 +336,11 @@ def _mounted_at(destination: str) -> mountinfo.Mount:
 # Unmounting
 
 
+def _stands(ours: mountinfo.Mount) -> bool:
+    """Whether that mount is still in this namespace."""
+    return any(m.mount_id == ours.mount_id and m.device == ours.device for m in mountinfo.read_mounts())
+
+
 def _give_back(ours: mountinfo.Mount, ours_id: mountinfo.MountId) -> None:
     """Unmount what this process has mounted, if it is there; nothing that others have mounted goes with it."""
     point = ours.mount_point
@@ -326,7 +351,7 @@ def _give_back(ours: mountinfo.Mount, ours_id: mountinfo.MountId) -> None:
         reason = error.strerror
     for above in mountinfo.mounts_on(ours.mount_id):
         reason = f"{above.mount_point} is mounted on it; unmount that, then run fusehsm umount {point}"
-    if any(m.mount_id == ours.mount_id and m.device == ours.device for m in mountinfo.read_mounts()):
+    if _stands(ours):
         log.warning("%s: left mounted: %s", point, reason)
 
 

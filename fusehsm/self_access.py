@@ -71,6 +71,7 @@ class Watchdog:
         self._thread = threading.get_ident()
         self._tid = threading.get_native_id()
         self._stopping = threading.Event()
+        self.has_ended_it = False
         self._runner = threading.Thread(target=self._run, name="fusehsm-watchdog", daemon=True)
 
     def __enter__(self) -> Self:
@@ -97,6 +98,7 @@ class Watchdog:
                     "use a thread (trio.to_thread.run_sync). It was at:\n%s",
                     culprit,
                 )
+                self.has_ended_it = True
                 _end_connection()
                 os.kill(os.getpid(), signal.SIGTERM)
                 return

@@ -1,10 +1,19 @@
-"""Noticing that a coroutine has to wait."""
+"""Noticing that a coroutine has to wait, and that what ends it is its surroundings' end."""
 
+import math
 import types
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any, TypeVar, cast
 
+import trio
+
 _Result = TypeVar("_Result")
+
+
+def is_cancellation(failure: BaseException) -> bool:
+    """Whether the surroundings of the running task have been cancelled, which that exception tells and which is to be raised on. A
+    Cancelled of some other scope, that somebody has kept, is a failure like others."""
+    return isinstance(failure, trio.Cancelled) and trio.current_effective_deadline() == -math.inf
 
 
 @types.coroutine

@@ -24,7 +24,7 @@ from fusehsm.mountinfo import Mount as MountEntry
 from fusehsm.mountinfo import read_mounts
 from tests import ways
 from tests.conftest import MakeAccessor, MakeMount
-from tests.harness import PATIENCE, Mount, fusehsm, start
+from tests.harness import PATIENCE, Mount, fusehsm, is_dead, start
 from tests.listening import HOLD, listening
 from tests.pattern import Filler, Stub, content, make_stub
 from tests.requirements import require_root
@@ -365,7 +365,7 @@ def test_a_handler_that_never_returns(handled: Callable[..., Mount], accessor: A
 
 
 def test_a_handler_that_blocks_on_its_own_mount(handled: Callable[..., Mount], accessor: Accessor) -> None:
-    """os.stat() cannot be refused beforehand: the mount ends, and the log names the line."""
+    """os.stat() cannot be refused beforehand: the server ends, the log names the line, and nobody reads what is beneath the mount."""
     mount = handled("stats")
     stub = stub_in(mount, "stub", Filler())
     (mount.source / "target").touch()
@@ -374,7 +374,7 @@ def test_a_handler_that_blocks_on_its_own_mount(handled: Callable[..., Mount], a
     mount.process.wait(PATIENCE)
     mount.log.wait_for(lambda line: "a deadlock, so the mount ends" in line)
     mount.log.wait_for(lambda line: "os.stat(TARGET)" in line)
-    assert not os.path.ismount(mount.path)
+    assert is_dead(mount.path)
 
 
 async def test_the_disk_is_full_under_a_fill(

@@ -49,7 +49,8 @@ async def serve_in_process(
         # This group and its handler live as long as the mount, so no task that handles an event can outlive them.
         group_.takes_offers = True
         task_status.started()
-        await serve(group_, handler, limit=limit)
+        # Nor may the handler end the mount: what is beneath would be read as it is.
+        await serve(group_, handler, limit=limit, exits=False)
 
 
 @asynccontextmanager

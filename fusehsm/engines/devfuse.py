@@ -21,7 +21,7 @@ from fusehsm.engines.fuse_protocol import Init, Opcode, Request
 from fusehsm.engines.read_ahead import ReadAhead
 from fusehsm.gate import Gate
 from fusehsm.stale import CacheControl
-from fusehsm.suspension import noting_suspension
+from fusehsm.suspension import is_cancellation, noting_suspension
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +202,7 @@ class DevFuse:
         self._counts[opcode] += 1
         try:
             result = answer(request)
-        except Exception as error:
+        except BaseException as error:  # a mistake costs this request, and nothing else
             self._fail(request, error)
             return None
         if not isinstance(result, _BODIES):
@@ -216,11 +216,11 @@ class DevFuse:
         failure: BaseException | None = None
         try:
             result = await noting_suspension(answer, self._let_another_read)
-        except trio.Cancelled:
-            failure = OSError(errno.EIO, os.strerror(errno.EIO))
-            raise
-        except Exception as error:
+        except BaseException as error:
             failure = error
+            if is_cancellation(error):
+                failure = OSError(errno.EIO, os.strerror(errno.EIO))
+                raise
         finally:
             self._interrupted.pop(request.unique, None)
             # Otherwise its accessor has gone, with EINTR.

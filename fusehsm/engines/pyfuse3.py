@@ -29,6 +29,7 @@ from fusehsm.gate import Gate
 from fusehsm.handles import OpenFile
 from fusehsm.overlay import AttributeChanges, Caller, Node
 from fusehsm.stale import CacheControl
+from fusehsm.suspension import is_cancellation
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,9 @@ def _errors_to_fuse(
             raise FUSEError(error.errno or errno.EIO) from None
         except FUSEError:
             raise
-        except Exception:
+        except BaseException as error:
+            if is_cancellation(error):
+                raise
             log.exception("%s failed", operation.__name__)
             raise FUSEError(errno.EIO) from None
 
@@ -112,9 +115,12 @@ class Operations(pyfuse3.Operations):
         return self._attributes(*found) if found else self._absent(self._overlay.node(parent_inode))
 
     async def forget(self, inode_list: Iterable[tuple[int, int]]) -> None:
-        for node_id, count in inode_list:
-            if self._gate.forget(node_id, count):
-                self._policy.forgotten(node_id)
+        try:
+            for node_id, count in inode_list:
+                if self._gate.forget(node_id, count):
+                    self._policy.forgotten(node_id)
+        except BaseException:  # pyfuse3 answers nothing here, and would end with it
+            log.exception("forget failed")
 
     @_errors_to_fuse
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
