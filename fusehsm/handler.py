@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 # What read() raises when the group is of no more use. Every other errno tells of one event whose file could not be opened, which the
 # group has denied already.
-_GROUP_IS_GONE = frozenset((errno.EBADF, errno.EINVAL, errno.ENOTCONN))
+GROUP_IS_GONE = frozenset((errno.EBADF, errno.EINVAL, errno.ENOTCONN))
 
 
 async def serve(group: Group, handler: Handler, *, limit: int = 64, exits: bool = True) -> None:
@@ -113,7 +113,7 @@ class _Server:
             except trio.ClosedResourceError:
                 await self._end(OSError(errno.EBADF, "the group is closed"))
             except OSError as error:
-                if error.errno in _GROUP_IS_GONE:
+                if error.errno in GROUP_IS_GONE:
                     await self._end(error)
                 report_unopened(error.errno or 0)
         return self._taken.popleft()
@@ -219,7 +219,7 @@ class _Server:
         try:
             self._group.answer(event, error)
         except OSError as failure:
-            if failure.errno not in _GROUP_IS_GONE:  # which the next read tells
+            if failure.errno not in GROUP_IS_GONE:  # which the next read tells
                 _log.warning("%s: the answer was not taken: %s", event.path, failure.strerror)
 
 

@@ -7,19 +7,26 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Final
 
 import trio
 
 from fusehsm.backends.connection import ControlConnection
 from fusehsm.backends.opening import BACKENDS, kernel_can_watch
 from fusehsm.held_signals import signals_held
+from fusehsm.interruption import Interrupted
 from fusehsm.mount import unmount
 from fusehsm.mount_options import MountError
-from fusehsm.mountinfo import Mount, MountId, id_at, id_of, mount_of
+from fusehsm.mountinfo import Mount, MountId, id_at, id_of, mount_of, read_mounts
 from fusehsm.own_command import own_command, own_environment
 from fusehsm.protocol import Backing
 from fusehsm.tier.alone import alone
+from fusehsm.tier.mishaps import in_a_line
 from fusehsm.tier.store import shown
+
+_REFUSING: Final = (
+    "what is not here is refused there; start fetch again, which takes it over, or `fusehsm umount {}`"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +45,8 @@ def destination(path: str, backend: str, mount_arguments: Sequence[str]) -> Iter
     """Make `path` a place with events, and undo that at the end. `backend` as for open_group(), "auto": the real kernel where it can.
 
     `mount_arguments`: of `fusehsm mount`, whose daemon is a process of its own: when whoever serves dies without a word, accesses are refused, so
-    that no stub is read as zeros, and the next one takes over that mount. Raises OSError with one line, EBUSY where somebody fills or populates
-    already.
+    that no stub is read as zeros, and the next one takes over that mount. Any error of the body leaves the mount, too: only its ordered end and
+    Interrupted take it away. Raises OSError with one line, EBUSY where somebody fills or populates already.
     """
     if backend not in BACKENDS:
         raise ValueError(f"--backend {backend}: choose one of {', '.join(BACKENDS)}")
@@ -58,7 +65,8 @@ def destination(path: str, backend: str, mount_arguments: Sequence[str]) -> Iter
             )
         taken_over = id_of(mount)
         with _root_below(mount) as root_fd, alone(root_fd, path):
-            yield Destination(path, root_fd, "fuse")
+            with _explained(path):
+                yield Destination(path, root_fd, "fuse")
             if mount.source == path:
                 _unmount(path, taken_over)
         return
@@ -68,19 +76,52 @@ def destination(path: str, backend: str, mount_arguments: Sequence[str]) -> Iter
             if backend == "kernel" or (backend == "auto" and _kernel_can(path)):
                 kernel_can_watch(path)
                 is_whole = mount.mount_point == path and mount.root == "/"
-                yield Destination(path, root_fd, "kernel", is_whole=is_whole)
+                with _explained(path):
+                    yield Destination(path, root_fd, "kernel", is_whole=is_whole)
             else:
-                mounted: list[MountId] = []
-                try:
-                    _mount(
-                        path, mount_arguments, mounted
-                    )  # a signal that came meanwhile is raised at its end
+                with _mounted(path, mount_arguments), _explained(path):
                     yield Destination(path, root_fd, "fuse")
-                finally:
-                    for ours in mounted:
-                        _unmount(path, ours)
     finally:
         os.close(root_fd)
+
+
+@contextmanager
+def _mounted(path: str, arguments: Sequence[str]) -> Iterator[None]:
+    """Mount, and unmount at the ordered end: a mount that nobody serves refuses what is not here, where the directory below it shows zeros."""
+    mounted: list[MountId] = []
+    stays = False
+    try:
+        _mount(path, arguments, mounted)  # a signal that came meanwhile is raised at its end
+        try:
+            yield
+        except Interrupted:
+            raise
+        except BaseException:
+            stays = True
+            raise
+    finally:
+        if not stays:
+            for ours in mounted:
+                _unmount(path, ours)
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """Make any error of the body an OSError with one line, which also says what it means for those who use the directory."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except BaseException as error:
+        number = error.errno if isinstance(error, OSError) else None
+        raise OSError(number or errno.EIO, f"{in_a_line(error)}; {_left_behind(path)}") from error
+
+
+def _left_behind(path: str) -> str:
+    # By the list of mounts: asking the mount itself may wait for a server that has died.
+    if any(mount.mount_point == path and mount.is_fusehsm for mount in read_mounts()):
+        return f"{shown(path)} stays mounted, and {_REFUSING.format(shown(path))}"
+    return f"nobody serves {shown(path)} any more, and what is not here is read as zeros there; start fetch again"
 
 
 def _clear_dead_mount(path: str) -> None:
@@ -148,7 +189,5 @@ def _unmount(path: str, ours: MountId) -> None:
         with contextlib.suppress(OSError):
             if id_at(path) != ours:
                 return
-        mend = (
-            f"what is not here is refused there until it is served again, or `fusehsm umount {shown(path)}`"
-        )
-        raise OSError(errno.EBUSY, f"left mounted: {' '.join(str(error).split())}; {mend}") from None
+        why = " ".join(str(error).split())
+        raise OSError(errno.EBUSY, f"left mounted: {why}; {_REFUSING.format(shown(path))}") from None

@@ -17,7 +17,7 @@ from fusehsm import control_socket
 from fusehsm.abi import FAN_EVENT_ON_CHILD, FAN_MARK_ADD, FAN_MARK_MOUNT, parse_mask
 from fusehsm.backends.base import AT_FDCWD, Group
 from fusehsm.backends.opening import open_group
-from fusehsm.handler import serve
+from fusehsm.handler import GROUP_IS_GONE, serve
 from fusehsm.interruption import Interrupted, Interruption, interruptible
 from fusehsm.mountinfo import read_mounts
 from fusehsm.tier.destination import Destination, destination
@@ -104,7 +104,8 @@ def fetch(options: FetchOptions) -> int:
     """Serve until SIGINT, SIGTERM or SIGHUP; prints `ready` on stderr (and tells a service manager) once accesses are served, and a
     summary at the end. Returns the exit code.
 
-    Raises ValueError for bad usage, OSError with one line for what cannot be done, also when the mount or the group is gone.
+    Raises ValueError for bad usage, OSError with one line for what cannot be done, also when the mount or the group is gone, or of an error of
+    its own: a mount then stays and refuses.
     """
     policy = options.policy()
     max_size = None if options.max_size is None else parse_size("--max-size", options.max_size)
@@ -113,34 +114,37 @@ def fetch(options: FetchOptions) -> int:
     # Not of what opens stores: botocore tells where it found credentials.
     logging.getLogger("fusehsm").setLevel(logging.INFO)
     logging.captureWarnings(True)
-    with interruptible() as interruption, suppress(Interrupted), ExitStack() as stack:
-        store = stack.enter_context(open_store(options.store))
-        expect_apart(store, options.destination)
-        place = stack.enter_context(
-            destination(options.destination, options.backend, options.mount_arguments)
-        )
-        recorder = None
-        if options.record is not None:
-            _expect_outside(options.record, place.path)
-            recorder = stack.enter_context(Recorder(options.record, policy.block_size))
-        if place.backend == "fuse":
-            policy = replace(policy, ignore_after=_IGNORE_AFTER)
-        started = time.monotonic()
-        fetcher = trio.run(
-            _serve,
-            store,
-            place,
-            policy,
-            _Wishes(max_size, recorder, warm, options.keep_interval),
-            interruption,
-        )
-        print(summary(options, fetcher.totals, time.monotonic() - started), flush=True)
+    line = None
+    try:
+        with interruptible() as interruption, suppress(Interrupted), ExitStack() as stack:
+            store = stack.enter_context(open_store(options.store))
+            expect_apart(store, options.destination)
+            recorder = None
+            if options.record is not None:
+                _expect_outside(options.record, os.path.realpath(options.destination))
+                recorder = stack.enter_context(Recorder(options.record, policy.block_size))
+            # Whatever can be refused has been: from here on only an ordered end takes a mount away.
+            place = stack.enter_context(
+                destination(options.destination, options.backend, options.mount_arguments)
+            )
+            if recorder is not None:
+                recorder.begin()
+            if place.backend == "fuse":
+                policy = replace(policy, ignore_after=_IGNORE_AFTER)
+            wishes = _Wishes(max_size, recorder, warm, options.keep_interval)
+            started = time.monotonic()
+            totals = trio.run(_serve, store, place, policy, wishes, interruption)
+            line = summary(options, totals, time.monotonic() - started)
+    finally:
+        # Where nobody reads it, that is an error, which is none of the serving.
+        if line is not None:
+            print(line, flush=True)
     return 0
 
 
 async def _serve(
     store: Store, place: Destination, policy: Policy, wishes: _Wishes, interruption: Interruption
-) -> Fetcher:
+) -> Totals:
     failures: list[OSError] = []
     events = _EVENTS_OF_KERNEL if place.backend == "kernel" else _EVENTS
     # Of a whole file system also what other mounts show of it, and those of other namespaces (containers), which have no marks of their own.
@@ -149,45 +153,48 @@ async def _serve(
         open_group(place.path, events, backend=place.backend, mark=mark) as group,
         _refusing_the_rest(group),
     ):
-        async with trio.open_nursery() as nursery:
-            if place.backend == "kernel":
-                mask = parse_mask(events, group.dialect)
-                if mark == "mount":
-                    await _watch_directories(group, place.root_fd, mask)
-                await _watch_mounts_below(group, place.path, mask)
-            fetcher = Fetcher(store, place.path, place_of(place.root_fd), policy, nursery, wishes.recorder)
-            fetcher.group = group
-            keeper = Keeper(fetcher, place.root_fd)
-            evictor = Evictor(fetcher, place, group)
+        with ExitStack() as ending:
+            async with trio.open_nursery() as nursery:
+                if place.backend == "kernel":
+                    mask = parse_mask(events, group.dialect)
+                    if mark == "mount":
+                        await _watch_directories(group, place.root_fd, mask)
+                    await _watch_mounts_below(group, place.path, mask)
+                fetcher = Fetcher(
+                    store, place.path, place_of(place.root_fd), policy, nursery, wishes.recorder
+                )
+                fetcher.group = group
+                keeper = Keeper(fetcher, place.root_fd, wishes.keep_interval)
+                # However it ends: while the group still keeps everybody waiting.
+                ending.callback(keeper.rest)
+                evictor = Evictor(fetcher, place, group)
 
-            async def serve_group() -> None:
+                async def serve_group() -> None:
+                    try:
+                        await serve(group, fetcher, limit=_handlers(policy))
+                    except OSError as error:
+                        failures.append(error)
+                        nursery.cancel_scope.cancel()
+
+                nursery.start_soon(serve_group)
+                nursery.start_soon(keeper.keep)
+                nursery.start_soon(show_progress, fetcher)
+                await nursery.start(_serve_socket, place, FetchServer(fetcher, evictor, place.root_fd))
+                if wishes.max_size is not None:
+                    nursery.start_soon(keep_below, evictor, wishes.max_size, _log.warning)
+                if wishes.warm is not None:
+                    nursery.start_soon(warm_up, place.path, wishes.warm)
+                means = "the kernel's own events" if place.backend == "kernel" else "a mount of fusehsm"
+                print(f"fusehsm: serving {shown(place.path)} from {store.name} by {means}", file=sys.stderr)
+                print("ready", file=sys.stderr, flush=True)
+                say_ready()
                 try:
-                    await serve(group, fetcher, limit=_handlers(policy))
-                except OSError as error:
-                    failures.append(error)
+                    await interruption.watch()
+                except Interrupted:
                     nursery.cancel_scope.cancel()
-
-            nursery.start_soon(serve_group)
-            nursery.start_soon(keeper.keep)
-            nursery.start_soon(show_progress, fetcher)
-            await nursery.start(_serve_socket, place, FetchServer(fetcher, evictor, place.root_fd))
-            if wishes.max_size is not None:
-                nursery.start_soon(keep_below, evictor, wishes.max_size, _log.warning)
-            if wishes.warm is not None:
-                nursery.start_soon(warm_up, place.path, wishes.warm)
-            means = "the kernel's own events" if place.backend == "kernel" else "a mount of fusehsm"
-            print(f"fusehsm: serving {shown(place.path)} from {store.name} by {means}", file=sys.stderr)
-            print("ready", file=sys.stderr, flush=True)
-            say_ready()
-            try:
-                await interruption.watch()
-            except Interrupted:
-                nursery.cancel_scope.cancel()
-        # While the group still keeps everybody waiting.
-        keeper.rest()
     if failures:
         raise failures[0]
-    return fetcher
+    return fetcher.totals
 
 
 def _expect_outside(record: str, destination: str) -> None:
@@ -215,13 +222,21 @@ async def _refusing_the_rest(group: Group) -> AsyncIterator[None]:
         yield
     finally:
         end = time.monotonic() + _LAST_LOOK
-        with suppress(OSError):  # EAGAIN: nothing is left
-            while time.monotonic() < end:
-                for event in group.take_events():
-                    if event.fd < 0:
-                        continue
-                    os.close(event.fd)
-                    if event.mask & group.permission_events:
+        while time.monotonic() < end:
+            try:
+                events = group.take_events()
+            except BlockingIOError:
+                break  # nothing is left
+            except OSError as error:
+                if error.errno in GROUP_IS_GONE:
+                    break
+                continue  # one whose file cannot be opened, which has been refused by that
+            for event in events:
+                if event.fd < 0:
+                    continue
+                os.close(event.fd)
+                if event.mask & group.permission_events:
+                    with suppress(OSError):  # who waited has been killed
                         group.answer(event, errno.EIO)
 
 

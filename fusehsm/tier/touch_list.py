@@ -49,14 +49,19 @@ class Touched:
 
 
 class Recorder:
-    """Writes the list, each block once, at its first use; a context manager."""
+    """Writes the list, each block once, at its first use; a context manager. begin() comes before anything is written."""
 
     def __init__(self, path: str, block_size: int) -> None:
-        """Raises OSError where the list cannot be written."""
+        """Opens the list, and leaves in it what is there. Raises OSError where it cannot be written."""
         self._path = path
-        self._file: TextIO | None = open(path, "w", encoding="ascii")  # noqa: SIM115 (closed by __exit__)
+        self._file: TextIO | None = open(path, "w", encoding="ascii", opener=_as_it_is)  # noqa: SIM115 (closed by __exit__)
         self._block_size = block_size
         self._seen: set[tuple[str, int]] = set()
+
+    def begin(self) -> None:
+        """Take out what is there. Not before this run is the only one here: it may be the list of another that is under way."""
+        if self._file is not None and stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
+            self._file.truncate(0)
 
     def __call__(self, path: str, offset: int, end: int) -> None:
         """Somebody wants [offset, end) of a file."""
@@ -90,6 +95,10 @@ class Recorder:
         """A list that cannot be written is no reason to refuse an access."""
         _log.error("--record %s: cannot be written, and is not complete: %s", self._path, error.strerror)
         self._file = None
+
+
+def _as_it_is(path: str, flags: int) -> int:
+    return os.open(path, (flags & ~os.O_TRUNC) | os.O_CLOEXEC, 0o666)
 
 
 def read_list(path: str) -> list[Touched]:

@@ -1,0 +1,160 @@
+"""A fetch that fails of an error of its own: nobody reads zeros for it where that can be helped, and it says so in one line."""
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from fusehsm.tier import residency, stub_mark
+from fusehsm.tier.residency import Flags
+from tests import harness
+from tests.requirements import require
+from tests.tier.fetching import Fetching, fetching, is_mounted, run
+from tests.tier.planted import plant
+from tests.tier.trees import content_of
+
+pytestmark = pytest.mark.any_engine
+
+MIB = 1 << 20
+PREAD64 = {"x86_64": "17", "aarch64": "67"}
+
+
+def with_fault(fault: str) -> Sequence[str]:
+    """The command with a fault in it (failing.py)."""
+    return (sys.executable, "-m", "tests.tier.failing", fault)
+
+
+def fail(served: Fetching) -> tuple[int, str]:
+    """Set off the fault "end=..."; exit code, and what was said."""
+    _, said = served.process.communicate("go", timeout=harness.PATIENCE)
+    return served.process.returncode, said
+
+
+@pytest.fixture
+def big(places: Callable[[str], Path], target: Path) -> Path:
+    """A store with one file of 3 MiB, of which `target` has a stub."""
+    store = places("store")
+    (store / "big").write_bytes(content_of(3 * MIB))
+    plant(store, target)
+    return store
+
+
+@pytest.mark.fuse
+@pytest.mark.parametrize("kind", ["RuntimeError", "OSError", "SystemExit"])
+def test_its_mount_stays_and_refuses_and_the_next_takes_it_over(big: Path, target: Path, kind: str) -> None:
+    path = target / "big"
+    options = ("--backend", "fuse", "--read-ahead", "0")
+    command = with_fault(f"end={kind}")
+    with fetching(big, target, *options, command=command, stdin=subprocess.PIPE) as served:
+        assert run("cmp", "-n", "4096", big / "big", path).stdout == ""
+        code, said = fail(served)
+        assert (code, said.count("\n")) == (1, 1)
+        assert "put in by the test" in said
+        assert f"{target} stays mounted" in said
+        assert f"`fusehsm umount {target}`" in said
+        assert "Input/output error" in run("dd", f"if={path}", "bs=1M", "skip=2", "count=1").stderr
+        with fetching(big, target) as again:
+            assert run("cmp", big / "big", path).stdout == ""
+            again.end()
+        assert not is_mounted(target)
+
+
+def test_its_records_are_closed(big: Path, target: Path, backend: str) -> None:
+    """So what is changed while nobody serves is not taken for what was changed while somebody did."""
+    command = with_fault("end=RuntimeError")
+    with fetching(big, target, "--backend", backend, command=command, stdin=subprocess.PIPE) as served:
+        assert run("head", "-c1", target / "big").returncode == 0
+        fail(served)
+    fd = os.open(target / "big", os.O_RDONLY)
+    try:
+        mark = stub_mark.read(fd)
+        assert mark is not None
+        record = residency.read(fd, mark)
+        assert record is not None
+        assert not record.flags & Flags.OPEN
+    finally:
+        os.close(fd)
+
+
+_READING_AT_ONCE = """
+import os, sys, threading
+def read(name):
+    try:
+        said = os.pread(os.open(name, os.O_RDONLY), 10, 0)
+    except OSError as error:
+        said = error.strerror.encode()
+    os.write(1, said + b"\\n")
+for name in sys.argv[1:]:
+    threading.Thread(target=read, args=(name,)).start()
+"""
+
+
+def wait_for_readers(process: "subprocess.Popen[str]", count: int) -> None:
+    """Return once so many threads of it wait in pread(2)."""
+    number = PREAD64.get(platform.machine())
+    require(number is not None, f"needs the number of pread(2) on {platform.machine()}")
+    end = time.monotonic() + harness.PATIENCE
+    while time.monotonic() < end:
+        calls = [path.read_text().split()[0] for path in Path(f"/proc/{process.pid}/task").glob("*/syscall")]
+        if calls.count(str(number)) >= count:
+            return
+        time.sleep(0.02)
+    raise AssertionError("they do not wait")
+
+
+def test_who_waits_is_refused(target: Path, backend: str, places: Callable[[str], Path]) -> None:
+    """Also those whose turn has not come yet. The real kernel would let them go on, and they would read zeros."""
+    store = places("store")
+    names = [f"{number}" for number in range(300)]
+    for name in names:
+        (store / name).write_bytes(b"content")
+    plant(store, target)
+    # Few descriptors: most events are not even read when it fails.
+    command = ("prlimit", "--nofile=128", *with_fault("end=RuntimeError"))
+    options = ("--backend", backend, "--limit-rate", "1")
+    with fetching(store, target, *options, command=command, stdin=subprocess.PIPE) as served:
+        reading = [sys.executable, "-c", _READING_AT_ONCE, *(str(target / name) for name in names)]
+        with harness.start(reading) as readers:
+            wait_for_readers(readers, 250)
+            assert fail(served)[0] == 1
+            answers = set(readers.communicate(timeout=harness.PATIENCE)[0].splitlines())
+    assert "Input/output error" in answers
+    assert answers <= {"content", "Input/output error"}
+
+
+@pytest.mark.fuse
+def test_an_ordered_end_takes_the_mount_away_whoever_reads_its_summary(big: Path, target: Path) -> None:
+    with fetching(big, target, "--backend", "fuse") as served:
+        assert served.process.stdout is not None
+        served.process.stdout.close()
+        served.process.terminate()
+        served.process.wait(timeout=harness.PATIENCE)
+        assert not is_mounted(target)
+
+
+@pytest.mark.fuse
+def test_a_list_that_cannot_be_written_is_told_before_it_mounts(
+    big: Path, target: Path, tmp_path: Path
+) -> None:
+    done = harness.fusehsm(
+        "fetch", big, target, "--backend", "fuse", "--record", tmp_path / "not there" / "list"
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert not is_mounted(target)
+
+
+def test_the_list_of_a_run_under_way_is_kept(big: Path, target: Path, tmp_path: Path, backend: str) -> None:
+    """Who is refused as another one is at work has not touched it."""
+    options = ("--backend", backend, "--record", str(tmp_path / "list"))
+    (tmp_path / "list").write_text("of an earlier run\n")
+    with fetching(big, target, *options) as served:
+        assert run("head", "-c1", target / "big").returncode == 0
+        assert harness.fusehsm("fetch", big, target, *options).returncode == 1
+        served.end()
+    first, *_ = (tmp_path / "list").read_text().splitlines()
+    assert first == '0 1048576 "big"'
