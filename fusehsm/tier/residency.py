@@ -36,6 +36,8 @@ _FORMAT: Final = 1
 _ALL_BITS: Final = (1 << 64) - 1
 # All attributes of an ext4 inode share 4 KiB; this leaves room for others.
 _MOST_BLOCKS: Final = 16_384
+_SMALLEST_SHIFT: Final = 12  # of --block-size; a file on Linux has less than 1 << 63 bytes
+_LARGEST_SHIFT: Final = 62
 
 
 class Flags(IntFlag):
@@ -153,7 +155,10 @@ class Record:
 
 
 def read(fd: int, mark: Mark) -> Record | None:
-    """The record on a file with that mark; None where there is none, or it belongs to another mark or format."""
+    """The record on a file with that mark; None where there is none, it belongs to another mark or format, or it tells something impossible.
+
+    The file's owner may have written it, so no number of it is used before it has been looked at.
+    """
     try:
         value = os.getxattr(fd, NAME)
     except OSError as error:
@@ -163,19 +168,14 @@ def read(fd: int, mark: Mark) -> Record | None:
     if len(value) < _HEAD.size or value[0] != _FORMAT:
         return None
     _, flags, shift, of_mark, place, size, limit, mtime_ns, recorded_ns = _HEAD.unpack_from(value)
-    if of_mark != digest_of(mark) or shift > 62:
+    bits = value[_HEAD.size :]
+    if of_mark != digest_of(mark) or not _SMALLEST_SHIFT <= shift <= _LARGEST_SHIFT:
         return None
-    return Record(
-        of_mark,
-        place,
-        Flags(flags),
-        1 << shift,
-        size,
-        limit,
-        mtime_ns,
-        recorded_ns,
-        value[_HEAD.size :],
-    )
+    blocks = -(-limit >> shift)
+    # Nothing beyond the stub's own size has ever been the store's, and block_size_for() has kept the blocks few.
+    if limit > mark.size or blocks > _MOST_BLOCKS or len(bits) > -(-blocks // 8):
+        return None
+    return Record(of_mark, place, Flags(flags), 1 << shift, size, limit, mtime_ns, recorded_ns, bits)
 
 
 def remove(fd: int) -> None:

@@ -158,3 +158,27 @@ def test_the_list_of_a_run_under_way_is_kept(big: Path, target: Path, tmp_path: 
         served.end()
     first, *_ = (tmp_path / "list").read_text().splitlines()
     assert first == '0 1048576 "big"'
+
+
+def test_a_record_that_its_owner_has_made_up(big: Path, target: Path, backend: str) -> None:
+    """2^50 blocks of one byte."""
+    fd = os.open(target / "big", os.O_RDWR)
+    try:
+        mark = stub_mark.read(fd)
+        assert mark is not None
+        made_up = residency.Record(
+            residency.digest_of(mark), bytes(8), Flags.OPEN, 1, 0, 1 << 50, mark.mtime_ns, 0, b""
+        )
+        made_up.write(fd)
+    finally:
+        os.close(fd)
+    (big / "other").write_bytes(content_of(3 * MIB, 2))
+    plant(big, target)
+    with fetching(big, target, "--backend", backend, "--max-size", "2M") as served:
+        for name in ("other", "big"):
+            assert run("cmp", big / name, target / name).stdout == ""
+        assert harness.fusehsm("status", target).returncode == 0
+        _, complaints = served.end()
+        assert served.process.returncode == 0
+        assert "Traceback" not in complaints
+    assert harness.fusehsm("status", target).returncode == 0

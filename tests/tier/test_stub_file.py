@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ from fusehsm.tier.content_writer import may_have_grown_to, write_without_growing
 from fusehsm.tier.place import place_of
 from fusehsm.tier.residency import Flags
 from fusehsm.tier.stub_file import InDoubt, StubFile
+from fusehsm.tier.stub_mark import Mark
 from tests import harness
 from tests.requirements import require_root
 from tests.tier.planted import plant
@@ -230,3 +232,37 @@ def test_killed_while_it_is_emptied(stub: Stub, call: int) -> None:
     stub.fill(*stub.file.missing(0, SIZE))
     assert os.pread(stub.fd, SIZE, 0) == CONTENT
     assert stub.file.is_complete
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"block_size": 1},
+        {"block_size": 1 << 63},
+        {"limit": SIZE + 1},
+        {"limit": (1 << 64) - 1},
+        {"block_size": 1 << 62, "limit": (1 << 64) - 1},
+        {"bits": b"\1" * 100},
+    ],
+    ids=str,
+)
+def test_a_record_that_tells_something_impossible_is_none(stub: Stub, change: dict[str, Any]) -> None:
+    """Its owner may have written it."""
+    stub.fill(1)
+    replace(stub.record(), **change).write(stub.fd)
+    mark = stub_mark.read(stub.fd)
+    assert mark is not None
+    assert residency.read(stub.fd, mark) is None
+    assert stub.again().resident == 0
+
+
+def test_a_record_of_more_blocks_than_are_kept_is_none(places: Callable[[str], Path]) -> None:
+    with open(places("stub") / "file", "w+b") as file:
+        file.truncate(1 << 40)
+        mark = Mark.of(file.fileno(), "file", None)
+        mark.write(file.fileno())
+        digest = residency.digest_of(mark)
+        for block_size, is_record in ((1 << 26, True), (1 << 25, False)):
+            record = residency.Record(digest, bytes(8), Flags.OPEN, block_size, 1 << 40, 1 << 40, 0, 0, b"")
+            record.write(file.fileno())
+            assert (residency.read(file.fileno(), mark) is not None) == is_record
