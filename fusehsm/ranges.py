@@ -31,6 +31,20 @@ class RangeSet:
         index = bisect_right(self._starts, start) - 1
         return index >= 0 and self._ends[index] >= end
 
+    def gaps(self, start: int, end: int) -> list[tuple[int, int]]:
+        """The parts of [start, end) that are not in the set, ascending."""
+        found = []
+        index = bisect_right(self._ends, start)
+        while start < end:
+            if index == len(self._starts) or self._starts[index] >= end:
+                found.append((start, end))
+                break
+            if start < self._starts[index]:
+                found.append((start, self._starts[index]))
+            start = self._ends[index]
+            index += 1
+        return found
+
     def clear(self) -> None:
         """Forget everything."""
         self._starts.clear()

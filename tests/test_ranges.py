@@ -18,6 +18,20 @@ def test_covers_what_a_set_of_bytes_would(ranges: list[tuple[int, int]], start: 
     assert bool(subject) == bool(model)
 
 
+@given(RANGES, BYTES, BYTES)
+def test_gaps_are_what_a_set_of_bytes_lacks(ranges: list[tuple[int, int]], start: int, end: int) -> None:
+    subject = RangeSet()
+    model: set[int] = set()
+    for first, last in ranges:
+        subject.add(first, last)
+        model.update(range(first, last))
+    gaps = subject.gaps(start, end)
+    assert [byte for first, last in gaps for byte in range(first, last)] == sorted(
+        set(range(start, end)) - model
+    )
+    assert all(first < last for first, last in gaps)
+
+
 @given(RANGES)
 def test_ranges_stay_sorted_merged_and_apart(ranges: list[tuple[int, int]]) -> None:
     subject = RangeSet()

@@ -109,11 +109,11 @@ def fetch(options: FetchOptions) -> int:
     """
     policy = options.policy()
     max_size = None if options.max_size is None else parse_size("--max-size", options.max_size)
-    warm = None if options.prefetch is None else read_list(options.prefetch)
     logging.basicConfig(level=logging.WARNING, handlers=[StderrHandler()], format="fusehsm: %(message)s")
     # Not of what opens stores: botocore tells where it found credentials.
     logging.getLogger("fusehsm").setLevel(logging.INFO)
     logging.captureWarnings(True)
+    warm = None if options.prefetch is None else read_list(options.prefetch)
     line = None
     try:
         with interruptible() as interruption, suppress(Interrupted), ExitStack() as stack:

@@ -7,15 +7,22 @@ import json
 import logging
 import os
 import stat
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Self, TextIO
 
 import trio
 
+from fusehsm.ranges import RangeSet
 from fusehsm.tier.beneath import components, open_beneath
-from fusehsm.tier.runs import runs
+from fusehsm.tier.mishaps import passed_over
 
+MOST_LINES: Final = 1_000_000
+"""What of a list is written, or read: it is kept in memory."""
+
+_LONGEST_LINE: Final = 1 << 17  # bytes; of a path of 16 KiB each byte may take six
+_LARGEST: Final = (1 << 63) - 1  # off_t
 _AT_ONCE: Final = 8  # files, or parts of one
 _PIECE: Final = 4 << 20  # bytes of one read(2)
 
@@ -38,11 +45,13 @@ class Touched:
             path = json.loads(name)
         except RecursionError:
             raise ValueError(line) from None
-        if not isinstance(path, str) or int(offset) < 0 or int(length) < 0:
+        first, count = int(offset), int(length)
+        if not isinstance(path, str) or first < 0 or count < 0 or first + count > _LARGEST:
             raise ValueError(line)
         components(path)
         os.fsencode(path)
-        return cls(path, int(offset), int(length))
+        # Lines of one file follow each other, as a rule.
+        return cls(sys.intern(path), first, count)
 
     def __str__(self) -> str:
         return f"{self.offset} {self.length} {json.dumps(self.path)}"
@@ -56,7 +65,8 @@ class Recorder:
         self._path = path
         self._file: TextIO | None = open(path, "w", encoding="ascii", opener=_as_it_is)  # noqa: SIM115 (closed by __exit__)
         self._block_size = block_size
-        self._seen: set[tuple[str, int]] = set()
+        self._seen: dict[str, RangeSet] = {}  # numbers of blocks
+        self._lines = 0
 
     def begin(self) -> None:
         """Take out what is there. Not before this run is the only one here: it may be the list of another that is under way."""
@@ -68,15 +78,20 @@ class Recorder:
         if self._file is None or not path:
             return  # what has no path below the destination cannot be found there next time
         size = self._block_size
-        fresh = [
-            block
-            for block in range(offset // size, max(-(-end // size), offset // size + 1))
-            if (path, block) not in self._seen
-        ]
-        for first, last in runs(fresh):
-            self._seen.update((path, block) for block in range(first, last))
+        first = offset // size
+        seen = self._seen.setdefault(path, RangeSet())
+        for start, stop in seen.gaps(first, max(-(-end // size), first + 1)):
+            seen.add(start, stop)
+            line = str(Touched(path, start * size, min(stop * size, _LARGEST) - start * size))
+            if len(line) > _LONGEST_LINE:
+                return  # what lies so deep cannot be found there next time
+            if self._lines == MOST_LINES:
+                _log.warning("--record %s: has %d lines, and takes no more", self._path, MOST_LINES)
+                self._close()
+                return
+            self._lines += 1
             try:
-                print(Touched(path, first * size, (last - first) * size), file=self._file)
+                print(line, file=self._file)
             except OSError as error:
                 self._give_up(error)
                 return
@@ -85,9 +100,13 @@ class Recorder:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
         try:
             if self._file is not None:
                 self._file.close()
+                self._file = None
         except OSError as error:
             self._give_up(error)
 
@@ -102,13 +121,21 @@ def _as_it_is(path: str, flags: int) -> int:
 
 
 def read_list(path: str) -> list[Touched]:
-    """The ranges of a list. Raises OSError where it cannot be read, ValueError with the line where it is none."""
-    found = []
+    """The ranges of a list, the first MOST_LINES of them. Raises OSError where it cannot be read, ValueError with the line where it is none."""
+    found: list[Touched] = []
     with open(path, encoding="ascii", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
+        while line := lines.readline(_LONGEST_LINE + 1):
+            if len(found) == MOST_LINES:
+                _log.warning(
+                    "--prefetch %s: of its lines only the first %d are fetched ahead", path, MOST_LINES
+                )
+                break
             try:
+                if len(line) > _LONGEST_LINE:
+                    raise ValueError(line)
                 found.append(Touched.parse(line.rstrip("\n")))
             except ValueError:
+                number = len(found) + 1
                 raise ValueError(f"--prefetch {path}: line {number} is not one of `fetch --record`") from None
     return found
 
@@ -116,7 +143,7 @@ def read_list(path: str) -> list[Touched]:
 async def warm_up(destination: str, wanted: Sequence[Touched]) -> None:
     """Have these ranges fetched, in that order, several at a time, by reading them below the directory `destination` as any program would. What is
     not there any more, or fails, is left for whoever wants it."""
-    threads = trio.CapacityLimiter(_AT_ONCE)
+    turns = trio.Semaphore(_AT_ONCE)
     failures = 0
 
     async def fetch(item: Touched) -> None:
@@ -125,21 +152,24 @@ async def warm_up(destination: str, wanted: Sequence[Touched]) -> None:
             await trio.to_thread.run_sync(_read, root_fd, item, abandon_on_cancel=True)
         except FileNotFoundError:
             pass
-        except OSError:
+        except Exception:
             failures += 1
         finally:
-            threads.release_on_behalf_of(item)
+            turns.release()
 
-    root_fd = await trio.to_thread.run_sync(os.open, destination, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        async with trio.open_nursery() as nursery:
-            for item in wanted:
-                await threads.acquire_on_behalf_of(item)
-                nursery.start_soon(fetch, item)
-    finally:
-        os.close(root_fd)
-    if failures:
-        _log.warning("%d of %d ranges of the list could not be fetched ahead", failures, len(wanted))
+    with passed_over("--prefetch", _log):
+        root_fd = await trio.to_thread.run_sync(
+            os.open, destination, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+        )
+        try:
+            async with trio.open_nursery() as nursery:
+                for item in wanted:
+                    await turns.acquire()
+                    nursery.start_soon(fetch, item)
+        finally:
+            os.close(root_fd)
+        if failures:
+            _log.warning("%d of %d ranges of the list could not be fetched ahead", failures, len(wanted))
 
 
 def _read(root_fd: int, item: Touched) -> None:

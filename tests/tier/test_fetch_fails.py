@@ -160,6 +160,18 @@ def test_the_list_of_a_run_under_way_is_kept(big: Path, target: Path, tmp_path: 
     assert first == '0 1048576 "big"'
 
 
+def test_a_list_that_says_the_same_more_than_once(
+    big: Path, target: Path, backend: str, tmp_path: Path
+) -> None:
+    (tmp_path / "list").write_text('1048576 1 "big"\n' * 20)
+    with fetching(big, target, "--backend", backend, "--prefetch", str(tmp_path / "list")) as served:
+        end = time.monotonic() + harness.PATIENCE
+        while f'"resident": {MIB}' not in harness.fusehsm("status", "--json", target).stdout:
+            assert time.monotonic() < end
+        _, complaints = served.end()
+        assert (served.process.returncode, complaints) == (0, "")
+
+
 def test_a_record_that_its_owner_has_made_up(big: Path, target: Path, backend: str) -> None:
     """2^50 blocks of one byte."""
     fd = os.open(target / "big", os.O_RDWR)

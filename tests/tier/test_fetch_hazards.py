@@ -230,9 +230,24 @@ def test_not_from_itself(big: Path, target: Path) -> None:
         ("--prefetch", '0 1 "\\ud800"'),
         ("--prefetch", "0 1 " + "[" * 100_000),
         ("--prefetch", '0 1 "../big"'),
+        ("--prefetch", f'{1 << 63} 1 "big"'),
+        ("--prefetch", f'1 {(1 << 63) - 1} "big"'),
+        ("--prefetch", f'0 {"9" * 5000} "big"'),
+        ("--prefetch", '0 1 "' + "n" * 200_000),
         (),
     ],
-    ids=["size", "time", "no name", "no JSON", "elsewhere", "no destination"],
+    ids=[
+        "size",
+        "time",
+        "no name",
+        "no JSON",
+        "elsewhere",
+        "beyond all files",
+        "ends beyond all files",
+        "no number",
+        "no end",
+        "no destination",
+    ],
 )
 def test_bad_usage(big: Path, target: Path, tmp_path: Path, arguments: tuple[str, ...]) -> None:
     """One line, which says so."""
