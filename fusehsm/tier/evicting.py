@@ -1,6 +1,7 @@
 """Taking content away again, while nobody has the file open, and only what the store has as well."""
 
 import errno
+import logging
 import math
 import os
 import select
@@ -31,6 +32,7 @@ from fusehsm.tier.destination import Destination
 from fusehsm.tier.fetcher import Fetcher, Served
 from fusehsm.tier.identity import Key, key_of
 from fusehsm.tier.inventory import Item, items
+from fusehsm.tier.mishaps import in_a_line, passed_over
 from fusehsm.tier.stub_file import StubFile
 
 _ADD = FAN_MARK_ADD | FAN_MARK_IGNORED_MASK | FAN_MARK_IGNORED_SURV_MODIFY | FAN_MARK_EVICTABLE
@@ -38,7 +40,10 @@ _LOOKS: Final = 1000  # a millisecond each
 _REMOVE = FAN_MARK_REMOVE | FAN_MARK_IGNORED_MASK
 
 
-_SHORTEST = 0.5  # seconds until what was in use is looked at again
+_SHORTEST: Final = 0.5  # seconds until what was in use is looked at again
+_AFTER_TROUBLE: Final = 30.0  # seconds until the tree is looked at again when that has failed
+
+_log = logging.getLogger(__name__)
 
 
 class Kept(Enum):
@@ -112,6 +117,9 @@ class Evictor:
             outcome.kept[Kept.MODIFIED if modified else Kept.FAILED] += 1
             if not modified and error.errno != errno.ENOENT:
                 outcome.complaints.append((path, error.strerror or str(error)))
+        except Exception as error:  # a mistake of ours: others can be evicted all the same
+            outcome.kept[Kept.FAILED] += 1
+            outcome.complaints.append((path, in_a_line(error)))
 
     async def evict(self, path: str) -> int:
         """Evict one file; how many bytes became free. Raises BlockingIOError (EAGAIN) while it is in use, EBUSY if it is to stay, and ESTALE when
@@ -197,13 +205,15 @@ class Evictor:
 async def keep_below(evictor: Evictor, most: int, complain: Callable[[str], None]) -> None:
     """Evict what was used least recently whenever the stubs take more than `most` bytes on the disk, down to nine tenths of it. Never returns.
 
-    Files in use stay, so for a while it may be more: `complain` is told when there is nothing to evict, once until there is again.
+    Files in use stay, so for a while it may be more: `complain` is told when there is nothing to evict, once until there is again. What goes wrong is
+    logged and tried again later.
     """
     fetcher = evictor.fetcher
     is_said = False
-    while True:
-        started = trio.current_time()
-        filled = fetcher.totals.filled
+
+    async def look() -> int:
+        """How many bytes more there may be before it is too much."""
+        nonlocal is_said
         taken = await evictor.inventory("")
         total = sum(item.disk for item in taken if item.stub)
         if total > most:
@@ -215,10 +225,21 @@ async def keep_below(evictor: Evictor, most: int, complain: Callable[[str], None
                     f"more than --max-size is here ({total:,} bytes), and nothing that could be evicted: {kept_text(outcome)}"
                 )
             is_said = total > most
+        return most - total
+
+    while True:
+        started = trio.current_time()
+        filled = fetcher.totals.filled
+        room = None
+        with passed_over("--max-size: nothing was evicted this time", _log):
+            room = await look()
+        if room is None:
+            await trio.sleep(_AFTER_TROUBLE)
+            continue
         # Not at every block: the whole tree is looked at each time. What was in use may be free after a while, of which nobody tells.
-        patience = max(10 * (trio.current_time() - started), _SHORTEST) if total > most else math.inf
+        patience = max(10 * (trio.current_time() - started), _SHORTEST) if room < 0 else math.inf
         with trio.move_on_after(patience):
-            while fetcher.totals.filled - filled <= max(most - total, most // 20):
+            while fetcher.totals.filled - filled <= max(room, most // 20):
                 await fetcher.filled.wait()
 
 

@@ -7,19 +7,22 @@ from typing import Final
 import trio
 
 from fusehsm.tier.fetcher import Fetcher
+from fusehsm.tier.mishaps import passed_over
 from fusehsm.tier.progress import Progress, size_text
 from fusehsm.tier.store import shown
 
 _INTERVAL: Final = 0.2  # seconds
 _LONGEST_PATH: Final = 60  # letters
 
+_log = logging.getLogger(__name__)
+
 
 async def show_progress(fetcher: Fetcher) -> None:
-    """Keep the line up to date. Never returns."""
+    """Keep the line up to date, as long as the terminal takes it."""
     if not sys.stderr.isatty():
-        await trio.sleep_forever()
+        return
     meter = Meter(fetcher)
-    with Progress(meter.line) as progress:
+    with passed_over("no more is shown of how far it is", _log), Progress(meter.line) as progress:
         while True:
             progress.tick()
             await trio.sleep(_INTERVAL)

@@ -34,8 +34,10 @@ from fusehsm.tier.fetch_protocol import (
 from fusehsm.tier.fetcher import Fetcher
 from fusehsm.tier.identity import key_of
 from fusehsm.tier.inventory import Item
+from fusehsm.tier.mishaps import in_a_line, passed_over
 
 _MOST_CONNECTIONS: Final = 64
+_AFTER_TROUBLE: Final = 1.0  # seconds
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +53,10 @@ class FetchServer:
 
     async def serve(self, listener: socket.socket) -> None:
         """Answer connections of this user's and root's processes. Never returns."""
-        await serve_connections(listener, {0, os.getuid()}, _MOST_CONNECTIONS, self._serve)
+        while True:
+            with passed_over("the control socket", _log):
+                await serve_connections(listener, {0, os.getuid()}, _MOST_CONNECTIONS, self._serve)
+            await trio.sleep(_AFTER_TROUBLE)
 
     async def _serve(self, connection: socket.socket, _peer: Peer) -> None:
         with contextlib.suppress(ConnectionError):
@@ -67,6 +72,9 @@ class FetchServer:
             await _send(connection, encode_failure(OSError(errno.EPROTO, str(error))))
         except OSError as error:
             await _send(connection, encode_failure(error))
+        except Exception as error:  # a mistake of ours, which costs nobody but this client anything
+            _log.error("a request by the control socket has failed: %s", in_a_line(error))
+            await _send(connection, encode_failure(OSError(errno.EIO, in_a_line(error))))
 
     async def _perform(self, connection: socket.socket, request: Request) -> None:
         match request:

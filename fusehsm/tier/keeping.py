@@ -12,10 +12,14 @@ from fusehsm import filesystem_calls as syscalls
 from fusehsm.tier.beneath import open_beneath
 from fusehsm.tier.fetcher import Fetcher
 from fusehsm.tier.identity import Key, key_of
+from fusehsm.tier.mishaps import passed_over
 from fusehsm.tier.stub_file import StubFile
 
 INTERVAL: Final = 5.0  # seconds
 _LONGEST: Final = 6  # intervals for which files that are being filled all the time are let off
+
+_NOT_KEPT: Final = "what was fetched is not known to be on the disk"
+_NOT_CLOSED: Final = "the record of a file is not closed, as if fetch had been killed"
 
 _log = logging.getLogger(__name__)
 
@@ -31,7 +35,8 @@ class Keeper:
         self._put_off = 0
 
     async def keep(self) -> None:
-        """Bring content to the disk every now and then, while nothing is on its way, and say so in the records. Never returns."""
+        """Bring content to the disk every now and then, while nothing is on its way, and say so in the records. Never returns: what goes wrong is
+        logged, and tried again the next time."""
         last = -1
         while True:
             await trio.sleep(self._interval)
@@ -41,7 +46,8 @@ class Keeper:
             if is_busy and self._put_off < _LONGEST:
                 continue
             self._put_off = 0
-            await trio.to_thread.run_sync(self._sync, abandon_on_cancel=True)
+            with passed_over(_NOT_KEPT, _log):
+                await trio.to_thread.run_sync(self._sync, abandon_on_cancel=True)
 
     def _sync(self) -> None:
         files = [
@@ -65,18 +71,21 @@ class Keeper:
     def rest(self) -> None:
         """At the end: everything on the disk, every record closed. To be called when nothing is filled any more and nobody is let go on yet: what
         is done afterwards is not explained by these records."""
-        self._sync()
+        with passed_over(_NOT_KEPT, _log):
+            self._sync()
         moved: dict[Key, StubFile] = {}
-        for key, served in self._fetcher.served.items():
+        # A thread that nobody waits for any more may still meet files.
+        for key, served in list(self._fetcher.served.items()):
             if served.file is None or not served.file.recorded:
                 continue
-            with self.opened(key, served.file) as fd:
+            with passed_over(_NOT_CLOSED, _log), self.opened(key, served.file) as fd:
                 if fd is None:
                     moved[key] = served.file
                 else:
                     _rest(served.file, fd)
         if moved:
-            _rest_moved(self._root_fd, moved)
+            with passed_over(_NOT_CLOSED, _log):
+                _rest_moved(self._root_fd, moved)
 
     @contextmanager
     def opened(self, key: Key, file: StubFile) -> Iterator[int | None]:

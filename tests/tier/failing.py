@@ -1,6 +1,7 @@
 """`fusehsm` with a fault in it: `python -m tests.tier.failing FAULT ARGUMENT...`
 
-"end=EXCEPTION": what runs beside the serving of a fetch fails with that as soon as standard input can be read.
+"end=EXCEPTION": what runs beside the serving of a fetch fails with that as soon as standard input can be read, and nothing of ours catches it.
+"syncfs", "inventory", "ahead": bringing content to the disk, looking at what is here, fetching ahead fail each time, in a way that nobody expects.
 """
 
 import builtins
@@ -8,20 +9,44 @@ import sys
 
 import trio
 
+from fusehsm import filesystem_calls
 from fusehsm.cli import main
+from fusehsm.tier import evicting, touch_list
 from fusehsm.tier.keeping import Keeper
+
+_OFTEN = 0.05  # seconds
+_FAILING = {
+    "syncfs": (filesystem_calls, "syncfs"),
+    "inventory": (evicting, "items"),
+    "ahead": (touch_list, "_read"),
+}
 
 
 def put_in(fault: str) -> None:
     kind, _, word = fault.partition("=")
-    assert kind == "end", fault
-    exception = getattr(builtins, word)
+    match kind:
+        case "end":
+            exception = getattr(builtins, word)
 
-    async def keep(self: Keeper) -> None:
-        await trio.lowlevel.wait_readable(0)
-        raise exception("put in by the test")
+            async def keep(self: Keeper) -> None:
+                await trio.lowlevel.wait_readable(0)
+                raise exception("put in by the test")
 
-    Keeper.keep = keep  # type: ignore[method-assign]
+            Keeper.keep = keep  # type: ignore[method-assign]
+        case "syncfs":
+            prepare = Keeper.__init__
+
+            def prepare_to_look_often(self: Keeper, fetcher: object, root_fd: int, _: float) -> None:
+                prepare(self, fetcher, root_fd, _OFTEN)  # type: ignore[arg-type]
+
+            Keeper.__init__ = prepare_to_look_often  # type: ignore[method-assign, assignment]
+    if kind in _FAILING:
+        module, name = _FAILING[kind]
+        setattr(module, name, _fail)
+
+
+def _fail(*_: object) -> None:
+    raise RuntimeError("put in by the test")
 
 
 if __name__ == "__main__":

@@ -160,6 +160,36 @@ def test_the_list_of_a_run_under_way_is_kept(big: Path, target: Path, tmp_path: 
     assert first == '0 1048576 "big"'
 
 
+BESIDE = {
+    "syncfs": "what was fetched is not known to be on the disk: RuntimeError: put in by the test",
+    "inventory": "--max-size: nothing was evicted this time: RuntimeError: put in by the test",
+    "ahead": "2 of 2 ranges of the list could not be fetched ahead",
+}
+
+
+@pytest.mark.parametrize("fault", BESIDE)
+def test_what_fails_beside_the_serving_does_not_end_it(
+    big: Path, target: Path, backend: str, tmp_path: Path, fault: str
+) -> None:
+    (tmp_path / "list").write_text('0 1 "big"\n0 1 "big"\n')
+    more = {"inventory": ("--max-size", "1M"), "ahead": ("--prefetch", str(tmp_path / "list"))}
+    options = ("--backend", backend, "--read-ahead", "0", *more.get(fault, ()))
+    with fetching(big, target, *options, command=with_fault(fault)) as served:
+        assert run("head", "-c1", target / "big").returncode == 0
+        said = served.process.stderr
+        assert said is not None
+        while BESIDE[fault] not in (line := said.readline()):
+            assert line
+        assert run("cmp", big / "big", target / "big").stdout == ""
+        if fault == "inventory":
+            done = harness.fusehsm("evict", target)
+            assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        _, complaints = served.end()
+        assert served.process.returncode == 0
+        assert "Traceback" not in complaints
+        assert not is_mounted(target)
+
+
 def test_a_list_that_says_the_same_more_than_once(
     big: Path, target: Path, backend: str, tmp_path: Path
 ) -> None:
