@@ -36,6 +36,7 @@ touch_list.py  lists of what a run has touched: --record, --prefetch
 evicting.py    taking content away again; inventory.py: what is here
 fetch_progress.py   what a terminal shows meanwhile
 fetch_server.py, fetch_client.py, fetch_protocol.py   the running fetch's control socket
+mishaps.py     errors that nobody expected, in a line
 service_manager.py   telling systemd that it serves
 
 Validating:

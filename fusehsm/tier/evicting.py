@@ -28,6 +28,7 @@ from fusehsm.abi import (
 from fusehsm.backends.base import Group
 from fusehsm.backends.leasing import leased
 from fusehsm.tier.beneath import open_beneath
+from fusehsm.tier.catalog import where
 from fusehsm.tier.destination import Destination
 from fusehsm.tier.fetcher import Fetcher, Served
 from fusehsm.tier.identity import Key, key_of
@@ -74,11 +75,18 @@ class Evictor:
         self.fetcher = fetcher
         self._place = place
         self._group = group
+        self._has_left_out = False
 
     async def inventory(self, path: str) -> list[Item]:
         """items() at or below a path, looked at in a thread."""
-        listing = partial(items, self._place.root_fd, path, self.known, self.fetcher.place)
+        listing = partial(items, self._place.root_fd, path, self.known, self._leave_out, self.fetcher.place)
         return await trio.to_thread.run_sync(lambda: list(listing()))
+
+    def _leave_out(self, error: OSError) -> None:
+        # Once: whoever makes such directories may make many, and the tree is looked at again and again.
+        if not self._has_left_out:
+            self._has_left_out = True
+            _log.warning("%s; it and others like it are not counted, evicted or pinned", where(error))
 
     def known(self, key: Key) -> StubFile | None:
         """The file that is served under that key, if it is one."""

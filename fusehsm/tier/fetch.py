@@ -20,6 +20,7 @@ from fusehsm.backends.opening import open_group
 from fusehsm.handler import GROUP_IS_GONE, serve
 from fusehsm.interruption import Interrupted, Interruption, interruptible
 from fusehsm.mountinfo import read_mounts
+from fusehsm.tier.catalog import where
 from fusehsm.tier.destination import Destination, destination
 from fusehsm.tier.evicting import Evictor, keep_below
 from fusehsm.tier.fetch_client import socket_name
@@ -34,6 +35,7 @@ from fusehsm.tier.service_manager import say_ready
 from fusehsm.tier.sizes import parse_seconds, parse_size
 from fusehsm.tier.store import Store, shown
 from fusehsm.tier.touch_list import Recorder, Touched, read_list, warm_up
+from fusehsm.tier.walk import directories
 
 _EVENTS: Final = ("PRE_ACCESS", "MODIFY")
 # On the real kernel nothing tells of what is written through a mapping, but the end of its file. (A mount makes MODIFY of it.)
@@ -243,8 +245,20 @@ async def _refusing_the_rest(group: Group) -> AsyncIterator[None]:
 async def _watch_directories(group: Group, root_fd: int, mask: int) -> None:
     """A mark on the mount holds in no other mount of the same tree, and in no other namespace: containers get copies of mounts, without marks. What
     is marked on a directory holds everywhere for the files that are in it."""
-    for _, _, _, fd in os.fwalk(".", dir_fd=root_fd):
-        await group.mark(FAN_MARK_ADD, mask | FAN_EVENT_ON_CHILD, fd)
+    complained = False
+
+    def complain(error: OSError) -> None:
+        nonlocal complained
+        if not complained:
+            complained = True
+            what = "its files, and those of others like it, are read as zeros in other mounts and namespaces"
+            _log.warning("%s: %s", where(error), what)
+
+    for fd, _ in directories(root_fd, complain):
+        try:
+            await group.mark(FAN_MARK_ADD, mask | FAN_EVENT_ON_CHILD, fd)
+        except OSError as error:
+            complain(OSError(error.errno, error.strerror, os.readlink(f"/proc/self/fd/{fd}")))
 
 
 async def _watch_mounts_below(group: Group, path: str, mask: int) -> None:

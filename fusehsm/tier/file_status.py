@@ -2,12 +2,14 @@
 
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
 from fusehsm.mountinfo import mount_of
+from fusehsm.tier.catalog import where
 from fusehsm.tier.fetch_client import find
 from fusehsm.tier.fetch_protocol import List
 from fusehsm.tier.inventory import Item, items
@@ -48,10 +50,14 @@ def _local(path: str) -> Iterator[Item]:
     above, name = os.path.split(os.path.realpath(path)) if not os.path.isdir(path) else (path, "")
     root_fd = os.open(above, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with closing(items(root_fd, name, lambda key: None)) as found:  # type: ignore[type-var]
+        with closing(items(root_fd, name, lambda key: None, _leave_out)) as found:  # type: ignore[type-var]
             yield from found
     finally:
         os.close(root_fd)
+
+
+def _leave_out(error: OSError) -> None:
+    print(f"fusehsm: {where(error)}; it is left out", file=sys.stderr, flush=True)
 
 
 def as_text(item: Item) -> str:

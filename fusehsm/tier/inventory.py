@@ -8,10 +8,9 @@ from typing import Final
 
 from fusehsm.tier.beneath import components, open_beneath
 from fusehsm.tier.identity import Key, key_of
-from fusehsm.tier.store import byte_order
 from fusehsm.tier.stub_file import StubFile
+from fusehsm.tier.walk import LIST, Descent
 
-_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 _BLOCK_SIZE: Final = 1 << 20  # for files that have no record; of no importance, as nothing of them is here
 
@@ -32,51 +31,85 @@ class Item:
 
 
 def items(
-    root_fd: int, path: str, known: Callable[[Key], StubFile | None], place: bytes = b""
+    root_fd: int,
+    path: str,
+    known: Callable[[Key], StubFile | None],
+    left_out: Callable[[OSError], None],
+    place: bytes = b"",
 ) -> Iterator[Item]:
     """The regular files at or below `path` ("": all), in the order of their bytes; each inode once. No symbolic link is followed.
 
-    `known`: of the files that are served just now. `place`: the destination's (place.py). Raises OSError ENOENT where there is nothing at `path`,
-    ValueError for a path that leads elsewhere. What cannot be read below it is left out.
+    `known`: of the files that are served just now. `left_out` hears of directories that are not looked at. `place`: the destination's (place.py).
+    Raises OSError ENOENT where there is nothing at `path`, ValueError for a path that leads elsewhere. What cannot be opened below it is left out.
     """
     if path:
         components(path)
         fd = open_beneath(root_fd, path, _FILE)
     else:
-        fd = os.open(".", _DIRECTORY, dir_fd=root_fd)
+        fd = os.open(".", LIST, dir_fd=root_fd)
     try:
-        yield from _walk(fd, path, known, place, set())
+        status = os.fstat(fd)
+        if stat.S_ISREG(status.st_mode):
+            key = key_of(fd, status)
+            yield _item(fd, path, status, known(key), place)
+        elif stat.S_ISDIR(status.st_mode):
+            yield from _below(fd, path, known, left_out, place)
     finally:
         os.close(fd)
 
 
-def _walk(
-    fd: int, path: str, known: Callable[[Key], StubFile | None], place: bytes, seen: set[Key]
+def _below(
+    root_fd: int,
+    above: str,
+    known: Callable[[Key], StubFile | None],
+    left_out: Callable[[OSError], None],
+    place: bytes,
 ) -> Iterator[Item]:
-    status = os.fstat(fd)
-    if stat.S_ISREG(status.st_mode):
-        key = key_of(fd, status)
-        if key not in seen:
-            seen.add(key)
-            yield _item(fd, path, status, known(key), place)
-    elif stat.S_ISDIR(status.st_mode):
-        for name in sorted(os.listdir(fd), key=byte_order):
+    """The files below a directory, which is `above` itself."""
+    prefix = f"{above}/" if above else ""
+    seen: set[Key] = set()
+
+    def leave_out(error: OSError) -> None:
+        left_out(OSError(error.errno, error.strerror, prefix + os.fsdecode(error.filename or "")))
+
+    descent = Descent(root_fd, leave_out)
+    try:
+        while (level := descent.here) is not None:
+            if not level.names:
+                descent.leave()
+                continue
+            name = level.names.pop()
             try:
-                child = os.open(name, _FILE, dir_fd=fd)
+                fd = os.open(name, _FILE, dir_fd=level.fd)
             except OSError:
                 continue  # a symbolic link, a socket, gone, or not ours to read
+            is_kept = False
             try:
-                yield from _walk(child, f"{path}/{name}" if path else name, known, place, seen)
+                status = os.fstat(fd)
+                if stat.S_ISREG(status.st_mode):
+                    key = key_of(fd, status)
+                    if key not in seen:
+                        seen.add(key)
+                        yield _item(fd, prefix + level.path_of(name), status, known(key), place)
+                elif stat.S_ISDIR(status.st_mode):
+                    is_kept = True
+                    try:
+                        descent.enter(name, fd)
+                    except OSError as error:
+                        leave_out(OSError(error.errno, error.strerror, level.path_of(name)))
             finally:
-                os.close(child)
+                if not is_kept:
+                    os.close(fd)
+    finally:
+        descent.close()
 
 
 def _item(fd: int, path: str, status: os.stat_result, file: StubFile | None, place: bytes) -> Item:
     if file is None:
         try:
             file = StubFile.recover(fd, path, place, _BLOCK_SIZE)
-        except OSError:
-            file = None
+        except Exception:
+            file = None  # whatever its owner has made of its attributes: others are counted all the same
     used_ns = status.st_atime_ns if file is None else max(file.used_ns, status.st_atime_ns)
     disk = status.st_blocks * 512
     if file is None:

@@ -14,6 +14,7 @@ from fusehsm.tier.fetcher import Fetcher
 from fusehsm.tier.identity import Key, key_of
 from fusehsm.tier.mishaps import passed_over
 from fusehsm.tier.stub_file import StubFile
+from fusehsm.tier.walk import directories
 
 INTERVAL: Final = 5.0  # seconds
 _LONGEST: Final = 6  # intervals for which files that are being filled all the time are let off
@@ -113,7 +114,7 @@ def _rest(file: StubFile, fd: int) -> None:
 def _rest_moved(root_fd: int, files: dict[Key, StubFile]) -> None:
     """Of files that are not where they were seen: renamed ones have to be looked for."""
     numbers = {key[:2] for key in files}
-    for _, _, names, directory_fd in os.fwalk(".", dir_fd=root_fd):
+    for directory_fd, names in directories(root_fd, _pass_over):
         for name in names:
             with suppress(OSError):
                 status = os.stat(name, dir_fd=directory_fd, follow_symlinks=False)
@@ -127,3 +128,7 @@ def _rest_moved(root_fd: int, files: dict[Key, StubFile]) -> None:
                     os.close(fd)
         if not files:
             return
+
+
+def _pass_over(_: OSError) -> None:
+    """A directory that cannot be looked at: its files stay as when somebody was killed."""

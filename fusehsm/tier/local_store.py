@@ -7,9 +7,9 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 
 from fusehsm.tier.beneath import open_beneath
-from fusehsm.tier.store import Entry, Kind, Store, StoreError, byte_order, changed, shorter, throw
+from fusehsm.tier.store import Entry, Kind, Store, StoreError, changed, shorter, throw
+from fusehsm.tier.walk import Descent
 
-_LIST = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _SMALL = 1 << 16  # bytes
 _READ = os.O_RDONLY | os.O_NONBLOCK  # whoever puts a FIFO in a file's place does not make us wait
 
@@ -24,23 +24,23 @@ class LocalStore(Store):
         self._root_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def tree(self, on_error: Callable[[StoreError], None] = throw) -> Iterator[Entry]:
-        """Depth first, with a descriptor per level, so that neither renames nor links lead elsewhere."""
-        # A level: the path of a directory, its descriptor, and the names not yet seen, the next one last.
-        levels: list[tuple[str, int, list[str]]] = []
+        """Depth first, from directory to directory by descriptors, so that neither renames nor links lead elsewhere."""
+
+        def unlisted(error: OSError) -> None:
+            path = os.fsdecode(error.filename or "")
+            on_error(StoreError(error.errno, f"cannot be listed in {self.name}: {error.strerror}", path))
+
+        descent = Descent(self._root_fd, unlisted)
         try:
-            levels.append(("", os.open(".", _LIST, dir_fd=self._root_fd), []))
-            levels[-1][2].extend(_names(levels[-1][1]))
-            while levels:
-                above, fd, names = levels[-1]
-                if not names:
-                    os.close(fd)
-                    levels.pop()
+            while (level := descent.here) is not None:
+                if not level.names:
+                    descent.leave()
                     continue
-                name = names.pop()
-                path = f"{above}/{name}" if above else name
+                name = level.names.pop()
+                path = level.path_of(name)
                 try:
-                    status = os.stat(name, dir_fd=fd, follow_symlinks=False)
-                    target = os.readlink(name, dir_fd=fd) if stat.S_ISLNK(status.st_mode) else None
+                    status = os.stat(name, dir_fd=level.fd, follow_symlinks=False)
+                    target = os.readlink(name, dir_fd=level.fd) if stat.S_ISLNK(status.st_mode) else None
                 except FileNotFoundError:
                     continue  # removed since the directory was read
                 except OSError as error:
@@ -51,17 +51,11 @@ class LocalStore(Store):
                 yield entry
                 if entry.kind is Kind.DIRECTORY:
                     try:
-                        levels.append((path, os.open(name, _LIST, dir_fd=fd), []))
-                        levels[-1][2].extend(_names(levels[-1][1]))
+                        descent.enter(name)
                     except OSError as error:
-                        on_error(
-                            StoreError(
-                                error.errno, f"cannot be listed in {self.name}: {error.strerror}", path
-                            )
-                        )
+                        unlisted(OSError(error.errno, error.strerror, path))
         finally:
-            for _, fd, _ in levels:
-                os.close(fd)
+            descent.close()
 
     def version(self, path: str) -> str:
         """Modification time and size."""
@@ -151,10 +145,6 @@ def _data(fd: int, offset: int, end: int) -> Iterator[tuple[int, int]]:
             return
         offset = min(os.lseek(fd, start, os.SEEK_HOLE), end)
         yield start, offset - start
-
-
-def _names(fd: int) -> list[str]:
-    return sorted(os.listdir(fd), key=byte_order, reverse=True)
 
 
 def _entry(path: str, status: os.stat_result, target: str | None) -> Entry:

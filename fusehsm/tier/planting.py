@@ -24,6 +24,7 @@ from fusehsm.tier.beneath import components, open_beneath
 from fusehsm.tier.ownership import Ownership
 from fusehsm.tier.store import Entry, Kind, StoreError
 from fusehsm.tier.stub_mark import Mark, is_all_hole
+from fusehsm.tier.walk import MOST_OPEN, Identity, identity_of, reopened
 
 UNFINISHED: Final = ".fusehsm-unfinished"
 """The one name that is ours in every directory: what is being made where a file cannot be made without a name."""
@@ -57,13 +58,15 @@ class Refusal(Exception):
 class _Level:
     """A directory that is being filled. `fd` None: a dry run has not made it. `entry` None: the destination itself, whose attributes stay.
 
-    `mode`: what it had before it was opened up, or is to have if the store does not tell.
+    `mode`: what it had before it was opened up, or is to have if the store does not tell. `parked`: which directory it is, while it is closed because
+    there are too many levels; `fd` is no good then.
     """
 
     path: str
     fd: int | None
     entry: Entry | None
     mode: int = 0
+    parked: Identity | None = None
 
 
 @dataclass(slots=True)
@@ -137,7 +140,7 @@ class Planter:
     def close(self) -> None:
         """Close the descriptors of directories that have not been left."""
         for level in self._levels[1:]:
-            if level.fd is not None:
+            if level.fd is not None and level.parked is None:
                 os.close(level.fd)
         del self._levels[1:]
 
@@ -187,8 +190,24 @@ class Planter:
         if status is not None or not self._dry_run:
             inner.fd = self._open_directory(level.fd, name)
         self._levels.append(inner)
+        self._park()
         self._remove_unfinished(inner)
         return outcome
+
+    def _park(self) -> None:
+        """Close a directory far above, for a store may be deeper than there are descriptors; the destination itself stays open."""
+        if len(self._levels) > MOST_OPEN + 1:
+            level = self._levels[-MOST_OPEN - 1]
+            if level.fd is not None:
+                level.parked = identity_of(level.fd)
+                os.close(level.fd)
+
+    def _unpark(self, level: _Level, inner_fd: int | None) -> None:
+        """Open it again, by way of a directory in it if that is there. Raises OSError ESTALE where it has been moved."""
+        if level.parked is not None:
+            assert self._root_fd is not None
+            level.fd = reopened(self._root_fd, level.path, level.parked, inner_fd)
+            level.parked = None
 
     def _open_directory(self, dir_fd: int | None, name: str) -> int:
         fd = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
@@ -212,6 +231,8 @@ class Planter:
         return is_ours and status.st_mode & wanted != wanted
 
     def _leave(self) -> None:
+        # First: afterwards its mode may not let us go through it.
+        self._unpark(self._levels[-2], self._levels[-1].fd)
         level = self._levels.pop()
         if level.fd is None:
             return

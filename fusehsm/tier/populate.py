@@ -6,12 +6,11 @@ changed. Content is never overwritten. It does not run while somebody fills the 
 
 import errno
 import os
-import resource
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -61,7 +60,6 @@ def populate(options: PopulateOptions) -> int:
 
     Raises ValueError for a URL or path that cannot be meant, OSError when the store or the destination is no good at all.
     """
-    _allow_many_descriptors()
     started = time.monotonic()
     counts = Counts()
 
@@ -184,10 +182,3 @@ def _trial_file(root_fd: int) -> int | None:
         return None
     os.unlink(UNFINISHED, dir_fd=root_fd)
     return fd
-
-
-def _allow_many_descriptors() -> None:
-    """One for each level of the tree, here and in a local store: as many as are permitted."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
