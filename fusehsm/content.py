@@ -8,8 +8,8 @@ import errno
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager, suppress
 
 import trio
 
@@ -83,6 +83,20 @@ class Content:
     def dropped(self, node: Node) -> None:
         """A node's pages are about to be dropped, and its mappings to be asked for again: it may have been evicted."""
         self._filled.pop(node.id, None)
+
+    @asynccontextmanager
+    async def changing(self, node: Node, *, content: bool = True) -> AsyncIterator[None]:
+        """`async with` it: a change of the node's `content`, or of attributes only, which may have done a part of it when it fails. The kernel,
+        which takes a failed call to have changed nothing, then looks at the node anew."""
+        try:
+            yield
+        except OSError:
+            await (self._stale.drop_changed(node) if content else self._stale.drop_attributes(node))
+            raise
+
+    def changed_unseen(self, node: Node) -> None:
+        """A change of the node was made after its accessor had been let go, so that the kernel was told of none."""
+        self._stale.drop_changed_soon(node)
 
     def is_filling(self, node: Node) -> bool:
         """Whether a page of the node waits for its listener: until it is answered the kernel has it locked, and who drops it waits too."""
@@ -334,16 +348,28 @@ class Content:
             explanation = await self._ask_write(file, offset, len(data), tid, write_back)
         with self._handles.backing(file) as descriptor:
             self._overlay.before_write(file.node, descriptor, file.uid if uid is None else uid)
-            if durable:
-                written = await trio.to_thread.run_sync(
-                    os.pwritev, descriptor, [data], offset, durable, limiter=self._copiers
-                )
-            else:
-                written = os.pwrite(descriptor, data, offset)
+            try:
+                written = await self._write_backing(descriptor, offset, data, durable)
+                if write_back:
+                    # Nobody goes on where the page cache's own write has stopped for want of room.
+                    while written < len(data):
+                        rest = memoryview(data)[written:]
+                        written += await self._write_backing(descriptor, offset + written, rest, durable)
+            except OSError:
+                # The pages have what is not in the file; some may be locked until this is answered.
+                self._stale.drop_changed_soon(file.node, offset, len(data))
+                raise
         await self.modified(file.node, offset, offset + written)
         if explanation is not None and listeners.notified & FAN_MODIFY and written:
             self._notify(explanation, self._subject_of(file.node), file.node)
         return written
+
+    async def _write_backing(self, descriptor: int, offset: int, data: Buffer, durable: int) -> int:
+        if durable:
+            return await trio.to_thread.run_sync(
+                os.pwritev, descriptor, [data], offset, durable, limiter=self._copiers
+            )
+        return os.pwrite(descriptor, data, offset)
 
     async def _ask_write(
         self, file: OpenFile[Node], offset: int, size: int, tid: int, write_back: bool | None
@@ -414,11 +440,12 @@ class Content:
             who = self._explainer.accessor(file, tid)
             access = Access(AccessKind.FALLOCATE, offset, length, who.pid, who.tid)
             await self.ask(access, self._subject_of(file.node), file.node, _armed(file))
-        with self._handles.backing(file) as descriptor:
-            self._overlay.before_write(file.node, descriptor, uid)
-            await trio.to_thread.run_sync(
-                syscalls.fallocate, descriptor, mode, offset, length, limiter=self._copiers
-            )
+        async with self.changing(file.node):
+            with self._handles.backing(file) as descriptor:
+                self._overlay.before_write(file.node, descriptor, uid)
+                await trio.to_thread.run_sync(
+                    syscalls.fallocate, descriptor, mode, offset, length, limiter=self._copiers
+                )
         await self.modified(file.node)
         if access is not None:
             self.notify(access, self._subject_of(file.node), file.node)
@@ -444,11 +471,18 @@ class Content:
                 access = Access(kind, offset, length, who.pid, who.tid)
                 await self.ask(access, self._subject_of(file.node), file.node, _armed(file))
                 asked.append((file, access))
-        with self._handles.backing(source) as readable, self._handles.backing(target) as writable:
-            self._overlay.before_write(target.node, writable, uid)
-            copied = await trio.to_thread.run_sync(
-                syscalls.copy, readable, source_offset, writable, target_offset, length, limiter=self._copiers
-            )
+        async with self.changing(target.node):
+            with self._handles.backing(source) as readable, self._handles.backing(target) as writable:
+                self._overlay.before_write(target.node, writable, uid)
+                copied = await trio.to_thread.run_sync(
+                    syscalls.copy,
+                    readable,
+                    source_offset,
+                    writable,
+                    target_offset,
+                    length,
+                    limiter=self._copiers,
+                )
         await self.modified(target.node)
         if copied:
             for file, access in asked:

@@ -11,7 +11,7 @@ import errno
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from fusehsm import caller, rules
 from fusehsm.abi import (
@@ -242,7 +242,11 @@ class Gate:
     async def open(self, node: Node, flags: int, tid: int, uid: int) -> tuple[OpenFile[Node], bool]:
         """Open a node; returns the open file and whether the pages that the kernel has of it may stay. Raises OSError."""
         with self.leases.entering(node):
-            return await self._open(node, flags, tid, uid)
+            if not flags & os.O_TRUNC:
+                return await self._open(node, flags, tid, uid)
+            # One that fails may have taken set-id bits, or have been denied once the file was truncated.
+            async with self.content.changing(node, content=False):
+                return await self._open(node, flags, tid, uid)
 
     async def _open(self, node: Node, flags: int, tid: int, uid: int) -> tuple[OpenFile[Node], bool]:
         executing = bool(flags & _FMODE_EXEC)
@@ -392,6 +396,11 @@ class Gate:
         self.leases.interrupted(tid)
         return True
 
+    def changed_unseen(self, node_id: int) -> None:
+        """A node has been changed for an accessor that was let go before, with EINTR."""
+        with suppress(OSError):
+            self.content.changed_unseen(self.overlay.node(node_id))
+
     def unopened(self, node: Node, *, writing: bool) -> OpenFile[Node]:
         """What stands for a node's open files where the kernel tells of no open(2): armed for everything, as nobody can say otherwise."""
         return self.handles.standing(node, Armed.ALL, writing=writing)
@@ -407,8 +416,9 @@ class Gate:
             await self.content.truncate(node, changes.size, caller_.pid)
             if node in self.leases:
                 await self.leases.wait(node, caller_.pid)
-        with self._usable(node, handle) as descriptor:
-            result = self.overlay.setattr(node, changes, descriptor, caller_)
+        async with self.content.changing(node, content=changes.size is not None):
+            with self._usable(node, handle) as descriptor:
+                result = self.overlay.setattr(node, changes, descriptor, caller_)
         self.content.told(*result)
         if changes.size is not None:
             await self.content.modified(node)

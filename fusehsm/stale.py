@@ -154,6 +154,17 @@ class StalePages:
 
         trio.lowlevel.start_thread_soon(drop, lambda outcome: None)
 
+    async def drop_changed(self, node: Node) -> None:
+        """Drop all that the kernel has cached of a node, as it is not what the kernel was told; returns when that has gone, or after a moment."""
+        if self.cache is not None:
+            with suppress(OSError):
+                await self._dropped([partial(self.cache.drop_pages, node.id)], _MOMENT)
+
+    def drop_changed_soon(self, node: Node, offset: int = 0, size: int = 0) -> None:
+        """Begin to drop what the kernel has cached of a node, but pages beyond that range in bytes (`size` 0: to the end); waits for nothing."""
+        if self.cache is not None:
+            self._begin([partial(self.cache.drop_range, node.id, offset, size)])
+
     def drop_attributes_soon(self, node: Node) -> None:
         """Begin to drop a node's cached attributes; waits for nothing."""
         if self.cache is not None:

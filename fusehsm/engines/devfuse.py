@@ -56,6 +56,7 @@ _LEAVES_NOTHING: Final = frozenset(
         Opcode.COPY_FILE_RANGE_64,
     )
 )
+_CHANGES: Final = _LEAVES_NOTHING - {Opcode.READ}
 # What taking a request apart raises, and what system calls raise for numbers that no C type holds: the kernel does not send such.
 _MALFORMED: Final = (ValueError, struct.error, OverflowError)
 _ERRNO_LIMIT: Final = 512  # from here on they are the kernel's own
@@ -229,6 +230,8 @@ class DevFuse:
                     self._reply(request, result)
                 else:
                     self._fail(request, failure)
+            elif failure is None and request.opcode in _CHANGES:
+                self._gate.changed_unseen(protocol.changed_node(request))
 
     def _reply(self, request: Request, body: Body) -> None:
         if len(body) < _BIG:

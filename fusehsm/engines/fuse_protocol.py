@@ -212,6 +212,13 @@ def decode_request(data: bytes | memoryview) -> Request:
     return Request(opcode, unique, node_id, uid, gid, pid, data[IN_HEADER.size : end])
 
 
+def changed_node(request: Request) -> int:
+    """The id of the node whose content or attributes a request changes."""
+    if request.opcode in (Opcode.COPY_FILE_RANGE, Opcode.COPY_FILE_RANGE_64):
+        return int(COPY_FILE_RANGE_IN.unpack_from(request.body)[2])
+    return request.node_id
+
+
 def names_in(body: bytes | memoryview, start: int, count: int) -> list[bytes]:
     """`count` NUL-terminated strings from `start` on. ValueError where there are fewer."""
     parts = bytes(body[start:]).split(b"\0", count)
