@@ -28,7 +28,7 @@ holes.py, runs.py, sizes.py, place.py   where a file has no data; numbers in a r
 Serving:
 destination.py the directory that is served, and where its events come from; alone.py: by one at a time
 fetcher.py     the handler: fills what an access is about to touch, or refuses it
-catalog.py     which file of the store, in which version, a stub stands for
+catalog.py     which file of the store, in which version, a stub stands for; suspicion.py: whether its mark may be forged
 streams.py     who reads from the beginning to the end, and what they will want next
 persistence.py how long to go on asking a store that does not answer, and how fast
 keeping.py     making what has been filled last

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from fusehsm.tier.beneath import components
 from fusehsm.tier.fsspec_store import FsspecStore, filesystem_of, version_of
-from fusehsm.tier.store import Entry, Kind, StoreError, changed
+from fusehsm.tier.store import Entry, Kind, Rights, StoreError, changed
 
 _UNIX: Final = 3  # ZipInfo.create_system
 
@@ -44,6 +44,11 @@ class ArchiveStore(FsspecStore):
         self._expect_same_container(path)
         assert entry.version is not None
         return entry.version
+
+    def rights(self, path: str) -> Rights | None:
+        """As the index tells: of a tar file."""
+        entry = self._file(path)
+        return None if entry.uid is None else Rights(entry.uid, entry.gid, entry.mode)
 
     def read(self, path: str, offset: int, length: int, version: str) -> bytes:
         """From the member."""

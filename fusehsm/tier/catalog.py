@@ -3,9 +3,19 @@
 import errno
 import os
 import threading
+from dataclasses import dataclass
 
-from fusehsm.tier.store import Kind, Store, StoreChanged, StoreError, shown
+from fusehsm.tier.store import Kind, Rights, Store, StoreChanged, StoreError, shown
 from fusehsm.tier.stub_mark import Mark, digest
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The file of the store that a stub's mark names. `rights`: what the store says of it. `is_renamed`: it has another path than the stub."""
+
+    path: str
+    rights: Rights | None
+    is_renamed: bool
 
 
 class Catalog:
@@ -16,26 +26,32 @@ class Catalog:
         self._paths: dict[bytes, str] | None = None
         self._lock = threading.Lock()
 
-    def origin(self, mark: Mark, path: str) -> tuple[str, str]:
-        """The path in the store and the version to read of what the stub at `path` (below the destination) was made of.
+    def origin(self, mark: Mark, path: str) -> Origin:
+        """What the stub at `path` (below the destination) was made of, as its mark says.
 
-        A stub that has been renamed or linked is found by the store's list, which is asked for once. Raises StoreChanged when the file is gone or
-        another version now, other OSErrors when the store does not answer.
+        A stub that has been renamed or linked is found by the store's list, which is asked for once. Raises StoreChanged when the file is gone,
+        other OSErrors when the store does not answer.
         """
-        path = self._path(mark, path)
+        is_renamed = digest(path) != mark.path
+        if is_renamed:
+            path = self._renamed(mark, path)
+        try:
+            return Origin(path, self._store.rights(path), is_renamed)
+        except (FileNotFoundError, NotADirectoryError):
+            raise self._gone(path) from None
+
+    def version(self, mark: Mark, path: str) -> str:
+        """The version to read of the store's file at `path`: the one that the mark names. Raises as origin(), and StoreChanged for another one."""
         try:
             version = self._store.version(path)
         except (FileNotFoundError, NotADirectoryError):
             raise self._gone(path) from None
         if digest(version) != mark.version:
             raise self._changed(path)
-        return path, version
+        return version
 
-    def origin_and_range(
-        self, mark: Mark, path: str, offset: int, length: int
-    ) -> tuple[tuple[str, str], bytes | None]:
+    def version_and_range(self, mark: Mark, path: str, offset: int, length: int) -> tuple[str, bytes | None]:
         """The same, together with a range of it where the store has both for one request: a first read of a small file is then the only one."""
-        path = self._path(mark, path)
         try:
             found = self._store.read_if(path, offset, length, lambda version: digest(version) == mark.version)
         except StoreChanged:
@@ -43,12 +59,8 @@ class Catalog:
         except (FileNotFoundError, NotADirectoryError):
             raise self._gone(path) from None
         if found is None:
-            return self.origin(mark, path), None
-        version, data = found
-        return (path, version), data
-
-    def _path(self, mark: Mark, path: str) -> str:
-        return path if digest(path) == mark.path else self._renamed(mark, path)
+            return self.version(mark, path), None
+        return found
 
     def _changed(self, path: str) -> StoreChanged:
         why = f"has changed in {self._store.name} since its stub was made; remove the stub and populate again"

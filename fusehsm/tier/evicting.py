@@ -170,7 +170,7 @@ class Evictor:
                 freed = await trio.to_thread.run_sync(file.empty, fd, partial(os.fsync, fd))
                 if self._place.backend == "kernel":
                     await self._unignore(served, fd)
-                served.origin = None
+                served.origin = served.version = None
         finally:
             if isinstance(target, int):
                 os.close(target)

@@ -27,13 +27,14 @@ from fusehsm.abi import (
 )
 from fusehsm.backends.base import Group
 from fusehsm.events import Event
-from fusehsm.tier.catalog import Catalog, below, where
+from fusehsm.tier.catalog import Catalog, Origin, below, where
 from fusehsm.tier.identity import Key, key_of
 from fusehsm.tier.persistence import Allowance, BackOff
 from fusehsm.tier.runs import runs
 from fusehsm.tier.store import Store, StoreChanged, shorter
 from fusehsm.tier.streams import Streams
 from fusehsm.tier.stub_file import InDoubt, StubFile
+from fusehsm.tier.suspicion import suspicion
 
 _IGNORE = FAN_MARK_ADD | FAN_MARK_IGNORED_MASK | FAN_MARK_IGNORED_SURV_MODIFY | FAN_MARK_EVICTABLE
 _CHANGES = FAN_MODIFY | FAN_CLOSE_WRITE
@@ -125,12 +126,14 @@ class _Fill:
 
 @dataclass(slots=True)
 class Served:
-    """What the fetcher knows of one inode. `file` is None for what is no stub: it is the user's own. `ignored`: the events of which it wants none.
+    """What the fetcher knows of one inode. `file` is None for what is no stub: it is the user's own. `origin`, `version`: of the store's file, once
+    they were asked for. `ignored`: the events of which it wants none.
     `idle_events`: those for which nothing was left to be fetched. `evicting` is there while its content is being taken away: accesses wait for it."""
 
     file: StubFile | None
     streams: Streams | None = None
-    origin: tuple[str, str] | None = None
+    origin: Origin | None = None
+    version: str | None = None
     fills: dict[int, _Fill] = field(default_factory=dict)
     ignored: int = 0
     active: int = 0  # accesses that are being answered
@@ -168,6 +171,8 @@ class Fetcher:
         self._threads = trio.CapacityLimiter(policy.connections)
         self._prefetches = trio.CapacityLimiter(max(policy.connections // 2, 1))
         self._own_pid = os.getpid()
+        # Who is not root asks the store with no more than the own rights.
+        self._is_root = os.geteuid() == 0
         self._quiet_until = 0.0
         self._meeting = threading.Lock()
 
@@ -368,6 +373,9 @@ class Fetcher:
                 except (StoreChanged, InDoubt) as error:
                     self._complain(served, error)
                     raise OSError(errno.EIO, error.strerror, error.filename) from None
+                except _Suspicious as error:
+                    self._complain(served, error)
+                    raise OSError(self.policy.denial, error.strerror, error.filename) from None
                 except OSError as error:
                     if error.errno in _FINAL:
                         _log.error("%s: cannot be filled: %s", file.path, error.strerror)
@@ -423,19 +431,29 @@ class Fetcher:
             start, end = fill.first * file.block_size, min(fill.end * file.block_size, file.limit)
             if start >= end:
                 return 0, 0  # truncated meanwhile
-            data = None
-            if served.origin is None:
-                served.origin, data = self._catalog.origin_and_range(file.mark, file.path, start, end - start)
+            origin, version, data = served.origin, served.version, None
+            if origin is None:
+                served.origin = origin = self._catalog.origin(file.mark, file.path)
+            self._expect_no_forgery(fd, file, origin)
+            path = origin.path
+            if version is None:
+                version, data = self._catalog.version_and_range(file.mark, path, start, end - start)
+                served.version = version
             if data is None:
-                pieces = list(self._store.content(served.origin[0], start, end - start, served.origin[1]))
+                pieces = list(self._store.content(path, start, end - start, version))
             elif len(data) == end - start:
                 pieces = [(start, data)]
             else:
-                raise shorter(self._store, served.origin[0])
+                raise shorter(self._store, path)
+            self._expect_no_forgery(fd, file, origin)  # it may have been given away meanwhile
             written = file.fill(fd, fill.first, fill.end, pieces, lambda: not fill.abandoned)
             return written, sum(len(data) for _, data in pieces)
         finally:
             let_go()
+
+    def _expect_no_forgery(self, fd: int, file: StubFile, origin: Origin) -> None:
+        if self._is_root and (why := suspicion(os.fstat(fd), origin)) is not None:
+            raise _Suspicious(self.policy.denial, why, file.path)
 
     def _complain(self, served: Served, error: OSError) -> None:
         if not served.complained:
@@ -446,6 +464,10 @@ class Fetcher:
         if time.monotonic() >= self._quiet_until:
             self._quiet_until = time.monotonic() + _COMPLAINT_INTERVAL
             _log.warning("trying again: %s", where(error))
+
+
+class _Suspicious(OSError):
+    """A mark may be forged: the file is not to be filled, "cause; mend"."""
 
 
 class _Once:

@@ -17,7 +17,7 @@ from typing import Any, Final
 import fsspec
 from fsspec.core import url_to_fs
 
-from fusehsm.tier.store import Entry, Kind, Store, StoreError, byte_order, changed, throw
+from fusehsm.tier.store import Entry, Kind, Rights, Store, StoreError, byte_order, changed, throw
 
 # What `pip install 'fusehsm[NAME]'` brings (pyproject.toml), by protocol.
 _EXTRAS: Final = {
@@ -160,6 +160,15 @@ class FsspecStore(Store):
         """As version_of() finds it in what fsspec tells."""
         with self.complaining(path, "cannot be looked up"), self._turn:
             return version_of(self._info(path))
+
+    def rights(self, path: str) -> Rights | None:
+        """As fsspec tells; kinds of which it is known that they tell no owners do not ask."""
+        with self.complaining(path, "cannot be looked up"), self._turn:
+            information = self._info(path)
+        uid, mode = information.get("uid"), information.get("mode")
+        if uid is None:
+            return None
+        return Rights(uid, information.get("gid"), None if mode is None else stat.S_IMODE(mode))
 
     def read(self, path: str, offset: int, length: int, version: str) -> bytes:
         """The version is looked up before and after."""

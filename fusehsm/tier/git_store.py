@@ -14,7 +14,7 @@ from typing import Any, Final
 import pygit2
 
 from fusehsm.tier.fsspec_store import FsspecStore
-from fusehsm.tier.store import Entry, Kind, StoreError, changed
+from fusehsm.tier.store import Entry, Kind, Rights, StoreError, changed
 
 _KINDS: Final = {0o100644: Kind.FILE, 0o100755: Kind.FILE, 0o120000: Kind.SYMLINK, 0o040000: Kind.DIRECTORY}
 
@@ -30,6 +30,10 @@ class GitStore(FsspecStore):
         """The object's id."""
         with self.complaining(path, "cannot be looked up"), self._turn:
             return f"object {self._object(path).id}"
+
+    def rights(self, path: str) -> Rights | None:
+        """A repository tells no owners."""
+        return None
 
     def read(self, path: str, offset: int, length: int, version: str) -> bytes:
         """From the object, if the reference still has it there."""

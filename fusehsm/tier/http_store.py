@@ -21,7 +21,7 @@ from urllib3.util import parse_url
 from yarl import URL
 
 from fusehsm.tier.fsspec_store import PATIENCE, FsspecStore
-from fusehsm.tier.store import Entry, Kind, StoreError, changed
+from fusehsm.tier.store import Entry, Kind, Rights, StoreError, changed
 
 _AT_ONCE: Final = 16  # HEAD requests of a list
 _CONNECTIONS: Final = 32  # that are kept, of the threads that read
@@ -60,6 +60,10 @@ class HttpStore(FsspecStore):
                 errno.EIO, f"{self.name} tells neither its ETag nor its size, so it has no version", path
             )
         return version
+
+    def rights(self, path: str) -> Rights | None:
+        """A web server tells no owners."""
+        return None
 
     def read(self, path: str, offset: int, length: int, version: str) -> bytes:
         """One GET with a Range. What comes is checked against the range and the version that the answer itself names."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 
 from fusehsm.tier.beneath import open_beneath
-from fusehsm.tier.store import Entry, Kind, Store, StoreError, changed, shorter, throw
+from fusehsm.tier.store import Entry, Kind, Rights, Store, StoreError, byte_order, changed, shorter, throw
 from fusehsm.tier.walk import Descent
 
 _SMALL = 1 << 16  # bytes
@@ -64,6 +64,15 @@ class LocalStore(Store):
             return _version(os.fstat(fd))
         finally:
             os.close(fd)
+
+    def rights(self, path: str) -> Rights:
+        """All of them."""
+        fd = open_beneath(self._root_fd, path, os.O_PATH)
+        try:
+            status = os.fstat(fd)
+        finally:
+            os.close(fd)
+        return Rights(status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode))
 
     def read(self, path: str, offset: int, length: int, version: str) -> bytes:
         """The version is looked at before and after: what is written meanwhile changes the modification time."""

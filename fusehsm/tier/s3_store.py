@@ -30,7 +30,7 @@ from fsspec.asyn import sync
 from fusehsm.tier.fsspec_store import FsspecStore
 from fusehsm.tier.lists_ahead import ListsAhead
 from fusehsm.tier.s3_errors import CHANGED, GONE, OUT_OF_RANGE, code_of, explained
-from fusehsm.tier.store import Entry, Kind, StoreError, byte_order, changed, throw
+from fusehsm.tier.store import Entry, Kind, Rights, StoreError, byte_order, changed, throw
 
 CONNECTIONS: Final = 64  # at most, and so requests at a time
 _TRIES: Final = 3
@@ -81,6 +81,10 @@ class S3Store(FsspecStore):
         with self.complaining(path, "cannot be looked up"):
             version, _ = self._sync(self._head(path))
         return str(version)
+
+    def rights(self, path: str) -> Rights | None:
+        """S3 tells no owners."""
+        return None
 
     def read(self, path: str, offset: int, length: int, version: str) -> bytes:
         """One GET with Range and If-Match; again where the connection breaks in the middle."""

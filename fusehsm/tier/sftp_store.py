@@ -17,7 +17,7 @@ import paramiko
 from fsspec.implementations.sftp import SFTPFileSystem
 
 from fusehsm.tier.fsspec_store import FsspecStore
-from fusehsm.tier.store import Entry, Kind, StoreError, changed
+from fusehsm.tier.store import Entry, Kind, Rights, StoreError, changed
 
 _CHANNELS: Final = 4  # sshd permits 10 for a connection (MaxSessions)
 _REQUEST: Final = (
@@ -86,6 +86,13 @@ class SftpStore(FsspecStore):
         """Modification time and size."""
         with self.complaining(path, "cannot be looked up"), self._channel() as channel:
             return _version(channel.stat(self.full(path)))
+
+    def rights(self, path: str) -> Rights | None:
+        """Of what read() reads."""
+        with self.complaining(path, "cannot be looked up"), self._channel() as channel:
+            status = channel.stat(self.full(path))
+        mode = None if status.st_mode is None else stat.S_IMODE(status.st_mode)
+        return None if status.st_uid is None else Rights(status.st_uid, status.st_gid, mode)
 
     def read(self, path: str, offset: int, length: int, version: str) -> bytes:
         """The version of the open file is looked at before and after."""

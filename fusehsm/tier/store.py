@@ -45,6 +45,15 @@ class Entry:
     version: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Rights:
+    """The owner and permission bits that a store names for a file. `gid`, `mode`: None where it does not tell."""
+
+    uid: int
+    gid: int | None = None
+    mode: int | None = None
+
+
 class StoreError(OSError):
     """A store does not answer, or not sensibly. `filename` is what was asked for, `strerror` the cause and the mend."""
 
@@ -76,6 +85,10 @@ class Store(abc.ABC):
     @abc.abstractmethod
     def version(self, path: str) -> str:
         """The file's present version: its ETag or object id, else its modification time and size. Raises OSError (ENOENT: no such file)."""
+
+    def rights(self, path: str) -> Rights | None:
+        """The file's owner and mode, the same that its Entry has; None, without a request, from a store that tells no owners. Raises as version()."""
+        return None
 
     @abc.abstractmethod
     def read(self, path: str, offset: int, length: int, version: str) -> bytes:
