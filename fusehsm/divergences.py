@@ -281,6 +281,13 @@ DIVERGENCES: Final = (
         test="test_flags_of_event_descriptors",
     ),
     Divergence(
+        name="descriptors of directories",
+        difference="With O_RDWR or O_WRONLY in event_f_flags, F_GETFL of the descriptor of a directory's event shows O_RDONLY.",
+        reason="open(2) opens no directory for writing; only a kernel that opens for itself does.",
+        safe="The event comes, the directory can be listed through it, and nobody can write to a directory through either.",
+        test="test_descriptors_of_directories",
+    ),
+    Divergence(
         name="blocks of stubs",
         difference="A watched file without any block on disk shows one block of 512 bytes.",
         reason="`tar -S` takes a file of no blocks for empty of data and stores zeros without reading it.",

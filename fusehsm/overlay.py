@@ -371,10 +371,12 @@ class Overlay:
 
     def open_for_event(self, node: Node, flags: int, fd: int | None = None) -> int:
         """A descriptor for a listener, opened by its event_f_flags (fanotify_init(2)); O_CLOEXEC always, O_LARGEFILE as
-        every descriptor of a 64-bit process. Files and directories only. `fd`: any open file of the node, which saves
-        finding it by its names."""
+        every descriptor of a 64-bit process. Files and directories only, directories for reading: the kernel opens its own
+        for writing, too, but open(2) does not. `fd`: any open file of the node, which saves finding it by its names."""
         if node.kind != stat.S_IFDIR:
             self._check_openable(node)
+        else:
+            flags &= ~os.O_ACCMODE
         flags = flags & _EVENT_FLAGS | os.O_LARGEFILE | os.O_CLOEXEC
         if fd is not None:
             return self._reach.open(path_of(fd), flags)

@@ -95,6 +95,21 @@ async def test_flags_of_event_descriptors(kernel: Side, exact: Side, accessor: A
         assert flags == [(os.O_RDONLY | large | shown, fcntl.FD_CLOEXEC)]
 
 
+async def test_descriptors_of_directories(kernel: Side, exact: Side, accessor: Accessor) -> None:
+    for side in (kernel, exact):
+        path = str(side.path)
+        for access in (os.O_WRONLY, os.O_RDWR):
+            flags: list[int] = []
+
+            def note(event: Any, flags: list[int] = flags) -> int:
+                flags.append(fcntl.fcntl(event.fd, fcntl.F_GETFL) & os.O_ACCMODE)
+                return 0
+
+            async with side.listening("OPEN_PERM", "ONDIR", answer=note, event_f_flags=access):
+                await accessor.run("listdir", path)
+            assert flags == [access if side is kernel else os.O_RDONLY]
+
+
 async def test_paths_of_hard_links(kernel: Side, exact: Side, accessor: Accessor) -> None:
     for side in (kernel, exact):
         first = side.file("linked")

@@ -42,6 +42,7 @@ from fusehsm.abi import (
 )
 from fusehsm.conform.scene import DIALECT, PRE_ACCESS, PRE_GROUP, READ_ONLY, Listener, Mark, Scene
 from fusehsm.conform.workload import Script, Workload
+from fusehsm.conform.workloads.opening import list_directory
 
 CLASSES = {
     "NOTIF": FAN_CLASS_NOTIF,
@@ -448,6 +449,32 @@ async def event_descriptors(scene: Scene) -> None:
         await scene.end(call, "pread_path")
 
 
+OF_DIRECTORIES = (os.O_RDONLY, os.O_WRONLY, os.O_RDWR, os.O_RDWR | os.O_APPEND, os.O_RDWR | os.O_NONBLOCK)
+
+
+async def events_of_directories(scene: Scene) -> None:
+    """Groups that ask for descriptors to write through hear of directories all the same."""
+    path = scene.file()
+    for how in OF_DIRECTORIES:
+        listener = await scene.listen(Mark(FAN_OPEN_PERM | FAN_ACCESS_PERM | FAN_ONDIR), event_f_flags=how)
+        await scene.call(list_directory, path, what=f"list, heard through {how:#o}")
+        listener.close()
+
+
+async def descriptors_of_directories(scene: Scene) -> None:
+    """A kernel that opens for itself opens directories for writing, too."""
+    path = scene.file()
+    for how in OF_DIRECTORIES:
+        listener = await scene.listen(Mark(FAN_OPEN_PERM | FAN_ONDIR), event_f_flags=how, lazy=True)
+        call = scene.start(list_directory, path)
+        await listener.group.wait_readable()
+        (event,) = decode_events(DIALECT, listener.group.read(4096))
+        scene.say("the descriptor", f"of {how:#o} has", oct(fcntl.fcntl(event.fd, fcntl.F_GETFL)))
+        listener.close()
+        os.close(event.fd)
+        await scene.end(call, "list_directory")
+
+
 WORKLOADS = [
     *INITS,
     *MARKS,
@@ -464,4 +491,8 @@ WORKLOADS = [
     ),
     Workload("calls", "responses to nothing", wrong_descriptors),
     Workload("calls", "event descriptors", event_descriptors, "flags of event descriptors"),
+    Workload("calls", "events of directories", events_of_directories),
+    Workload(
+        "calls", "event descriptors of directories", descriptors_of_directories, "descriptors of directories"
+    ),
 ]

@@ -24,7 +24,17 @@ from fusehsm.abi import (
     FAN_REPORT_TID,
     NOTIFICATION_EVENTS,
 )
-from fusehsm.conform.scene import EVERYTHING, MIB, PAGE, PRE_ACCESS, PRE_GROUP, Mark, Question, Scene
+from fusehsm.conform.scene import (
+    EVERYTHING,
+    MIB,
+    PAGE,
+    PRE_ACCESS,
+    PRE_GROUP,
+    READ_ONLY,
+    Mark,
+    Question,
+    Scene,
+)
 from fusehsm.conform.workload import Workload
 from fusehsm.conform.workloads import (
     allocating,
@@ -58,6 +68,7 @@ def row(
     *arguments: object,
     marks: tuple[Mark, ...] = (ALL,),
     flags: int = NOTIF_GROUP,
+    event_f_flags: int = READ_ONLY,
     size: int = 20000,
     differs: str | tuple[str, ...] = (),
     make: Callable[[Scene], str] | None = None,
@@ -68,7 +79,9 @@ def row(
         path = make(scene) if make else scene.file(size=size)
         scene.file("other", size=size)
         scene.file(FENCE)
-        listener = await scene.listen(*marks, Mark(FAN_OPEN, FENCE), flags=flags, lazy=True)
+        listener = await scene.listen(
+            *marks, Mark(FAN_OPEN, FENCE), flags=flags, event_f_flags=event_f_flags, lazy=True
+        )
         await fenced(scene, act, path, *arguments)
         await listener.read_until(FENCE)
 
@@ -170,6 +183,15 @@ WORKLOADS = [
         "a directory",
         opening.list_directory,
         marks=(Mark(NOTIFICATION_EVENTS | FAN_ONDIR, "", FAN_MARK_FILESYSTEM),),
+    ),
+    *(
+        row(
+            f"a directory, through descriptors {name}",
+            opening.list_directory,
+            marks=(Mark(NOTIFICATION_EVENTS | FAN_ONDIR, "", FAN_MARK_FILESYSTEM),),
+            event_f_flags=how,
+        )
+        for name, how in {"for writing": os.O_WRONLY, "for both": os.O_RDWR}.items()
     ),
     row("a directory, without ONDIR", opening.list_directory),
     *(
