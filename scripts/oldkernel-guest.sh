@@ -1,5 +1,5 @@
 #!/bin/bash
-# Runs inside the virtual machine of scripts/oldkernel.sh: guest.sh CHECKOUT RESULT. Reads pytest's arguments from RESULT/arguments, a line each;
+# Runs inside the virtual machine of scripts/oldkernel.sh: oldkernel-guest.sh CHECKOUT RESULT. Reads pytest's arguments from RESULT/arguments, a line each;
 # writes RESULT/output and, at the end, its exit code to RESULT/status.
 set -u
 root=$1 result=$2

@@ -66,7 +66,7 @@ mkfifo "$result/input"
 exec 3<> "$result/input" # an input without an end: at the end of its input QEMU polls it with all its might
 
 say "Linux $kernel, software emulation, at most $limit s"
-# What the guest sees at /run/host is this machine's root again, for guest.sh to mount with a cache.
+# What the guest sees at /run/host is this machine's root again, for oldkernel-guest.sh to mount with a cache.
 PATH=$root/.venv/bin:$PATH timeout --kill-after=10 "$limit" vng --disable-kvm --force-9p --cpus 2 --memory 4G --run "$image" --rodir /run/host=/ --rwdir "/run/result=$result" \
     --exec "bash '$root/scripts/oldkernel-guest.sh' '$root' /run/result" <&3 3<&- > "$result/console" 2>&1 &
 machine=$!

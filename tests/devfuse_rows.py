@@ -1,4 +1,4 @@
-"""Calls and their events that the devfuse engine adds to those of same_rows.py and same_change_rows.py (facts measured on Linux 6.18, ext4)."""
+"""Calls and their events that the devfuse engine alone hears or tells exactly; what both engines do is among the workloads of `fusehsm conform`."""
 
 import errno
 import os

@@ -1,7 +1,7 @@
 """Sequences that nobody wrote: the same on the real kernel and on the emulator.
 
 The suite tries a few, the same in every run. `pytest tests/test_conform_sequences.py --sequences 2000` tries so many new ones; what that finds
-becomes a workload (fusehsm/conform/workloads/found.py).
+becomes a workload (fusehsm/conform/workloads).
 """
 
 import os
