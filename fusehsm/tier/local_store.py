@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 
 from fusehsm.tier.beneath import open_beneath
-from fusehsm.tier.store import Entry, Kind, Rights, Store, StoreError, byte_order, changed, shorter, throw
+from fusehsm.tier.store import Entry, Kind, Rights, Store, StoreError, changed, shorter, throw
 from fusehsm.tier.walk import Descent
 
 _SMALL = 1 << 16  # bytes
