@@ -297,9 +297,12 @@ def _run(
     try:
         if plan.handler is None:
             return trio.run(main)
-        refuse_calls(plan.destination, threading.get_ident())
-        with Watchdog() as watchdog:
-            ended = trio.run(main)
+        allow_calls = refuse_calls(plan.destination, threading.get_ident())
+        try:
+            with Watchdog() as watchdog:
+                ended = trio.run(main)
+        finally:
+            allow_calls()  # unmounting names the mount
         if watchdog.has_ended_it:
             raise MountError(
                 f"{plan.destination}: the handler waited for its own mount; have it use a thread (trio.to_thread.run_sync)"

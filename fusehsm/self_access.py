@@ -16,6 +16,7 @@ import sys
 import sysconfig
 import threading
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Final, Self
 
@@ -31,11 +32,18 @@ _PACKAGES: Final = tuple(
 )  # may lie in the library's directory
 
 
-def refuse_calls(destination: str, thread: int) -> None:
-    """From now on calls of that thread (threading.get_ident()) that name an absolute path under the mount raise OSError EDEADLK.
+def refuse_calls(destination: str, thread: int) -> Callable[[], None]:
+    """From now on calls of that thread (threading.get_ident()) that name an absolute path under the mount raise OSError EDEADLK, until the
+    function that this returns is called.
 
     By name only: looking where a symbolic link leads would ask the mount. An auditing hook stays as long as the process.
     """
+    refusing = True
+
+    def end() -> None:
+        nonlocal refusing
+        refusing = False
+
     text = destination.rstrip("/") or "/"
     raw = os.fsencode(text)
     below, raw_below = text.rstrip("/") + "/", raw.rstrip(b"/") + b"/"
@@ -50,7 +58,7 @@ def refuse_calls(destination: str, thread: int) -> None:
     def hook(event: str, arguments: tuple[object, ...]) -> None:
         if event != "open" and not event.startswith(("os.", "shutil.")):
             return
-        if threading.get_ident() != thread:
+        if not refusing or threading.get_ident() != thread:
             return
         for path in arguments[:2]:
             if is_own(path):
@@ -58,6 +66,7 @@ def refuse_calls(destination: str, thread: int) -> None:
                 raise OSError(errno.EDEADLK, message, path)
 
     sys.addaudithook(hook)
+    return end
 
 
 class Watchdog:
