@@ -25,7 +25,7 @@ _IOVEC = struct.Struct("=QQ")
 _IOV_MAX = 1024
 # import_iovec() cuts a vector's sum to this before anybody is asked; a plain buffer is cut later (measured on 6.18).
 _MAX_RW_COUNT = 0x7FFFFFFF & -mmap.PAGESIZE
-_RWF_APPEND = 0x10
+_RWF_APPEND, _RWF_NOAPPEND = 0x10, 0x20
 _SIGKILL_BIT = 1 << 8
 _PIDFD_GETFD = 438  # the same number on every architecture
 _syscall: Final[Any] = ctypes.CDLL(None, use_errno=True).syscall
@@ -362,6 +362,18 @@ def writing(call: Call) -> Transfer | None:
     if call.number == here.copy_file_range:
         return _copied(call, target=True)
     return _plain(call, (here.write, here.pwrite64, here.writev, here.pwritev, here.pwritev2))
+
+
+def appending(call: Call) -> tuple[int, bool | None] | None:
+    """The descriptor by which `call` writes, and whether at the end of the file: None where the open file decides. None for other calls."""
+    here = _HERE
+    if here is None or call.number == PAGE_FAULT:
+        return None
+    number, arguments = call.number, call.arguments
+    if number == here.pwritev2 and arguments[5] & (_RWF_APPEND | _RWF_NOAPPEND):
+        return arguments[0], bool(arguments[5] & _RWF_APPEND)
+    writes = number in (here.write, here.pwrite64, here.writev, here.pwritev, here.pwritev2)
+    return (arguments[0], None) if writes else None
 
 
 def is_counted(call: Call) -> bool:

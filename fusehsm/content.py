@@ -14,11 +14,12 @@ from contextlib import asynccontextmanager, suppress
 import trio
 
 from fusehsm import caller
-from fusehsm import filesystem_calls as syscalls
 from fusehsm.abi import FAN_ACCESS, FAN_MODIFY
 from fusehsm.backing_reads import BackingReader, Buffer
+from fusehsm.backing_writes import BackingWriter
 from fusehsm.events import STRENGTH, Access, AccessKind, Armed
 from fusehsm.explain import Accessor, Explainer, Explanation
+from fusehsm.filesystem_calls import FALLOC_FL_KEEP_SIZE
 from fusehsm.handles import DeniedFill, Direction, HandleTable, OpenFile
 from fusehsm.listeners import Listeners
 from fusehsm.marks import Subject
@@ -71,7 +72,7 @@ class Content:
         # Nodes of which the kernel may have attributes that a listener could have changed.
         self._believed: set[int] = set()
         self._reader = BackingReader()
-        self._copiers = trio.CapacityLimiter(64)
+        self._writer = BackingWriter(overlay, explainer)
 
     def forgotten(self, node_id: int) -> None:
         """The kernel has forgotten a node, its pages with it."""
@@ -246,6 +247,7 @@ class Content:
     def shown_mtime(self, node: Node, status: os.stat_result) -> int:
         """The time of modification (ns) to tell the kernel of a node whose status that is: while a page of it waits for its listener, the
         one it was told before. At a new one it would drop the node's pages, so that whoever asked would wait for that answer."""
+        node.told_size = status.st_size
         if node.id in self._filling:
             return self._mtimes.get(node.id, status.st_mtime_ns)
         if node.is_regular and not self._listeners.idle:
@@ -331,13 +333,17 @@ class Content:
         *,
         uid: int | None = None,
         write_back: bool | None = None,
+        appends: bool | None = None,
         durable: int = 0,
     ) -> int:
         """Write `data` at `offset`; returns the number of bytes written. Raises OSError.
 
         `uid`: for whom set-id bits must go (None: for the opener). `write_back`: whether it is the page cache that writes, None where the
-        engine does not say. `durable`: RWF_DSYNC or RWF_SYNC of pwritev2(2).
+        engine does not say. `appends`: whether the open file has O_APPEND now, likewise. `durable`: RWF_DSYNC or RWF_SYNC of pwritev2(2).
         """
+        if appends is not None and appends != file.appends:
+            # By F_SETFL (fcntl(2)), which the kernel does not tell of.
+            file.flags ^= os.O_APPEND
         listeners = self._listeners
         explanation = None
         if (
@@ -349,27 +355,26 @@ class Content:
         with self._handles.backing(file) as descriptor:
             self._overlay.before_write(file.node, descriptor, file.uid if uid is None else uid)
             try:
-                written = await self._write_backing(descriptor, offset, data, durable)
-                if write_back:
-                    # Nobody goes on where the page cache's own write has stopped for want of room.
-                    while written < len(data):
-                        rest = memoryview(data)[written:]
-                        written += await self._write_backing(descriptor, offset + written, rest, durable)
+                written, elsewhere = await self._writer.write(
+                    file,
+                    descriptor,
+                    offset,
+                    data,
+                    tid,
+                    write_back=write_back,
+                    appends=appends,
+                    durable=durable,
+                )
             except OSError:
                 # The pages have what is not in the file; some may be locked until this is answered.
                 self._stale.drop_changed_soon(file.node, offset, len(data))
                 raise
+        if elsewhere:
+            self._stale.drop_changed_soon(file.node, offset, len(data))
         await self.modified(file.node, offset, offset + written)
         if explanation is not None and listeners.notified & FAN_MODIFY and written:
             self._notify(explanation, self._subject_of(file.node), file.node)
         return written
-
-    async def _write_backing(self, descriptor: int, offset: int, data: Buffer, durable: int) -> int:
-        if durable:
-            return await trio.to_thread.run_sync(
-                os.pwritev, descriptor, [data], offset, durable, limiter=self._copiers
-            )
-        return os.pwrite(descriptor, data, offset)
 
     async def _ask_write(
         self, file: OpenFile[Node], offset: int, size: int, tid: int, write_back: bool | None
@@ -443,9 +448,9 @@ class Content:
         async with self.changing(file.node):
             with self._handles.backing(file) as descriptor:
                 self._overlay.before_write(file.node, descriptor, uid)
-                await trio.to_thread.run_sync(
-                    syscalls.fallocate, descriptor, mode, offset, length, limiter=self._copiers
-                )
+                await self._writer.allocate(descriptor, mode, offset, length)
+        if not mode & FALLOC_FL_KEEP_SIZE:
+            file.node.made_as_long_as(offset + length)
         await self.modified(file.node)
         if access is not None:
             self.notify(access, self._subject_of(file.node), file.node)
@@ -474,15 +479,8 @@ class Content:
         async with self.changing(target.node):
             with self._handles.backing(source) as readable, self._handles.backing(target) as writable:
                 self._overlay.before_write(target.node, writable, uid)
-                copied = await trio.to_thread.run_sync(
-                    syscalls.copy,
-                    readable,
-                    source_offset,
-                    writable,
-                    target_offset,
-                    length,
-                    limiter=self._copiers,
-                )
+                copied = await self._writer.copy(readable, source_offset, writable, target_offset, length)
+        target.node.made_as_long_as(target_offset + copied)
         await self.modified(target.node)
         if copied:
             for file, access in asked:

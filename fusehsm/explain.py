@@ -3,6 +3,7 @@
 Nothing here asks or decides: `Explainer` says what an accessor is doing, events.py says which events that makes.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -118,6 +119,21 @@ class Explainer:
         if transfer is None or call is None:
             return None
         return self._moved(file, call, transfer, offset, size, Direction.WRITE, who)
+
+    def appends(self, file: OpenFile[Node], tid: int) -> bool | None:
+        """Whether the call behind a WRITE writes at the end of the file; None where no call is seen that writes this file."""
+        if tid:
+            seen = self._calls.identify(tid)[1]
+            calls = [] if seen is None else [seen]
+        else:
+            calls = [*self._calls_of(self.accessor(file, 0))]
+        for call in calls:
+            side = caller.appending(call)
+            shown = None if side is None else caller.descriptor_of(call.tid, side[0])
+            if side is None or shown is None or shown.inode not in (None, file.node.id):
+                continue
+            return bool(shown.flags & os.O_APPEND) if side[1] is None else side[1]
+        return None
 
     def _calls_of(self, who: Accessor) -> Iterator[caller.Call]:
         """What the threads wait in that may have made the request."""

@@ -28,6 +28,9 @@ RENAME_NOREPLACE: Final = 1
 RENAME_EXCHANGE: Final = 2
 RENAME_WHITEOUT: Final = 4
 
+# fallocate(2), linux/falloc.h
+FALLOC_FL_KEEP_SIZE: Final = 1
+
 # utimensat(2)
 UTIME_NOW: Final = (1 << 30) - 1
 UTIME_OMIT: Final = (1 << 30) - 2

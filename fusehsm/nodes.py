@@ -55,6 +55,7 @@ class Node:
 
     `id`: the FUSE node id, shown as st_ino. `generation`: differs when an inode number was reused. `kind`: S_IFMT
     bits. `lookups`: references the kernel holds, plus the overlay's users'. `children`: known links in this directory.
+    `told_size`: the size in bytes that the kernel takes it to have, -1 where it was told none.
     `linked`: False once the last known name was removed through the mount; `parent` and `name` then say what it was.
     """
 
@@ -70,6 +71,7 @@ class Node:
         "more_links",
         "name",
         "parent",
+        "told_size",
     )
 
     def __init__(
@@ -93,6 +95,7 @@ class Node:
         self.lookups = 0
         self.children = 0
         self.linked = True
+        self.told_size = -1
 
     def __repr__(self) -> str:
         return f"<Node {self.id} {self.name!r}{'' if self.linked else ' unlinked'}>"
@@ -104,6 +107,10 @@ class Node:
     @property
     def is_regular(self) -> bool:
         return self.kind == stat.S_IFREG
+
+    def made_as_long_as(self, end: int) -> None:
+        """The kernel has had it written up to that byte, and takes it to be no shorter."""
+        self.told_size = max(self.told_size, end)
 
     def links(self) -> tuple[tuple[Node, bytes], ...]:
         """All known (directory, name) pairs, newest first; none for the root and for an unlinked node."""

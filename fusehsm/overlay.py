@@ -11,6 +11,7 @@ bits do not survive an ordinary user's write although a root server does the wri
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 import struct
@@ -39,8 +40,8 @@ __all__ = [
     "Overlay",
 ]
 
-# What of an accessor's open flags the backing file gets. Not O_APPEND: the kernel sends offsets, and pwrite(2) on an
-# O_APPEND descriptor ignores them (also after the accessor took the flag off with F_SETFL). Not O_DIRECT: it would ask
+# What of an accessor's open flags the backing file gets. Not O_APPEND: pwrite(2) ignores its offset on such a descriptor, also
+# after the accessor took the flag off with F_SETFL; what appends says so when it writes (backing_writes.py). Not O_DIRECT: it would ask
 # for aligned buffers here, and its promise is the engine's to keep. Not 0x20 (__FMODE_EXEC), O_NOFOLLOW, O_CREAT ...
 _BACKING_FLAGS: Final = os.O_ACCMODE | os.O_DSYNC | os.O_SYNC | os.O_NOATIME
 # A listener gets what it asked fanotify_init(2) for.
@@ -316,7 +317,17 @@ class Overlay:
         try:
             if flags & os.O_TRUNC and caller_uid != 0 and self._impersonation.privileged:
                 attributes.clear_privileges(fd)
-            return self._reach.open(path_of(fd), flags & (_BACKING_FLAGS | os.O_TRUNC) | os.O_CLOEXEC)
+            path, backing_flags = path_of(fd), flags & (_BACKING_FLAGS | os.O_TRUNC) | os.O_CLOEXEC
+            try:
+                opened = self._reach.open(path, backing_flags)
+            except OSError as error:
+                if error.errno != errno.EPERM or not flags & os.O_APPEND:
+                    raise
+                # It can only be appended to (chattr(1)).
+                opened = self._reach.open(path, backing_flags | os.O_APPEND)
+            if flags & os.O_TRUNC:
+                node.told_size = 0
+            return opened
         finally:
             os.close(fd)
 
@@ -440,6 +451,14 @@ class Overlay:
         capabilities go with any write; an ordinary server's own writes clear everything.)"""
         if caller_uid != 0 and self._impersonation.privileged:
             attributes.clear_privileges(fd)
+
+    @staticmethod
+    def before_placing(fd: int) -> None:
+        """To be called before writing at an offset, which a backing file with O_APPEND would ignore. EPERM for a file that can only be appended
+        to (open() gives that flag to no other)."""
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        if flags & os.O_APPEND:
+            fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_APPEND)
 
     @staticmethod
     def fsync(fd: int, data_only: bool = False) -> None:

@@ -5,9 +5,11 @@ from typing import Final
 
 from fusehsm.gate import Gate
 from fusehsm.handles import OpenFile
+from fusehsm.kernel_version import kernel_version
 from fusehsm.overlay import Node
 
 FOREVER: Final = 1e9  # seconds; FUSE has no other word for "until I say so"
+_DROPS_WRITTEN_PAGES: Final = (6, 6)  # the Linux whose direct writes drop the pages that they write beside
 _SHARED: Final = 1.0  # seconds for which a backing that others change too is believed
 
 
@@ -55,6 +57,16 @@ class CachePolicy:
         known = self._versions.get(file.node.id)
         self._versions[file.node.id] = version
         return known is None or known == version or self._gate.content.is_filling(file.node)
+
+    def appends_past_cache(self, file: OpenFile[Node]) -> bool:
+        """Whether what an open file appends goes past the kernel's pages: where others append, too, it may go elsewhere than the kernel thinks,
+        and comes in one piece then. Not what can also read: it may be mapped."""
+        return (
+            not self.private
+            and file.appends
+            and file.flags & os.O_ACCMODE == os.O_WRONLY
+            and kernel_version() >= _DROPS_WRITTEN_PAGES
+        )
 
     def forgotten(self, node_id: int) -> None:
         """The kernel has forgotten a node."""

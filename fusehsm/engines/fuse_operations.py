@@ -257,6 +257,8 @@ class Operations:
         flags = 0
         if file.direct:
             flags |= protocol.FOPEN_DIRECT_IO | protocol.FOPEN_PARALLEL_DIRECT_WRITES
+        elif self._policy.appends_past_cache(file):
+            flags |= protocol.FOPEN_DIRECT_IO
         if self._policy.keeps_pages(file) and keep:
             flags |= protocol.FOPEN_KEEP_CACHE
         if self.tells_closers and not file.tells_closer:
@@ -322,6 +324,7 @@ class Operations:
             request.pid,
             uid=self._strips(request, how),
             write_back=bool(how & protocol.WRITE_CACHE),
+            appends=None if how & protocol.WRITE_CACHE else bool(flags & os.O_APPEND),
             durable=_RWF_SYNC if flags & os.O_SYNC == os.O_SYNC else _RWF_DSYNC if flags & os.O_DSYNC else 0,
         )
         return protocol.SIZE_OUT.pack(written, 0)

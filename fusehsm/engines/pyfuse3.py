@@ -196,7 +196,8 @@ class Operations(pyfuse3.Operations):
 
     def _file_info(self, file: OpenFile[Node], *, keep: bool) -> FileInfo:
         keep = self._policy.keeps_pages(file) and keep
-        return FileInfo(fh=file.handle, direct_io=file.direct, keep_cache=keep)
+        direct = file.direct or self._policy.appends_past_cache(file)
+        return FileInfo(fh=file.handle, direct_io=direct, keep_cache=keep)
 
     @_errors_to_fuse
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
