@@ -391,6 +391,13 @@ DIVERGENCES: Final = (
         test="test_pages_not_yet_written",
     ),
     Divergence(
+        name="syncfs",
+        difference="syncfs(2), and so `sync -f`, brings nothing of a mount to the disk, and returns 0 all the same.",
+        reason="Linux tells only servers of block devices and virtiofs of it (FUSE_SYNCFS); of fsync(2) it tells every server.",
+        safe="It is not: use fsync(2), fdatasync(2), msync(2) or O_SYNC, or sync(2), all of which reach the disk.",
+        test="test_syncfs",
+    ),
+    Divergence(
         name="limits",
         difference="A mount carries 128 groups, whose ever, and any number of marks; fs.fanotify.max_user_groups and max_user_marks do not count.",
         reason="Those are for the kernel's own groups and marks.",
