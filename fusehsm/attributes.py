@@ -94,15 +94,17 @@ def _set_times(path: bytes, atime_ns: int | None, mtime_ns: int | None) -> None:
         syscalls.set_times(path, TIME_NOW, TIME_NOW, now=TIME_NOW)
 
 
-def clear_privileges(fd: int) -> None:
+def clear_privileges(fd: int) -> bool:
     """What a write or truncation by an ordinary user takes away: set-user-id, and set-group-id where the group may
     execute (file_remove_privs() in the kernel, which looks at the server's capabilities, not at his). File capabilities
-    go by themselves: the kernel removes them whoever writes."""
+    go by themselves: the kernel removes them whoever writes. Returns whether there was something to take."""
     mode = os.fstat(fd).st_mode
     if mode & _SUID_SGID and stat.S_ISREG(mode):
         kept = mode & ~(_SUID_SGID if mode & stat.S_IXGRP else stat.S_ISUID)
         if kept != mode:
             os.chmod(path_of(fd), stat.S_IMODE(kept))
+            return True
+    return False
 
 
 def clear_foreign_sgid(fd: int, caller: Caller) -> None:

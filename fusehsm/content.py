@@ -353,7 +353,7 @@ class Content:
         ):
             explanation = await self._ask_write(file, offset, len(data), tid, write_back)
         with self._handles.backing(file) as descriptor:
-            self._overlay.before_write(file.node, descriptor, file.uid if uid is None else uid)
+            await self._before_change(file.node, descriptor, file.uid if uid is None else uid)
             try:
                 written, elsewhere = await self._writer.write(
                     file,
@@ -375,6 +375,11 @@ class Content:
         if explanation is not None and listeners.notified & FAN_MODIFY and written:
             self._notify(explanation, self._subject_of(file.node), file.node)
         return written
+
+    async def _before_change(self, node: Node, descriptor: int, uid: int) -> None:
+        if self._overlay.before_write(node, descriptor, uid):
+            # The kernel would start what is written now with the rights of its owner.
+            await self._stale.drop_attributes(node)
 
     async def _ask_write(
         self, file: OpenFile[Node], offset: int, size: int, tid: int, write_back: bool | None
@@ -447,7 +452,7 @@ class Content:
             await self.ask(access, self._subject_of(file.node), file.node, _armed(file))
         async with self.changing(file.node):
             with self._handles.backing(file) as descriptor:
-                self._overlay.before_write(file.node, descriptor, uid)
+                await self._before_change(file.node, descriptor, uid)
                 await self._writer.allocate(descriptor, mode, offset, length)
         if not mode & FALLOC_FL_KEEP_SIZE:
             file.node.made_as_long_as(offset + length)
@@ -478,7 +483,7 @@ class Content:
                 asked.append((file, access))
         async with self.changing(target.node):
             with self._handles.backing(source) as readable, self._handles.backing(target) as writable:
-                self._overlay.before_write(target.node, writable, uid)
+                await self._before_change(target.node, writable, uid)
                 copied = await self._writer.copy(readable, source_offset, writable, target_offset, length)
         target.node.made_as_long_as(target_offset + copied)
         await self.modified(target.node)

@@ -446,11 +446,10 @@ class Overlay:
         finally:
             os.close(fd)
 
-    def before_write(self, node: Node, fd: int, caller_uid: int) -> None:
-        """To be called before writing for user `caller_uid`: takes set-id bits away unless he is root. (File
-        capabilities go with any write; an ordinary server's own writes clear everything.)"""
-        if caller_uid != 0 and self._impersonation.privileged:
-            attributes.clear_privileges(fd)
+    def before_write(self, node: Node, fd: int, caller_uid: int) -> bool:
+        """To be called before writing for user `caller_uid`: takes set-id bits away unless he is root, and returns whether there
+        were any. (File capabilities go with any write; an ordinary server's own writes clear everything.)"""
+        return caller_uid != 0 and self._impersonation.privileged and attributes.clear_privileges(fd)
 
     @staticmethod
     def before_placing(fd: int) -> None:

@@ -2,8 +2,10 @@
 
 import errno
 import os
+import shutil
 import stat
 import struct
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -378,3 +380,23 @@ def test_an_ordinary_users_own_mount(own_mount: Mount) -> None:
 def test_an_ordinary_users_mount_is_closed_to_others(own_mount: Mount) -> None:
     assert in_child(lambda: outcome(os.stat, own_mount.path)) == DENIED
     assert in_child(lambda: outcome(os.listdir, own_mount.path), uid=STRANGER) == DENIED
+
+
+def test_a_program_that_somebody_else_has_written_to(make_mount: Callable[..., Mount]) -> None:
+    """With --cache private the kernel believes a mode for ever, and would start the program with its owner's rights."""
+    program = shutil.which("id")
+    assert program
+    mount = make_mount("--events", "first-access", "--cache", "private", "--allow-other", "-o", "suid")
+    make(mount.source / "program", 0o4777, content=Path(program).read_bytes())
+
+    def started() -> str:
+        return subprocess.check_output([mount.path / "program", "-u"], text=True).strip()
+
+    def act() -> object:
+        before = started()
+        with (mount.path / "program").open("ab") as file:
+            file.write(b"\0")
+        return before, started()
+
+    assert in_child(act, uid=NOBODY) == ("0", str(NOBODY))
+    assert mode_of(mount.source / "program") == "0o777"
