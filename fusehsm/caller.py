@@ -167,6 +167,18 @@ def is_being_killed(tid: int) -> bool:
     return bool(pending & ~held_back & ~_NOT_FATAL_BY_DEFAULT)
 
 
+def is_gone(tid: int) -> bool:
+    """Whether a thread has ended. One that may not be looked at has not."""
+    try:
+        os.kill(tid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    text = _read_proc(f"/proc/{tid}/status")
+    return text is not None and (b"\nState:\tZ" in text or b"\nState:\tX" in text)
+
+
 def calls_finished(pid: int, tid: int) -> int | None:
     """How many reading and writing calls a thread has finished: tells a call that goes on from the same call made again."""
     text = _read_proc(f"/proc/{pid}/task/{tid}/io")

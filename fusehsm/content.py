@@ -186,7 +186,7 @@ class Content:
         if file.direct:
             explanation = await self._explainer.read(file, offset, size, who, fills)
         else:
-            fill = Access(AccessKind.FILL, offset, size, who.pid, who.tid)
+            fill = Access(AccessKind.FILL, offset, size, who.pid, who.tid, leaves=who.certain)
             explanation = Explanation((fill,), who.tid, Direction.READ, fills=True)
         if explanation.fills and file.denied:
             self._deny_repeat(file, explanation, offset, size, who)
@@ -198,10 +198,11 @@ class Content:
                 allowed |= await self.ask(access, subject, file.node, _armed(file))
             if explanation.fills and not allowed and file.direct and listeners.attended(subject):
                 # A writable mapping's fault is asked for by writing alone (patch-v2), and what it brings in can be read.
-                fill = Access(AccessKind.FILL, offset, size, who.pid, who.tid)
+                fill = Access(AccessKind.FILL, offset, size, who.pid, who.tid, leaves=who.certain)
                 allowed = await self.ask(fill, subject, file.node, _armed(file))
         except OSError as error:
-            if explanation.fills and error.errno is not None:
+            # Who is killed does not ask again, and others are not to be refused for that.
+            if explanation.fills and error.errno not in (None, errno.EINTR):
                 self._denied(file, explanation, offset, size, error.errno, who)
             raise
         finally:

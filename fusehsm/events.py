@@ -56,7 +56,8 @@ class Access:
     file); TRUNCATE: the new size; MAP, FAULT, FILL: the range's start; READ_DIRECTORY: the directory's position.
     ``writable``: OPEN, CLOSE: opened for writing; MAP, FAULT: a shared and writable mapping. ``exec``: OPEN by execve(2).
     ``unnamed``: OPEN with O_TMPFILE. ``paged``: READ: served through the page cache (sendfile), whole pages of which are then there for everybody.
-    ``pid`` is the process, ``tid`` the thread.
+    ``pid`` is the process, ``tid`` the thread. ``leaves``: of the page cache, by a thread that is known to be the one; killed, it need not wait for
+    an answer to be gone, and leaves a locked page.
     """
 
     kind: AccessKind
@@ -69,6 +70,7 @@ class Access:
     directory: bool = False
     unnamed: bool = False
     paged: bool = False
+    leaves: bool = False
 
 
 @dataclass(slots=True, unsafe_hash=True)  # not frozen: see Access

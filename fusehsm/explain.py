@@ -251,14 +251,14 @@ class Explainer:
                 descriptor = caller.descriptor_of(call.tid, transfer.descriptor)
                 start = offset if descriptor is None else descriptor.position
         kind = AccessKind.READ if direction is Direction.READ else AccessKind.WRITE
-        accesses = [Access(kind, start, transfer.count, who.pid, call.tid, paged=fills)]
+        accesses = [Access(kind, start, transfer.count, who.pid, call.tid, paged=fills, leaves=fills)]
         end = start + transfer.count
         if fills:
             # What read-ahead brings in beyond the call's own range becomes readable for everybody.
             start = min(self._page_down(start), offset)
             covered = self._page_up(end)
             if offset + size > covered or offset < self._page_down(accesses[0].offset):
-                accesses.append(Access(AccessKind.FILL, offset, size, who.pid, call.tid))
+                accesses.append(Access(AccessKind.FILL, offset, size, who.pid, call.tid, leaves=True))
             end = max(covered, offset + size)
         elif appends:
             # The pieces of an appending write follow each other from the end of the file, wherever the file position was.
@@ -331,8 +331,9 @@ class Explainer:
     ) -> Explanation | None:
         """A page-cache fill of a direct_io file: a touched mapping, or advice; None when no mapping of the accessor explains it."""
         tid = call.tid if call is not None else who.known_tid
+        leaves = who.certain or (call is not None and call.number == caller.PAGE_FAULT)
+        fill = Access(AccessKind.FILL, offset, size, who.pid, tid, leaves=leaves)
         if call is not None and caller.is_advice(call):
-            fill = Access(AccessKind.FILL, offset, size, who.pid, tid)
             return Explanation((fill,), tid, Direction.READ, call=call, fills=True)
         if file.announced.covers(offset, offset + size):
             return Explanation((), tid, Direction.READ, call=call, fills=True)
@@ -340,17 +341,16 @@ class Explainer:
         if mapping is None:
             if not who.certain and (call is None or call.number != caller.PAGE_FAULT):
                 return None
-            fill = Access(AccessKind.FILL, offset, size, who.pid, tid)
             return Explanation((fill,), tid, Direction.READ, call=call, fills=True)
         writable = mapping.writable and mapping.shared
         start, end = mapping.offset, mapping.offset + mapping.length
         accesses = [
-            Access(AccessKind.MAP, start, mapping.length, who.pid, tid, writable=writable),
-            Access(AccessKind.FAULT, offset, size, who.pid, tid, writable=writable),
+            Access(AccessKind.MAP, start, mapping.length, who.pid, tid, writable=writable, leaves=leaves),
+            Access(AccessKind.FAULT, offset, size, who.pid, tid, writable=writable, leaves=leaves),
         ]
         announces = [(start, end)]
         if offset < start or offset + size > end:
-            accesses.append(Access(AccessKind.FILL, offset, size, who.pid, tid))
+            accesses.append(fill)
             announces.append((offset, offset + size))
         return Explanation(
             tuple(accesses), tid, Direction.READ, announces=tuple(announces), call=call, fills=True

@@ -401,6 +401,10 @@ class Gate:
         with suppress(OSError):
             self.content.changed_unseen(self.overlay.node(node_id))
 
+    def left(self, tid: int) -> bool:
+        """Whether a thread that had a page filled has died of a signal, or is about to, which ends what it waits for."""
+        return self.listeners.left(tid)
+
     def unopened(self, node: Node, *, writing: bool) -> OpenFile[Node]:
         """What stands for a node's open files where the kernel tells of no open(2): armed for everything, as nobody can say otherwise."""
         return self.handles.standing(node, Armed.ALL, writing=writing)

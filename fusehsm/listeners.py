@@ -411,13 +411,25 @@ class Listeners:
                 waiter.settle(errno.EINTR)
         return True
 
+    def left(self, tid: int) -> bool:
+        """Whether a thread that had a page filled is to die, or has died already; its waits end with EINTR then."""
+        if self.interrupted(tid):
+            return True
+        if not tid or not caller.is_gone(tid):
+            return False
+        for waiter in list(self._waiters.values()):
+            if waiter.access.tid == tid and waiter.access.leaves:
+                waiter.settle(errno.EINTR)
+        return True
+
     async def watch_for_kills(self) -> None:
-        """Answer EINTR for accessors that are being killed: until then they cannot die. Runs as long as the mount; for engines that are
-        not told of interruptions."""
+        """Answer EINTR for accessors that are being killed: until then they cannot die. And for those that have died without it, whose pages stay
+        locked until then. Runs as long as the mount; for engines that are not told of interruptions."""
         while True:
             await trio.sleep(_KILL_WATCH_INTERVAL)
             for waiter in list(self._waiters.values()):
-                if waiter.access.tid and caller.is_being_killed(waiter.access.tid):
+                tid = waiter.access.tid
+                if tid and (caller.is_being_killed(tid) or (waiter.access.leaves and caller.is_gone(tid))):
                     waiter.settle(errno.EINTR)
                     await trio.lowlevel.checkpoint()
 

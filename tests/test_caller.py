@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -168,6 +169,29 @@ def test_a_pending_fatal_signal_is_seen_and_a_handled_one_is_not() -> None:
         os.close(reader)
         os.close(writer)
     assert not caller.is_being_killed(child)
+
+
+def test_who_has_ended() -> None:
+    """Also before anybody has waited for it, and a thread of a process that goes on."""
+    assert not caller.is_gone(os.getpid())
+    assert not caller.is_gone(1)  # somebody else's, perhaps
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    assert caller.is_gone(child)
+    os.waitpid(child, 0)
+    assert caller.is_gone(child)
+    go = threading.Event()
+    thread = threading.Thread(target=go.wait)
+    thread.start()
+    assert thread.native_id is not None
+    assert not caller.is_gone(thread.native_id)
+    go.set()
+    thread.join()
+    while os.path.exists(f"/proc/self/task/{thread.native_id}"):  # it ends a moment after it has been joined
+        pass
+    assert caller.is_gone(thread.native_id)
 
 
 def test_a_process_that_runs_has_no_call() -> None:

@@ -30,6 +30,7 @@ from tests.devfuse_cached import described, expected_read_only, make_many
 from tests.devfuse_worlds import ENGINE
 from tests.devfuse_worlds import engine as engine
 from tests.harness import NOBODY, Mount, fuse_device_for_everybody
+from tests.listening import HOLD, PATIENCE
 from tests.pattern import Filler, Stub, make_stub
 from tests.worlds import (
     ANSWERS,
@@ -393,6 +394,22 @@ async def test_very_many_files_under_an_ignore_mark(world: World, accessor: Acce
         with trio.fail_after(20):
             while await accessor.run(act, str(directory), "devfuse_cached.read_all") != {CONTENT[:100]}:
                 await trio.sleep(0.1)
+
+
+async def test_no_page_stays_locked_of_who_was_killed(world: World, make_accessor: MakeAccessor) -> None:
+    """The kernel does not tell of it: what is read ahead waits without its accessor."""
+    path = world.file()
+    victim, other = make_accessor(), make_accessor()
+    async with world.listener(Mark(PRE_ACCESS, path), answer=lambda event: HOLD) as listener:
+        victim.start("pread_path", path, 100, 5000)
+        await listener.wait_for(1)
+        victim.kill()
+        assert await trio.to_thread.run_sync(victim.wait_exit) == signal.SIGKILL
+        call = other.start("pread_path", path, 100, 5000)
+        with trio.fail_after(PATIENCE):
+            await listener.wait_for(2)
+        listener.release()
+        assert await call.wait() == CONTENT[5000:5100]
 
 
 async def test_cached_before_the_mark(world: World, accessor: Accessor) -> None:

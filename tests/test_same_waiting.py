@@ -1,5 +1,6 @@
 """One expectation, two worlds: accessors that wait for an answer. They can be killed, and stop nobody else, by the hundred."""
 
+import mmap
 import os
 import signal
 import threading
@@ -14,7 +15,7 @@ from fusehsm.conform.workloads.denying import map_and_touch
 from fusehsm.events import Event
 from tests.conftest import MakeAccessor, MakeMount
 from tests.harness import NOBODY
-from tests.listening import HOLD
+from tests.listening import HOLD, PATIENCE
 from tests.worlds import (
     CONTENT,
     EVERYTHING,
@@ -117,6 +118,63 @@ async def test_nothing_is_left_for_others_of_one_who_was_killed(
         assert [event.pid for event in listener.take()] == [victim.pid, other.pid]
         listener.release()
         assert await call.wait() == CONTENT[5000:5100]
+
+
+def send(path: str) -> int:
+    return os.sendfile(os.memfd_create("target"), os.open(path, os.O_RDONLY), 4096, 4096)
+
+
+def populate(path: str) -> None:
+    mmap.mmap(os.open(path, os.O_RDONLY), 8192, flags=mmap.MAP_PRIVATE | mmap.MAP_POPULATE, offset=4096)
+
+
+def write_by(descriptor: int) -> int:
+    return os.pwrite(descriptor, b"mine", 5000)
+
+
+@pytest.mark.parametrize("act", [send, map_and_touch, populate], ids=lambda act: act.__name__)
+async def test_no_page_stays_locked_of_who_was_killed(
+    world: World, make_accessor: MakeAccessor, act: Callable[[str], object]
+) -> None:
+    """While its event stays unanswered: who is not asked writes there, as a listener does that fills through a descriptor of its own, and who is
+    asked is heard."""
+    path = world.file()
+    victim, writer, other = make_accessor(), make_accessor(), make_accessor()
+    descriptor = await writer.run("open", path, os.O_RDWR)
+    async with world.listener(Mark(PRE_ACCESS, path), answer=hold) as listener:
+        victim.start(act, path)
+        await listener.wait_for(1)
+        writing = writer.start(write_by, descriptor)
+        victim.signal(signal.SIGKILL)
+        assert await died_of(victim) == signal.SIGKILL
+        with trio.fail_after(PATIENCE):
+            assert await writing.wait() == 4
+        call = other.start(act, path)
+        with trio.fail_after(PATIENCE):
+            await listener.wait_for(2)
+        assert [event.pid for event in listener.take()] == [victim.pid, other.pid]
+        listener.release()
+        await call.wait()
+    assert world.content()[5000:5004] == b"mine"
+
+
+@pytest.mark.parametrize("act", [send, map_and_touch], ids=lambda act: act.__name__)
+async def test_who_waits_for_a_page_and_is_killed_takes_nobody_along(
+    world: World, make_accessor: MakeAccessor, act: Callable[[str], object]
+) -> None:
+    """Two want the same page; the one that was asked for first is killed. The other gets it."""
+    path = world.file()
+    victim, other = make_accessor(), make_accessor()
+    async with world.listener(Mark(PRE_ACCESS, path), answer=hold) as listener:
+        victim.start(act, path)
+        await listener.wait_for(1)
+        call = other.start(act, path)
+        victim.signal(signal.SIGKILL)
+        assert await died_of(victim) == signal.SIGKILL
+        with trio.fail_after(PATIENCE):
+            await listener.wait_for(2)
+        listener.release()
+        assert await call.wait() in (4096, CONTENT[9096:9097])
 
 
 def count_signals(path: str, count: int) -> tuple[bytes, list[int]]:

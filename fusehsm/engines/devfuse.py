@@ -87,6 +87,8 @@ class DevFuse:
         self._waiting: dict[int, Request] = {}  # what waits for something, by `unique`
         self._interrupted: dict[int, Request] = {}  # what waits although a signal has come
         self._interruption = trio.Event()
+        self._filling: dict[int, Request] = {}  # what waits to fill the page cache
+        self._fill = trio.Event()
         self._connection: fuse_mount.Connection | None = None
         self._device = -1  # its descriptor
         self._view = memoryview(bytearray(protocol.BUFFER_SIZE))
@@ -113,6 +115,7 @@ class DevFuse:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 nursery.start_soon(self._watch_the_interrupted)
+                nursery.start_soon(self._watch_the_filling)
                 nursery.start_soon(self._work)
 
     def stop(self) -> None:
@@ -146,6 +149,9 @@ class DevFuse:
             answer = self._start(request)
             if answer is not None:
                 self._waiting[request.unique] = request
+                if request.opcode == Opcode.READ and protocol.fills_cache(request):
+                    self._filling[request.unique] = request
+                    self._fill.set()
                 await self._finish(request, answer)
             answered += 1
             if answered >= _AT_ONCE:
@@ -224,6 +230,7 @@ class DevFuse:
                 raise
         finally:
             self._interrupted.pop(request.unique, None)
+            self._filling.pop(request.unique, None)
             # Otherwise its accessor has gone, with EINTR.
             if self._waiting.pop(request.unique, None) is not None:
                 if failure is None:
@@ -324,6 +331,26 @@ class DevFuse:
                     self._interrupted.pop(unique, None)
             if not self._interrupted:
                 self._interruption = trio.Event()
+
+    async def _watch_the_filling(self) -> None:
+        """Let the pages go of accessors that have died. The kernel tells nothing of whoever has them read ahead (ASYNC_READ): such an accessor dies
+        without an answer, its page stays locked until there is one, and whoever wants that page waits in a state that nothing ends. Sleeps while
+        nothing waits."""
+        took = 0.0
+        while True:
+            await self._fill.wait()
+            await trio.sleep(max(_KILL_WATCH_INTERVAL, 10 * took))  # they may be thousands
+            began = trio.current_time()
+            for number, (unique, request) in enumerate(list(self._filling.items())):
+                if number % _AT_ONCE == _AT_ONCE - 1:
+                    await trio.lowlevel.checkpoint()
+                if unique in self._filling and self._gate.left(request.pid):
+                    self._filling.pop(unique, None)
+                    if self._waiting.pop(unique, None) is not None:
+                        self._send(protocol.failure(unique, errno.EINTR))
+            took = trio.current_time() - began
+            if not self._filling:
+                self._fill = trio.Event()
 
     def _forget_name(self, parent_id: int, name: bytes) -> None:
         # The kernel holds the directory's lock until the request is answered that brought us here.

@@ -219,6 +219,11 @@ def changed_node(request: Request) -> int:
     return request.node_id
 
 
+def fills_cache(request: Request) -> bool:
+    """Whether a READ is for the page cache, and not for a call."""
+    return not READ_IN.unpack_from(request.body)[3] & READ_LOCKOWNER
+
+
 def names_in(body: bytes | memoryview, start: int, count: int) -> list[bytes]:
     """`count` NUL-terminated strings from `start` on. ValueError where there are fewer."""
     parts = bytes(body[start:]).split(b"\0", count)
