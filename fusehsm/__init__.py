@@ -5,10 +5,10 @@ The handler API: `open_group` a path, `serve` its events with a function of one 
 
 from typing import TYPE_CHECKING
 
-from fusehsm.abi import FAN_ACCESS_PERM as ACCESS_PERM
-from fusehsm.abi import FAN_OPEN_EXEC_PERM as OPEN_EXEC_PERM
-from fusehsm.abi import FAN_OPEN_PERM as OPEN_PERM
-from fusehsm.abi import LINUX_6_14
+from fusehsm.fanotify.abi import FAN_ACCESS_PERM as ACCESS_PERM
+from fusehsm.fanotify.abi import FAN_OPEN_EXEC_PERM as OPEN_EXEC_PERM
+from fusehsm.fanotify.abi import FAN_OPEN_PERM as OPEN_PERM
+from fusehsm.fanotify.abi import LINUX_6_14
 from fusehsm.version import VERSION as __version__
 
 if TYPE_CHECKING:

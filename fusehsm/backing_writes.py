@@ -9,11 +9,11 @@ import os
 
 import trio
 
-from fusehsm import filesystem_calls as syscalls
-from fusehsm.backing_reads import Buffer
 from fusehsm.explain import Explainer
-from fusehsm.filesystem_calls import PAGE_SIZE
 from fusehsm.handles import OpenFile
+from fusehsm.linux import filesystem_calls as syscalls
+from fusehsm.linux.file_io import Buffer
+from fusehsm.linux.filesystem_calls import PAGE_SIZE
 from fusehsm.overlay import Node, Overlay
 
 _THREADS = 64

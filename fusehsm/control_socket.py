@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from fusehsm.mountinfo import Mount
+from fusehsm.linux.mountinfo import Mount
 
 _BACKLOG = 128
 _CREDENTIALS = struct.Struct("=iII")

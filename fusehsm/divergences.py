@@ -8,7 +8,7 @@ Run this module to print the table.
 from dataclasses import dataclass
 from typing import Final
 
-from fusehsm.kernel_version import kernel_version
+from fusehsm.linux.kernel_version import kernel_version
 
 ENGINES: Final = ("pyfuse3", "devfuse")
 

@@ -17,9 +17,9 @@ from enum import Enum
 from importlib import metadata
 from pathlib import Path
 
-from fusehsm.abi import FAN_CLASS_PRE_CONTENT
-from fusehsm.mountinfo import mount_of, read_mounts
-from fusehsm.own_command import own_command, own_environment
+from fusehsm.fanotify.abi import FAN_CLASS_PRE_CONTENT
+from fusehsm.linux.mountinfo import mount_of, read_mounts
+from fusehsm.linux.subprocesses import own_command, own_environment
 
 # Seconds that the trial mount may take, several times what a slow machine needs.
 _TRIAL_PATIENCE = 60.0

@@ -10,7 +10,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import Final
 
-from fusehsm.abi import (
+from fusehsm.fanotify.abi import (
     FAN_ACCESS,
     FAN_ACCESS_PERM,
     FAN_CLOSE_NOWRITE,

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 import trio
 
-from fusehsm import caller
 from fusehsm.events import Access, AccessKind
 from fusehsm.handles import Direction, Grant, OpenFile
+from fusehsm.linux import proc as caller
 from fusehsm.overlay import Node
 
 # How long an accessor's mmap lock may keep us from reading its mappings; seconds.

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from fusehsm import control_socket
 from fusehsm.engines.fuse_mount import unmount
-from fusehsm.held_signals import signals_blocked, signals_held
-from fusehsm.mountinfo import Mount, MountId, read_mounts
-from fusehsm.own_command import own_command, own_environment
+from fusehsm.linux.held_signals import signals_blocked, signals_held
+from fusehsm.linux.mountinfo import Mount, MountId, read_mounts
+from fusehsm.linux.subprocesses import own_command, own_environment
 
 _PATIENCE = 30.0  # seconds for a daemon to go
 _LONGEST_MESSAGE = 64  # bytes; of the daemon, with the number of its mount

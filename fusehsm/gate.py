@@ -13,8 +13,11 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from fusehsm import caller, rules
-from fusehsm.abi import (
+from fusehsm.content import Content
+from fusehsm.events import Access, AccessKind, Armed
+from fusehsm.explain import Explainer
+from fusehsm.fanotify import rules
+from fusehsm.fanotify.abi import (
     FAN_ACCESS,
     FAN_ACCESS_PERM,
     FAN_CLOSE,
@@ -26,18 +29,16 @@ from fusehsm.abi import (
     FAN_OPEN_PERM,
     Dialect,
 )
-from fusehsm.content import Content
-from fusehsm.events import Access, AccessKind, Armed
-from fusehsm.explain import Explainer
+from fusehsm.fanotify.marks import Subject
+from fusehsm.fanotify.policy import EventTimeout, UnattendedPolicy
 from fusehsm.group import Group, Pending
 from fusehsm.handles import HandleTable, OpenFile
 from fusehsm.leases import Leases
 from fusehsm.lessor import Lessor
+from fusehsm.linux import proc as caller
 from fusehsm.listeners import Listeners
-from fusehsm.marks import Subject
 from fusehsm.overlay import AttributeChanges, Caller, Node, Overlay
 from fusehsm.stale import CacheControl, StalePages
-from fusehsm.unattended import EventTimeout, UnattendedPolicy
 
 _FMODE_EXEC = 0x20  # open flag of execve (include/linux/fs.h); FUSE passes it on
 _PERMISSION_EVENTS = FAN_OPEN_PERM | FAN_OPEN_EXEC_PERM | FAN_ACCESS_PERM

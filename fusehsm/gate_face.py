@@ -2,7 +2,7 @@
 
 from typing import Any, Protocol
 
-from fusehsm.abi import Dialect
+from fusehsm.fanotify.abi import Dialect
 from fusehsm.group import Group, Pending
 
 

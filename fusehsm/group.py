@@ -13,7 +13,8 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
-from fusehsm.abi import (
+from fusehsm.events import EventShape
+from fusehsm.fanotify.abi import (
     FAN_CLASS_CONTENT,
     FAN_CLASS_PRE_CONTENT,
     FAN_ENABLE_AUDIT,
@@ -30,9 +31,8 @@ from fusehsm.abi import (
     encode_event,
     event_length,
 )
-from fusehsm.events import EventShape
-from fusehsm.marks import MarkTable
-from fusehsm.rules import check_init, fill_buffer, parse_response
+from fusehsm.fanotify.marks import MarkTable
+from fusehsm.fanotify.rules import check_init, fill_buffer, parse_response
 
 #: sysctl fs.fanotify.max_queued_events
 MAX_QUEUED_EVENTS: Final = 16384

@@ -15,10 +15,10 @@ from typing import Any, NoReturn, cast
 
 import trio
 
-from fusehsm.abi import FAN_Q_OVERFLOW
 from fusehsm.backends.base import Group
 from fusehsm.events import Event
-from fusehsm.suspension import is_cancellation, noting_suspension
+from fusehsm.fanotify.abi import FAN_Q_OVERFLOW
+from fusehsm.linux.suspension import is_cancellation, noting_suspension
 
 AsyncHandler = Callable[[Event], Coroutine[Any, Any, None]]
 Handler = AsyncHandler | Callable[[Event], Awaitable[None] | None]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Generic, TypeVar
 
-from fusehsm.ranges import RangeSet
+from fusehsm.linux.ranges import RangeSet
 
 NodeT = TypeVar("NodeT", bound=Hashable)
 

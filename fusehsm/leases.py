@@ -13,7 +13,8 @@ from typing import Generic, TypeVar
 
 import trio
 
-from fusehsm import caller, kernel_lease
+from fusehsm.linux import kernel_lease
+from fusehsm.linux import proc as caller
 
 NodeT = TypeVar("NodeT", bound=Hashable)
 

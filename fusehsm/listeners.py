@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 
 import trio
 
-from fusehsm import caller
-from fusehsm.abi import FAN_ACCESS_PERM, FAN_OPEN_PERM, Dialect, mask_names
 from fusehsm.events import (
     STRENGTH,
     Access,
@@ -21,9 +19,11 @@ from fusehsm.events import (
     notification,
     shapes,
 )
+from fusehsm.fanotify.abi import FAN_ACCESS_PERM, FAN_OPEN_PERM, Dialect, mask_names
+from fusehsm.fanotify.marks import MarkTable, Subject
+from fusehsm.fanotify.policy import EventTimeout, Unattended, UnattendedPolicy
 from fusehsm.group import Group, Pending
-from fusehsm.marks import MarkTable, Subject
-from fusehsm.unattended import EventTimeout, Unattended, UnattendedPolicy
+from fusehsm.linux import proc as caller
 
 PRE_CONTENT = 2  # Group.priority of FAN_CLASS_PRE_CONTENT
 # How often waiting accessors are looked at for a fatal signal; seconds.

@@ -16,10 +16,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from fusehsm import control_socket, mountinfo
-from fusehsm.abi import DIALECTS
+from fusehsm import control_socket
 from fusehsm.engines import fuse_mount
 from fusehsm.engines.choice import maps_direct_files_shared
+from fusehsm.fanotify.abi import DIALECTS
+from fusehsm.linux import mountinfo
 from fusehsm.mount_options import MountError, MountOptions, Plan, checked
 
 if TYPE_CHECKING:

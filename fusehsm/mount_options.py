@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from fusehsm import mountinfo
-from fusehsm.abi import DIALECTS
 from fusehsm.engines.choice import ENGINES, maps_direct_files_shared
-from fusehsm.unattended import EventTimeout, UnattendedPolicy
+from fusehsm.fanotify.abi import DIALECTS
+from fusehsm.fanotify.policy import EventTimeout, UnattendedPolicy
+from fusehsm.linux import mountinfo
 
 if TYPE_CHECKING:
     from fusehsm.handler import Handler

@@ -18,12 +18,13 @@ import struct
 from collections.abc import Callable
 from typing import Final
 
-from fusehsm import attributes, kernel_lease
-from fusehsm import filesystem_calls as syscalls
+from fusehsm import attributes
 from fusehsm.attributes import TIME_NOW, AttributeChanges, path_of
 from fusehsm.credentials import Caller, Impersonation
 from fusehsm.directory import DirectoryEntry, DirectoryStream
-from fusehsm.filesystem_calls import RENAME_EXCHANGE, RENAME_NOREPLACE
+from fusehsm.linux import filesystem_calls as syscalls
+from fusehsm.linux import kernel_lease
+from fusehsm.linux.filesystem_calls import RENAME_EXCHANGE, RENAME_NOREPLACE
 from fusehsm.nodes import ROOT_ID, Node
 from fusehsm.reach import Reach, stale
 

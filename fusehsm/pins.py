@@ -12,7 +12,7 @@ import stat
 from collections import OrderedDict
 from contextlib import suppress
 
-from fusehsm import filesystem_calls as syscalls
+from fusehsm.linux import filesystem_calls as syscalls
 from fusehsm.nodes import Node
 
 

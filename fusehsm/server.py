@@ -18,7 +18,9 @@ from typing import Any, Final
 import trio
 
 from fusehsm import control_socket, protocol
-from fusehsm.abi import (
+from fusehsm.accepting import serve_connections
+from fusehsm.control_socket import Peer
+from fusehsm.fanotify.abi import (
     DIALECTS,
     FAN_CLASS_PRE_CONTENT,
     FAN_MARK_FLUSH,
@@ -28,8 +30,6 @@ from fusehsm.abi import (
     FAN_REPORT_PIDFD,
     encode_event,
 )
-from fusehsm.accepting import serve_connections
-from fusehsm.control_socket import Peer
 from fusehsm.gate_face import GateFace
 from fusehsm.group import Group, Pending
 from fusehsm.protocol import (

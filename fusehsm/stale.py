@@ -17,10 +17,10 @@ from typing import Protocol
 
 import trio
 
-from fusehsm.filesystem_calls import PAGE_SIZE
+from fusehsm.fanotify.marks import Subject
 from fusehsm.group import Group
+from fusehsm.linux.filesystem_calls import PAGE_SIZE
 from fusehsm.listeners import Listeners
-from fusehsm.marks import Subject
 from fusehsm.overlay import Node, Overlay
 
 log = logging.getLogger(__name__)

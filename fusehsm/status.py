@@ -9,7 +9,7 @@ from typing import Any
 import trio
 
 from fusehsm.backends.connection import request
-from fusehsm.mountinfo import Mount, mount_of, read_mounts
+from fusehsm.linux.mountinfo import Mount, mount_of, read_mounts
 from fusehsm.protocol import Release, Request, Status
 
 # A server that does not answer within this many seconds is stuck or stopped.

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from fusehsm.abi import DENY_ERRNOS, mask_names
 from fusehsm.backends.base import Group
 from fusehsm.backends.opening import open_group
 from fusehsm.events import Event
+from fusehsm.fanotify.abi import DENY_ERRNOS, mask_names
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -8,7 +8,8 @@ from hypothesis import note
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, precondition, rule
 
-from fusehsm.abi import (
+from fusehsm.conform.sequences import ACCESSORS, FILES, Step
+from fusehsm.fanotify.abi import (
     FAN_ACCESS_PERM,
     FAN_EVENT_ON_CHILD,
     FAN_MARK_ADD,
@@ -24,7 +25,6 @@ from fusehsm.abi import (
     FAN_OPEN_PERM,
     LINUX_6_14,
 )
-from fusehsm.conform.sequences import ACCESSORS, FILES, Step
 
 P, A, O, X = LINUX_6_14.pre_access, FAN_ACCESS_PERM, FAN_OPEN_PERM, FAN_OPEN_EXEC_PERM  # noqa: E741 (the facts' names)
 EDGES = (0, 1, 10, 100, 4095, 4096, 4097, 5000, 8192, 12288, 19999, 20000, 20480, 40000, 1 << 20)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fusehsm.kernel_version import kernel_version
+from fusehsm.linux.kernel_version import kernel_version
 from tests.requirements import require
 from tests.worlds import World
 

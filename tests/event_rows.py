@@ -5,8 +5,8 @@
 
 from dataclasses import dataclass
 
-from fusehsm.abi import FAN_ACCESS_PERM, FAN_OPEN_EXEC_PERM, FAN_OPEN_PERM, LINUX_6_14
 from fusehsm.events import Access, AccessKind
+from fusehsm.fanotify.abi import FAN_ACCESS_PERM, FAN_OPEN_EXEC_PERM, FAN_OPEN_PERM, LINUX_6_14
 
 PAGE = 4096
 OFFSET_LIMIT = 2**63 - 1

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import trio
 
-from fusehsm.abi import DIALECTS
 from fusehsm.backends.inprocess import serve_in_process
 from fusehsm.engines.devfuse import DevFuse
 from fusehsm.events import Event
+from fusehsm.fanotify.abi import DIALECTS
+from fusehsm.fanotify.policy import Unattended, UnattendedPolicy
 from fusehsm.gate import Gate
 from fusehsm.overlay import Overlay
-from fusehsm.unattended import Unattended, UnattendedPolicy
 
 # name: (exact, private, whether a listener allows everything)
 WORLDS = {

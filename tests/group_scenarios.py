@@ -11,7 +11,7 @@ from typing import Protocol
 
 import pytest
 
-from fusehsm.abi import (
+from fusehsm.fanotify.abi import (
     FAN_ACCESS_PERM,
     FAN_ALLOW,
     FAN_CLASS_CONTENT,

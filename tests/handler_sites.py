@@ -11,14 +11,14 @@ from typing import Any
 
 import trio
 
-from fusehsm.abi import LINUX_6_14
 from fusehsm.backends.base import Group
 from fusehsm.backends.emulated import EmulatedGroup
 from fusehsm.backends.inprocess import InProcessGroup, open_in_process
 from fusehsm.backends.kernel import KernelGroup
 from fusehsm.backends.opening import open_group
+from fusehsm.fanotify.abi import LINUX_6_14
 from fusehsm.handler import Handler, serve
-from fusehsm.mountinfo import mount_of
+from fusehsm.linux.mountinfo import mount_of
 
 Mask = int | Iterable[str] | None
 
@@ -97,12 +97,12 @@ class InProcessSite(Site):
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        from fusehsm import mountinfo
         from fusehsm.engines import fuse_mount
         from fusehsm.engines.choice import make
+        from fusehsm.fanotify.policy import Unattended, UnattendedPolicy
         from fusehsm.gate import Gate
+        from fusehsm.linux import mountinfo
         from fusehsm.overlay import Overlay
-        from fusehsm.unattended import Unattended, UnattendedPolicy
 
         overlay = Overlay(str(self.content))
         gate = Gate(

@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
-from fusehsm import mountinfo
+from fusehsm.linux import mountinfo
 from tests import guardian, leftovers
 from tests.leftovers import command_line as command_line
 from tests.leftovers import kill as kill

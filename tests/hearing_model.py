@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable
 
-from fusehsm.abi import FAN_MARK_FLUSH, LINUX_6_14
 from fusehsm.events import Access, AccessKind, Armed, arm, heard_when, shapes
-from fusehsm.marks import MarkTable, Subject
-from fusehsm.rules import ObjectKind, check_mark
+from fusehsm.fanotify.abi import FAN_MARK_FLUSH, LINUX_6_14
+from fusehsm.fanotify.marks import MarkTable, Subject
+from fusehsm.fanotify.rules import ObjectKind, check_mark
 from tests.hearing_rows import DIRECTORIES, LETTERS, PARENTS, Mark
 
 INODES = {name: number for number, name in enumerate(PARENTS, start=10)}

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from fusehsm.abi import (
+from fusehsm.conform.accessor import PATIENCE, Accessor, AccessorDied, Call
+from fusehsm.fanotify.abi import (
     FAN_ACCESS_PERM,
     FAN_ALLOW,
     FAN_CLASS_CONTENT,
@@ -28,8 +29,7 @@ from fusehsm.abi import (
     decode_events,
     encode_response,
 )
-from fusehsm.conform.accessor import PATIENCE, Accessor, AccessorDied, Call
-from fusehsm.syscalls import fanotify_init, fanotify_mark
+from fusehsm.linux.syscalls import fanotify_init, fanotify_mark
 from tests.group_scenarios import QUEUE_LIMIT
 
 MakeAccessor = Callable[[], Accessor]

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusehsm import mountinfo
+from fusehsm.linux import mountinfo
 
 MARK = "FUSEHSM_TEST_SESSION"  # the environment variable that every process of a session inherits
 _PATIENCE = 60.0  # seconds

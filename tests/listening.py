@@ -10,10 +10,10 @@ from typing import Any
 
 import trio
 
-from fusehsm.abi import mask_names
 from fusehsm.backends.base import Group
 from fusehsm.backends.opening import open_group
 from fusehsm.events import Event
+from fusehsm.fanotify.abi import mask_names
 
 PATIENCE = 60.0  # seconds after which a listener is given up on; no test waits for it to pass
 HOLD = -1  # what `answer` returns for an event to be answered later, by release()

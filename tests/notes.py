@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import trio
 
-from fusehsm.abi import (
+from fusehsm.backends.base import Group
+from fusehsm.conform.accessor import Accessor
+from fusehsm.fanotify.abi import (
     FAN_CLASS_NOTIF,
     FAN_CLOEXEC,
     FAN_MARK_ADD,
@@ -18,8 +20,6 @@ from fusehsm.abi import (
     decode_events,
     mask_names,
 )
-from fusehsm.backends.base import Group
-from fusehsm.conform.accessor import Accessor
 from tests.listening import PATIENCE
 from tests.worlds import (
     Mark,

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from fusehsm import filesystem_calls
+from fusehsm.linux import filesystem_calls
 from fusehsm.overlay import AttributeChanges, Caller, Node, Overlay
 
 NOBODY = 65534

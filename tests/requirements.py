@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from fusehsm.kernel_version import kernel_version
+from fusehsm.linux.kernel_version import kernel_version
 
 _PRE_CONTENT_KERNEL = (6, 14)
 

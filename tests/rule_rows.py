@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fusehsm.abi import (
+from fusehsm.fanotify.abi import (
     FAN_ACCESS_PERM,
     FAN_ALLOW,
     FAN_AUDIT,

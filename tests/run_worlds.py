@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from fusehsm.mountinfo import read_mounts
-from fusehsm.syscalls import MNT_DETACH, MS_BIND, mount, umount2
+from fusehsm.linux.mountinfo import read_mounts
+from fusehsm.linux.syscalls import MNT_DETACH, MS_BIND, mount, umount2
 from tests import harness, leftovers
 from tests.harness import LogReader
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fusehsm import abi
-from fusehsm.abi import (
+from fusehsm.fanotify import abi
+from fusehsm.fanotify.abi import (
     DIALECTS,
     LINUX_6_14,
     PATCH_V1,

@@ -11,7 +11,7 @@ import pytest
 
 from fusehsm.conform.accessor import Accessor
 from fusehsm.events import Event
-from fusehsm.kernel_version import kernel_version
+from fusehsm.linux.kernel_version import kernel_version
 from tests.listening import listening
 from tests.posix_trees import Errno, Tree, outcome
 from tests.worlds import World

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fusehsm import caller
+from fusehsm.linux import proc as caller
 
 PROGRAM = """
 import ctypes, mmap, os, sys, threading

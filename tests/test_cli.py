@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fusehsm.conform.accessor import Accessor
-from fusehsm.mountinfo import read_mounts
+from fusehsm.linux.mountinfo import read_mounts
 from fusehsm.version import VERSION
 from tests import harness, leftovers
 from tests.conftest import MakeMount

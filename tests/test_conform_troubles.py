@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import trio
 
-from fusehsm import mountinfo
 from fusehsm.conform import command
 from fusehsm.conform.accessor import Zygote
 from fusehsm.conform.emulator import Emulator
@@ -26,6 +25,7 @@ from fusehsm.conform.verdict import Comparison
 from fusehsm.conform.workload import Workload, one_call
 from fusehsm.conform.workloads import WORKLOADS, chosen
 from fusehsm.foreground_mount import ForegroundMount
+from fusehsm.linux import mountinfo
 from tests.harness import COMMAND, PATIENCE, environment, start
 
 HEARD = Heard("group 1", "PRE_ACCESS", "accessor", "file", 0, 4096, "00", "ALLOW")

@@ -19,8 +19,13 @@ import pytest
 import trio
 from hypothesis import given
 
-from fusehsm import control_socket, mountinfo, protocol, server
-from fusehsm.abi import (
+from fusehsm import control_socket, protocol, server
+from fusehsm.backends.connection import request
+from fusehsm.backends.emulated import EmulatedGroup
+from fusehsm.backends.opening import open_group
+from fusehsm.conform.accessor import Accessor
+from fusehsm.events import Event
+from fusehsm.fanotify.abi import (
     FAN_CLASS_PRE_CONTENT,
     FAN_CLOEXEC,
     FAN_MARK_ADD,
@@ -28,12 +33,8 @@ from fusehsm.abi import (
     LINUX_6_14,
     decode_events,
 )
-from fusehsm.backends.connection import request
-from fusehsm.backends.emulated import EmulatedGroup
-from fusehsm.backends.opening import open_group
-from fusehsm.conform.accessor import Accessor
-from fusehsm.events import Event
 from fusehsm.handler import serve
+from fusehsm.linux import mountinfo
 from fusehsm.protocol import Hello, Mark, Release, Request, Status
 from fusehsm.server import MOST_CONNECTIONS, MOST_GROUPS
 from tests.conftest import MakeAccessor, MakeMount

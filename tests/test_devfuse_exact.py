@@ -6,8 +6,8 @@ import signal
 
 import pytest
 
-from fusehsm.abi import FAN_CLASS_PRE_CONTENT, FAN_CLOEXEC, FAN_REPORT_TID, FAN_UNLIMITED_QUEUE
 from fusehsm.conform.accessor import Accessor, AccessorDied
+from fusehsm.fanotify.abi import FAN_CLASS_PRE_CONTENT, FAN_CLOEXEC, FAN_REPORT_TID, FAN_UNLIMITED_QUEUE
 from tests.devfuse_acts import MAPPED, OPERATIONS, act
 from tests.devfuse_rows import (
     AGAIN,

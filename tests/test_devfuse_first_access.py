@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 import trio
 
-from fusehsm.abi import (
+from fusehsm.backends.connection import request
+from fusehsm.conform.accessor import Accessor, AccessorDied
+from fusehsm.events import Event
+from fusehsm.fanotify.abi import (
     FAN_MARK_ADD,
     FAN_MARK_FILESYSTEM,
     FAN_MARK_FLUSH,
@@ -19,10 +22,7 @@ from fusehsm.abi import (
     FAN_MARK_IGNORED_SURV_MODIFY,
     FAN_MARK_REMOVE,
 )
-from fusehsm.backends.connection import request
-from fusehsm.conform.accessor import Accessor, AccessorDied
-from fusehsm.events import Event
-from fusehsm.mountinfo import mount_of
+from fusehsm.linux.mountinfo import mount_of
 from fusehsm.protocol import Drop, Status
 from tests.conftest import MakeAccessor, MakeMount
 from tests.devfuse_acts import KEEP_SIZE, PUNCH_HOLE, act, fallocate_open

@@ -4,19 +4,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusehsm.abi import (
-    DIALECTS,
-    FAN_ACCESS,
-    FAN_CLOSE_NOWRITE,
-    FAN_CLOSE_WRITE,
-    FAN_MODIFY,
-    FAN_OPEN,
-    FAN_OPEN_EXEC,
-    LINUX_6_14,
-    PATCH_V1,
-    PATCH_V2,
-    Dialect,
-)
 from fusehsm.events import (
     Access,
     AccessKind,
@@ -28,6 +15,19 @@ from fusehsm.events import (
     heard_when,
     notification,
     shapes,
+)
+from fusehsm.fanotify.abi import (
+    DIALECTS,
+    FAN_ACCESS,
+    FAN_CLOSE_NOWRITE,
+    FAN_CLOSE_WRITE,
+    FAN_MODIFY,
+    FAN_OPEN,
+    FAN_OPEN_EXEC,
+    LINUX_6_14,
+    PATCH_V1,
+    PATCH_V2,
+    Dialect,
 )
 from tests.event_rows import EVENT_ROWS, OFFSET_LIMIT, PAGE, A, EventRow, Expected, O, P, X
 from tests.table import row_names

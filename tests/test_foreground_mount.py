@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fusehsm.foreground_mount import foreground_mount
-from fusehsm.mountinfo import read_mounts
+from fusehsm.linux.mountinfo import read_mounts
 
 pytestmark = [pytest.mark.fuse, pytest.mark.any_engine]
 

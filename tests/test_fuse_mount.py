@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from fusehsm import mountinfo
 from fusehsm.engines.fuse_mount import Connection, MountRefused, mount, unmount
+from fusehsm.linux import mountinfo
 from tests.conftest import MakeMount
 from tests.harness import (
     NOBODY,

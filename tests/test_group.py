@@ -10,7 +10,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from fusehsm.abi import (
+from fusehsm.events import EventShape
+from fusehsm.fanotify.abi import (
     FAN_ALLOW,
     FAN_CLASS_CONTENT,
     FAN_CLASS_NOTIF,
@@ -27,7 +28,6 @@ from fusehsm.abi import (
     decode_events,
     encode_response,
 )
-from fusehsm.events import EventShape
 from fusehsm.group import MAX_QUEUED_EVENTS, Group, Pending, PendingState
 from tests.group_scenarios import QUEUE_LIMIT, SCENARIOS, Make, check_errnos, check_response
 from tests.rule_rows import CONTENT, PRE, ResponseRow, errno_rows, response_rows

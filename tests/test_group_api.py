@@ -7,8 +7,10 @@ import select
 import pytest
 import trio
 
-from fusehsm import abi
-from fusehsm.abi import (
+from fusehsm.backends.base import AT_FDCWD, Group
+from fusehsm.conform.accessor import Accessor
+from fusehsm.fanotify import abi
+from fusehsm.fanotify.abi import (
     FAN_ALLOW,
     FAN_AUDIT,
     FAN_CLASS_CONTENT,
@@ -39,8 +41,6 @@ from fusehsm.abi import (
     encode_event,
     encode_response,
 )
-from fusehsm.backends.base import AT_FDCWD, Group
-from fusehsm.conform.accessor import Accessor
 from tests.conftest import MakeAccessor
 from tests.handler_sites import Site, pidfds
 

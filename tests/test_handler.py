@@ -10,7 +10,9 @@ import pytest
 import trio
 import trio.testing
 
-from fusehsm.abi import (
+from fusehsm.backends.base import AT_FDCWD, Group
+from fusehsm.events import Event
+from fusehsm.fanotify.abi import (
     FAN_ALLOW,
     FAN_CLASS_PRE_CONTENT,
     FAN_NONBLOCK,
@@ -21,8 +23,6 @@ from fusehsm.abi import (
     encode_event,
     encode_response,
 )
-from fusehsm.backends.base import AT_FDCWD, Group
-from fusehsm.events import Event
 from fusehsm.handler import serve
 
 P = LINUX_6_14.pre_access

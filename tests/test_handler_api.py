@@ -12,10 +12,10 @@ import pytest
 import trio
 import trio.testing
 
-from fusehsm.abi import FAN_CLASS_CONTENT, LINUX_6_14
 from fusehsm.backends.base import Group
 from fusehsm.conform.accessor import Accessor
 from fusehsm.events import Event
+from fusehsm.fanotify.abi import FAN_CLASS_CONTENT, LINUX_6_14
 from fusehsm.handler import serve
 from tests.conftest import MakeAccessor
 from tests.handler_sites import Site, open_for_both

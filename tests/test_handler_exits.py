@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import trio
 
-from fusehsm import syscalls
 from fusehsm.conform.accessor import Accessor
-from fusehsm.mountinfo import read_mounts
+from fusehsm.linux import syscalls
+from fusehsm.linux.mountinfo import read_mounts
 from tests.conftest import MakeMount
 from tests.harness import PATIENCE, Mount, environment, fusehsm, is_dead, start
 from tests.requirements import require_root

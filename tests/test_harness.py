@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fusehsm.conform.accessor import Accessor, AccessorDied, AccessorTimeout
-from fusehsm.mountinfo import mount_of, read_mounts
+from fusehsm.linux.mountinfo import mount_of, read_mounts
 from tests import harness, leftovers
 from tests.conftest import MakeAccessor
 from tests.harness import NOBODY, PATIENCE

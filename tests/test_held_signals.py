@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fusehsm.held_signals import signals_held
+from fusehsm.linux.held_signals import signals_held
 
 
 class Ended(BaseException):

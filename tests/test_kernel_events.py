@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from fusehsm.abi import LINUX_6_14, RawEvent
 from fusehsm.conform.accessor import Accessor, Zygote
-from fusehsm.marks import MarkTable
+from fusehsm.fanotify.abi import LINUX_6_14, RawEvent
+from fusehsm.fanotify.marks import MarkTable
 from tests.event_rows import EVENT_ROWS, MIB, EventRow
 from tests.hearing_model import predicted, set_mark
 from tests.hearing_rows import ARMING_ROWS, DIRECTORIES, HEARING_ROWS, LETTERS, PARENTS, ArmingRow, HearingRow

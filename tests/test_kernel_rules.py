@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from fusehsm.abi import FAN_MARK_DONT_FOLLOW, FAN_MARK_FLUSH, FAN_MARK_ONLYDIR, LINUX_6_14
 from fusehsm.conform.accessor import Accessor, Zygote
-from fusehsm.marks import MarkTable
-from fusehsm.rules import ObjectKind, check_mark
-from fusehsm.syscalls import fanotify_init
+from fusehsm.fanotify.abi import FAN_MARK_DONT_FOLLOW, FAN_MARK_FLUSH, FAN_MARK_ONLYDIR, LINUX_6_14
+from fusehsm.fanotify.marks import MarkTable
+from fusehsm.fanotify.rules import ObjectKind, check_mark
+from fusehsm.linux.syscalls import fanotify_init
 from tests.group_scenarios import SCENARIOS, Make, check_errnos, check_response
 from tests.kernel_side import KernelGroup, KernelSide, Scene, make_targets
 from tests.rule_rows import (

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import trio
 
-from fusehsm.abi import FAN_MARK_ADD
 from fusehsm.conform.accessor import Accessor, AccessorDied
 from fusehsm.events import Event
+from fusehsm.fanotify.abi import FAN_MARK_ADD
 from tests.conftest import MakeAccessor, MakeMount
 from tests.handler_sites import Site
 from tests.harness import PATIENCE, start

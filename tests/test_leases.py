@@ -17,16 +17,16 @@ import pytest
 import trio
 
 from fusehsm import leased
-from fusehsm.abi import (
+from fusehsm.backends.connection import ControlConnection, request
+from fusehsm.backends.leasing import LeasedFile
+from fusehsm.conform.accessor import Accessor
+from fusehsm.fanotify.abi import (
     FAN_MARK_ADD,
     FAN_MARK_IGNORED_MASK,
     FAN_MARK_IGNORED_SURV_MODIFY,
     FAN_MARK_REMOVE,
 )
-from fusehsm.backends.connection import ControlConnection, request
-from fusehsm.backends.leasing import LeasedFile
-from fusehsm.conform.accessor import Accessor
-from fusehsm.mountinfo import mount_of
+from fusehsm.linux.mountinfo import mount_of
 from fusehsm.protocol import Lease, LeaseStatus, Status, Unlease
 from tests import harness
 from tests.conftest import MakeAccessor, MakeMount

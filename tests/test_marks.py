@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusehsm.abi import (
+from fusehsm.events import Access, AccessKind
+from fusehsm.fanotify.abi import (
     FAN_ACCESS,
     FAN_MARK_FLUSH,
     FAN_MODIFY,
@@ -16,9 +17,8 @@ from fusehsm.abi import (
     PATCH_V2,
     Dialect,
 )
-from fusehsm.events import Access, AccessKind
-from fusehsm.marks import MarkTable, Subject
-from fusehsm.rules import ObjectKind, check_mark
+from fusehsm.fanotify.marks import MarkTable, Subject
+from fusehsm.fanotify.rules import ObjectKind, check_mark
 from tests.hearing_model import armed, heard, marked, predicted
 from tests.hearing_rows import ARMING_ROWS, HEARING_ROWS, ArmingRow, HearingRow
 from tests.rule_rows import (

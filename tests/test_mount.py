@@ -17,8 +17,8 @@ import pytest
 from fusehsm import control_socket
 from fusehsm.cli import main
 from fusehsm.conform.accessor import Accessor
+from fusehsm.linux.mountinfo import read_mounts
 from fusehsm.mount_options import MountError, directories
-from fusehsm.mountinfo import read_mounts
 from tests.conftest import MakeAccessor, MakeMount
 from tests.harness import (
     NOBODY,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fusehsm.mountinfo import Mount, mount_of, mount_of_descriptor, read_mounts
+from fusehsm.linux.mountinfo import Mount, mount_of, mount_of_descriptor, read_mounts
 from tests.conftest import MakeMount
 
 pytestmark = pytest.mark.any_engine

@@ -159,10 +159,10 @@ def test_a_path_that_is_gone_is_found(name: str, there: bool) -> None:
 @pytest.mark.parametrize(
     ("name", "there"),
     [
-        ("fusehsm.mountinfo", True),
-        ("fusehsm.mountinfo.read_mounts", True),
+        ("fusehsm.linux.mountinfo", True),
+        ("fusehsm.linux.mountinfo.read_mounts", True),
         ("fusehsm.engines", True),
-        ("fusehsm.mountinfo.nothing_of_that_name", False),
+        ("fusehsm.linux.mountinfo.nothing_of_that_name", False),
         ("fusehsm.nothing_of_that_name", False),
     ],
 )

@@ -16,8 +16,8 @@ from fusehsm.conform.accessor import Accessor
 from fusehsm.engines import fuse_protocol as protocol
 from fusehsm.engines.fuse_mount import mount
 from fusehsm.engines.fuse_protocol import Init
-from fusehsm.kernel_version import kernel_version
-from fusehsm.mountinfo import mount_of
+from fusehsm.linux.kernel_version import kernel_version
+from fusehsm.linux.mountinfo import mount_of
 from fusehsm.protocol import Status
 from tests.conftest import MakeMount
 from tests.harness import PATIENCE, Mount, unmount_lazily

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import trio
 
-from fusehsm.abi import LINUX_6_14, PATCH_V2
 from fusehsm.backends.emulated import EmulatedGroup
 from fusehsm.backends.kernel import KernelGroup
 from fusehsm.backends.opening import open_group
 from fusehsm.conform.accessor import Accessor
 from fusehsm.events import Event
+from fusehsm.fanotify.abi import LINUX_6_14, PATCH_V2
 from fusehsm.handler import serve
-from fusehsm.mountinfo import mount_of, read_mounts
+from fusehsm.linux.mountinfo import mount_of, read_mounts
 from tests.conftest import MakeAccessor, MakeMount
 from tests.harness import NOBODY, Mount, environment
 
@@ -190,7 +190,7 @@ async def test_a_path_that_is_not_there() -> None:
 UNPRIVILEGED = """
 import ctypes, os, sys, trio
 from fusehsm.backends.opening import open_group
-from fusehsm.mountinfo import mount_of
+from fusehsm.linux.mountinfo import mount_of
 mount_of("/")
 os.setgroups([])
 os.setgid(int(sys.argv[2]))

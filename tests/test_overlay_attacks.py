@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fusehsm import filesystem_calls
+from fusehsm.linux import filesystem_calls
 from fusehsm.overlay import AttributeChanges, Node, Overlay
 from tests.overlay_support import own_caller
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from fusehsm.abi import DIALECTS, FAN_MARK_FILESYSTEM
 from fusehsm.conform.accessor import Accessor, AccessorDied
 from fusehsm.conform.workloads.mapping import map_and_touch
 from fusehsm.conform.workloads.opening import open_with
 from fusehsm.conform.workloads.reading import pread
 from fusehsm.conform.workloads.writing import pwrite_only
 from fusehsm.events import Event
+from fusehsm.fanotify.abi import DIALECTS, FAN_MARK_FILESYSTEM
 from tests import engines
 from tests.conftest import MakeAccessor, MakeMount
 from tests.patch_rows import (

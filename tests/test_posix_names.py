@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fusehsm import filesystem_calls
-from fusehsm.filesystem_calls import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
+from fusehsm.linux import filesystem_calls
+from fusehsm.linux.filesystem_calls import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from tests.posix_trees import Errno, Tree, outcome
 
 pytestmark = pytest.mark.fuse

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusehsm.ranges import RangeSet
+from fusehsm.linux.ranges import RangeSet
 
 BYTES = st.integers(0, 60)
 RANGES = st.lists(st.tuples(BYTES, BYTES))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fusehsm.mountinfo import read_mounts
+from fusehsm.linux.mountinfo import read_mounts
 from tests import harness, leftovers
 from tests.harness import PATIENCE, ROOT, LogReader, fusehsm, unmount_lazily
 

@@ -18,7 +18,10 @@ from typing import Any
 import pytest
 import trio
 
-from fusehsm.abi import (
+from fusehsm.backends.opening import open_group
+from fusehsm.conform.accessor import Accessor, AccessorDied
+from fusehsm.events import Event
+from fusehsm.fanotify.abi import (
     FAN_MARK_ADD,
     FAN_MARK_FLUSH,
     FAN_MARK_IGNORED_MASK,
@@ -27,9 +30,6 @@ from fusehsm.abi import (
     FAN_MARK_REMOVE,
     LINUX_6_14,
 )
-from fusehsm.backends.opening import open_group
-from fusehsm.conform.accessor import Accessor, AccessorDied
-from fusehsm.events import Event
 from tests import ways
 from tests.conftest import MakeAccessor, MakeMount
 from tests.engines import diverges

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusehsm.abi import (
+from fusehsm.fanotify.abi import (
     DIALECTS,
     FAN_ALLOW,
     FAN_CLASS_PRE_CONTENT,
@@ -18,7 +18,7 @@ from fusehsm.abi import (
     deny_errno,
     encode_response,
 )
-from fusehsm.rules import ObjectKind, check_init, check_mark, fill_buffer, parse_response
+from fusehsm.fanotify.rules import ObjectKind, check_init, check_mark, fill_buffer, parse_response
 from tests.rule_rows import (
     ADD,
     CONTENT,

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from fusehsm.abi import FAN_MARK_ADD, FAN_MARK_IGNORED_MASK, FAN_MARK_IGNORED_SURV_MODIFY
 from fusehsm.conform.scene import CONTENT
+from fusehsm.fanotify.abi import FAN_MARK_ADD, FAN_MARK_IGNORED_MASK, FAN_MARK_IGNORED_SURV_MODIFY
 from tests import harness
 from tests.listening import HOLD
 from tests.worlds import Expected, World

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from fusehsm.conform.accessor import Accessor
-from fusehsm.own_command import own_command
+from fusehsm.linux.subprocesses import own_command
 from tests import harness, leftovers
 from tests.conftest import MakeAccessor
 from tests.harness import NOBODY, fuse_device_for_everybody

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import pytest
 
-from fusehsm.abi import (
+from fusehsm.conform.accessor import Accessor
+from fusehsm.fanotify.abi import (
     FAN_OPEN,
     FAN_OPEN_EXEC,
     NOTIFICATION_EVENTS,
 )
-from fusehsm.conform.accessor import Accessor
 from tests.conftest import MakeAccessor
 from tests.notes import (
     FENCE,

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import pytest
 import trio
 
-from fusehsm.abi import (
+from fusehsm.conform.accessor import Accessor
+from fusehsm.fanotify.abi import (
     FAN_ACCESS,
     FAN_ALLOW,
     FAN_CLOSE,
@@ -28,8 +29,7 @@ from fusehsm.abi import (
     encode_response,
     mask_names,
 )
-from fusehsm.caller import CallReader, reading
-from fusehsm.conform.accessor import Accessor
+from fusehsm.linux.proc import CallReader, reading
 from tests.conftest import MakeAccessor
 from tests.listening import HOLD, PATIENCE
 from tests.notes import (

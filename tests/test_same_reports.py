@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from fusehsm.abi import (
+from fusehsm.backends.base import Group
+from fusehsm.conform.accessor import Accessor
+from fusehsm.fanotify.abi import (
     FAN_ALLOW,
     FAN_AUDIT,
     FAN_DENY,
@@ -37,9 +39,7 @@ from fusehsm.abi import (
     encode_response,
     mask_names,
 )
-from fusehsm.backends.base import Group
-from fusehsm.conform.accessor import Accessor
-from fusehsm.mountinfo import mount_of
+from fusehsm.linux.mountinfo import mount_of
 from fusehsm.protocol import CREDIT
 from tests.conftest import MakeAccessor
 from tests.harness import fusehsm

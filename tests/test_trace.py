@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from fusehsm.conform.accessor import Accessor
-from fusehsm.mountinfo import read_mounts
+from fusehsm.linux.mountinfo import read_mounts
 from fusehsm.trace import Line, as_text, quote
 from tests import harness
 from tests.conftest import MakeAccessor, MakeMount

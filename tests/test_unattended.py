@@ -14,14 +14,21 @@ from typing import Any
 import pytest
 import trio
 
-from fusehsm.abi import FAN_MARK_ADD, FAN_MARK_MOUNT, FAN_MARK_REMOVE, LINUX_6_14, deny_errno, encode_response
 from fusehsm.backends.emulated import EmulatedGroup
 from fusehsm.backends.opening import DEFAULT_EVENT_F_FLAGS, DEFAULT_FLAGS, open_group
 from fusehsm.conform.accessor import Accessor, Call
 from fusehsm.conform.ext4 import ext4_image
 from fusehsm.control_socket import connect
-from fusehsm.mountinfo import Mount as MountEntry
-from fusehsm.mountinfo import read_mounts
+from fusehsm.fanotify.abi import (
+    FAN_MARK_ADD,
+    FAN_MARK_MOUNT,
+    FAN_MARK_REMOVE,
+    LINUX_6_14,
+    deny_errno,
+    encode_response,
+)
+from fusehsm.linux.mountinfo import Mount as MountEntry
+from fusehsm.linux.mountinfo import read_mounts
 from tests import ways
 from tests.conftest import MakeAccessor, MakeMount
 from tests.harness import PATIENCE, Mount, fusehsm, is_dead, start

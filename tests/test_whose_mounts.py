@@ -12,8 +12,8 @@ import pytest
 
 from fusehsm.conform.accessor import Accessor
 from fusehsm.conform.ext4 import ext4_image
-from fusehsm.mountinfo import MountId, id_at, id_of, read_mounts
-from fusehsm.syscalls import MNT_DETACH, umount2
+from fusehsm.linux.mountinfo import MountId, id_at, id_of, read_mounts
+from fusehsm.linux.syscalls import MNT_DETACH, umount2
 from tests import harness, leftovers
 from tests.conftest import MakeMount
 from tests.harness import PATIENCE, Mount, fusehsm, is_dead
@@ -236,7 +236,7 @@ def test_nested_mounts_of_one_command(how: str, place: Path, tmp_path: Path) -> 
 WATCH = """
 import sys, trio
 from fusehsm.backends.opening import open_group
-from fusehsm.mountinfo import read_mounts
+from fusehsm.linux.mountinfo import read_mounts
 async def main():
     async with open_group(sys.argv[1], backend="kernel"):
         print(len([mount for mount in read_mounts() if mount.mount_point.startswith(sys.argv[1])]))

@@ -12,16 +12,6 @@ from pathlib import Path
 
 import trio
 
-from fusehsm.abi import (
-    FAN_ACCESS_PERM,
-    FAN_DENY,
-    FAN_MARK_ADD,
-    FAN_MARK_FILESYSTEM,
-    FAN_OPEN_EXEC_PERM,
-    FAN_OPEN_PERM,
-    LINUX_6_14,
-    encode_response,
-)
 from fusehsm.backends.base import Group
 from fusehsm.backends.emulated import EmulatedGroup
 from fusehsm.backends.kernel import KernelGroup
@@ -37,7 +27,17 @@ from fusehsm.conform.scene import READ_ONLY as READ_ONLY
 from fusehsm.conform.scene import SIZE as SIZE
 from fusehsm.divergences import DIVERGENCES
 from fusehsm.events import Event
-from fusehsm.mountinfo import mount_of
+from fusehsm.fanotify.abi import (
+    FAN_ACCESS_PERM,
+    FAN_DENY,
+    FAN_MARK_ADD,
+    FAN_MARK_FILESYSTEM,
+    FAN_OPEN_EXEC_PERM,
+    FAN_OPEN_PERM,
+    LINUX_6_14,
+    encode_response,
+)
+from fusehsm.linux.mountinfo import mount_of
 from tests.engines import diverges
 from tests.listening import Answer, Heard, Listener
 

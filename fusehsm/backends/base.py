@@ -11,7 +11,8 @@ import types
 from collections.abc import Callable, Coroutine
 from typing import Any, Self
 
-from fusehsm.abi import (
+from fusehsm.events import Event
+from fusehsm.fanotify.abi import (
     FAN_ALLOW,
     FAN_CLASS_PRE_CONTENT,
     FAN_DENY,
@@ -23,8 +24,7 @@ from fusehsm.abi import (
     encode_response,
     event_length,
 )
-from fusehsm.events import Event
-from fusehsm.syscalls import AT_FDCWD
+from fusehsm.linux.syscalls import AT_FDCWD
 
 __all__ = ["AT_FDCWD", "Group"]
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fusehsm import control_socket
-from fusehsm.mountinfo import Mount
+from fusehsm.linux.mountinfo import Mount
 from fusehsm.protocol import LARGEST_REPLY_PART, Request, decode_reply, encode_request, is_last_part
 
 _FINISH = 2.0  # seconds

@@ -6,7 +6,7 @@ import trio
 
 from fusehsm.backends.connection import ControlConnection
 from fusehsm.backends.lookup import FoundObject, look_up
-from fusehsm.mountinfo import Mount, mount_of_descriptor
+from fusehsm.linux.mountinfo import Mount, mount_of_descriptor
 from fusehsm.protocol import Drop
 
 

@@ -9,8 +9,13 @@ from collections import deque
 
 import trio
 
-from fusehsm import rules
-from fusehsm.abi import (
+from fusehsm.backends.base import AT_FDCWD, Group
+from fusehsm.backends.connection import ControlConnection
+from fusehsm.backends.event_stream import EventStream, Received
+from fusehsm.backends.lookup import look_up
+from fusehsm.events import Event
+from fusehsm.fanotify import rules
+from fusehsm.fanotify.abi import (
     DIALECTS,
     FAN_EVENT_METADATA_LEN,
     FAN_MARK_FLUSH,
@@ -20,12 +25,7 @@ from fusehsm.abi import (
     RawEvent,
     decode_events,
 )
-from fusehsm.backends.base import AT_FDCWD, Group
-from fusehsm.backends.connection import ControlConnection
-from fusehsm.backends.event_stream import EventStream, Received
-from fusehsm.backends.lookup import look_up
-from fusehsm.events import Event
-from fusehsm.mountinfo import Mount
+from fusehsm.linux.mountinfo import Mount
 from fusehsm.protocol import VERSION, Hello, Mark, Welcome
 
 _ENCODING = sys.getfilesystemencoding()

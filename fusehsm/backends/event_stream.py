@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fusehsm.abi import (
+from fusehsm.fanotify.abi import (
     EVENT_FD_OFFSET,
     EVENT_MASK_OFFSET,
     EVENT_PID_OFFSET,

@@ -8,8 +8,12 @@ from typing import Any
 
 import trio
 
-from fusehsm import group, rules
-from fusehsm.abi import (
+from fusehsm import group
+from fusehsm.backends.base import AT_FDCWD, Group
+from fusehsm.backends.lookup import look_up
+from fusehsm.events import Event
+from fusehsm.fanotify import rules
+from fusehsm.fanotify.abi import (
     FAN_CLASS_PRE_CONTENT,
     FAN_CLOEXEC,
     FAN_MARK_ADD,
@@ -25,9 +29,6 @@ from fusehsm.abi import (
     RawEvent,
     parse_mask,
 )
-from fusehsm.backends.base import AT_FDCWD, Group
-from fusehsm.backends.lookup import look_up
-from fusehsm.events import Event
 from fusehsm.gate_face import GateFace
 from fusehsm.group import Pending
 from fusehsm.handler import Handler, report_unopened, serve

@@ -4,9 +4,9 @@ import os
 
 import trio
 
-from fusehsm import syscalls
-from fusehsm.abi import FAN_NONBLOCK, LINUX_6_14, Dialect, RawEvent
 from fusehsm.backends.base import AT_FDCWD, Group
+from fusehsm.fanotify.abi import FAN_NONBLOCK, LINUX_6_14, Dialect, RawEvent
+from fusehsm.linux import syscalls
 
 
 class KernelGroup(Group):

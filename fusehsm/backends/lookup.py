@@ -6,9 +6,9 @@ import os
 import stat
 from dataclasses import dataclass
 
-from fusehsm import syscalls
-from fusehsm.abi import FAN_MARK_DONT_FOLLOW, FAN_MARK_ONLYDIR
-from fusehsm.rules import ObjectKind
+from fusehsm.fanotify.abi import FAN_MARK_DONT_FOLLOW, FAN_MARK_ONLYDIR
+from fusehsm.fanotify.rules import ObjectKind
+from fusehsm.linux import syscalls
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 import trio
 
-from fusehsm import syscalls
-from fusehsm.abi import (
+from fusehsm.backends.base import AT_FDCWD, Group
+from fusehsm.backends.emulated import EmulatedGroup
+from fusehsm.backends.kernel import KernelGroup
+from fusehsm.fanotify.abi import (
     DIALECTS,
     FAN_CLASS_PRE_CONTENT,
     FAN_CLOEXEC,
@@ -28,10 +30,8 @@ from fusehsm.abi import (
     Dialect,
     parse_mask,
 )
-from fusehsm.backends.base import AT_FDCWD, Group
-from fusehsm.backends.emulated import EmulatedGroup
-from fusehsm.backends.kernel import KernelGroup
-from fusehsm.mountinfo import Mount, mount_of, mount_of_descriptor, read_mounts
+from fusehsm.linux import syscalls
+from fusehsm.linux.mountinfo import Mount, mount_of, mount_of_descriptor, read_mounts
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from fusehsm.conform.workload import Workload
 from fusehsm.conform.workloads import WORKLOADS, chosen
 from fusehsm.divergences import applying
 from fusehsm.engines.choice import ENGINES, resolved
-from fusehsm.interruption import Interrupted, Interruption, interruptible
+from fusehsm.linux.interruption import Interrupted, Interruption, interruptible
 
 _STYLES = {
     Verdict.IDENTICAL: "green",

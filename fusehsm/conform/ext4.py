@@ -7,9 +7,9 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from fusehsm import syscalls
-from fusehsm.held_signals import signals_held
-from fusehsm.mountinfo import mount_of_descriptor, mounts_on
+from fusehsm.linux import syscalls
+from fusehsm.linux.held_signals import signals_held
+from fusehsm.linux.mountinfo import mount_of_descriptor, mounts_on
 
 _PATIENCE = 60.0  # seconds for one command
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import trio
 
-from fusehsm.abi import FAN_MARK_ADD, FAN_MARK_FILESYSTEM, decode_events
 from fusehsm.conform.scene import DIALECT, PRE_GROUP, READ_ONLY
 from fusehsm.conform.sides import Side
+from fusehsm.fanotify.abi import FAN_MARK_ADD, FAN_MARK_FILESYSTEM, decode_events
 
 
 async def main(engine: str, path: str, mask: int, number: int) -> None:

@@ -14,7 +14,7 @@ from fusehsm.conform.sides import Side
 from fusehsm.conform.stream import UNFINISHED, Did, Stream, ended_early
 from fusehsm.conform.verdict import Comparison, Verdict
 from fusehsm.conform.workload import Workload
-from fusehsm.interruption import Interruption
+from fusehsm.linux.interruption import Interruption
 
 
 @dataclass(slots=True)

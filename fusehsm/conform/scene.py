@@ -17,7 +17,11 @@ from typing import Any
 
 import trio
 
-from fusehsm.abi import (
+from fusehsm.backends.base import Group
+from fusehsm.conform.accessor import Accessor, AccessorDied, Call, Zygote
+from fusehsm.conform.sides import Side
+from fusehsm.conform.stream import Did, Heard, Stream, heard, shown
+from fusehsm.fanotify.abi import (
     FAN_ACCESS_PERM,
     FAN_ALLOW,
     FAN_CLASS_PRE_CONTENT,
@@ -34,11 +38,7 @@ from fusehsm.abi import (
     deny_errno,
     encode_response,
 )
-from fusehsm.backends.base import Group
-from fusehsm.caller import process_of
-from fusehsm.conform.accessor import Accessor, AccessorDied, Call, Zygote
-from fusehsm.conform.sides import Side
-from fusehsm.conform.stream import Did, Heard, Stream, heard, shown
+from fusehsm.linux.proc import process_of
 
 PAGE = 4096
 MIB = 1 << 20

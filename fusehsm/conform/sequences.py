@@ -20,11 +20,11 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fusehsm.abi import FAN_CLASS_CONTENT, FAN_CLOEXEC, FAN_MARK_FILESYSTEM
 from fusehsm.conform.accessor import Accessor
 from fusehsm.conform.accessor_worker import libc
 from fusehsm.conform.scene import PRE_ACCESS, Listener, Mark, Question, Scene
 from fusehsm.conform.workload import Script
+from fusehsm.fanotify.abi import FAN_CLASS_CONTENT, FAN_CLOEXEC, FAN_MARK_FILESYSTEM
 
 Step = tuple[Any, ...]
 FILES = ("one", "two")

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusehsm import syscalls
-from fusehsm.abi import FAN_CLASS_PRE_CONTENT, FAN_CLOEXEC, FAN_MARK_ADD, LINUX_6_14
 from fusehsm.backends.base import Group
 from fusehsm.backends.emulated import EmulatedGroup
 from fusehsm.backends.kernel import KernelGroup
 from fusehsm.conform.emulator import LINES, Emulator
+from fusehsm.fanotify.abi import FAN_CLASS_PRE_CONTENT, FAN_CLOEXEC, FAN_MARK_ADD, LINUX_6_14
 from fusehsm.foreground_mount import foreground_mount
-from fusehsm.mountinfo import mount_of
+from fusehsm.linux import syscalls
+from fusehsm.linux.mountinfo import mount_of
 
 
 class NoKernelEvents(OSError):

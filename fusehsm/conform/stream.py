@@ -8,7 +8,7 @@ import struct
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fusehsm.abi import (
+from fusehsm.fanotify.abi import (
     EVENT_FD_OFFSET,
     EVENT_PID_OFFSET,
     EVENT_PIDFD_OFFSET,

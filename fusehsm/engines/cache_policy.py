@@ -5,7 +5,7 @@ from typing import Final
 
 from fusehsm.gate import Gate
 from fusehsm.handles import OpenFile
-from fusehsm.kernel_version import kernel_version
+from fusehsm.linux.kernel_version import kernel_version
 from fusehsm.overlay import Node
 
 FOREVER: Final = 1e9  # seconds; FUSE has no other word for "until I say so"

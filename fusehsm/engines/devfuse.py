@@ -20,8 +20,8 @@ from fusehsm.engines.fuse_operations import Answer, Body, Operations
 from fusehsm.engines.fuse_protocol import Init, Opcode, Request
 from fusehsm.engines.read_ahead import ReadAhead
 from fusehsm.gate import Gate
+from fusehsm.linux.suspension import is_cancellation, noting_suspension
 from fusehsm.stale import CacheControl
-from fusehsm.suspension import is_cancellation, noting_suspension
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
-from fusehsm import mountinfo, syscalls
 from fusehsm.engines.base import MountRefused as MountRefused
+from fusehsm.linux import mountinfo, syscalls
 
 log = logging.getLogger(__name__)
 

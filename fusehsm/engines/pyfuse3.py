@@ -19,17 +19,17 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
-from fusehsm import fusectl
-from fusehsm.backing_reads import Buffer
 from fusehsm.engines.base import MountRefused
 from fusehsm.engines.cache_policy import CachePolicy
 from fusehsm.engines.filesystem import Filesystem
 from fusehsm.engines.read_ahead import ReadAhead
 from fusehsm.gate import Gate
 from fusehsm.handles import OpenFile
+from fusehsm.linux import fusectl
+from fusehsm.linux.file_io import Buffer
+from fusehsm.linux.suspension import is_cancellation
 from fusehsm.overlay import AttributeChanges, Caller, Node
 from fusehsm.stale import CacheControl
-from fusehsm.suspension import is_cancellation
 
 log = logging.getLogger(__name__)
 

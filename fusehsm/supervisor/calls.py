@@ -15,7 +15,8 @@ import threading
 from collections.abc import Callable
 from typing import Final
 
-from fusehsm.abi import (
+from fusehsm.backends.lookup import FoundObject
+from fusehsm.fanotify.abi import (
     FAN_CLOEXEC,
     FAN_ENABLE_AUDIT,
     FAN_INFO,
@@ -25,7 +26,6 @@ from fusehsm.abi import (
     Dialect,
     decode_response,
 )
-from fusehsm.backends.lookup import FoundObject
 from fusehsm.supervisor import memory, tasks
 from fusehsm.supervisor.delivery import Reading
 from fusehsm.supervisor.groups import Leaving, SupervisedGroup

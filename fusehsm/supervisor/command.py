@@ -15,14 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NoReturn
 
-from fusehsm import mountinfo
-from fusehsm.abi import DIALECTS
+from fusehsm.fanotify.abi import DIALECTS
 from fusehsm.foreground_mount import foreground_mount
-from fusehsm.held_signals import signals_held
-from fusehsm.interruption import Interrupted, interruptible
+from fusehsm.linux import mountinfo
+from fusehsm.linux.held_signals import signals_held
+from fusehsm.linux.interruption import Interrupted, interruptible
+from fusehsm.linux.subprocesses import own_command, own_environment
+from fusehsm.linux.syscalls import prctl
 from fusehsm.mount import unmount
 from fusehsm.mount_options import EVENT_MODES, MountError
-from fusehsm.own_command import own_command, own_environment
 from fusehsm.supervisor import filters
 from fusehsm.supervisor.calls import Calls
 from fusehsm.supervisor.launch import FAILURE
@@ -37,7 +38,6 @@ from fusehsm.supervisor.numbers import (
     architecture,
 )
 from fusehsm.supervisor.workers import Workers
-from fusehsm.syscalls import prctl
 
 NOT_FOUND, NOT_EXECUTABLE = 127, 126  # as shells say it
 

@@ -8,14 +8,14 @@ import struct
 from dataclasses import dataclass, field
 from typing import Final
 
-from fusehsm.abi import (
+from fusehsm.backends.event_stream import Received
+from fusehsm.fanotify.abi import (
     EVENT_FD_OFFSET,
     EVENT_PIDFD_OFFSET,
     FAN_EVENT_METADATA_LEN,
     FAN_NOFD,
     FAN_REPORT_FD_ERROR,
 )
-from fusehsm.backends.event_stream import Received
 from fusehsm.supervisor import memory
 from fusehsm.supervisor.groups import Source, SupervisedGroup
 from fusehsm.supervisor.notifier import Call, CallIsOver, Notifier

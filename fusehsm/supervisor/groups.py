@@ -12,8 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from fusehsm import rules, syscalls
-from fusehsm.abi import (
+from fusehsm.backends.blocking_connection import BlockingConnection
+from fusehsm.backends.event_stream import EventStream, Received
+from fusehsm.backends.lookup import FoundObject
+from fusehsm.fanotify import rules
+from fusehsm.fanotify.abi import (
     FAN_CLASS_CONTENT,
     FAN_CLASS_PRE_CONTENT,
     FAN_EVENT_METADATA_LEN,
@@ -27,10 +30,8 @@ from fusehsm.abi import (
     PATCH_V2,
     Dialect,
 )
-from fusehsm.backends.blocking_connection import BlockingConnection
-from fusehsm.backends.event_stream import EventStream, Received
-from fusehsm.backends.lookup import FoundObject
-from fusehsm.mountinfo import Mount, read_mounts
+from fusehsm.linux import syscalls
+from fusehsm.linux.mountinfo import Mount, read_mounts
 from fusehsm.protocol import VERSION, Hello, Mark
 from fusehsm.supervisor.readiness import Bell
 

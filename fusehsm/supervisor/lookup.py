@@ -9,12 +9,12 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Final
 
-from fusehsm import caller
 from fusehsm.backends.lookup import FoundObject, found, look_up
+from fusehsm.linux import proc as caller
+from fusehsm.linux.syscalls import AT_FDCWD
 from fusehsm.supervisor import tasks
 from fusehsm.supervisor.notifier import CallIsOver
 from fusehsm.supervisor.numbers import Architecture
-from fusehsm.syscalls import AT_FDCWD
 
 _CLONE_FS: Final = 0x200
 _CLONE_NEWNS: Final = 0x20000

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import Final
 
 from fusehsm.backends.blocking_connection import BlockingConnection
-from fusehsm.mountinfo import Mount
+from fusehsm.linux.mountinfo import Mount
 from fusehsm.protocol import Map
 from fusehsm.supervisor import tasks
 from fusehsm.supervisor.notifier import Call, CallIsOver

@@ -4,7 +4,8 @@ import os
 import re
 from dataclasses import dataclass
 
-from fusehsm import caller, mountinfo
+from fusehsm.linux import mountinfo
+from fusehsm.linux import proc as caller
 
 _FIELD = re.compile(rb"^([A-Za-z_]+):[ \t]*(.*)$", re.MULTILINE)
 _SIGNAL_FIELDS = (b"SigPnd", b"ShdPnd", b"SigBlk")

@@ -21,7 +21,7 @@ residency.py   what is kept on disk of a stub that has been filled: another one
 stub_file.py   one stub while it is served: content comes and goes, and its record is true at every moment
 content_writer.py, residue.py   putting content there without making the file longer; what is where nothing should be
 planting.py    making stubs, one entry of a store after the other; ownership.py: their owners and modes
-beneath.py     opening what lies below a directory, without following links
+linux/beneath.py     opening what lies below a directory, without following links
 identity.py   which file it is, whatever its name
 holes.py, runs.py, sizes.py, place.py   where a file has no data; numbers in a row; sizes and times as people write them; which mount it is
 

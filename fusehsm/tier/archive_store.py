@@ -14,7 +14,7 @@ from dataclasses import replace
 from decimal import Decimal
 from typing import Any, Final
 
-from fusehsm.tier.beneath import components
+from fusehsm.linux.beneath import components
 from fusehsm.tier.fsspec_store import FsspecStore, filesystem_of, version_of
 from fusehsm.tier.store import Entry, Kind, Rights, StoreError, changed
 

@@ -16,7 +16,9 @@ from typing import Final
 
 import trio
 
-from fusehsm.abi import (
+from fusehsm.backends.base import Group
+from fusehsm.backends.leasing import leased
+from fusehsm.fanotify.abi import (
     FAN_CLOSE_WRITE,
     FAN_MARK_ADD,
     FAN_MARK_EVICTABLE,
@@ -25,9 +27,7 @@ from fusehsm.abi import (
     FAN_MARK_REMOVE,
     FAN_MODIFY,
 )
-from fusehsm.backends.base import Group
-from fusehsm.backends.leasing import leased
-from fusehsm.tier.beneath import open_beneath
+from fusehsm.linux.beneath import open_beneath
 from fusehsm.tier.catalog import where
 from fusehsm.tier.destination import Destination
 from fusehsm.tier.fetcher import Fetcher, Served

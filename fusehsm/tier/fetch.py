@@ -14,12 +14,13 @@ from typing import Final
 import trio
 
 from fusehsm import control_socket
-from fusehsm.abi import FAN_EVENT_ON_CHILD, FAN_MARK_ADD, FAN_MARK_MOUNT, parse_mask
 from fusehsm.backends.base import AT_FDCWD, Group
 from fusehsm.backends.opening import open_group
+from fusehsm.fanotify.abi import FAN_EVENT_ON_CHILD, FAN_MARK_ADD, FAN_MARK_MOUNT, parse_mask
 from fusehsm.handler import GROUP_IS_GONE, serve
-from fusehsm.interruption import Interrupted, Interruption, interruptible
-from fusehsm.mountinfo import read_mounts
+from fusehsm.linux.interruption import Interrupted, Interruption, interruptible
+from fusehsm.linux.mountinfo import read_mounts
+from fusehsm.linux.walk import directories
 from fusehsm.tier.catalog import where
 from fusehsm.tier.destination import Destination, destination
 from fusehsm.tier.evicting import Evictor, keep_below
@@ -35,7 +36,6 @@ from fusehsm.tier.service_manager import say_ready
 from fusehsm.tier.sizes import parse_seconds, parse_size
 from fusehsm.tier.store import Store, shown
 from fusehsm.tier.touch_list import Recorder, Touched, read_list, warm_up
-from fusehsm.tier.walk import directories
 
 _EVENTS: Final = ("PRE_ACCESS", "MODIFY")
 # On the real kernel nothing tells of what is written through a mapping, but the end of its file. (A mount makes MODIFY of it.)

@@ -17,7 +17,7 @@ import trio
 
 from fusehsm.accepting import serve_connections
 from fusehsm.control_socket import Peer
-from fusehsm.tier.beneath import open_beneath
+from fusehsm.linux.beneath import open_beneath
 from fusehsm.tier.evicting import Evictor, Kept
 from fusehsm.tier.fetch_protocol import (
     LARGEST_REQUEST,

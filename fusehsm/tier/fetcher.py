@@ -17,7 +17,9 @@ from functools import partial
 
 import trio
 
-from fusehsm.abi import (
+from fusehsm.backends.base import Group
+from fusehsm.events import Event
+from fusehsm.fanotify.abi import (
     FAN_CLOSE_WRITE,
     FAN_MARK_ADD,
     FAN_MARK_EVICTABLE,
@@ -25,8 +27,6 @@ from fusehsm.abi import (
     FAN_MARK_IGNORED_SURV_MODIFY,
     FAN_MODIFY,
 )
-from fusehsm.backends.base import Group
-from fusehsm.events import Event
 from fusehsm.tier.catalog import Catalog, Origin, below, where
 from fusehsm.tier.identity import Key, key_of
 from fusehsm.tier.persistence import Allowance, BackOff

@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
-from fusehsm.mountinfo import mount_of
+from fusehsm.linux.mountinfo import mount_of
 from fusehsm.tier.catalog import where
 from fusehsm.tier.fetch_client import find
 from fusehsm.tier.fetch_protocol import List

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from fusehsm.tier.beneath import components, open_beneath
+from fusehsm.linux.beneath import components, open_beneath
+from fusehsm.linux.walk import LIST, Descent
 from fusehsm.tier.identity import Key, key_of
 from fusehsm.tier.stub_file import StubFile
-from fusehsm.tier.walk import LIST, Descent
 
 _FILE: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 _BLOCK_SIZE: Final = 1 << 20  # for files that have no record; of no importance, as nothing of them is here

@@ -8,13 +8,13 @@ from typing import Final
 
 import trio
 
-from fusehsm import filesystem_calls as syscalls
-from fusehsm.tier.beneath import open_beneath
+from fusehsm.linux import filesystem_calls as syscalls
+from fusehsm.linux.beneath import open_beneath
+from fusehsm.linux.walk import directories
 from fusehsm.tier.fetcher import Fetcher
 from fusehsm.tier.identity import Key, key_of
 from fusehsm.tier.mishaps import passed_over
 from fusehsm.tier.stub_file import StubFile
-from fusehsm.tier.walk import directories
 
 INTERVAL: Final = 5.0  # seconds
 _LONGEST: Final = 6  # intervals for which files that are being filled all the time are let off

@@ -6,9 +6,9 @@ import stat
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 
-from fusehsm.tier.beneath import open_beneath
+from fusehsm.linux.beneath import open_beneath
+from fusehsm.linux.walk import Descent
 from fusehsm.tier.store import Entry, Kind, Rights, Store, StoreError, changed, shorter, throw
-from fusehsm.tier.walk import Descent
 
 _SMALL = 1 << 16  # bytes
 _READ = os.O_RDONLY | os.O_NONBLOCK  # whoever puts a FIFO in a file's place does not make us wait

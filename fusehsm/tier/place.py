@@ -4,7 +4,7 @@ import os
 from hashlib import blake2b
 from pathlib import Path
 
-from fusehsm import filesystem_calls as syscalls
+from fusehsm.linux import filesystem_calls as syscalls
 
 
 def place_of(fd: int) -> bytes:

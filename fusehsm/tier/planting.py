@@ -19,12 +19,12 @@ from enum import Enum
 from typing import Final
 
 from fusehsm.attributes import path_of
+from fusehsm.linux.beneath import components, open_beneath
+from fusehsm.linux.walk import MOST_OPEN, Identity, identity_of, reopened
 from fusehsm.tier import stub_mark
-from fusehsm.tier.beneath import components, open_beneath
 from fusehsm.tier.ownership import Ownership
 from fusehsm.tier.store import Entry, Kind, StoreError
 from fusehsm.tier.stub_mark import Mark, is_all_hole
-from fusehsm.tier.walk import MOST_OPEN, Identity, identity_of, reopened
 
 UNFINISHED: Final = ".fusehsm-unfinished"
 """The one name that is ours in every directory: what is being made where a file cannot be made without a name."""

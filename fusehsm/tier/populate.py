@@ -14,7 +14,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
-from fusehsm.mountinfo import mount_of
+from fusehsm.linux.mountinfo import mount_of
 from fusehsm.tier import stub_mark
 from fusehsm.tier.alone import alone
 from fusehsm.tier.opening import expect_apart, open_store

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Self
 
-from fusehsm import filesystem_calls as syscalls
+from fusehsm.linux import filesystem_calls as syscalls
 from fusehsm.tier import residency, stub_mark
 from fusehsm.tier.content_writer import may_have_grown_to, write_without_growing
 from fusehsm.tier.holes import holes

@@ -14,8 +14,8 @@ from typing import Final, Self, TextIO
 
 import trio
 
-from fusehsm.ranges import RangeSet
-from fusehsm.tier.beneath import components, open_beneath
+from fusehsm.linux.beneath import components, open_beneath
+from fusehsm.linux.ranges import RangeSet
 from fusehsm.tier.mishaps import passed_over
 
 MOST_LINES: Final = 1_000_000

@@ -13,8 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
-from fusehsm.filesystem_calls import PAGE_SIZE
-from fusehsm.own_command import own_environment
+from fusehsm.linux.filesystem_calls import PAGE_SIZE
+from fusehsm.linux.subprocesses import own_environment
 from fusehsm.tier.validate_plan import Read, Window
 from fusehsm.tier.validate_worker import DIED, LONGEST_MESSAGE, STARTED, WINDOW_FILE_SIZE, Problem
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from fusehsm.tier.beneath import components
+from fusehsm.linux.beneath import components
 from fusehsm.tier.local_store import LocalStore
 from fusehsm.tier.store import Entry, StoreError
 

@@ -28,9 +28,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from typing import Any, Final
 
-from fusehsm.filesystem_calls import PAGE_SIZE, mapped_for_reading
-from fusehsm.syscalls import prctl
-from fusehsm.tier.beneath import open_beneath
+from fusehsm.linux.beneath import open_beneath
+from fusehsm.linux.filesystem_calls import PAGE_SIZE, mapped_for_reading
+from fusehsm.linux.syscalls import prctl
 from fusehsm.tier.validate_plan import WINDOW
 
 STARTED: Final = "started"

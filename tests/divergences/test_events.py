@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from fusehsm import syscalls
 from fusehsm.conform.accessor import Accessor
+from fusehsm.linux import syscalls
 from tests.divergences.sides import PAGE, Side
 from tests.listening import listening
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import trio
 
-from fusehsm.abi import FAN_CLASS_PRE_CONTENT
 from fusehsm.backends.emulated import EmulatedGroup
 from fusehsm.backends.opening import open_group
 from fusehsm.conform.accessor import Accessor, Call
-from fusehsm.mountinfo import mount_of
+from fusehsm.fanotify.abi import FAN_CLASS_PRE_CONTENT
+from fusehsm.linux.mountinfo import mount_of
 from fusehsm.server import MOST_GROUPS
 from tests.conftest import MakeAccessor
 from tests.divergences.sides import READ_ONLY, SIZE, Side

@@ -9,8 +9,8 @@ import sys
 
 import trio
 
-from fusehsm import filesystem_calls
 from fusehsm.cli import main
+from fusehsm.linux import filesystem_calls
 from fusehsm.tier import evicting, touch_list
 from fusehsm.tier.keeping import Keeper
 

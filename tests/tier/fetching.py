@@ -8,9 +8,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusehsm import control_socket, mountinfo
+from fusehsm import control_socket
 from fusehsm.engines.fuse_mount import unmount
-from fusehsm.mountinfo import id_of, read_mounts
+from fusehsm.linux import mountinfo
+from fusehsm.linux.mountinfo import id_of, read_mounts
 from tests import harness
 
 

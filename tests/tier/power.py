@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Final
 
-from fusehsm.mountinfo import read_mounts
+from fusehsm.linux.mountinfo import read_mounts
 
 _EXT4_IOC_SHUTDOWN: Final = 0x8004587D  # _IOR('X', 125, __u32)
 _NOLOGFLUSH: Final = 2

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from fusehsm import control_socket
 from fusehsm.conform.ext4 import ext4_image
-from fusehsm.mountinfo import read_mounts
+from fusehsm.linux.mountinfo import read_mounts
 from fusehsm.tier.local_store import LocalStore
 from fusehsm.tier.planting import Planter
 from tests import harness

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from fusehsm import filesystem_calls as syscalls
+from fusehsm.linux import filesystem_calls as syscalls
 from tests.tier import soak_model as model
 from tests.tier.mapped import mapped
 from tests.tier.soak_model import Change, Content

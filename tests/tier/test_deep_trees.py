@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from fusehsm.linux.walk import LONGEST_PATH
 from fusehsm.tier import residency, stub_mark
 from fusehsm.tier.residency import Flags
-from fusehsm.tier.walk import LONGEST_PATH
 from tests import harness
 from tests.tier.deep import LEVELS, innermost, nested
 from tests.tier.fetching import fetching, run

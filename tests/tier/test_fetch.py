@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fusehsm import control_socket
-from fusehsm.mountinfo import read_mounts
+from fusehsm.linux.mountinfo import read_mounts
 from fusehsm.tier import residency, stub_mark
 from tests.harness import PATIENCE, environment, fusehsm
 from tests.tier.fetching import fetching, is_mounted, run

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fusehsm import filesystem_calls as syscalls
+from fusehsm.linux import filesystem_calls as syscalls
 from fusehsm.tier import residency, stub_mark
 from fusehsm.tier.content_writer import may_have_grown_to, write_without_growing
 from fusehsm.tier.place import place_of

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fusehsm.filesystem_calls import PAGE_SIZE
+from fusehsm.linux.filesystem_calls import PAGE_SIZE
 from fusehsm.tier.local_store import LocalStore
 from fusehsm.tier.validate import Crew, ValidateOptions, validate
 from fusehsm.tier.validate_plan import BY, SMALL, WINDOW, plan, windows

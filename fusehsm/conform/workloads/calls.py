@@ -6,7 +6,10 @@ import os
 import stat
 from collections.abc import Callable, Collection, Iterable
 
-from fusehsm.abi import (
+from fusehsm.conform.scene import DIALECT, PRE_ACCESS, PRE_GROUP, READ_ONLY, Listener, Mark, Scene
+from fusehsm.conform.workload import Script, Workload
+from fusehsm.conform.workloads.opening import list_directory
+from fusehsm.fanotify.abi import (
     FAN_ACCESS_PERM,
     FAN_ALLOW,
     FAN_AUDIT,
@@ -40,9 +43,6 @@ from fusehsm.abi import (
     encode_audit_rule,
     encode_response,
 )
-from fusehsm.conform.scene import DIALECT, PRE_ACCESS, PRE_GROUP, READ_ONLY, Listener, Mark, Scene
-from fusehsm.conform.workload import Script, Workload
-from fusehsm.conform.workloads.opening import list_directory
 
 CLASSES = {
     "NOTIF": FAN_CLASS_NOTIF,

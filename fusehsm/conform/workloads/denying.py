@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fusehsm.abi import FAN_CLASS_CONTENT, FAN_CLOEXEC, FAN_ONDIR
 from fusehsm.conform.accessor_worker import libc
 from fusehsm.conform.scene import (
     DIALECT,
@@ -24,6 +23,7 @@ from fusehsm.conform.scene import (
 )
 from fusehsm.conform.workload import Workload
 from fusehsm.conform.workloads import aio, allocating, opening, uring
+from fusehsm.fanotify.abi import FAN_CLASS_CONTENT, FAN_CLOEXEC, FAN_ONDIR
 
 ANSWERS = (PLAIN_DENY, *sorted(number for number in DIALECT.deny_errnos if number))
 BUT_EAGAIN = (*(answer for answer in ANSWERS if answer != errno.EAGAIN), 0)

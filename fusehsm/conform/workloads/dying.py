@@ -8,9 +8,9 @@ from functools import partial
 
 import trio
 
-from fusehsm.abi import FAN_ACCESS_PERM, FAN_CLASS_CONTENT, FAN_CLOEXEC, FAN_OPEN_PERM
 from fusehsm.conform.scene import PAGE, PRE_ACCESS, Scene
 from fusehsm.conform.workload import Script, Workload
+from fusehsm.fanotify.abi import FAN_ACCESS_PERM, FAN_CLASS_CONTENT, FAN_CLOEXEC, FAN_OPEN_PERM
 
 
 class Doomed:

@@ -5,15 +5,6 @@ import os
 import signal
 import threading
 
-from fusehsm.abi import (
-    FAN_CLASS_CONTENT,
-    FAN_CLASS_NOTIF,
-    FAN_CLOEXEC,
-    FAN_MARK_IGNORE,
-    FAN_MARK_IGNORED_SURV_MODIFY,
-    FAN_MODIFY,
-    FAN_OPEN_PERM,
-)
 from fusehsm.conform.scene import (
     EVERYTHING,
     HOLD,
@@ -28,6 +19,15 @@ from fusehsm.conform.scene import (
     allow,
 )
 from fusehsm.conform.workload import Script, Workload
+from fusehsm.fanotify.abi import (
+    FAN_CLASS_CONTENT,
+    FAN_CLASS_NOTIF,
+    FAN_CLOEXEC,
+    FAN_MARK_IGNORE,
+    FAN_MARK_IGNORED_SURV_MODIFY,
+    FAN_MODIFY,
+    FAN_OPEN_PERM,
+)
 
 CONTENT_GROUP = FAN_CLASS_CONTENT | FAN_CLOEXEC
 PERMISSION = EVERYTHING & ~PRE_ACCESS  # what a group of class CONTENT may watch

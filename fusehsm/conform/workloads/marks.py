@@ -3,7 +3,9 @@
 import mmap
 import os
 
-from fusehsm.abi import (
+from fusehsm.conform.scene import EVERYTHING, HOLD, PRE_ACCESS, PRE_GROUP, Mark, Scene
+from fusehsm.conform.workload import Script, Workload
+from fusehsm.fanotify.abi import (
     FAN_ACCESS_PERM,
     FAN_CLASS_CONTENT,
     FAN_CLASS_NOTIF,
@@ -23,8 +25,6 @@ from fusehsm.abi import (
     FAN_OPEN_EXEC_PERM,
     FAN_OPEN_PERM,
 )
-from fusehsm.conform.scene import EVERYTHING, HOLD, PRE_ACCESS, PRE_GROUP, Mark, Scene
-from fusehsm.conform.workload import Script, Workload
 
 OPEN, EXEC, ACCESS = FAN_OPEN_PERM, FAN_OPEN_EXEC_PERM, FAN_ACCESS_PERM
 FILESYSTEM, MOUNT, CHILDREN = FAN_MARK_FILESYSTEM, FAN_MARK_MOUNT, FAN_EVENT_ON_CHILD

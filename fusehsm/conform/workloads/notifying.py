@@ -4,26 +4,6 @@ import os
 import shutil
 from collections.abc import Callable
 
-from fusehsm.abi import (
-    FAN_ACCESS,
-    FAN_CLASS_CONTENT,
-    FAN_CLASS_NOTIF,
-    FAN_CLOEXEC,
-    FAN_CLOSE,
-    FAN_CLOSE_WRITE,
-    FAN_EVENT_ON_CHILD,
-    FAN_MARK_FILESYSTEM,
-    FAN_MARK_IGNORE,
-    FAN_MARK_IGNORED_SURV_MODIFY,
-    FAN_MARK_MOUNT,
-    FAN_MODIFY,
-    FAN_ONDIR,
-    FAN_OPEN,
-    FAN_REPORT_FD_ERROR,
-    FAN_REPORT_PIDFD,
-    FAN_REPORT_TID,
-    NOTIFICATION_EVENTS,
-)
 from fusehsm.conform.scene import (
     EVERYTHING,
     MIB,
@@ -46,6 +26,26 @@ from fusehsm.conform.workloads import (
     reading,
     truncating,
     writing,
+)
+from fusehsm.fanotify.abi import (
+    FAN_ACCESS,
+    FAN_CLASS_CONTENT,
+    FAN_CLASS_NOTIF,
+    FAN_CLOEXEC,
+    FAN_CLOSE,
+    FAN_CLOSE_WRITE,
+    FAN_EVENT_ON_CHILD,
+    FAN_MARK_FILESYSTEM,
+    FAN_MARK_IGNORE,
+    FAN_MARK_IGNORED_SURV_MODIFY,
+    FAN_MARK_MOUNT,
+    FAN_MODIFY,
+    FAN_ONDIR,
+    FAN_OPEN,
+    FAN_REPORT_FD_ERROR,
+    FAN_REPORT_PIDFD,
+    FAN_REPORT_TID,
+    NOTIFICATION_EVENTS,
 )
 
 NOTIF_GROUP = FAN_CLASS_NOTIF | FAN_CLOEXEC

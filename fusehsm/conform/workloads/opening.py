@@ -6,10 +6,10 @@ import os
 import struct
 from functools import partial
 
-from fusehsm.abi import FAN_ONDIR
 from fusehsm.conform.accessor_worker import libc
 from fusehsm.conform.scene import EVERYTHING, PRE_ACCESS
 from fusehsm.conform.workload import one_call
+from fusehsm.fanotify.abi import FAN_ONDIR
 
 row = partial(one_call, "opening")
 

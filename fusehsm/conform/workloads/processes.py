@@ -5,9 +5,9 @@ import os
 import socket
 import threading
 
-from fusehsm.abi import FAN_REPORT_PIDFD, FAN_REPORT_TID
 from fusehsm.conform.scene import PRE_GROUP, Scene
 from fusehsm.conform.workload import Script, Workload
+from fusehsm.fanotify.abi import FAN_REPORT_PIDFD, FAN_REPORT_TID
 
 # The functions run in an accessor: what they use are the names that accessor_worker.py gives them, not those of this module.
 

@@ -6,10 +6,10 @@ import os
 import struct
 from functools import partial
 
-from fusehsm.abi import FAN_REPORT_TID
 from fusehsm.conform.accessor_worker import libc
 from fusehsm.conform.scene import MIB, PAGE, PRE_GROUP, Scene
 from fusehsm.conform.workload import Script, Workload, one_call
+from fusehsm.fanotify.abi import FAN_REPORT_TID
 
 row = partial(one_call, "uring")
 

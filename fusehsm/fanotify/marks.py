@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
-from fusehsm.abi import (
+from fusehsm.fanotify.abi import (
     FAN_EVENT_FLAGS,
     FAN_EVENT_ON_CHILD,
     FAN_MARK_ADD,
@@ -125,7 +125,7 @@ class MarkTable:
     def modify(
         self, flags: int, mask: int, inode: int | None, *, opened_for_write: bool, is_dir: bool = True
     ) -> None:
-        """FAN_MARK_ADD or FAN_MARK_REMOVE, with arguments that :func:`fusehsm.rules.check_mark` has passed.
+        """FAN_MARK_ADD or FAN_MARK_REMOVE, with arguments that :func:`fusehsm.fanotify.rules.check_mark` has passed.
 
         ``inode``: what an inode mark is for (ignored for mount and filesystem marks); ``opened_for_write``: any open
         file of it may write; ``is_dir`` False: FAN_EVENT_ON_CHILD is dropped, as the kernel does for anything but a

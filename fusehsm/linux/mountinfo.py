@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from fusehsm import filesystem_calls
+from fusehsm.linux import filesystem_calls
 
 FILESYSTEM_TYPE = "fuse.fusehsm"  # how our own mounts call themselves there
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from fusehsm.abi import (
+from fusehsm.fanotify.abi import (
     AUDIT_RULE_LENGTH,
     FAN_ALLOW,
     FAN_AUDIT,
@@ -160,7 +160,7 @@ def check_mark(
     """The checks of fanotify_mark(2) that need no look at the group's marks.
 
     ``object_kind`` None: only those that the kernel makes before it looks the path up (all there are for
-    FAN_MARK_FLUSH). Raises OSError EINVAL, ENOTDIR or EISDIR. ENOENT and EEXIST: :meth:`fusehsm.marks.MarkTable.modify`.
+    FAN_MARK_FLUSH). Raises OSError EINVAL, ENOTDIR or EISDIR. ENOENT and EEXIST: :meth:`fusehsm.fanotify.marks.MarkTable.modify`.
     """
     _check_mark_flags(flags, mask)
     _check_mask(group_flags, dialect, flags, mask)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from fusehsm.tier.beneath import open_beneath
+from fusehsm.linux.beneath import open_beneath
 from fusehsm.tier.store import byte_order
 
 LONGEST_PATH: Final = 1 << 14

@@ -1,0 +1,1 @@
+"""The fanotify ABI and its rules: constants, layouts, argument checks, marks. No I/O and no event loop."""
