@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from fusehsm import control_socket
+from fusehsm.control import socket as control_socket
 from fusehsm.engines.fuse_mount import unmount
 from fusehsm.linux.held_signals import signals_blocked, signals_held
 from fusehsm.linux.mountinfo import Mount, MountId, read_mounts

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from fusehsm import control_socket
+from fusehsm.control import socket as control_socket
 from fusehsm.engines import fuse_mount
 from fusehsm.engines.choice import maps_direct_files_shared
 from fusehsm.fanotify.abi import DIALECTS
@@ -26,8 +26,8 @@ from fusehsm.mount_options import MountError, MountOptions, Plan, checked
 if TYPE_CHECKING:
     import trio
 
+    from fusehsm.emulator.gate import Gate
     from fusehsm.engines.base import Engine
-    from fusehsm.gate import Gate
 
 log = logging.getLogger(__name__)
 
@@ -157,10 +157,10 @@ def _serve(options: MountOptions, plan: Plan, ready: Callable[[], None]) -> None
     import fusehsm.backends.inprocess
     import fusehsm.self_access
     import fusehsm.server  # noqa: F401 (these three are used once it is mounted: see _import_from_elsewhere)
+    from fusehsm.emulator.gate import Gate
     from fusehsm.engines.base import MountRefused
     from fusehsm.engines.choice import make
-    from fusehsm.gate import Gate
-    from fusehsm.overlay import Overlay
+    from fusehsm.overlay.overlay import Overlay
 
     open_limit = _raise_open_limit()
     try:

@@ -1,6 +1,6 @@
 """A handler in the mount's own process that touches its own mount from the event loop: it would wait for itself, for ever.
 
-What it does from another thread is answered, and content is refused there with EDEADLK (listeners.py). From the event loop's own thread
+What it does from another thread is answered, and content is refused there with EDEADLK (emulator/listeners.py). From the event loop's own thread
 nothing can be answered while it waits, so two things stand between that and a hang. `refuse_calls` makes Python's own calls that name a
 path under the mount fail with EDEADLK before they reach the kernel: open(), listdir(), rename() and all others that raise auditing events
 (sys.addaudithook). stat() and some others raise none: for those `Watchdog`, a thread, sees the event loop wait for a FUSE answer that

@@ -17,22 +17,10 @@ from typing import Any, Final
 
 import trio
 
-from fusehsm import control_socket, protocol
-from fusehsm.accepting import serve_connections
-from fusehsm.control_socket import Peer
-from fusehsm.fanotify.abi import (
-    DIALECTS,
-    FAN_CLASS_PRE_CONTENT,
-    FAN_MARK_FLUSH,
-    FAN_NOFD,
-    FAN_Q_OVERFLOW,
-    FAN_REPORT_FD_ERROR,
-    FAN_REPORT_PIDFD,
-    encode_event,
-)
-from fusehsm.gate_face import GateFace
-from fusehsm.group import Group, Pending
-from fusehsm.protocol import (
+from fusehsm.control import protocol
+from fusehsm.control import socket as control_socket
+from fusehsm.control.accept import serve_connections
+from fusehsm.control.protocol import (
     CREDIT,
     Backing,
     Drop,
@@ -46,6 +34,19 @@ from fusehsm.protocol import (
     Status,
     Unlease,
     Welcome,
+)
+from fusehsm.control.socket import Peer
+from fusehsm.emulator.group import Group, Pending
+from fusehsm.emulator.interface import GateFace
+from fusehsm.fanotify.abi import (
+    DIALECTS,
+    FAN_CLASS_PRE_CONTENT,
+    FAN_MARK_FLUSH,
+    FAN_NOFD,
+    FAN_Q_OVERFLOW,
+    FAN_REPORT_FD_ERROR,
+    FAN_REPORT_PIDFD,
+    encode_event,
 )
 
 MOST_GROUPS: Final = 128  # as fs.fanotify.max_user_groups

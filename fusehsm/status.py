@@ -8,9 +8,9 @@ from typing import Any
 
 import trio
 
-from fusehsm.backends.connection import request
+from fusehsm.control.client import request
+from fusehsm.control.protocol import Release, Request, Status
 from fusehsm.linux.mountinfo import Mount, mount_of, read_mounts
-from fusehsm.protocol import Release, Request, Status
 
 # A server that does not answer within this many seconds is stuck or stopped.
 _PATIENCE = 3.0

@@ -12,12 +12,12 @@ from pathlib import Path
 import trio
 
 from fusehsm.backends.inprocess import serve_in_process
+from fusehsm.emulator.gate import Gate
 from fusehsm.engines.devfuse import DevFuse
 from fusehsm.events import Event
 from fusehsm.fanotify.abi import DIALECTS
 from fusehsm.fanotify.policy import Unattended, UnattendedPolicy
-from fusehsm.gate import Gate
-from fusehsm.overlay import Overlay
+from fusehsm.overlay.overlay import Overlay
 
 # name: (exact, private, whether a listener allows everything)
 WORLDS = {

@@ -97,12 +97,12 @@ class InProcessSite(Site):
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
+        from fusehsm.emulator.gate import Gate
         from fusehsm.engines import fuse_mount
         from fusehsm.engines.choice import make
         from fusehsm.fanotify.policy import Unattended, UnattendedPolicy
-        from fusehsm.gate import Gate
         from fusehsm.linux import mountinfo
-        from fusehsm.overlay import Overlay
+        from fusehsm.overlay.overlay import Overlay
 
         overlay = Overlay(str(self.content))
         gate = Gate(

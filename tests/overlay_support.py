@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from fusehsm.linux import filesystem_calls
-from fusehsm.overlay import AttributeChanges, Caller, Node, Overlay
+from fusehsm.overlay.overlay import AttributeChanges, Caller, Node, Overlay
 
 NOBODY = 65534
 ROOT_CALLER = Caller(0, 0, os.getpid())

@@ -19,11 +19,14 @@ import pytest
 import trio
 from hypothesis import given
 
-from fusehsm import control_socket, protocol, server
-from fusehsm.backends.connection import request
+from fusehsm import server
 from fusehsm.backends.emulated import EmulatedGroup
 from fusehsm.backends.opening import open_group
 from fusehsm.conform.accessor import Accessor
+from fusehsm.control import protocol
+from fusehsm.control import socket as control_socket
+from fusehsm.control.client import request
+from fusehsm.control.protocol import Hello, Mark, Release, Request, Status
 from fusehsm.events import Event
 from fusehsm.fanotify.abi import (
     FAN_CLASS_PRE_CONTENT,
@@ -35,7 +38,6 @@ from fusehsm.fanotify.abi import (
 )
 from fusehsm.handler import serve
 from fusehsm.linux import mountinfo
-from fusehsm.protocol import Hello, Mark, Release, Request, Status
 from fusehsm.server import MOST_CONNECTIONS, MOST_GROUPS
 from tests.conftest import MakeAccessor, MakeMount
 from tests.harness import NOBODY, PATIENCE, Mount, environment

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from fusehsm.backends.connection import request
 from fusehsm.conform.accessor import Accessor, AccessorDied
+from fusehsm.control.client import request
+from fusehsm.control.protocol import Drop, Status
 from fusehsm.events import Event
 from fusehsm.fanotify.abi import (
     FAN_MARK_ADD,
@@ -23,7 +24,6 @@ from fusehsm.fanotify.abi import (
     FAN_MARK_REMOVE,
 )
 from fusehsm.linux.mountinfo import mount_of
-from fusehsm.protocol import Drop, Status
 from tests.conftest import MakeAccessor, MakeMount
 from tests.devfuse_acts import KEEP_SIZE, PUNCH_HOLE, act, fallocate_open
 from tests.devfuse_cached import described, expected_read_only, make_many

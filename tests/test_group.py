@@ -10,6 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
+from fusehsm.emulator.group import MAX_QUEUED_EVENTS, Group, Pending, PendingState
 from fusehsm.events import EventShape
 from fusehsm.fanotify.abi import (
     FAN_ALLOW,
@@ -28,7 +29,6 @@ from fusehsm.fanotify.abi import (
     decode_events,
     encode_response,
 )
-from fusehsm.group import MAX_QUEUED_EVENTS, Group, Pending, PendingState
 from tests.group_scenarios import QUEUE_LIMIT, SCENARIOS, Make, check_errnos, check_response
 from tests.rule_rows import CONTENT, PRE, ResponseRow, errno_rows, response_rows
 from tests.table import error_of, row_names

@@ -82,11 +82,11 @@ async def exits_later(*arguments, **keywords):
     raise SystemExit
 
 async def spoils_requests(event):
-    fusehsm.overlay.Overlay.readlink = exits
-    fusehsm.content.Content.write = exits_later
+    fusehsm.overlay.overlay.Overlay.readlink = exits
+    fusehsm.emulator.content.Content.write = exits_later
 
 async def spoils_forgetting(event):
-    fusehsm.gate.Gate.forget = exits
+    fusehsm.emulator.gate.Gate.forget = exits
 
 async def ends_the_loop(event):
     trio.lowlevel.spawn_system_task(exits_later)

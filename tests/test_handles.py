@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fusehsm.handles import HandleTable, OpenFile
+from fusehsm.emulator.handles import HandleTable, OpenFile
 
 LIMIT = 8
 

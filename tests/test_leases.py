@@ -17,9 +17,10 @@ import pytest
 import trio
 
 from fusehsm import leased
-from fusehsm.backends.connection import ControlConnection, request
 from fusehsm.backends.leasing import LeasedFile
 from fusehsm.conform.accessor import Accessor
+from fusehsm.control.client import ControlConnection, request
+from fusehsm.control.protocol import Lease, LeaseStatus, Status, Unlease
 from fusehsm.fanotify.abi import (
     FAN_MARK_ADD,
     FAN_MARK_IGNORED_MASK,
@@ -27,7 +28,6 @@ from fusehsm.fanotify.abi import (
     FAN_MARK_REMOVE,
 )
 from fusehsm.linux.mountinfo import mount_of
-from fusehsm.protocol import Lease, LeaseStatus, Status, Unlease
 from tests import harness
 from tests.conftest import MakeAccessor, MakeMount
 from tests.devfuse_acts import KEEP_SIZE, PUNCH_HOLE, fallocate_open

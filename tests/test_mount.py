@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from fusehsm import control_socket
 from fusehsm.cli import main
 from fusehsm.conform.accessor import Accessor
+from fusehsm.control import socket as control_socket
 from fusehsm.linux.mountinfo import read_mounts
 from fusehsm.mount_options import MountError, directories
 from tests.conftest import MakeAccessor, MakeMount

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from fusehsm.backends.connection import request
 from fusehsm.conform.accessor import Accessor
+from fusehsm.control.client import request
+from fusehsm.control.protocol import Status
 from fusehsm.engines import fuse_protocol as protocol
 from fusehsm.engines.fuse_mount import mount
 from fusehsm.engines.fuse_protocol import Init
 from fusehsm.linux.kernel_version import kernel_version
 from fusehsm.linux.mountinfo import mount_of
-from fusehsm.protocol import Status
 from tests.conftest import MakeMount
 from tests.harness import PATIENCE, Mount, unmount_lazily
 from tests.listening import listening

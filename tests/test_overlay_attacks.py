@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fusehsm.linux import filesystem_calls
-from fusehsm.overlay import AttributeChanges, Node, Overlay
+from fusehsm.overlay.overlay import AttributeChanges, Node, Overlay
 from tests.overlay_support import own_caller
 
 SECRET = b"outside the backing"

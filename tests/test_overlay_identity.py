@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusehsm import nodes
-from fusehsm.overlay import RENAME_EXCHANGE, ROOT_ID, AttributeChanges, Node, Overlay
+from fusehsm.overlay import nodes
+from fusehsm.overlay.overlay import RENAME_EXCHANGE, ROOT_ID, AttributeChanges, Node, Overlay
 from tests.overlay_support import ROOT_CALLER, mounted, open_descriptors, own_caller
 from tests.requirements import require_root
 
@@ -600,7 +600,7 @@ def test_pins_are_bounded(source: Path, monkeypatch: pytest.MonkeyPatch, may_map
     if may_map:
         require_root()
     else:
-        monkeypatch.setattr("fusehsm.pins._mapped", lambda descriptor: 0)
+        monkeypatch.setattr("fusehsm.overlay.unlinked._mapped", lambda descriptor: 0)
     before = open_descriptors()
     tree = Overlay(str(source), pins=3)
     made = [make(tree, tree.root, b"%d" % number, b"%d" % number) for number in range(10)]

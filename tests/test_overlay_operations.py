@@ -13,9 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fusehsm import overlay
 from fusehsm.linux import filesystem_calls
-from fusehsm.overlay import RENAME_EXCHANGE, RENAME_NOREPLACE, AttributeChanges, Overlay
+from fusehsm.overlay import overlay
+from fusehsm.overlay.overlay import RENAME_EXCHANGE, RENAME_NOREPLACE, AttributeChanges, Overlay
 from tests.overlay_support import (
     NOBODY,
     Face,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fusehsm.overlay import DirectoryEntry, DirectoryStream, Overlay
+from fusehsm.overlay.overlay import DirectoryEntry, DirectoryStream, Overlay
 from tests.overlay_support import NOBODY, as_user, mounted, open_descriptors, own_caller
 from tests.requirements import require_root
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fusehsm.overlay import TIME_NOW, AttributeChanges, Caller, Overlay
+from fusehsm.overlay.overlay import TIME_NOW, AttributeChanges, Caller, Overlay
 from tests.overlay_support import NOBODY, Face, NativeFace, OverlayFace, as_user, process_of, snapshot
 from tests.requirements import require_root
 

@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from fusehsm.overlay import Overlay
+from fusehsm.overlay.overlay import Overlay
 
 FILES = 100_000
 A_DIRECTORY = 500

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import pytest
 
+from fusehsm.emulator.group import Group
 from fusehsm.events import Access, AccessKind, Armed, arm, heard_when, shapes
 from fusehsm.fanotify.abi import DIALECTS, Dialect, decode_events, encode_event
 from fusehsm.fanotify.marks import MarkTable, Subject
 from fusehsm.fanotify.rules import ObjectKind, check_init, check_mark, parse_response
-from fusehsm.group import Group
 from tests.table import error_of
 
 PATCH_V2, PATCH_V1 = DIALECTS["patch-v2"], DIALECTS["patch-v1"]

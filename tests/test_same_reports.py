@@ -14,6 +14,7 @@ import trio
 
 from fusehsm.backends.base import Group
 from fusehsm.conform.accessor import Accessor
+from fusehsm.control.protocol import CREDIT
 from fusehsm.fanotify.abi import (
     FAN_ALLOW,
     FAN_AUDIT,
@@ -40,7 +41,6 @@ from fusehsm.fanotify.abi import (
     mask_names,
 )
 from fusehsm.linux.mountinfo import mount_of
-from fusehsm.protocol import CREDIT
 from tests.conftest import MakeAccessor
 from tests.harness import fusehsm
 from tests.listening import PATIENCE

@@ -18,7 +18,7 @@ from fusehsm.backends.emulated import EmulatedGroup
 from fusehsm.backends.opening import DEFAULT_EVENT_F_FLAGS, DEFAULT_FLAGS, open_group
 from fusehsm.conform.accessor import Accessor, Call
 from fusehsm.conform.ext4 import ext4_image
-from fusehsm.control_socket import connect
+from fusehsm.control.socket import connect
 from fusehsm.fanotify.abi import (
     FAN_MARK_ADD,
     FAN_MARK_MOUNT,

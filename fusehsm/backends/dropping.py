@@ -4,10 +4,10 @@ import os
 
 import trio
 
-from fusehsm.backends.connection import ControlConnection
 from fusehsm.backends.lookup import FoundObject, look_up
+from fusehsm.control.client import ControlConnection
+from fusehsm.control.protocol import Drop
 from fusehsm.linux.mountinfo import Mount, mount_of_descriptor
-from fusehsm.protocol import Drop
 
 
 async def drop(path: str | bytes | os.PathLike[str]) -> None:

@@ -1,4 +1,4 @@
-"""A group of a fusehsm mount, from any process, over the mount's control socket (protocol.py)."""
+"""A group of a fusehsm mount, from any process, over the mount's control socket (control/protocol.py)."""
 
 import errno
 import os
@@ -10,9 +10,10 @@ from collections import deque
 import trio
 
 from fusehsm.backends.base import AT_FDCWD, Group
-from fusehsm.backends.connection import ControlConnection
-from fusehsm.backends.event_stream import EventStream, Received
 from fusehsm.backends.lookup import look_up
+from fusehsm.control.client import ControlConnection
+from fusehsm.control.event_stream import EventStream, Received
+from fusehsm.control.protocol import VERSION, Hello, Mark, Welcome
 from fusehsm.events import Event
 from fusehsm.fanotify import rules
 from fusehsm.fanotify.abi import (
@@ -26,7 +27,6 @@ from fusehsm.fanotify.abi import (
     decode_events,
 )
 from fusehsm.linux.mountinfo import Mount
-from fusehsm.protocol import VERSION, Hello, Mark, Welcome
 
 _ENCODING = sys.getfilesystemencoding()
 _ENCODING_ERRORS = sys.getfilesystemencodeerrors()

@@ -8,9 +8,11 @@ from typing import Any
 
 import trio
 
-from fusehsm import group
 from fusehsm.backends.base import AT_FDCWD, Group
 from fusehsm.backends.lookup import look_up
+from fusehsm.emulator import group
+from fusehsm.emulator.group import Pending
+from fusehsm.emulator.interface import GateFace
 from fusehsm.events import Event
 from fusehsm.fanotify import rules
 from fusehsm.fanotify.abi import (
@@ -29,8 +31,6 @@ from fusehsm.fanotify.abi import (
     RawEvent,
     parse_mask,
 )
-from fusehsm.gate_face import GateFace
-from fusehsm.group import Pending
 from fusehsm.handler import Handler, report_unopened, serve
 
 _ROOT_NODE = 1

@@ -9,12 +9,12 @@ from functools import partial
 
 import trio
 
-from fusehsm.backends.connection import ControlConnection
 from fusehsm.backends.lookup import FoundObject, look_up
+from fusehsm.control.client import ControlConnection
+from fusehsm.control.protocol import Lease, LeaseStatus, Unlease
 from fusehsm.fanotify.rules import ObjectKind
 from fusehsm.linux import kernel_lease
 from fusehsm.linux.mountinfo import Mount, mount_of_descriptor
-from fusehsm.protocol import Lease, LeaseStatus, Unlease
 
 # How long the end of a lease may take when its holder is being cancelled, or has failed; seconds.
 _MOMENT = 2.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:  # commands that only mount or unmount need no event loop
-    from fusehsm.stale import CacheControl
+    from fusehsm.emulator.page_cache import CacheControl
 
 
 class MountRefused(Exception):

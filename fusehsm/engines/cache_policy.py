@@ -3,10 +3,10 @@
 import os
 from typing import Final
 
-from fusehsm.gate import Gate
-from fusehsm.handles import OpenFile
+from fusehsm.emulator.gate import Gate
+from fusehsm.emulator.handles import OpenFile
 from fusehsm.linux.kernel_version import kernel_version
-from fusehsm.overlay import Node
+from fusehsm.overlay.overlay import Node
 
 FOREVER: Final = 1e9  # seconds; FUSE has no other word for "until I say so"
 _DROPS_WRITTEN_PAGES: Final = (6, 6)  # the Linux whose direct writes drop the pages that they write beside

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Final
 from fusehsm.linux.kernel_version import kernel_version
 
 if TYPE_CHECKING:
+    from fusehsm.emulator.gate import Gate
     from fusehsm.engines.base import Engine
-    from fusehsm.gate import Gate
 
 ENGINES: Final = ("pyfuse3", "devfuse", "auto")
 # The first kernel that maps FOPEN_DIRECT_IO files shared, if asked for it in INIT (fuse.h: protocol 7.39).

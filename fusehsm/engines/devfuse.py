@@ -13,15 +13,15 @@ from typing import Final
 
 import trio
 
+from fusehsm.emulator.gate import Gate
+from fusehsm.emulator.page_cache import CacheControl
 from fusehsm.engines import fuse_mount
 from fusehsm.engines import fuse_protocol as protocol
 from fusehsm.engines.cache_policy import CachePolicy
 from fusehsm.engines.fuse_operations import Answer, Body, Operations
 from fusehsm.engines.fuse_protocol import Init, Opcode, Request
 from fusehsm.engines.read_ahead import ReadAhead
-from fusehsm.gate import Gate
 from fusehsm.linux.suspension import is_cancellation, noting_suspension
-from fusehsm.stale import CacheControl
 
 log = logging.getLogger(__name__)
 

@@ -9,11 +9,11 @@ import stat
 from collections.abc import Callable
 from typing import Final
 
-from fusehsm.directory import DirectoryStream
+from fusehsm.emulator.gate import Gate
+from fusehsm.emulator.handles import OpenFile
 from fusehsm.events import AccessKind
-from fusehsm.gate import Gate
-from fusehsm.handles import OpenFile
-from fusehsm.overlay import RENAME_EXCHANGE, Caller, Node
+from fusehsm.overlay.directory import DirectoryStream
+from fusehsm.overlay.overlay import RENAME_EXCHANGE, Caller, Node
 
 _SELINUX: Final = b"security.selinux"
 

@@ -13,14 +13,14 @@ from collections.abc import Callable, Coroutine
 from contextlib import closing
 from typing import Any, Final
 
-from fusehsm.directory import DirectoryStream
+from fusehsm.emulator.gate import Gate
+from fusehsm.emulator.handles import OpenFile
 from fusehsm.engines import fuse_protocol as protocol
 from fusehsm.engines.cache_policy import CachePolicy
 from fusehsm.engines.filesystem import Filesystem, Found
 from fusehsm.engines.fuse_protocol import Attribute, Attributes, Init, Opcode, Request
-from fusehsm.gate import Gate
-from fusehsm.handles import OpenFile
-from fusehsm.overlay import TIME_NOW, AttributeChanges, Caller, Node
+from fusehsm.overlay.directory import DirectoryStream
+from fusehsm.overlay.overlay import TIME_NOW, AttributeChanges, Caller, Node
 
 Body = bytes | bytearray | memoryview
 Answer = Coroutine[Any, Any, Body]

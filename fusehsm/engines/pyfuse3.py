@@ -19,17 +19,17 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
+from fusehsm.emulator.gate import Gate
+from fusehsm.emulator.handles import OpenFile
+from fusehsm.emulator.page_cache import CacheControl
 from fusehsm.engines.base import MountRefused
 from fusehsm.engines.cache_policy import CachePolicy
 from fusehsm.engines.filesystem import Filesystem
 from fusehsm.engines.read_ahead import ReadAhead
-from fusehsm.gate import Gate
-from fusehsm.handles import OpenFile
 from fusehsm.linux import fusectl
 from fusehsm.linux.file_io import Buffer
 from fusehsm.linux.suspension import is_cancellation
-from fusehsm.overlay import AttributeChanges, Caller, Node
-from fusehsm.stale import CacheControl
+from fusehsm.overlay.overlay import AttributeChanges, Caller, Node
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import struct
 from dataclasses import dataclass, field
 from typing import Final
 
-from fusehsm.backends.event_stream import Received
+from fusehsm.control.event_stream import Received
 from fusehsm.fanotify.abi import (
     EVENT_FD_OFFSET,
     EVENT_PIDFD_OFFSET,

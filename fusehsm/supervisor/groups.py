@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from fusehsm.backends.blocking_connection import BlockingConnection
-from fusehsm.backends.event_stream import EventStream, Received
 from fusehsm.backends.lookup import FoundObject
+from fusehsm.control.blocking_client import BlockingConnection
+from fusehsm.control.event_stream import EventStream, Received
+from fusehsm.control.protocol import VERSION, Hello, Mark
 from fusehsm.fanotify import rules
 from fusehsm.fanotify.abi import (
     FAN_CLASS_CONTENT,
@@ -32,7 +33,6 @@ from fusehsm.fanotify.abi import (
 )
 from fusehsm.linux import syscalls
 from fusehsm.linux.mountinfo import Mount, read_mounts
-from fusehsm.protocol import VERSION, Hello, Mark
 from fusehsm.supervisor.readiness import Bell
 
 _log = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Final
 
-from fusehsm.backends.blocking_connection import BlockingConnection
+from fusehsm.control.blocking_client import BlockingConnection
+from fusehsm.control.protocol import Map
 from fusehsm.linux.mountinfo import Mount
-from fusehsm.protocol import Map
 from fusehsm.supervisor import tasks
 from fusehsm.supervisor.notifier import Call, CallIsOver
 from fusehsm.supervisor.parked import Parked, ParkedCalls

@@ -13,9 +13,9 @@ from typing import Final
 
 import trio
 
-from fusehsm import control_socket
 from fusehsm.backends.base import AT_FDCWD, Group
 from fusehsm.backends.opening import open_group
+from fusehsm.control import socket as control_socket
 from fusehsm.fanotify.abi import FAN_EVENT_ON_CHILD, FAN_MARK_ADD, FAN_MARK_MOUNT, parse_mask
 from fusehsm.handler import GROUP_IS_GONE, serve
 from fusehsm.linux.interruption import Interrupted, Interruption, interruptible

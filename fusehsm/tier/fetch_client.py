@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-from fusehsm import control_socket
+from fusehsm.control import socket as control_socket
 from fusehsm.tier.fetch_protocol import LARGEST_REPLY, Request, encode_request
 from fusehsm.tier.store import shown
 

@@ -15,8 +15,8 @@ from typing import Any, Final
 
 import trio
 
-from fusehsm.accepting import serve_connections
-from fusehsm.control_socket import Peer
+from fusehsm.control.accept import serve_connections
+from fusehsm.control.socket import Peer
 from fusehsm.linux.beneath import open_beneath
 from fusehsm.tier.evicting import Evictor, Kept
 from fusehsm.tier.fetch_protocol import (

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-from fusehsm.attributes import path_of
 from fusehsm.linux.beneath import components, open_beneath
 from fusehsm.linux.walk import MOST_OPEN, Identity, identity_of, reopened
+from fusehsm.overlay.attributes import path_of
 from fusehsm.tier import stub_mark
 from fusehsm.tier.ownership import Ownership
 from fusehsm.tier.store import Entry, Kind, StoreError

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusehsm import control_socket
+from fusehsm.control import socket as control_socket
 from fusehsm.engines.fuse_mount import unmount
 from fusehsm.linux import mountinfo
 from fusehsm.linux.mountinfo import id_of, read_mounts

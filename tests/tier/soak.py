@@ -21,8 +21,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from fusehsm import control_socket
 from fusehsm.conform.ext4 import ext4_image
+from fusehsm.control import socket as control_socket
 from fusehsm.linux.mountinfo import read_mounts
 from fusehsm.tier.local_store import LocalStore
 from fusehsm.tier.planting import Planter

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fusehsm import control_socket
+from fusehsm.control import socket as control_socket
 from fusehsm.linux.mountinfo import read_mounts
 from fusehsm.tier import residency, stub_mark
 from tests.harness import PATIENCE, environment, fusehsm

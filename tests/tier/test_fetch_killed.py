@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fusehsm import control_socket
+from fusehsm.control import socket as control_socket
 from fusehsm.linux.mountinfo import id_at, read_mounts
 from fusehsm.tier import residency, stub_mark
 from fusehsm.tier.residency import Flags

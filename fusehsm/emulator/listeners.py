@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import trio
 
+from fusehsm.emulator.group import Group, Pending
 from fusehsm.events import (
     STRENGTH,
     Access,
@@ -22,7 +23,6 @@ from fusehsm.events import (
 from fusehsm.fanotify.abi import FAN_ACCESS_PERM, FAN_OPEN_PERM, Dialect, mask_names
 from fusehsm.fanotify.marks import MarkTable, Subject
 from fusehsm.fanotify.policy import EventTimeout, Unattended, UnattendedPolicy
-from fusehsm.group import Group, Pending
 from fusehsm.linux import proc as caller
 
 PRE_CONTENT = 2  # Group.priority of FAN_CLASS_PRE_CONTENT

@@ -6,9 +6,9 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from fusehsm.handles import HandleTable
-from fusehsm.leases import Lease, Leases
-from fusehsm.overlay import Node, Overlay
+from fusehsm.emulator.handles import HandleTable
+from fusehsm.emulator.leases import Lease, Leases
+from fusehsm.overlay.overlay import Node, Overlay
 
 # The kernel tells of a close(2) a moment after it: how often, and after how many seconds, to look again whether a file is still open.
 _CLOSING_LOOKS, _CLOSING_SECONDS = 10, 0.005

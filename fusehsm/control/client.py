@@ -7,9 +7,9 @@ from typing import Any
 
 import trio
 
-from fusehsm import control_socket
+from fusehsm.control import socket as control_socket
+from fusehsm.control.protocol import LARGEST_REPLY_PART, Request, decode_reply, encode_request, is_last_part
 from fusehsm.linux.mountinfo import Mount
-from fusehsm.protocol import LARGEST_REPLY_PART, Request, decode_reply, encode_request, is_last_part
 
 _DESCRIPTORS = socket.CMSG_SPACE(4)  # a reply brings one descriptor at most
 

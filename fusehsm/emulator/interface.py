@@ -2,8 +2,8 @@
 
 from typing import Any, Protocol
 
+from fusehsm.emulator.group import Group, Pending
 from fusehsm.fanotify.abi import Dialect
-from fusehsm.group import Group, Pending
 
 
 class Nodes(Protocol):
@@ -20,7 +20,7 @@ class Nodes(Protocol):
 
 
 class Lessor(Protocol):
-    """What leases a mount's files (lessor.py)."""
+    """What leases a mount's files (emulator/lessor.py)."""
 
     async def grant(self, node: Any, /) -> tuple[Any, int]:
         """Lease a file that nobody has open, so that who opens it waits; the lease, and a descriptor of its content on the backing. Raises
@@ -34,7 +34,7 @@ class Lessor(Protocol):
 
 
 class GateFace(Protocol):
-    """A gate (gate.py) as seen from its listeners' side."""
+    """A gate (emulator/gate.py) as seen from its listeners' side."""
 
     destination: str
     default_dialect: Dialect

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 
 import trio
 
+from fusehsm.emulator.handles import Direction, Grant, OpenFile
 from fusehsm.events import Access, AccessKind
-from fusehsm.handles import Direction, Grant, OpenFile
 from fusehsm.linux import proc as caller
-from fusehsm.overlay import Node
+from fusehsm.overlay.overlay import Node
 
 # How long an accessor's mmap lock may keep us from reading its mappings; seconds.
 _MAPS_DEADLINE = 0.5

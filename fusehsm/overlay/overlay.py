@@ -18,15 +18,15 @@ import struct
 from collections.abc import Callable
 from typing import Final
 
-from fusehsm import attributes
-from fusehsm.attributes import TIME_NOW, AttributeChanges, path_of
-from fusehsm.credentials import Caller, Impersonation
-from fusehsm.directory import DirectoryEntry, DirectoryStream
 from fusehsm.linux import filesystem_calls as syscalls
 from fusehsm.linux import kernel_lease
 from fusehsm.linux.filesystem_calls import RENAME_EXCHANGE, RENAME_NOREPLACE
-from fusehsm.nodes import ROOT_ID, Node
-from fusehsm.reach import Reach, stale
+from fusehsm.overlay import attributes
+from fusehsm.overlay.attributes import TIME_NOW, AttributeChanges, path_of
+from fusehsm.overlay.credentials import Caller, Impersonation
+from fusehsm.overlay.directory import DirectoryEntry, DirectoryStream
+from fusehsm.overlay.nodes import ROOT_ID, Node
+from fusehsm.overlay.reach import Reach, stale
 
 __all__ = [
     "RENAME_EXCHANGE",
@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 # What of an accessor's open flags the backing file gets. Not O_APPEND: pwrite(2) ignores its offset on such a descriptor, also
-# after the accessor took the flag off with F_SETFL; what appends says so when it writes (backing_writes.py). Not O_DIRECT: it would ask
+# after the accessor took the flag off with F_SETFL; what appends says so when it writes (emulator/backing_writes.py). Not O_DIRECT: it would ask
 # for aligned buffers here, and its promise is the engine's to keep. Not 0x20 (__FMODE_EXEC), O_NOFOLLOW, O_CREAT ...
 _BACKING_FLAGS: Final = os.O_ACCMODE | os.O_DSYNC | os.O_SYNC | os.O_NOATIME
 # A listener gets what it asked fanotify_init(2) for.
@@ -55,7 +55,7 @@ class Overlay:
     """The tree below the directory `source`.
 
     `directories`: how many directory descriptors to keep. `pins`: how many removed files that the kernel still knows
-    keep one, beyond those that are open (the others: pins.py). `trust_seconds`: how long a directory is taken to be where it was last found.
+    keep one, beyond those that are open (the others: overlay/unlinked.py). `trust_seconds`: how long a directory is taken to be where it was last found.
     """
 
     def __init__(

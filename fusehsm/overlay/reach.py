@@ -15,8 +15,8 @@ from collections.abc import Callable
 from typing import Final
 
 from fusehsm.linux import filesystem_calls as syscalls
-from fusehsm.nodes import Node, NodeTable
-from fusehsm.pins import Pins
+from fusehsm.overlay.nodes import Node, NodeTable
+from fusehsm.overlay.unlinked import Pins
 
 _PATH_LIMIT: Final = 4095  # PATH_MAX counts the final NUL
 _RESOLVE: Final = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS
@@ -36,7 +36,7 @@ class Reach:
     """Descriptors of directories, and of files whose names are gone; all bounded.
 
     `directories`: how many directory descriptors are kept. `pins`: how many removed but still known files keep a
-    descriptor (pins.py). `trust_seconds`: how long a kept directory is taken to be where it was; after that its names
+    descriptor (overlay/unlinked.py). `trust_seconds`: how long a kept directory is taken to be where it was; after that its names
     are walked again. A directory that moved within the backing meanwhile is still the same directory.
     """
 

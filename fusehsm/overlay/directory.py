@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from fusehsm.linux import filesystem_calls as syscalls
-from fusehsm.nodes import Node, NodeTable
+from fusehsm.overlay.nodes import Node, NodeTable
 
 _BUFFER_SIZE: Final = 32768  # bytes, as glibc's readdir(3)
 

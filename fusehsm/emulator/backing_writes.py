@@ -9,12 +9,12 @@ import os
 
 import trio
 
-from fusehsm.explain import Explainer
-from fusehsm.handles import OpenFile
+from fusehsm.emulator.explain import Explainer
+from fusehsm.emulator.handles import OpenFile
 from fusehsm.linux import filesystem_calls as syscalls
 from fusehsm.linux.file_io import Buffer
 from fusehsm.linux.filesystem_calls import PAGE_SIZE
-from fusehsm.overlay import Node, Overlay
+from fusehsm.overlay.overlay import Node, Overlay
 
 _THREADS = 64
 

@@ -13,20 +13,20 @@ from contextlib import asynccontextmanager, suppress
 
 import trio
 
-from fusehsm.backing_writes import BackingWriter
+from fusehsm.emulator.backing_writes import BackingWriter
+from fusehsm.emulator.explain import Accessor, Explainer, Explanation
+from fusehsm.emulator.handles import DeniedFill, Direction, HandleTable, OpenFile
+from fusehsm.emulator.listeners import Listeners
+from fusehsm.emulator.page_cache import StalePages
 from fusehsm.events import STRENGTH, Access, AccessKind, Armed
-from fusehsm.explain import Accessor, Explainer, Explanation
 from fusehsm.fanotify.abi import FAN_ACCESS, FAN_MODIFY
 from fusehsm.fanotify.marks import Subject
-from fusehsm.handles import DeniedFill, Direction, HandleTable, OpenFile
 from fusehsm.linux import proc as caller
 from fusehsm.linux.file_io import BackingReader, Buffer
 from fusehsm.linux.filesystem_calls import FALLOC_FL_KEEP_SIZE
 from fusehsm.linux.ranges import RangeSet
 from fusehsm.linux.suspension import noting_suspension
-from fusehsm.listeners import Listeners
-from fusehsm.overlay import Node, Overlay
-from fusehsm.stale import StalePages
+from fusehsm.overlay.overlay import Node, Overlay
 
 # The kernel asks up to three times for a page that was refused: read-ahead, then the page alone, then once more with the mmap lock held (measured
 # on 6.18, within 0.3 ms). A call that goes on can be told from the same call made again; a fault cannot, so only time tells.

@@ -1,4 +1,4 @@
-"""The event socket of a group on a fusehsm mount (protocol.py): events as they come, by the server's numbers.
+"""The event socket of a group on a fusehsm mount (control/protocol.py): events as they come, by the server's numbers.
 
 What fanotify makes of them, descriptors' numbers that events are answered by, is for whoever hands them on: emulated.py, and the supervisor
 of unmodified programs.
@@ -15,6 +15,14 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from fusehsm.control.protocol import (
+    ANSWER,
+    CREDIT,
+    LARGEST_EVENT_MESSAGE,
+    MORE_CREDIT,
+    encode_feedback,
+    event_message_split,
+)
 from fusehsm.fanotify.abi import (
     EVENT_FD_OFFSET,
     EVENT_MASK_OFFSET,
@@ -26,14 +34,6 @@ from fusehsm.fanotify.abi import (
     NOTIFICATION_EVENTS,
     Dialect,
     has_pidfd,
-)
-from fusehsm.protocol import (
-    ANSWER,
-    CREDIT,
-    LARGEST_EVENT_MESSAGE,
-    MORE_CREDIT,
-    encode_feedback,
-    event_message_split,
 )
 
 _INT = struct.Struct("=i")
@@ -126,7 +126,7 @@ class EventStream:
         self._buffered.appendleft(received)
 
     def receive_all(self) -> None:
-        """Receive what waits, and merge equal notifications as the kernel does (group.py): they travel ahead of being read."""
+        """Receive what waits, and merge equal notifications as the kernel does (emulator/group.py): they travel ahead of being read."""
         with contextlib.suppress(OSError):  # a lost connection is told when nothing is left
             while (received := self._receive()) is not None:
                 if not (received.mask & NOTIFICATION_EVENTS and self._merge(received)):

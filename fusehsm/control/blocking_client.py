@@ -7,9 +7,9 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from fusehsm import control_socket
+from fusehsm.control import socket as control_socket
+from fusehsm.control.protocol import LARGEST_REPLY_PART, Request, decode_reply, encode_request, is_last_part
 from fusehsm.linux.mountinfo import Mount
-from fusehsm.protocol import LARGEST_REPLY_PART, Request, decode_reply, encode_request, is_last_part
 
 _FINISH = 2.0  # seconds
 _DESCRIPTORS = socket.CMSG_SPACE(4)  # a reply brings one descriptor at most

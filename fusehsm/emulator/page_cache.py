@@ -17,11 +17,11 @@ from typing import Protocol
 
 import trio
 
+from fusehsm.emulator.group import Group
+from fusehsm.emulator.listeners import Listeners
 from fusehsm.fanotify.marks import Subject
-from fusehsm.group import Group
 from fusehsm.linux.filesystem_calls import PAGE_SIZE
-from fusehsm.listeners import Listeners
-from fusehsm.overlay import Node, Overlay
+from fusehsm.overlay.overlay import Node, Overlay
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ import time
 from dataclasses import dataclass
 from typing import Final
 
-from fusehsm.credentials import Caller
 from fusehsm.linux import filesystem_calls as syscalls
+from fusehsm.overlay.credentials import Caller
 
 TIME_NOW: Final = 1 << 80
 """In `atime_ns` and `mtime_ns`: the present, as UTIME_NOW."""

@@ -13,9 +13,15 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from fusehsm.content import Content
+from fusehsm.emulator.content import Content
+from fusehsm.emulator.explain import Explainer
+from fusehsm.emulator.group import Group, Pending
+from fusehsm.emulator.handles import HandleTable, OpenFile
+from fusehsm.emulator.leases import Leases
+from fusehsm.emulator.lessor import Lessor
+from fusehsm.emulator.listeners import Listeners
+from fusehsm.emulator.page_cache import CacheControl, StalePages
 from fusehsm.events import Access, AccessKind, Armed
-from fusehsm.explain import Explainer
 from fusehsm.fanotify import rules
 from fusehsm.fanotify.abi import (
     FAN_ACCESS,
@@ -31,14 +37,8 @@ from fusehsm.fanotify.abi import (
 )
 from fusehsm.fanotify.marks import Subject
 from fusehsm.fanotify.policy import EventTimeout, UnattendedPolicy
-from fusehsm.group import Group, Pending
-from fusehsm.handles import HandleTable, OpenFile
-from fusehsm.leases import Leases
-from fusehsm.lessor import Lessor
 from fusehsm.linux import proc as caller
-from fusehsm.listeners import Listeners
-from fusehsm.overlay import AttributeChanges, Caller, Node, Overlay
-from fusehsm.stale import CacheControl, StalePages
+from fusehsm.overlay.overlay import AttributeChanges, Caller, Node, Overlay
 
 _FMODE_EXEC = 0x20  # open flag of execve (include/linux/fs.h); FUSE passes it on
 _PERMISSION_EVENTS = FAN_OPEN_PERM | FAN_OPEN_EXEC_PERM | FAN_ACCESS_PERM

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from contextlib import suppress
 
 from fusehsm.linux import filesystem_calls as syscalls
-from fusehsm.nodes import Node
+from fusehsm.overlay.nodes import Node
 
 
 class Pins:

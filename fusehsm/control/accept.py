@@ -7,7 +7,7 @@ from typing import Final, NoReturn
 
 import trio
 
-from fusehsm.control_socket import Peer, peer_of
+from fusehsm.control.socket import Peer, peer_of
 
 _SHORTAGE: Final = (
     0.1  # seconds to wait when no connection can be accepted, for want of descriptors as a rule
