@@ -63,7 +63,7 @@ def _os_error_line(error: OSError) -> str:
 
 
 def _is_one_line(error: Exception) -> bool:
-    from fusehsm.mount_options import MountError
+    from fusehsm.daemon.options import MountError
 
     return isinstance(error, MountError)
 
@@ -145,8 +145,8 @@ def mount(
     lifeline: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> int:
     """Overlay SRC at DST and make events of what is done there. Returns when the mount answers."""
+    from fusehsm.daemon.options import MountOptions
     from fusehsm.mount import mount as do_mount
-    from fusehsm.mount_options import MountOptions
 
     return do_mount(
         MountOptions(
@@ -238,8 +238,8 @@ def trace(
     abi: Annotated[str | None, typer.Option(help="Dialect (default: the mount's).")] = None,
 ) -> int:
     """Listen and print events; prints `ready` on stderr once its marks stand. Allows what it does not deny."""
-    from fusehsm.trace import TraceOptions
-    from fusehsm.trace import trace as do_trace
+    from fusehsm.commands.trace import TraceOptions
+    from fusehsm.commands.trace import trace as do_trace
 
     return do_trace(
         TraceOptions(
@@ -452,8 +452,8 @@ def status(
     ] = False,
 ) -> int:
     """Mounts, their groups, and who waits, on which listener, for how long; for a PATH with stubs, what of each file is here."""
-    from fusehsm.status import is_stuck
-    from fusehsm.status import status as do_status
+    from fusehsm.commands.status import is_stuck
+    from fusehsm.commands.status import status as do_status
     from fusehsm.tier.file_status import file_status
 
     if path is not None and not release and not is_stuck(path) and file_status(path, as_json=json):
@@ -473,7 +473,7 @@ def doctor(
     json: Annotated[bool, typer.Option("--json", help="JSON: an object with a list of checks.")] = False,
 ) -> int:
     """What this machine can do, what is missing, and the command that mends it. Exit code 1 if nothing can be mounted."""
-    from fusehsm.doctor import doctor as do_doctor
+    from fusehsm.commands.doctor import doctor as do_doctor
 
     return do_doctor(path, as_json=json)
 

@@ -17,11 +17,11 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from fusehsm.control import socket as control_socket
+from fusehsm.daemon.options import MountError, MountOptions, Plan, checked
 from fusehsm.engines import fuse_mount
 from fusehsm.engines.choice import maps_direct_files_shared
 from fusehsm.fanotify.abi import DIALECTS
 from fusehsm.linux import mountinfo
-from fusehsm.mount_options import MountError, MountOptions, Plan, checked
 
 if TYPE_CHECKING:
     import trio
@@ -154,9 +154,9 @@ def _run_daemon(options: MountOptions, plan: Plan, writer: int) -> None:
 
 def _serve(options: MountOptions, plan: Plan, ready: Callable[[], None]) -> None:
     """Mount and serve until unmounted. Raises MountError when it cannot be mounted."""
-    import fusehsm.backends.inprocess
-    import fusehsm.self_access
-    import fusehsm.server  # noqa: F401 (these three are used once it is mounted: see _import_from_elsewhere)
+    import fusehsm.daemon.control_server  # noqa: F401 (these three are used once it is mounted: see _import_from_elsewhere)
+    import fusehsm.daemon.deadlock
+    import fusehsm.daemon.handler_group
     from fusehsm.emulator.gate import Gate
     from fusehsm.engines.base import MountRefused
     from fusehsm.engines.choice import make
@@ -247,9 +247,9 @@ def _run(
     outside. Ends when it can if signals have been `noted` before, and when nobody holds the other end of the socket `lifeline` any more."""
     import trio
 
-    from fusehsm.backends.inprocess import serve_in_process
-    from fusehsm.self_access import Watchdog, refuse_calls
-    from fusehsm.server import serve_control
+    from fusehsm.daemon.control_server import serve_control
+    from fusehsm.daemon.deadlock import Watchdog, refuse_calls
+    from fusehsm.daemon.handler_group import serve_in_process
 
     ending = trio.Event()
 

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from fusehsm.divergences import ENGINES
+from fusehsm.conform.divergences import ENGINES
 
 # Measured once, by hand: what a daemon reads from /dev/fuse, under strace(1).
 UNSENT = """## What FUSE does not send

@@ -4,7 +4,7 @@ A test's ids tell its engine. `pytest --engine NAME` runs the tests of one engin
 
 A test that has nothing to do with engines has the mark `any_engine`, and takes the one that `auto` is; a module of one
 engine's tests has `pytestmark = pytest.mark.engine(NAME)`. What is known to differ is an entry of
-fusehsm/divergences.py with the engines that have it; tests ask `diverges(NAME, ENGINE)` what to expect.
+fusehsm/conform/divergences.py with the engines that have it; tests ask `diverges(NAME, ENGINE)` what to expect.
 """
 
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import pytest
 from _pytest.mark.structures import ParameterSet
 
-from fusehsm.divergences import ENGINES, applying
+from fusehsm.conform.divergences import ENGINES, applying
 
 _MARKS = {"kernel": pytest.mark.kernel}
 

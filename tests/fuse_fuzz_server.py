@@ -11,7 +11,7 @@ from pathlib import Path
 
 import trio
 
-from fusehsm.backends.inprocess import serve_in_process
+from fusehsm.daemon.handler_group import serve_in_process
 from fusehsm.emulator.gate import Gate
 from fusehsm.engines.devfuse import DevFuse
 from fusehsm.events import Event

@@ -13,9 +13,9 @@ import trio
 
 from fusehsm.backends.base import Group
 from fusehsm.backends.emulated import EmulatedGroup
-from fusehsm.backends.inprocess import InProcessGroup, open_in_process
 from fusehsm.backends.kernel import KernelGroup
 from fusehsm.backends.opening import open_group
+from fusehsm.daemon.handler_group import InProcessGroup, open_in_process
 from fusehsm.fanotify.abi import LINUX_6_14
 from fusehsm.handler import Handler, serve
 from fusehsm.linux.mountinfo import mount_of

@@ -11,6 +11,7 @@ import pytest
 from fusehsm.conform import command
 from fusehsm.conform.accessor import Zygote
 from fusehsm.conform.arrangement import arranged
+from fusehsm.conform.divergences import applying
 from fusehsm.conform.perform import Performer
 from fusehsm.conform.recording import SHIPPED, Recording
 from fusehsm.conform.scene import Scene
@@ -29,7 +30,6 @@ from fusehsm.conform.stream import (
 from fusehsm.conform.verdict import Comparison, Verdict
 from fusehsm.conform.workload import Workload, one_call
 from fusehsm.conform.workloads import WORKLOADS, chosen
-from fusehsm.divergences import applying
 from tests.harness import NOBODY, fuse_device_for_everybody, fusehsm
 
 

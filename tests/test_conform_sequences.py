@@ -13,13 +13,13 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from fusehsm.conform.accessor import Zygote
+from fusehsm.conform.divergences import applying
 from fusehsm.conform.perform import Performer
 from fusehsm.conform.sequences import Step, sequence
 from fusehsm.conform.sides import Side, emulated_side, kernel_side
 from fusehsm.conform.stream import Did, Stream, ended_early, lines
 from fusehsm.conform.verdict import Comparison, Verdict
 from fusehsm.conform.workload import Workload
-from fusehsm.divergences import applying
 from tests.conform_machine import machine
 
 pytestmark = [pytest.mark.fuse, pytest.mark.kernel]

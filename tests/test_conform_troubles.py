@@ -24,7 +24,7 @@ from fusehsm.conform.stream import UNFINISHED, Did, Heard, Stream, lines
 from fusehsm.conform.verdict import Comparison
 from fusehsm.conform.workload import Workload, one_call
 from fusehsm.conform.workloads import WORKLOADS, chosen
-from fusehsm.foreground_mount import ForegroundMount
+from fusehsm.daemon.child import ForegroundMount
 from fusehsm.linux import mountinfo
 from tests.harness import COMMAND, PATIENCE, environment, start
 

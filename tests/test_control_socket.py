@@ -19,7 +19,6 @@ import pytest
 import trio
 from hypothesis import given
 
-from fusehsm import server
 from fusehsm.backends.emulated import EmulatedGroup
 from fusehsm.backends.opening import open_group
 from fusehsm.conform.accessor import Accessor
@@ -27,6 +26,8 @@ from fusehsm.control import protocol
 from fusehsm.control import socket as control_socket
 from fusehsm.control.client import request
 from fusehsm.control.protocol import Hello, Mark, Release, Request, Status
+from fusehsm.daemon import control_server as server
+from fusehsm.daemon.control_server import MOST_CONNECTIONS, MOST_GROUPS
 from fusehsm.events import Event
 from fusehsm.fanotify.abi import (
     FAN_CLASS_PRE_CONTENT,
@@ -38,7 +39,6 @@ from fusehsm.fanotify.abi import (
 )
 from fusehsm.handler import serve
 from fusehsm.linux import mountinfo
-from fusehsm.server import MOST_CONNECTIONS, MOST_GROUPS
 from tests.conftest import MakeAccessor, MakeMount
 from tests.harness import NOBODY, PATIENCE, Mount, environment
 

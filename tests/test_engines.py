@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from fusehsm.divergences import DIVERGENCES, ENGINES
+from fusehsm.conform.divergences import DIVERGENCES, ENGINES
 from fusehsm.engines.choice import ENGINES as CHOICES
 from tests.engines import diverges
 from tests.harness import ROOT, environment

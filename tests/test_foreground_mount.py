@@ -1,4 +1,4 @@
-"""Mounts that live as long as whoever wants them (foreground_mount.py)."""
+"""Mounts that live as long as whoever wants them (daemon/child.py)."""
 
 import os
 import signal
@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from fusehsm.foreground_mount import foreground_mount
+from fusehsm.daemon.child import foreground_mount
 from fusehsm.linux.mountinfo import read_mounts
 
 pytestmark = [pytest.mark.fuse, pytest.mark.any_engine]
 
 HOLDER = """
 import sys, time
-from fusehsm.foreground_mount import foreground_mount
+from fusehsm.daemon.child import foreground_mount
 with foreground_mount(sys.argv[1], sys.argv[1]):
     print("mounted", flush=True)
     time.sleep(60)

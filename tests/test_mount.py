@@ -17,8 +17,8 @@ import pytest
 from fusehsm.cli import main
 from fusehsm.conform.accessor import Accessor
 from fusehsm.control import socket as control_socket
+from fusehsm.daemon.options import MountError, directories
 from fusehsm.linux.mountinfo import read_mounts
-from fusehsm.mount_options import MountError, directories
 from tests.conftest import MakeAccessor, MakeMount
 from tests.harness import (
     NOBODY,

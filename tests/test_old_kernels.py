@@ -1,6 +1,6 @@
 """What differs from kernel to kernel: the rows of the table in docs/old-kernels.md. `make oldkernel` runs this on the old ones, too.
 
-What the events' own tests expect is the same on all of them, or is an entry of fusehsm/divergences.py.
+What the events' own tests expect is the same on all of them, or is an entry of fusehsm/conform/divergences.py.
 """
 
 import errno

@@ -304,7 +304,7 @@ def test_nothing_is_settled_at_open(dialect: Dialect) -> None:
 
 @BOTH
 def test_only_a_faults_access_perm_wants_pre_content_watches(dialect: Dialect) -> None:
-    """As posted no event of a fault comes without; those that let bytes in are asked all the same (divergences.py)."""
+    """As posted no event of a fault comes without; those that let bytes in are asked all the same (conform/divergences.py)."""
     fault, read = Access(FAULTED, 0, PAGE), Access(R, 0, PAGE)
     assert [shape.with_pre_content for shape in shapes(fault, dialect, PAGE)] == [True, False], WATCHES
     assert [shape.with_pre_content for shape in shapes(read, dialect, PAGE)] == [False, False], AREA_PERM

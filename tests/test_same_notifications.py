@@ -167,7 +167,7 @@ def copy_from_other(descriptor: int, other: str) -> None:
 @dataclass(frozen=True, slots=True)
 class Call:
     """What an accessor does to an open file, and what is told of it, in the order in which each first happens. `divergence`: where
-    that entry of fusehsm/divergences.py is to be seen, the call fails or is told otherwise."""
+    that entry of fusehsm/conform/divergences.py is to be seen, the call fails or is told otherwise."""
 
     act: Callable[[int, str], None]
     told: Sequence[str] = ()

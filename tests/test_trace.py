@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
+from fusehsm.commands.trace import Line, as_text, quote
 from fusehsm.conform.accessor import Accessor
 from fusehsm.linux.mountinfo import read_mounts
-from fusehsm.trace import Line, as_text, quote
 from tests import harness
 from tests.conftest import MakeAccessor, MakeMount
 from tests.harness import COMMAND, PATIENCE, LogReader, fusehsm

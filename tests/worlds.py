@@ -1,6 +1,6 @@
 """The two worlds that one expectation is held against: a real kernel's own events on ext4, and the emulator's on its mount.
 
-The kernel is right. Where the emulator cannot do the same, a row says so with the name of an entry of fusehsm/divergences.py.
+The kernel is right. Where the emulator cannot do the same, a row says so with the name of an entry of fusehsm/conform/divergences.py.
 """
 
 import errno
@@ -16,6 +16,7 @@ from fusehsm.backends.base import Group
 from fusehsm.backends.emulated import EmulatedGroup
 from fusehsm.backends.kernel import KernelGroup
 from fusehsm.conform.accessor import Accessor
+from fusehsm.conform.divergences import DIVERGENCES
 from fusehsm.conform.scene import CONTENT as CONTENT
 from fusehsm.conform.scene import EVERYTHING as EVERYTHING
 from fusehsm.conform.scene import MIB as MIB
@@ -25,7 +26,6 @@ from fusehsm.conform.scene import PRE_ACCESS as PRE_ACCESS
 from fusehsm.conform.scene import PRE_GROUP as PRE_GROUP
 from fusehsm.conform.scene import READ_ONLY as READ_ONLY
 from fusehsm.conform.scene import SIZE as SIZE
-from fusehsm.divergences import DIVERGENCES
 from fusehsm.events import Event
 from fusehsm.fanotify.abi import (
     FAN_ACCESS_PERM,

@@ -1,7 +1,7 @@
 """The face of a fanotify group, whoever carries its events: what listeners, the handler API and the supervisor are written against.
 
 Two levels. `mark`, `read`, `write` are fanotify's own calls with the kernel's byte layouts and errors. `take_events` and `answer` are the
-same thing in values; a backend that has no bytes to begin with (inprocess.py) overrides them and saves the detour.
+same thing in values; a backend that has no bytes to begin with (daemon/handler_group.py) overrides them and saves the detour.
 """
 
 import abc

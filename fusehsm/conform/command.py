@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from fusehsm.conform.accessor import Zygote
+from fusehsm.conform.divergences import applying
 from fusehsm.conform.ext4 import ext4_image
 from fusehsm.conform.perform import Performer
 from fusehsm.conform.recording import SHIPPED, Recording
@@ -20,7 +21,6 @@ from fusehsm.conform.stream import ended_early, to_json
 from fusehsm.conform.verdict import Comparison, Verdict
 from fusehsm.conform.workload import Workload
 from fusehsm.conform.workloads import WORKLOADS, chosen
-from fusehsm.divergences import applying
 from fusehsm.engines.choice import ENGINES, resolved
 from fusehsm.linux.interruption import Interrupted, Interruption, interruptible
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Final
 
 from fusehsm.conform.accessor import Accessor, AccessorTimeout, Zygote
-from fusehsm.foreground_mount import ForegroundMount
+from fusehsm.daemon.child import ForegroundMount
 
 _ANSWERS_WITHIN: Final = 5.0  # seconds; an idle daemon takes a millisecond
 LINES: Final = 20  # of the last it said

@@ -12,8 +12,8 @@ from fusehsm.backends.base import Group
 from fusehsm.backends.emulated import EmulatedGroup
 from fusehsm.backends.kernel import KernelGroup
 from fusehsm.conform.emulator import LINES, Emulator
+from fusehsm.daemon.child import foreground_mount
 from fusehsm.fanotify.abi import FAN_CLASS_PRE_CONTENT, FAN_CLOEXEC, FAN_MARK_ADD, LINUX_6_14
-from fusehsm.foreground_mount import foreground_mount
 from fusehsm.linux import syscalls
 from fusehsm.linux.mountinfo import mount_of
 

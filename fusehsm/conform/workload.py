@@ -3,8 +3,8 @@
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from fusehsm.conform.divergences import DIVERGENCES
 from fusehsm.conform.scene import EVERYTHING, SIZE, Scene
-from fusehsm.divergences import DIVERGENCES
 
 Script = Callable[[Scene], Awaitable[None]]
 _KNOWN = frozenset(entry.name for entry in DIVERGENCES)
@@ -14,7 +14,7 @@ _KNOWN = frozenset(entry.name for entry in DIVERGENCES)
 class Workload:
     """Runs the same on both sides.
 
-    `differs`: the entries of divergences.py that explain why the emulator's stream is another one, none where it must be the same.
+    `differs`: the entries of conform/divergences.py that explain why the emulator's stream is another one, none where it must be the same.
     `unsteady`: the events change from run to run; what calls return and files hold does not.
     What is arbitrary on the real kernel too: `interchangeable` groups hear the same event one after the other, which first; `at_once`: events
     between one result and the next come in any order.

@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NoReturn
 
+from fusehsm.daemon.child import foreground_mount
+from fusehsm.daemon.options import EVENT_MODES, MountError
 from fusehsm.fanotify.abi import DIALECTS
-from fusehsm.foreground_mount import foreground_mount
 from fusehsm.linux import mountinfo
 from fusehsm.linux.held_signals import signals_held
 from fusehsm.linux.interruption import Interrupted, interruptible
 from fusehsm.linux.subprocesses import own_command, own_environment
 from fusehsm.linux.syscalls import prctl
 from fusehsm.mount import unmount
-from fusehsm.mount_options import EVENT_MODES, MountError
 from fusehsm.supervisor import filters
 from fusehsm.supervisor.calls import Calls
 from fusehsm.supervisor.launch import FAILURE

@@ -14,12 +14,12 @@ import trio
 from fusehsm.backends.opening import BACKENDS, kernel_can_watch
 from fusehsm.control.client import ControlConnection
 from fusehsm.control.protocol import Backing
+from fusehsm.daemon.options import MountError
 from fusehsm.linux.held_signals import signals_held
 from fusehsm.linux.interruption import Interrupted
 from fusehsm.linux.mountinfo import Mount, MountId, id_at, id_of, mount_of, read_mounts
 from fusehsm.linux.subprocesses import own_command, own_environment
 from fusehsm.mount import unmount
-from fusehsm.mount_options import MountError
 from fusehsm.tier.alone import alone
 from fusehsm.tier.mishaps import in_a_line
 from fusehsm.tier.store import shown

@@ -3,7 +3,7 @@
 import ast
 from pathlib import Path
 
-from fusehsm.divergences import DIVERGENCES, markdown_table
+from fusehsm.conform.divergences import DIVERGENCES, markdown_table
 from tests.harness import ROOT
 
 

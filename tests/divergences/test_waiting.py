@@ -13,9 +13,9 @@ import trio
 from fusehsm.backends.emulated import EmulatedGroup
 from fusehsm.backends.opening import open_group
 from fusehsm.conform.accessor import Accessor, Call
+from fusehsm.daemon.control_server import MOST_GROUPS
 from fusehsm.fanotify.abi import FAN_CLASS_PRE_CONTENT
 from fusehsm.linux.mountinfo import mount_of
-from fusehsm.server import MOST_GROUPS
 from tests.conftest import MakeAccessor
 from tests.divergences.sides import READ_ONLY, SIZE, Side
 from tests.listening import HOLD, Listener

@@ -41,7 +41,7 @@ def read(*paths: Path) -> None:
 
 
 def disk(path: Path) -> int:
-    """Bytes. Mounts show a block where there is none (divergences.py)."""
+    """Bytes. Mounts show a block where there is none (conform/divergences.py)."""
     blocks = os.stat(path).st_blocks
     return blocks * 512 if blocks > 1 else 0
 
