@@ -268,8 +268,8 @@ def populate(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the counts and change nothing.")] = False,
 ) -> int:
     """Make stubs of all files in a store, with its directories and links. May be run again; never overwrites content."""
-    from fusehsm.tier.populate import PopulateOptions
-    from fusehsm.tier.populate import populate as do_populate
+    from fusehsm.tier.populate.command import PopulateOptions
+    from fusehsm.tier.populate.command import populate as do_populate
 
     return do_populate(PopulateOptions(store=store, destination=destination, dry_run=dry_run))
 
@@ -329,8 +329,8 @@ def fetch(
     ] = False,
 ) -> int:
     """Serve DST's stubs in place: what is touched is fetched first. Stays until Ctrl-C; prints `ready` on stderr once accesses are served."""
-    from fusehsm.tier.fetch import FetchOptions
-    from fusehsm.tier.fetch import fetch as do_fetch
+    from fusehsm.tier.fetch.command import FetchOptions
+    from fusehsm.tier.fetch.command import fetch as do_fetch
 
     mount_arguments = ["--events", events, "--engine", engine, "--unattended", f"deny={on_error}"]
     mount_arguments += [word for value in options or () for word in ("-o", value)]
@@ -371,7 +371,7 @@ def evict(
     ] = None,
 ) -> int:
     """Take content that came from the store off the disk again, of unmodified files that nobody has open. Asks the running fetch."""
-    from fusehsm.tier.evict import evict as do_evict
+    from fusehsm.tier.fetch.evict_command import evict as do_evict
 
     return do_evict(paths, older_than=older_than, free=free)
 
@@ -383,7 +383,7 @@ def pin(
     ],
 ) -> int:
     """Never evict these files (it fetches nothing)."""
-    from fusehsm.tier.evict import pin as do_pin
+    from fusehsm.tier.fetch.evict_command import pin as do_pin
 
     return do_pin(paths, pinned=True)
 
@@ -395,7 +395,7 @@ def unpin(
     ],
 ) -> int:
     """Undo pin."""
-    from fusehsm.tier.evict import pin as do_pin
+    from fusehsm.tier.fetch.evict_command import pin as do_pin
 
     return do_pin(paths, pinned=False)
 
@@ -424,8 +424,8 @@ def validate(
     json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
 ) -> int:
     """Read files at random places, by pread(2) and mapped, and compare with the store. Exit code 0 only if all agrees."""
-    from fusehsm.tier.validate import ValidateOptions
-    from fusehsm.tier.validate import validate as do_validate
+    from fusehsm.tier.validate.command import ValidateOptions
+    from fusehsm.tier.validate.command import validate as do_validate
 
     return do_validate(
         ValidateOptions(
@@ -454,7 +454,7 @@ def status(
     """Mounts, their groups, and who waits, on which listener, for how long; for a PATH with stubs, what of each file is here."""
     from fusehsm.commands.status import is_stuck
     from fusehsm.commands.status import status as do_status
-    from fusehsm.tier.file_status import file_status
+    from fusehsm.tier.fetch.status_command import file_status
 
     if path is not None and not release and not is_stuck(path) and file_status(path, as_json=json):
         return 0

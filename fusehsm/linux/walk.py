@@ -12,7 +12,7 @@ from functools import partial
 from typing import Final
 
 from fusehsm.linux.beneath import open_beneath
-from fusehsm.tier.store import byte_order
+from fusehsm.tier.stores.base import byte_order
 
 LONGEST_PATH: Final = 1 << 14
 """Bytes of a path below the root; what lies deeper is left out. (open(2) takes paths of 4,095 bytes, and programs get deeper step by step.)"""

@@ -4,8 +4,8 @@ import os
 import signal
 import sys
 
-from fusehsm.tier.place import place_of
-from fusehsm.tier.stub_file import StubFile
+from fusehsm.tier.stubs.mount_identity import place_of
+from fusehsm.tier.stubs.stub import StubFile
 
 CALLS = {"os.setxattr", "os.utime", "os.removexattr"}
 

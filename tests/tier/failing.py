@@ -11,8 +11,9 @@ import trio
 
 from fusehsm.cli import main
 from fusehsm.linux import filesystem_calls
-from fusehsm.tier import evicting, touch_list
-from fusehsm.tier.keeping import Keeper
+from fusehsm.tier.fetch import access_list as touch_list
+from fusehsm.tier.fetch import evict as evicting
+from fusehsm.tier.fetch.durability import Keeper
 
 _OFTEN = 0.05  # seconds
 _FAILING = {

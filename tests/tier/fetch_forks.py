@@ -12,8 +12,9 @@ import signal
 import sys
 import time
 
-from fusehsm.tier import fetcher, local_store
-from fusehsm.tier.fetch import FetchOptions, fetch
+from fusehsm.tier.fetch import handler as fetcher
+from fusehsm.tier.fetch.command import FetchOptions, fetch
+from fusehsm.tier.stores import local as local_store
 
 # What Python tells its audit hooks of before it calls the system, of what a fill, a record and an eviction are made of.
 CALLS = {"os.setxattr", "os.removexattr", "os.utime", "mmap.__new__", "os.getxattr"}

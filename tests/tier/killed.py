@@ -8,8 +8,8 @@ import os
 import signal
 import sys
 
-from fusehsm.tier.local_store import LocalStore
-from fusehsm.tier.planting import Planter
+from fusehsm.tier.populate.create import Planter
+from fusehsm.tier.stores.local import LocalStore
 
 # What Python tells its audit hooks of before it calls the system, as far as it changes something.
 CHANGES = {

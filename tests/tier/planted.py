@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-from fusehsm.tier.opening import open_store
-from fusehsm.tier.planting import Outcome, Planter
+from fusehsm.tier.populate.create import Outcome, Planter
+from fusehsm.tier.stores.open import open_store
 
 
 def plant(store: str | Path, target: Path, **more: bool) -> tuple[dict[str, Outcome], list[tuple[str, str]]]:

@@ -24,8 +24,8 @@ from pathlib import Path
 from fusehsm.conform.ext4 import ext4_image
 from fusehsm.control import socket as control_socket
 from fusehsm.linux.mountinfo import read_mounts
-from fusehsm.tier.local_store import LocalStore
-from fusehsm.tier.planting import Planter
+from fusehsm.tier.populate.create import Planter
+from fusehsm.tier.stores.local import LocalStore
 from tests import harness
 from tests.tier.fetching import clear
 from tests.tier.soak_model import Content

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from fusehsm.linux.walk import LONGEST_PATH
-from fusehsm.tier import residency, stub_mark
-from fusehsm.tier.residency import Flags
+from fusehsm.tier.stubs import mark as stub_mark
+from fusehsm.tier.stubs import record as residency
+from fusehsm.tier.stubs.record import Flags
 from tests import harness
 from tests.tier.deep import LEVELS, innermost, nested
 from tests.tier.fetching import fetching, run

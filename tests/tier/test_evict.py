@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fusehsm.tier import stub_mark
+from fusehsm.tier.stubs import mark as stub_mark
 from tests import harness
 from tests.tier.fetching import fetching, run
 from tests.tier.planted import plant

@@ -12,7 +12,8 @@ import pytest
 
 from fusehsm.control import socket as control_socket
 from fusehsm.linux.mountinfo import read_mounts
-from fusehsm.tier import residency, stub_mark
+from fusehsm.tier.stubs import mark as stub_mark
+from fusehsm.tier.stubs import record as residency
 from tests.harness import PATIENCE, environment, fusehsm
 from tests.tier.fetching import fetching, is_mounted, run
 from tests.tier.planted import plant

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from fusehsm.tier import residency, stub_mark
-from fusehsm.tier.residency import Flags
+from fusehsm.tier.stubs import mark as stub_mark
+from fusehsm.tier.stubs import record as residency
+from fusehsm.tier.stubs.record import Flags
 from tests import harness
 from tests.requirements import require
 from tests.tier.fetching import Fetching, fetching, is_mounted, run

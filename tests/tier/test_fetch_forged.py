@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fusehsm.tier.opening import open_store
-from fusehsm.tier.store import Kind, Rights
-from fusehsm.tier.stub_mark import Mark
+from fusehsm.tier.stores.base import Kind, Rights
+from fusehsm.tier.stores.open import open_store
+from fusehsm.tier.stubs.mark import Mark
 from tests import harness
 from tests.harness import NOBODY
 from tests.requirements import require_root

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from fusehsm.conform.ext4 import ext4_image
-from fusehsm.tier.place import place_of
-from fusehsm.tier.stub_file import StubFile
+from fusehsm.tier.stubs.mount_identity import place_of
+from fusehsm.tier.stubs.stub import StubFile
 from tests.requirements import require_root
 from tests.tier.fetching import fetching, run
 from tests.tier.planted import plant

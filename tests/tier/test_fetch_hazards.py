@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fusehsm.tier.fetch_client import found
-from fusehsm.tier.fetch_protocol import Evict, encode_request
+from fusehsm.tier.fetch.client import found
+from fusehsm.tier.fetch.protocol import Evict, encode_request
 from tests import harness
 from tests.tier.fetching import clear, fetching, is_mounted, run
 from tests.tier.planted import plant

@@ -10,8 +10,9 @@ import pytest
 
 from fusehsm.control import socket as control_socket
 from fusehsm.linux.mountinfo import id_at, read_mounts
-from fusehsm.tier import residency, stub_mark
-from fusehsm.tier.residency import Flags
+from fusehsm.tier.stubs import mark as stub_mark
+from fusehsm.tier.stubs import record as residency
+from fusehsm.tier.stubs.record import Flags
 from tests.harness import Mount
 from tests.requirements import require_root
 from tests.tier.fetching import fetching, run

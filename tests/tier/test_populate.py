@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from fusehsm.tier.planting import UNFINISHED, Outcome, Planter
-from fusehsm.tier.store import Entry, Kind, StoreError
+from fusehsm.tier.populate.create import UNFINISHED, Outcome, Planter
+from fusehsm.tier.stores.base import Entry, Kind, StoreError
 from tests.conftest import MakeMount
 from tests.harness import NOBODY, fusehsm
 from tests.requirements import require_root

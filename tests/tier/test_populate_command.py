@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fusehsm.tier.progress import progress_line, size_text
+from fusehsm.tier.text.progress import progress_line, size_text
 from tests import harness
 from tests.harness import NOBODY, fusehsm
 from tests.requirements import require_root

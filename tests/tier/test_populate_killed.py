@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fusehsm.tier.planting import UNFINISHED, Outcome
+from fusehsm.tier.populate.create import UNFINISHED, Outcome
 from tests import harness
 from tests.tier.planted import plant
 from tests.tier.trees import changes_since, describe, expect_stubs

@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from fusehsm.tier.planting import Outcome
+from fusehsm.tier.populate.create import Outcome
 from tests.requirements import require_root
 from tests.tier.planted import plant
 from tests.tier.trees import changes_since, describe, expect_stubs

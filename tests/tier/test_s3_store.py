@@ -14,9 +14,9 @@ from pathlib import Path
 import fsspec.config
 import pytest
 
-from fusehsm.tier.lists_ahead import AHEAD
-from fusehsm.tier.opening import open_store
-from fusehsm.tier.store import Entry, Kind, Store, StoreChanged, StoreError
+from fusehsm.tier.stores.base import Entry, Kind, Store, StoreChanged, StoreError
+from fusehsm.tier.stores.open import open_store
+from fusehsm.tier.stores.readahead import AHEAD
 from tests.harness import PATIENCE, fusehsm
 from tests.tier.relay import relay
 from tests.tier.s3_server import S3

@@ -13,8 +13,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from fusehsm.tier.opening import open_store
-from fusehsm.tier.store import Entry, Kind, Store, StoreChanged
+from fusehsm.tier.stores.base import Entry, Kind, Store, StoreChanged
+from fusehsm.tier.stores.open import open_store
 from tests.tier.s3_server import S3
 from tests.tier.servers import Served
 from tests.tier.trees import content_of, files_of, make_small_tree

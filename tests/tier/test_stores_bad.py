@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from fusehsm.tier.http_store import HttpStore
-from fusehsm.tier.opening import open_store
-from fusehsm.tier.store import StoreChanged, StoreError
+from fusehsm.tier.stores.base import StoreChanged, StoreError
+from fusehsm.tier.stores.http import HttpStore
+from fusehsm.tier.stores.open import open_store
 from tests.tier.servers import Served
 from tests.tier.trees import content_of
 
@@ -165,7 +165,7 @@ def test_a_package_that_is_missing(protocol: str, package: str) -> None:
     # In a process of its own, where nothing has been imported yet.
     program = (
         f"import sys; sys.modules['{package}'] = None\n"
-        "from fusehsm.tier.opening import open_store\n"
+        "from fusehsm.tier.stores.open import open_store\n"
         f"try: open_store('{protocol}://host/x')\n"
         "except OSError as error: print(error.strerror)\n"
     )

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 
 from fusehsm.linux import filesystem_calls as syscalls
-from fusehsm.tier import residency, stub_mark
-from fusehsm.tier.content_writer import may_have_grown_to, write_without_growing
-from fusehsm.tier.place import place_of
-from fusehsm.tier.residency import Flags
-from fusehsm.tier.stub_file import InDoubt, StubFile
-from fusehsm.tier.stub_mark import Mark
+from fusehsm.tier.stubs import mark as stub_mark
+from fusehsm.tier.stubs import record as residency
+from fusehsm.tier.stubs.mark import Mark
+from fusehsm.tier.stubs.mount_identity import place_of
+from fusehsm.tier.stubs.record import Flags
+from fusehsm.tier.stubs.stub import InDoubt, StubFile
+from fusehsm.tier.stubs.writer import may_have_grown_to, write_without_growing
 from tests import harness
 from tests.requirements import require_root
 from tests.tier.planted import plant

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fusehsm.tier import touch_list
-from fusehsm.tier.touch_list import Recorder, Touched, read_list
+from fusehsm.tier.fetch import access_list as touch_list
+from fusehsm.tier.fetch.access_list import Recorder, Touched, read_list
 
 pytestmark = pytest.mark.any_engine
 

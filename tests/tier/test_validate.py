@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from fusehsm.linux.filesystem_calls import PAGE_SIZE
-from fusehsm.tier.local_store import LocalStore
-from fusehsm.tier.validate import Crew, ValidateOptions, validate
-from fusehsm.tier.validate_plan import BY, SMALL, WINDOW, plan, windows
-from fusehsm.tier.validate_report import Report, progress_line
+from fusehsm.tier.stores.local import LocalStore
+from fusehsm.tier.validate.command import Crew, ValidateOptions, validate
+from fusehsm.tier.validate.plan import BY, SMALL, WINDOW, plan, windows
+from fusehsm.tier.validate.report import Report, progress_line
 from tests import harness
 from tests.conftest import MakeMount
 from tests.harness import NOBODY, fusehsm

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from fusehsm.linux.walk import LONGEST_PATH, MOST_OPEN, Descent, directories
-from fusehsm.tier.inventory import items
-from fusehsm.tier.local_store import LocalStore
-from fusehsm.tier.store import StoreError
+from fusehsm.tier.fetch.inventory import items
+from fusehsm.tier.stores.base import StoreError
+from fusehsm.tier.stores.local import LocalStore
 from tests.tier.deep import LEVELS, nested
 from tests.tier.trees import make_small_tree
 

@@ -1,0 +1,299 @@
+"""`fusehsm fetch STORE DST`: serve DST's stubs from a store, in place, until told to end."""
+
+import errno
+import logging
+import os
+import resource
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Final
+
+import trio
+
+from fusehsm.backends.base import AT_FDCWD, Group
+from fusehsm.backends.opening import open_group
+from fusehsm.control import socket as control_socket
+from fusehsm.fanotify.abi import FAN_EVENT_ON_CHILD, FAN_MARK_ADD, FAN_MARK_MOUNT, parse_mask
+from fusehsm.handler import GROUP_IS_GONE, serve
+from fusehsm.linux.interruption import Interrupted, Interruption, interruptible
+from fusehsm.linux.mountinfo import read_mounts
+from fusehsm.linux.walk import directories
+from fusehsm.tier.fetch.access_list import Recorder, Touched, read_list, warm_up
+from fusehsm.tier.fetch.catalog import where
+from fusehsm.tier.fetch.client import socket_name
+from fusehsm.tier.fetch.destination import Destination, destination
+from fusehsm.tier.fetch.durability import INTERVAL, Keeper
+from fusehsm.tier.fetch.evict import Evictor, keep_below
+from fusehsm.tier.fetch.handler import Fetcher, Policy, Totals
+from fusehsm.tier.fetch.progress import StderrHandler, show_progress
+from fusehsm.tier.fetch.sd_notify import say_ready
+from fusehsm.tier.fetch.server import FetchServer
+from fusehsm.tier.stores.base import Store, shown
+from fusehsm.tier.stores.open import expect_apart, open_store
+from fusehsm.tier.stubs.mount_identity import place_of
+from fusehsm.tier.text.progress import size_text
+from fusehsm.tier.text.sizes import parse_seconds, parse_size
+
+_EVENTS: Final = ("PRE_ACCESS", "MODIFY")
+# On the real kernel nothing tells of what is written through a mapping, but the end of its file. (A mount makes MODIFY of it.)
+_EVENTS_OF_KERNEL: Final = (*_EVENTS, "CLOSE_WRITE")
+_DENIALS: Final = {"EIO": errno.EIO, "EAGAIN": errno.EAGAIN}
+_SMALLEST_BLOCK: Final = 4096
+_LAST_LOOK: Final = 1.0  # seconds: who asks again and again must not keep it from ending
+_OTHER_FILES: Final = 32  # descriptors, of which those of a store over the network are some
+# On the real kernel an ignore mark is a system call. On a mount it costs more than the events of a file that is read once: its content and its end.
+_IGNORE_AFTER: Final = 2
+_HANDLERS: Final = 1000  # events that may wait at once
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class FetchOptions:
+    """The command line of `fusehsm fetch`. `mount_arguments`: for `fusehsm mount`; `keep_interval`: Keeper's, in seconds."""
+
+    store: str
+    destination: str
+    backend: str = "auto"
+    block_size: str = "1M"
+    read_ahead: str = "32M"
+    jobs: int = 16
+    deadline: str = "60s"
+    on_error: str = "EIO"
+    limit_rate: str | None = None
+    max_size: str | None = None
+    record: str | None = None
+    prefetch: str | None = None
+    mount_arguments: tuple[str, ...] = ()
+    keep_interval: float = INTERVAL
+
+    def policy(self) -> Policy:
+        """What it means. Raises ValueError with one line for what makes no sense."""
+        block_size = parse_size("--block-size", self.block_size)
+        if block_size < _SMALLEST_BLOCK or block_size & (block_size - 1):
+            raise ValueError(f"--block-size {self.block_size}: must be a power of two of at least 4K")
+        if self.on_error not in _DENIALS:
+            raise ValueError(f"--on-error {self.on_error}: choose one of {', '.join(_DENIALS)}")
+        if self.jobs < 1:
+            raise ValueError(f"--jobs {self.jobs}: at least one request must be allowed")
+        rate = None if self.limit_rate is None else parse_size("--limit-rate", self.limit_rate)
+        if rate == 0:
+            raise ValueError(f"--limit-rate {self.limit_rate}: nothing would ever be fetched")
+        return Policy(
+            block_size=block_size,
+            prefetch_window=parse_size("--read-ahead", self.read_ahead),
+            deadline=parse_seconds("--deadline", self.deadline),
+            denial=_DENIALS[self.on_error],
+            rate=rate,
+            connections=self.jobs,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Wishes:
+    """What is done beside serving. `max_size`: bytes; `keep_interval`: seconds."""
+
+    max_size: int | None
+    recorder: Recorder | None
+    warm: list[Touched] | None
+    keep_interval: float
+
+
+def fetch(options: FetchOptions) -> int:
+    """Serve until SIGINT, SIGTERM or SIGHUP; prints `ready` on stderr (and tells a service manager) once accesses are served, and a
+    summary at the end. Returns the exit code.
+
+    Raises ValueError for bad usage, OSError with one line for what cannot be done, also when the mount or the group is gone, or of an error of
+    its own: a mount then stays and refuses.
+    """
+    policy = options.policy()
+    max_size = None if options.max_size is None else parse_size("--max-size", options.max_size)
+    logging.basicConfig(level=logging.WARNING, handlers=[StderrHandler()], format="fusehsm: %(message)s")
+    # Not of what opens stores: botocore tells where it found credentials.
+    logging.getLogger("fusehsm").setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    warm = None if options.prefetch is None else read_list(options.prefetch)
+    line = None
+    try:
+        with interruptible() as interruption, suppress(Interrupted), ExitStack() as stack:
+            store = stack.enter_context(open_store(options.store))
+            expect_apart(store, options.destination)
+            recorder = None
+            if options.record is not None:
+                _expect_outside(options.record, os.path.realpath(options.destination))
+                recorder = stack.enter_context(Recorder(options.record, policy.block_size))
+            # Whatever can be refused has been: from here on only an ordered end takes a mount away.
+            place = stack.enter_context(
+                destination(options.destination, options.backend, options.mount_arguments)
+            )
+            if recorder is not None:
+                recorder.begin()
+            if place.backend == "fuse":
+                policy = replace(policy, ignore_after=_IGNORE_AFTER)
+            wishes = _Wishes(max_size, recorder, warm, options.keep_interval)
+            started = time.monotonic()
+            totals = trio.run(_serve, store, place, policy, wishes, interruption)
+            line = summary(options, totals, time.monotonic() - started)
+    finally:
+        # Where nobody reads it, that is an error, which is none of the serving.
+        if line is not None:
+            print(line, flush=True)
+    return 0
+
+
+async def _serve(
+    store: Store, place: Destination, policy: Policy, wishes: _Wishes, interruption: Interruption
+) -> Totals:
+    failures: list[OSError] = []
+    events = _EVENTS_OF_KERNEL if place.backend == "kernel" else _EVENTS
+    # Of a whole file system also what other mounts show of it, and those of other namespaces (containers), which have no marks of their own.
+    mark = "filesystem" if place.is_whole and place.path != "/" else "mount"
+    async with (
+        open_group(place.path, events, backend=place.backend, mark=mark) as group,
+        _refusing_the_rest(group),
+    ):
+        with ExitStack() as ending:
+            async with trio.open_nursery() as nursery:
+                if place.backend == "kernel":
+                    mask = parse_mask(events, group.dialect)
+                    if mark == "mount":
+                        await _watch_directories(group, place.root_fd, mask)
+                    await _watch_mounts_below(group, place.path, mask)
+                fetcher = Fetcher(
+                    store, place.path, place_of(place.root_fd), policy, nursery, wishes.recorder
+                )
+                fetcher.group = group
+                keeper = Keeper(fetcher, place.root_fd, wishes.keep_interval)
+                # However it ends: while the group still keeps everybody waiting.
+                ending.callback(keeper.rest)
+                evictor = Evictor(fetcher, place, group)
+
+                async def serve_group() -> None:
+                    try:
+                        await serve(group, fetcher, limit=_handlers(policy))
+                    except OSError as error:
+                        failures.append(error)
+                        nursery.cancel_scope.cancel()
+
+                nursery.start_soon(serve_group)
+                nursery.start_soon(keeper.keep)
+                nursery.start_soon(show_progress, fetcher)
+                await nursery.start(_serve_socket, place, FetchServer(fetcher, evictor, place.root_fd))
+                if wishes.max_size is not None:
+                    nursery.start_soon(keep_below, evictor, wishes.max_size, _log.warning)
+                if wishes.warm is not None:
+                    nursery.start_soon(warm_up, place.path, wishes.warm)
+                means = "the kernel's own events" if place.backend == "kernel" else "a mount of fusehsm"
+                print(f"fusehsm: serving {shown(place.path)} from {store.name} by {means}", file=sys.stderr)
+                print("ready", file=sys.stderr, flush=True)
+                say_ready()
+                try:
+                    await interruption.watch()
+                except Interrupted:
+                    nursery.cancel_scope.cancel()
+    if failures:
+        raise failures[0]
+    return fetcher.totals
+
+
+def _expect_outside(record: str, destination: str) -> None:
+    """Writing the list would be an access, and wait for us who write it."""
+    place = os.path.realpath(record)
+    if os.path.commonpath((place, destination)) == destination:
+        raise ValueError(f"--record {shown(record)}: lies in the destination; choose a place outside")
+
+
+def _handlers(policy: Policy) -> int:
+    """How many events may be answered at once: each has up to four descriptors for as long as it waits. Takes all that this process may have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    if soft == resource.RLIM_INFINITY:
+        return _HANDLERS
+    return max(min(_HANDLERS, (soft - _OTHER_FILES - policy.connections) // 4), 1)
+
+
+@asynccontextmanager
+async def _refusing_the_rest(group: Group) -> AsyncIterator[None]:
+    """At the end, refuse what nobody has looked at: the real kernel allows whatever waits in a group that is closed, and stubs were read as zeros."""
+    try:
+        yield
+    finally:
+        end = time.monotonic() + _LAST_LOOK
+        while time.monotonic() < end:
+            try:
+                events = group.take_events()
+            except BlockingIOError:
+                break  # nothing is left
+            except OSError as error:
+                if error.errno in GROUP_IS_GONE:
+                    break
+                continue  # one whose file cannot be opened, which has been refused by that
+            for event in events:
+                if event.fd < 0:
+                    continue
+                os.close(event.fd)
+                if event.mask & group.permission_events:
+                    with suppress(OSError):  # who waited has been killed
+                        group.answer(event, errno.EIO)
+
+
+async def _watch_directories(group: Group, root_fd: int, mask: int) -> None:
+    """A mark on the mount holds in no other mount of the same tree, and in no other namespace: containers get copies of mounts, without marks. What
+    is marked on a directory holds everywhere for the files that are in it."""
+    complained = False
+
+    def complain(error: OSError) -> None:
+        nonlocal complained
+        if not complained:
+            complained = True
+            what = "its files, and those of others like it, are read as zeros in other mounts and namespaces"
+            _log.warning("%s: %s", where(error), what)
+
+    for fd, _ in directories(root_fd, complain):
+        try:
+            await group.mark(FAN_MARK_ADD, mask | FAN_EVENT_ON_CHILD, fd)
+        except OSError as error:
+            complain(OSError(error.errno, error.strerror, os.readlink(f"/proc/self/fd/{fd}")))
+
+
+async def _watch_mounts_below(group: Group, path: str, mask: int) -> None:
+    """What is mounted below a directory has its own marks on the real kernel. (A mount of fusehsm shows it all as one.)"""
+    prefix = path.rstrip("/") + "/"
+    for mount in list(read_mounts()):
+        if mount.mount_point.startswith(prefix) and not mount.is_fusehsm:
+            try:
+                await group.mark(FAN_MARK_ADD | FAN_MARK_MOUNT, mask, AT_FDCWD, mount.mount_point)
+            except OSError as error:
+                _log.warning(
+                    "%s: another file system, which cannot be watched (%s): what is a stub there is read as zeros",
+                    shown(mount.mount_point),
+                    error.strerror,
+                )
+
+
+async def _serve_socket(
+    place: Destination, server: FetchServer, *, task_status: trio.TaskStatus[None]
+) -> None:
+    name = await trio.to_thread.run_sync(socket_name, place.path)
+    with control_socket.listening_as(name) as listener:
+        task_status.started()
+        await server.serve(listener)
+
+
+def summary(options: FetchOptions, totals: Totals, seconds: float) -> str:
+    """The line at the end."""
+    parts = [
+        f"{totals.events:,} events",
+        f"{size_text(totals.fetched)} fetched in {totals.requests:,} requests ({size_text(totals.prefetched)} ahead of its readers)",
+        f"{totals.completed:,} files complete",
+    ]
+    if totals.retries:
+        parts.append(f"{totals.retries:,} retries")
+    if totals.denied:
+        parts.append(f"{totals.denied:,} accesses refused")
+    return f"served {shown(options.destination)} for {seconds:.1f} s: {', '.join(parts)}"

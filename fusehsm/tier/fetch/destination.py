@@ -1,0 +1,193 @@
+"""The directory whose stubs are served, in place: by the real kernel's events, or through a mount of the emulator over it."""
+
+import contextlib
+import errno
+import os
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+
+from fusehsm.backends.opening import BACKENDS, kernel_can_watch
+from fusehsm.control.client import ControlConnection
+from fusehsm.control.protocol import Backing
+from fusehsm.daemon.options import MountError
+from fusehsm.linux.held_signals import signals_held
+from fusehsm.linux.interruption import Interrupted
+from fusehsm.linux.mountinfo import Mount, MountId, id_at, id_of, mount_of, read_mounts
+from fusehsm.linux.subprocesses import own_command, own_environment
+from fusehsm.mount import unmount
+from fusehsm.tier.fetch.errors import in_a_line
+from fusehsm.tier.populate.lock import alone
+from fusehsm.tier.stores.base import shown
+
+_REFUSING: Final = (
+    "what is not here is refused there; start fetch again, which takes it over, or `fusehsm umount {}`"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """`path`: absolute, without symbolic links, where accessors see it. `root_fd`: its directory, under a mount the backing. `backend`: "kernel",
+    where what is done through `root_fd` makes events as anything else, or "fuse". `is_whole`: it is the root of its file system."""
+
+    path: str
+    root_fd: int
+    backend: str
+    is_whole: bool = False
+
+
+@contextmanager
+def destination(path: str, backend: str, mount_arguments: Sequence[str]) -> Iterator[Destination]:
+    """Make `path` a place with events, and undo that at the end. `backend` as for open_group(), "auto": the real kernel where it can.
+
+    `mount_arguments`: of `fusehsm mount`, whose daemon is a process of its own: when whoever serves dies without a word, accesses are refused, so
+    that no stub is read as zeros, and the next one takes over that mount. Any error of the body leaves the mount, too: only its ordered end and
+    Interrupted take it away. Raises OSError with one line, EBUSY where somebody fills or populates already.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"--backend {backend}: choose one of {', '.join(BACKENDS)}")
+    if not path:
+        raise ValueError("DST is empty; name the directory with the stubs")
+    path = os.path.realpath(path)
+    _clear_dead_mount(path)
+    if not os.path.isdir(path):
+        why = "is no directory" if os.path.exists(path) else "is not there; `fusehsm populate` makes it"
+        raise OSError(errno.ENOTDIR, why, path)
+    mount = mount_of(path)
+    if mount.is_fusehsm and backend != "kernel":
+        if mount.mount_point != path:
+            raise OSError(
+                errno.EINVAL, f"lies on a mount of fusehsm; serve its mount point {mount.mount_point}", path
+            )
+        taken_over = id_of(mount)
+        with _root_below(mount) as root_fd, alone(root_fd, path):
+            with _explained(path):
+                yield Destination(path, root_fd, "fuse")
+            if mount.source == path:
+                _unmount(path, taken_over)
+        return
+    root_fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with alone(root_fd, path):
+            if backend == "kernel" or (backend == "auto" and _kernel_can(path)):
+                kernel_can_watch(path)
+                is_whole = mount.mount_point == path and mount.root == "/"
+                with _explained(path):
+                    yield Destination(path, root_fd, "kernel", is_whole=is_whole)
+            else:
+                with _mounted(path, mount_arguments), _explained(path):
+                    yield Destination(path, root_fd, "fuse")
+    finally:
+        os.close(root_fd)
+
+
+@contextmanager
+def _mounted(path: str, arguments: Sequence[str]) -> Iterator[None]:
+    """Mount, and unmount at the ordered end: a mount that nobody serves refuses what is not here, where the directory below it shows zeros."""
+    mounted: list[MountId] = []
+    stays = False
+    try:
+        _mount(path, arguments, mounted)  # a signal that came meanwhile is raised at its end
+        try:
+            yield
+        except Interrupted:
+            raise
+        except BaseException:
+            stays = True
+            raise
+    finally:
+        if not stays:
+            for ours in mounted:
+                _unmount(path, ours)
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """Make any error of the body an OSError with one line, which also says what it means for those who use the directory."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except BaseException as error:
+        number = error.errno if isinstance(error, OSError) else None
+        raise OSError(number or errno.EIO, f"{in_a_line(error)}; {_left_behind(path)}") from error
+
+
+def _left_behind(path: str) -> str:
+    # By the list of mounts: asking the mount itself may wait for a server that has died.
+    if any(mount.mount_point == path and mount.is_fusehsm for mount in read_mounts()):
+        return f"{shown(path)} stays mounted, and {_REFUSING.format(shown(path))}"
+    return f"nobody serves {shown(path)} any more, and what is not here is read as zeros there; start fetch again"
+
+
+def _clear_dead_mount(path: str) -> None:
+    """Take away a mount of which the daemon was killed: it refuses everything, so nobody gets to see less than before."""
+    try:
+        dead = id_at(path)
+        os.statvfs(path)  # asks the server, where attributes may be cached
+    except OSError as error:
+        if error.errno == errno.ENOTCONN:
+            _unmount(path, dead)
+
+
+def _kernel_can(path: str) -> bool:
+    try:
+        kernel_can_watch(path)
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def _root_below(mount: Mount) -> Iterator[int]:
+    async def ask() -> int | None:
+        connection = await ControlConnection.open(mount)
+        try:
+            return (await connection.request(Backing()))[1]
+        finally:
+            connection.close()
+
+    root_fd = trio.run(ask)
+    if root_fd is None:
+        raise OSError(errno.ENOTCONN, "its server does not show its backing", mount.mount_point)
+    try:
+        yield root_fd
+    finally:
+        os.close(root_fd)
+
+
+def _mount(path: str, arguments: Sequence[str], mounted: list[MountId]) -> None:
+    """Mount, and add the new mount to `mounted`."""
+    with signals_held():
+        result = subprocess.run(
+            own_command("mount", *arguments, path, path),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            env=own_environment(),
+            text=True,
+            check=False,
+        )
+        if result.returncode == 0:
+            mounted.append(id_at(path))
+    if result.returncode == 2:
+        raise ValueError(" ".join(result.stderr.replace("fusehsm: ", "").split()))
+    if result.returncode:
+        said = result.stderr.replace("fusehsm: ", "").strip() or f"exit code {result.returncode}"
+        raise OSError(errno.EIO, f"{shown(path)} cannot be mounted: {' '.join(said.split())}")
+
+
+def _unmount(path: str, ours: MountId) -> None:
+    try:
+        unmount(path, ours)
+    except MountError as error:
+        with contextlib.suppress(OSError):
+            if id_at(path) != ours:
+                return
+        why = " ".join(str(error).split())
+        raise OSError(errno.EBUSY, f"left mounted: {why}; {_REFUSING.format(shown(path))}") from None

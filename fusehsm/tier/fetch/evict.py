@@ -1,0 +1,259 @@
+"""Taking content away again, while nobody has the file open, and only what the store has as well."""
+
+import errno
+import logging
+import math
+import os
+import select
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import partial
+from typing import Final
+
+import trio
+
+from fusehsm.backends.base import Group
+from fusehsm.backends.leasing import leased
+from fusehsm.fanotify.abi import (
+    FAN_CLOSE_WRITE,
+    FAN_MARK_ADD,
+    FAN_MARK_EVICTABLE,
+    FAN_MARK_IGNORED_MASK,
+    FAN_MARK_IGNORED_SURV_MODIFY,
+    FAN_MARK_REMOVE,
+    FAN_MODIFY,
+)
+from fusehsm.linux.beneath import open_beneath
+from fusehsm.tier.fetch.catalog import where
+from fusehsm.tier.fetch.destination import Destination
+from fusehsm.tier.fetch.errors import in_a_line, passed_over
+from fusehsm.tier.fetch.handler import Fetcher, Served
+from fusehsm.tier.fetch.inventory import Item, items
+from fusehsm.tier.stubs.identity import Key, key_of
+from fusehsm.tier.stubs.stub import StubFile
+
+_ADD = FAN_MARK_ADD | FAN_MARK_IGNORED_MASK | FAN_MARK_IGNORED_SURV_MODIFY | FAN_MARK_EVICTABLE
+_LOOKS: Final = 1000  # a millisecond each
+_REMOVE = FAN_MARK_REMOVE | FAN_MARK_IGNORED_MASK
+
+
+_SHORTEST: Final = 0.5  # seconds until what was in use is looked at again
+_AFTER_TROUBLE: Final = 30.0  # seconds until the tree is looked at again when that has failed
+
+_log = logging.getLogger(__name__)
+
+
+class Kept(Enum):
+    """Why content stays where it is."""
+
+    MODIFIED = "modified"
+    PINNED = "pinned"
+    IN_USE = "in use"
+    RECENT = "recently used"
+    FAILED = "failed"
+
+
+@dataclass(slots=True)
+class Outcome:
+    """Of many: how many were evicted, how many bytes became free, what stays and why; `complaints`: (path, why) of what is neither the user's wish
+    nor in use."""
+
+    evicted: int = 0
+    freed: int = 0
+    kept: Counter[Kept] = field(default_factory=Counter)
+    complaints: list[tuple[str, str]] = field(default_factory=list)
+
+
+class Evictor:
+    """For the files that a fetcher serves."""
+
+    def __init__(self, fetcher: Fetcher, place: Destination, group: Group) -> None:
+        self.fetcher = fetcher
+        self._place = place
+        self._group = group
+        self._has_left_out = False
+
+    async def inventory(self, path: str) -> list[Item]:
+        """items() at or below a path, looked at in a thread."""
+        listing = partial(items, self._place.root_fd, path, self.known, self._leave_out, self.fetcher.place)
+        return await trio.to_thread.run_sync(lambda: list(listing()))
+
+    def _leave_out(self, error: OSError) -> None:
+        # Once: whoever makes such directories may make many, and the tree is looked at again and again.
+        if not self._has_left_out:
+            self._has_left_out = True
+            _log.warning("%s; it and others like it are not counted, evicted or pinned", where(error))
+
+    def known(self, key: Key) -> StubFile | None:
+        """The file that is served under that key, if it is one."""
+        served = self.fetcher.served.get(key)
+        return None if served is None else served.file
+
+    async def evict_many(
+        self, candidates: Sequence[Item], *, older_than: float | None = None, free: int | None = None
+    ) -> Outcome:
+        """Evict the files of a list: those that have not been used for `older_than` seconds, and until `free` bytes have become free."""
+        outcome = Outcome()
+        youngest = time.time_ns() - int((older_than or 0) * 1e9)
+        for item in candidates:
+            if not item.stub or not item.resident or not item.disk:
+                continue
+            if free is not None and outcome.freed >= free:
+                break
+            if item.modified:
+                outcome.kept[Kept.MODIFIED] += 1
+            elif item.pinned:
+                outcome.kept[Kept.PINNED] += 1
+            elif older_than is not None and item.used_ns > youngest:
+                outcome.kept[Kept.RECENT] += 1
+            else:
+                await self._evict_one(item.path, outcome)
+        return outcome
+
+    async def _evict_one(self, path: str, outcome: Outcome) -> None:
+        try:
+            outcome.freed += await self.evict(path)
+            outcome.evicted += 1
+        except BlockingIOError:
+            outcome.kept[Kept.IN_USE] += 1
+        except OSError as error:
+            modified = error.errno == errno.EBUSY
+            outcome.kept[Kept.MODIFIED if modified else Kept.FAILED] += 1
+            if not modified and error.errno != errno.ENOENT:
+                outcome.complaints.append((path, error.strerror or str(error)))
+        except Exception as error:  # a mistake of ours: others can be evicted all the same
+            outcome.kept[Kept.FAILED] += 1
+            outcome.complaints.append((path, in_a_line(error)))
+
+    async def evict(self, path: str) -> int:
+        """Evict one file; how many bytes became free. Raises BlockingIOError (EAGAIN) while it is in use, EBUSY if it is to stay, and ESTALE when
+        another file has come to be at that path."""
+        key, served = await trio.to_thread.run_sync(self._meet, path)
+        file = served.file
+        if file is None:
+            raise OSError(errno.EBUSY, "is no stub: its content is nowhere else", path)
+        file.expect_evictable()
+        if served.active or served.fills or served.evicting is not None:
+            raise BlockingIOError(errno.EAGAIN, "is being read", path)
+        served.evicting = trio.Event()
+        try:
+            return await self._evict_leased(path, key, served, file)
+        finally:
+            served.evicting.set()
+            served.evicting = None
+
+    async def _evict_leased(self, path: str, key: Key, served: Served, file: StubFile) -> int:
+        target: int | str
+        if self._place.backend == "kernel":
+            target = await trio.to_thread.run_sync(open_beneath, self._place.root_fd, path, os.O_PATH)
+        else:
+            target = os.path.join(self._place.path, path)
+        try:
+            await self._hear_of_changes()  # events of this file cannot be read while it is leased
+            async with leased(target) as lease:
+                fd = lease.descriptor
+                if self._place.backend == "kernel" and self._is_told():
+                    raise BlockingIOError(errno.EAGAIN, "too much is going on", path)
+                status = os.fstat(fd)
+                if key_of(fd, status) != key:
+                    raise OSError(errno.ESTALE, "is another file by now", path)
+                # Punching makes events of ours where the descriptor is watched, which could not even be read during the lease.
+                if self._place.backend == "kernel":
+                    served.ignored |= self._group.dialect.pre_content | FAN_MODIFY | FAN_CLOSE_WRITE
+                    await self._group.mark(_ADD, served.ignored, fd)
+                else:
+                    await self._unignore(served, fd)
+                freed = await trio.to_thread.run_sync(file.empty, fd, partial(os.fsync, fd))
+                if self._place.backend == "kernel":
+                    await self._unignore(served, fd)
+                served.origin = served.version = None
+        finally:
+            if isinstance(target, int):
+                os.close(target)
+        return freed
+
+    async def _hear_of_changes(self) -> None:
+        """Let the fetcher hear what has been told so far: that the file was closed by somebody who could have written to it, for one. Raises
+        BlockingIOError when there is so much of it that it takes too long for a lease."""
+        for _ in range(_LOOKS):
+            if not self._is_told():
+                await trio.lowlevel.checkpoint()
+                await trio.lowlevel.checkpoint()
+                return
+            await trio.sleep(0.001)
+        raise BlockingIOError(errno.EAGAIN, "too much is going on")
+
+    def _is_told(self) -> bool:
+        """Whether there are events that the fetcher has not heard of."""
+        waiting = select.poll()
+        waiting.register(self._group.fileno(), select.POLLIN)
+        return bool(waiting.poll(0))
+
+    async def _unignore(self, served: Served, fd: int) -> None:
+        """From now on there are events of it again."""
+        if served.ignored:
+            with suppress(FileNotFoundError):  # the kernel has forgotten the inode, and the mark with it
+                await self._group.mark(_REMOVE, served.ignored, fd)
+        served.ignored = 0
+
+    def _meet(self, path: str) -> tuple[Key, Served]:
+        fd = open_beneath(self._place.root_fd, path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            status = os.fstat(fd)
+            key = key_of(fd, status)
+            return key, self.fetcher.served.get(key) or self.fetcher.meet(key, fd, path)
+        finally:
+            os.close(fd)
+
+
+async def keep_below(evictor: Evictor, most: int, complain: Callable[[str], None]) -> None:
+    """Evict what was used least recently whenever the stubs take more than `most` bytes on the disk, down to nine tenths of it. Never returns.
+
+    Files in use stay, so for a while it may be more: `complain` is told when there is nothing to evict, once until there is again. What goes wrong is
+    logged and tried again later.
+    """
+    fetcher = evictor.fetcher
+    is_said = False
+
+    async def look() -> int:
+        """How many bytes more there may be before it is too much."""
+        nonlocal is_said
+        taken = await evictor.inventory("")
+        total = sum(item.disk for item in taken if item.stub)
+        if total > most:
+            taken.sort(key=lambda item: item.used_ns)
+            outcome = await evictor.evict_many(taken, free=total - most * 9 // 10)
+            total -= outcome.freed
+            if total > most and not is_said:
+                complain(
+                    f"more than --max-size is here ({total:,} bytes), and nothing that could be evicted: {kept_text(outcome)}"
+                )
+            is_said = total > most
+        return most - total
+
+    while True:
+        started = trio.current_time()
+        filled = fetcher.totals.filled
+        room = None
+        with passed_over("--max-size: nothing was evicted this time", _log):
+            room = await look()
+        if room is None:
+            await trio.sleep(_AFTER_TROUBLE)
+            continue
+        # Not at every block: the whole tree is looked at each time. What was in use may be free after a while, of which nobody tells.
+        patience = max(10 * (trio.current_time() - started), _SHORTEST) if room < 0 else math.inf
+        with trio.move_on_after(patience):
+            while fetcher.totals.filled - filled <= max(room, most // 20):
+                await fetcher.filled.wait()
+
+
+def kept_text(outcome: Outcome) -> str:
+    """What stays and why, in words."""
+    return (
+        ", ".join(f"{count:,} {reason.value}" for reason, count in outcome.kept.items())
+        or "all of it is on its way"
+    )

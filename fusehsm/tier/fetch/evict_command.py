@@ -1,0 +1,74 @@
+"""`fusehsm evict` and `fusehsm pin`: what the user asks of a running fetch."""
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+
+from fusehsm.tier.fetch.client import found
+from fusehsm.tier.fetch.evict import Kept
+from fusehsm.tier.fetch.protocol import Evict, Pin
+from fusehsm.tier.stores.base import shown
+from fusehsm.tier.text.progress import size_text
+from fusehsm.tier.text.sizes import parse_seconds, parse_size
+
+
+def evict(paths: Sequence[str], *, older_than: str | None, free: str | None) -> int:
+    """Do it, print a summary, return the exit code: 1 if a file that was named stays, or less became free than was wanted, or anything failed.
+
+    Raises ValueError for bad usage, OSError where nothing is, or nobody serves it.
+    """
+    seconds = None if older_than is None else parse_seconds("--older-than", older_than)
+    wanted = None if free is None else parse_size("--free", free)
+    counts: Counter[str] = Counter()
+    failed = False
+    for path in paths:
+        left = None if wanted is None else max(wanted - counts["freed"], 0)
+        fetch = found(path)
+        where, root = fetch.path, fetch.root
+        *lines, result = fetch.ask(Evict(where, seconds, left))
+        for line in lines:
+            _complain(os.path.join(root, str(line["path"])), str(line["why"]))
+        counts.update({name: int(count) for name, count in result.items()})
+        failed |= bool(lines)
+        if os.path.isfile(path) and (why := _why(result)):
+            _complain(path, why)
+            failed = True
+    kept = ", ".join(f"{counts[k.name.lower()]:,} {k.value}" for k in Kept if counts[k.name.lower()])
+    print(
+        f"evicted {counts['evicted']:,} files, {size_text(counts['freed'])} freed"
+        + (f"; stay: {kept}" if kept else "")
+    )
+    if wanted is not None and counts["freed"] < wanted:
+        _complain("--free", f"no more than {size_text(counts['freed'])} could be freed")
+        failed = True
+    return int(failed)
+
+
+def pin(paths: Sequence[str], *, pinned: bool) -> int:
+    """Pin or unpin; prints a summary. Raises OSError where nothing is, or nobody serves it."""
+    changed = 0
+    for path in paths:
+        fetch = found(path)
+        *_, result = fetch.ask(Pin(fetch.path, pinned))
+        changed += int(result["changed"])
+    print(f"{'pinned' if pinned else 'unpinned'} {changed:,} files")
+    return 0
+
+
+def _why(result: dict[str, int]) -> str:
+    for reason, why in _REASONS.items():
+        if result[reason.name.lower()]:
+            return why
+    return ""
+
+
+def _complain(path: str, why: str) -> None:
+    print(f"fusehsm: {shown(path)}: {why}", file=sys.stderr, flush=True)
+
+
+_REASONS = {
+    Kept.MODIFIED: "is modified: its content is nowhere else",
+    Kept.PINNED: "is pinned; `fusehsm unpin` it first",
+    Kept.IN_USE: "is in use; close it first (fuser shows by whom)",
+}

@@ -1,0 +1,117 @@
+"""What is here of a tree: one Item a regular file, whether or not somebody serves it."""
+
+import os
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from fusehsm.linux.beneath import components, open_beneath
+from fusehsm.linux.walk import LIST, Descent
+from fusehsm.tier.stubs.identity import Key, key_of
+from fusehsm.tier.stubs.stub import StubFile
+
+_FILE: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+_BLOCK_SIZE: Final = 1 << 20  # for files that have no record; of no importance, as nothing of them is here
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """`path`: below the destination. `size`, `resident` (what is here), `disk` (what it takes): bytes. `stub`: made by populate, else the user's own.
+    `used_ns`: when it was last used, as far as can be told, nanoseconds since 1970."""
+
+    path: str
+    size: int
+    resident: int
+    disk: int
+    stub: bool
+    modified: bool
+    pinned: bool
+    used_ns: int
+
+
+def items(
+    root_fd: int,
+    path: str,
+    known: Callable[[Key], StubFile | None],
+    left_out: Callable[[OSError], None],
+    place: bytes = b"",
+) -> Iterator[Item]:
+    """The regular files at or below `path` ("": all), in the order of their bytes; each inode once. No symbolic link is followed.
+
+    `known`: of the files that are served just now. `left_out` hears of directories that are not looked at. `place`: the destination's (tier/stubs/mount_identity.py).
+    Raises OSError ENOENT where there is nothing at `path`, ValueError for a path that leads elsewhere. What cannot be opened below it is left out.
+    """
+    if path:
+        components(path)
+        fd = open_beneath(root_fd, path, _FILE)
+    else:
+        fd = os.open(".", LIST, dir_fd=root_fd)
+    try:
+        status = os.fstat(fd)
+        if stat.S_ISREG(status.st_mode):
+            key = key_of(fd, status)
+            yield _item(fd, path, status, known(key), place)
+        elif stat.S_ISDIR(status.st_mode):
+            yield from _below(fd, path, known, left_out, place)
+    finally:
+        os.close(fd)
+
+
+def _below(
+    root_fd: int,
+    above: str,
+    known: Callable[[Key], StubFile | None],
+    left_out: Callable[[OSError], None],
+    place: bytes,
+) -> Iterator[Item]:
+    """The files below a directory, which is `above` itself."""
+    prefix = f"{above}/" if above else ""
+    seen: set[Key] = set()
+
+    def leave_out(error: OSError) -> None:
+        left_out(OSError(error.errno, error.strerror, prefix + os.fsdecode(error.filename or "")))
+
+    descent = Descent(root_fd, leave_out)
+    try:
+        while (level := descent.here) is not None:
+            if not level.names:
+                descent.leave()
+                continue
+            name = level.names.pop()
+            try:
+                fd = os.open(name, _FILE, dir_fd=level.fd)
+            except OSError:
+                continue  # a symbolic link, a socket, gone, or not ours to read
+            is_kept = False
+            try:
+                status = os.fstat(fd)
+                if stat.S_ISREG(status.st_mode):
+                    key = key_of(fd, status)
+                    if key not in seen:
+                        seen.add(key)
+                        yield _item(fd, prefix + level.path_of(name), status, known(key), place)
+                elif stat.S_ISDIR(status.st_mode):
+                    is_kept = True
+                    try:
+                        descent.enter(name, fd)
+                    except OSError as error:
+                        leave_out(OSError(error.errno, error.strerror, level.path_of(name)))
+            finally:
+                if not is_kept:
+                    os.close(fd)
+    finally:
+        descent.close()
+
+
+def _item(fd: int, path: str, status: os.stat_result, file: StubFile | None, place: bytes) -> Item:
+    if file is None:
+        try:
+            file = StubFile.recover(fd, path, place, _BLOCK_SIZE)
+        except Exception:
+            file = None  # whatever its owner has made of its attributes: others are counted all the same
+    used_ns = status.st_atime_ns if file is None else max(file.used_ns, status.st_atime_ns)
+    disk = status.st_blocks * 512
+    if file is None:
+        return Item(path, status.st_size, status.st_size, disk, False, False, False, used_ns)
+    return Item(path, status.st_size, file.resident, disk, True, file.modified, file.pinned, used_ns)

@@ -1,0 +1,65 @@
+"""What a running fetch is doing: a line that changes on a terminal, nothing elsewhere."""
+
+import logging
+import sys
+from typing import Final
+
+import trio
+
+from fusehsm.tier.fetch.errors import passed_over
+from fusehsm.tier.fetch.handler import Fetcher
+from fusehsm.tier.stores.base import shown
+from fusehsm.tier.text.progress import Progress, size_text
+
+_INTERVAL: Final = 0.2  # seconds
+_LONGEST_PATH: Final = 60  # letters
+
+_log = logging.getLogger(__name__)
+
+
+async def show_progress(fetcher: Fetcher) -> None:
+    """Keep the line up to date, as long as the terminal takes it."""
+    if not sys.stderr.isatty():
+        return
+    meter = Meter(fetcher)
+    with passed_over("no more is shown of how far it is", _log), Progress(meter.line) as progress:
+        while True:
+            progress.tick()
+            await trio.sleep(_INTERVAL)
+
+
+class Meter:
+    """Makes the line; remembers what it needs for the rate."""
+
+    def __init__(self, fetcher: Fetcher) -> None:
+        self._fetcher = fetcher
+        self._seconds = 0.0
+        self._fetched = 0
+        self._rate = 0.0
+
+    def line(self, seconds: float) -> str:
+        """After so many seconds."""
+        totals = self._fetcher.totals
+        if seconds > self._seconds:
+            rate = (totals.fetched - self._fetched) / (seconds - self._seconds)
+            self._rate = rate if not self._rate else 0.7 * self._rate + 0.3 * rate
+            self._seconds, self._fetched = seconds, totals.fetched
+        text = f"{size_text(totals.fetched)} fetched"
+        if not self._fetcher.under_way:
+            return f"{text}, nothing under way"
+        text += f", {size_text(round(self._rate))}/s, {len(self._fetcher.under_way):,} requests under way"
+        file = next(iter(self._fetcher.under_way.values()))
+        share = 100 * file.resident // file.size if file.size else 100
+        path = shown(file.path)
+        return f"{text}: {path if len(path) <= _LONGEST_PATH else '...' + path[-_LONGEST_PATH:]} ({share} %)"
+
+
+class StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Logs to what sys.stderr is by then, which a changing line has taken over so that others do not end up in the middle of it."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> object:
+        return sys.stderr

@@ -1,0 +1,1 @@
+"""`fusehsm populate`: a stub for every file of a store."""

@@ -1,0 +1,80 @@
+"""Owners and modes of what populate makes: as in the store, as far as this process may give them."""
+
+import errno
+import os
+import stat
+from contextlib import suppress
+from typing import Final
+
+from fusehsm.tier.stores.base import Entry, Kind
+
+# EINVAL: an id that the user namespace does not map.
+_NOT_PERMITTED: Final = frozenset((errno.EPERM, errno.EINVAL))
+
+
+class Ownership:
+    """What an entry's owner and mode should be for this process, and how they get there."""
+
+    def __init__(self) -> None:
+        self.is_root = os.geteuid() == 0
+        self._groups = {os.getegid(), *os.getgroups()}
+        # The mask can only be read by setting it.
+        self._umask = os.umask(0o077)
+        os.umask(self._umask)
+
+    def default(self, kind: Kind) -> int:
+        """The mode of something new whose mode the store does not tell."""
+        return (0o777 if kind is Kind.DIRECTORY else 0o666) & ~self._umask
+
+    def differs(self, entry: Entry, status: os.stat_result) -> bool:
+        """Whether something is to be set, as far as that is permitted."""
+        owner = self._owner(entry, status)
+        if owner != (status.st_uid, status.st_gid):
+            return True
+        mode = stat.S_IMODE(status.st_mode)
+        return entry.kind is not Kind.SYMLINK and _mode(entry, *owner, mode) != mode
+
+    def apply(self, entry: Entry, fd: int, default: int) -> None:
+        """Set owner, then mode (chown(2) clears set-user-id) of a file or directory; `default` is the mode if the store tells none."""
+        status = os.fstat(fd)
+        owner = self._owner(entry, status)
+        if owner != (status.st_uid, status.st_gid):
+            try:
+                os.fchown(fd, *owner)
+            except OSError as error:
+                if error.errno not in _NOT_PERMITTED:
+                    raise
+            status = os.fstat(fd)
+        mode = _mode(entry, status.st_uid, status.st_gid, default)
+        if mode != stat.S_IMODE(status.st_mode):
+            os.fchmod(fd, mode)
+
+    def apply_to_link(self, entry: Entry, name: str, dir_fd: int | None) -> None:
+        """Set the owner of the symbolic link `name`."""
+        status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+        owner = self._owner(entry, status)
+        if owner != (status.st_uid, status.st_gid):
+            with suppress(PermissionError):
+                os.chown(name, *owner, dir_fd=dir_fd, follow_symlinks=False)
+
+    def _owner(self, entry: Entry, status: os.stat_result) -> tuple[int, int]:
+        uid, gid = status.st_uid, status.st_gid
+        if self.is_root and entry.uid is not None:
+            uid = entry.uid
+        if entry.gid is not None and (self.is_root or entry.gid in self._groups):
+            gid = entry.gid
+        return uid, gid
+
+
+def _mode(entry: Entry, uid: int, gid: int, default: int) -> int:
+    """The mode for something that belongs to `uid` and `gid`."""
+    if entry.mode is None:
+        return default
+    mode = entry.mode & 0o7777
+    if entry.kind is Kind.FILE:
+        # A program must not run with the rights of somebody to whom it does not belong in the store (or of whom the store knows nothing).
+        if uid != entry.uid:
+            mode &= ~stat.S_ISUID
+        if gid != entry.gid:
+            mode &= ~stat.S_ISGID
+    return mode

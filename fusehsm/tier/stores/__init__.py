@@ -1,0 +1,1 @@
+"""Where content comes from: the interface of a store, and one module for each kind."""

@@ -1,0 +1,305 @@
+"""A bucket of S3, or of whatever else speaks it, or the part of one below a prefix.
+
+Where the server is and who asks, botocore finds out: AWS_* in the environment, ~/.aws, and fsspec's own FSSPEC_S3_*. Any number of ranges can be
+fetched at a time, up to CONNECTIONS of them in fact.
+
+An object's version is its ETag, which lists tell, too (they tell no version ids, and an object that is written again with the same content may
+as well count as the same). read() sends it along as If-Match, so what comes is of that version from the first byte to the last, also where
+the object is replaced in the middle; servers that ignore If-Match are told by the ETag in the answer. So is who knows a version only when they see
+it (read_if), which saves a HEAD for each file: a stub has room for no more than a digest of its version.
+
+Lists tell neither owner nor mode, nor the times that rclone and s3fs keep as metadata (x-amz-meta-mtime): only HEAD does, one request for each
+object instead of one for a thousand (measured on loopback, for a thousand objects: a list took 0.25 s, HEADs, 16 at a time, 4 to 7 s). So they are
+left alone, and a file's time is when the object was made.
+
+A key is a path: components separated by "/". A key that ends in "/" is a directory. What no file system can have is handed to `on_error` and left
+out: keys with an empty component, "." or "..", and an object whose key is also a directory's name.
+"""
+
+import errno
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
+from datetime import datetime
+from typing import Any, Final, TypeAlias
+
+import aiohttp
+import fsspec.config
+from botocore.exceptions import ClientError, HTTPClientError, ResponseStreamingError
+from fsspec.asyn import sync
+
+from fusehsm.tier.stores.base import Entry, Kind, Rights, StoreError, byte_order, changed, throw
+from fusehsm.tier.stores.fsspec import FsspecStore
+from fusehsm.tier.stores.readahead import ListsAhead
+from fusehsm.tier.stores.s3_errors import CHANGED, GONE, OUT_OF_RANGE, code_of, explained
+
+CONNECTIONS: Final = 64  # at most, and so requests at a time
+_TRIES: Final = 3
+_CONNECTING: Final = 10.0  # seconds for a connection to come about
+_SILENCE: Final = 30.0  # seconds without a byte
+_BROKEN: Final = (HTTPClientError, ResponseStreamingError, aiohttp.ClientError, TimeoutError, ConnectionError)
+
+
+def options() -> dict[str, Any]:
+    """What s3fs is to be made with: a server that does not answer is given up on after _TRIES times _SILENCE. FSSPEC_S3 can say otherwise."""
+    ours = {
+        "connect_timeout": _CONNECTING,
+        "read_timeout": _SILENCE,
+        "max_pool_connections": CONNECTIONS,
+        "retries": {"total_max_attempts": _TRIES, "mode": "standard"},
+    }
+    told = fsspec.config.conf.get("s3", {}).get("config_kwargs")
+    theirs = told if isinstance(told, Mapping) else {}
+    # An instance that others use, too, could be of another endpoint or have other credentials: the environment may have changed.
+    return {"config_kwargs": {**ours, **theirs}, "skip_instance_cache": True}
+
+
+# Names: of objects, with what a list tells of each, and of directories.
+_Keys: TypeAlias = tuple[dict[str, Mapping[str, Any]], set[str]]
+
+
+class S3Store(FsspecStore):
+    """The tree below s3://BUCKET/PREFIX. It tells sizes, versions, and when each object was made (in seconds or milliseconds, as the server does)."""
+
+    def __init__(self, name: str, filesystem: Any, root: str) -> None:
+        super().__init__(name, filesystem, root)
+        self._bucket, prefix, _ = filesystem.split_path(self._root)
+        if not self._bucket:
+            raise ValueError(f"{name}: names no bucket; write s3://bucket/prefix")
+        self._prefix = f"{prefix}/" if prefix else ""
+
+    def tree(self, on_error: Callable[[StoreError], None] = throw) -> Iterator[Entry]:
+        """As above, with directories listed ahead of their turn."""
+        with closing(ListsAhead(self._filesystem.loop, self._keys)) as ahead:
+            yield from self.walk(lambda path: self._entries(path, ahead, on_error), on_error)
+
+    def full(self, path: str) -> str:
+        """The key; for "" the prefix, which ends in a slash or is empty."""
+        return self._prefix + path
+
+    def version(self, path: str) -> str:
+        """Of the answer to HEAD."""
+        with self.complaining(path, "cannot be looked up"):
+            version, _ = self._sync(self._head(path))
+        return str(version)
+
+    def rights(self, path: str) -> Rights | None:
+        """S3 tells no owners."""
+        return None
+
+    def read(self, path: str, offset: int, length: int, version: str) -> bytes:
+        """One GET with Range and If-Match; again where the connection breaks in the middle."""
+        if not length:
+            return b""
+        with self.complaining(path, "cannot be read", reading=True):
+            return self._read(path, offset, length, version, lambda now: now == version)[1]
+
+    def read_if(
+        self, path: str, offset: int, length: int, is_wanted: Callable[[str], bool]
+    ) -> tuple[str, bytes] | None:
+        """One GET with Range: its answer begins with the ETag."""
+        if not length:
+            return None
+        with self.complaining(path, "cannot be read"):
+            return self._read(path, offset, length, None, is_wanted)
+
+    def _read(
+        self, path: str, offset: int, length: int, version: str | None, is_wanted: Callable[[str], bool]
+    ) -> tuple[str, bytes]:
+        for tries_left in reversed(range(_TRIES)):
+            try:
+                answer: tuple[str, bytes] = self._sync(self._get(path, offset, length, version, is_wanted))
+                return answer
+            except _BodyBroken as error:
+                if not tries_left:
+                    cause = str(error.__cause__) or type(error.__cause__).__name__
+                    raise StoreError(
+                        errno.EIO,
+                        f"cannot be read: the connection broke {_TRIES} times: {' '.join(cause.split())}",
+                        path,
+                    ) from error
+        raise AssertionError
+
+    def close(self) -> None:
+        """Close the connections."""
+        with suppress(Exception):  # what else than let it be could be done about it?
+            sync(self._filesystem.loop, self._close, timeout=_CONNECTING)
+
+    @contextmanager
+    def complaining(self, path: str, what: str, *, reading: bool = False) -> Iterator[None]:
+        """As above, for what botocore raises."""
+        with super().complaining(path, what, reading=reading):
+            try:
+                yield
+            except ClientError as error:
+                if reading and code_of(error) in CHANGED | GONE:
+                    raise changed(self, path) from error
+                if code_of(error) in GONE:
+                    raise FileNotFoundError from error
+                raise self._explained(error, path, what) from error
+            except Exception as error:
+                raise self._explained(error, path, what) from error
+
+    def _explained(self, error: Exception, path: str, what: str) -> Exception:
+        endpoint = "the server"
+        with suppress(AttributeError):
+            endpoint = self._filesystem._s3.meta.endpoint_url
+        return explained(error, path or self.name, what, self._bucket, endpoint) or error
+
+    def _sync(self, coroutine: Any) -> Any:
+        return sync(self._filesystem.loop, lambda: coroutine)
+
+    async def _client(self) -> Any:
+        return await self._filesystem.set_session()
+
+    async def _close(self) -> None:
+        if self._filesystem._s3 is not None:
+            await self._filesystem._s3.close()
+
+    async def _head(self, path: str) -> tuple[str, int]:
+        """Version and size."""
+        client = await self._client()
+        answer = await client.head_object(Bucket=self._bucket, Key=self.full(path))
+        return _version(answer), int(answer["ContentLength"])
+
+    async def _get(
+        self, path: str, offset: int, length: int, version: str | None, is_wanted: Callable[[str], bool]
+    ) -> tuple[str, bytes]:
+        """The version that the object has, and the range. `version`: the one to ask for, if it is known."""
+        client = await self._client()
+        condition = {} if version is None else {"IfMatch": version.removeprefix(_ETAG)}
+        try:
+            answer = await client.get_object(
+                Bucket=self._bucket,
+                Key=self.full(path),
+                Range=f"bytes={offset}-{offset + length - 1}",
+                **condition,
+            )
+        except ClientError as error:
+            if code_of(error) not in OUT_OF_RANGE:
+                raise
+            # Nothing there: the end of the file, unless it has become shorter.
+            now, size = await self._head(path)
+            if not is_wanted(now):
+                raise changed(self, path) from error
+            if offset < size:
+                raise self._nonsense(path, "no such range, although the object is longer") from error
+            return now, b""
+        async with answer["Body"] as body:
+            now = _version(answer)
+            if not is_wanted(now):
+                raise changed(self, path)
+            expected = self._expected(path, answer, offset, length)
+            try:
+                data: bytes = await body.read()
+            except _BROKEN as error:
+                raise _BodyBroken from error
+        if len(data) != expected:
+            raise self._nonsense(path, f"{len(data)} bytes instead of {expected}")
+        return now, data
+
+    def _expected(self, path: str, answer: Mapping[str, Any], offset: int, length: int) -> int:
+        """How many bytes the answer is to have. Raises StoreError where it is not for the range that was asked for."""
+        told = str(answer.get("ContentRange", ""))
+        within, _, total = told.removeprefix("bytes ").partition("/")
+        first, _, last = within.partition("-")
+        if not (first.isdecimal() and last.isdecimal() and total.isdecimal()) or int(first) != offset:
+            raise self._nonsense(path, f"another range: {told or 'all'}")
+        expected = min(offset + length, int(total)) - offset
+        if int(last) - offset + 1 != expected:
+            raise self._nonsense(path, f"a part of the range only: {told}")
+        return expected
+
+    def _nonsense(self, path: str, what: str) -> StoreError:
+        return StoreError(errno.EIO, f"{self.name} answered with {what}", path)
+
+    def _entries(
+        self, path: str, ahead: ListsAhead[_Keys], on_error: Callable[[StoreError], None]
+    ) -> Iterator[Entry]:
+        """What lies right below `path`, in any order."""
+        above = f"{path}/" if path else ""
+        objects, directories = ahead.take(above)
+        if not path and self._prefix and not objects and not directories:
+            self._expect_no_object()
+            raise FileNotFoundError
+        ahead.expect(above + name + "/" for name in sorted(directories, key=byte_order) if _is_possible(name))
+        for name in directories:
+            if _is_possible(name):
+                yield Entry(above + name, Kind.DIRECTORY)
+            else:
+                on_error(_impossible(above + name + "/", "what lies below it is left out"))
+        for name, told in objects.items():
+            if not name:
+                if told["Size"]:
+                    on_error(_impossible(above, "its content is left out"))
+            elif name in directories:
+                why = "is an object and a directory of others; the object is left out; rename one of them"
+                on_error(StoreError(errno.EEXIST, why, above + name))
+            elif not _is_possible(name):
+                on_error(_impossible(above + name, "it is left out"))
+            else:
+                yield Entry(
+                    above + name,
+                    Kind.FILE,
+                    size=int(told["Size"]),
+                    mtime_ns=_nanoseconds(told.get("LastModified")),
+                    version=_version(told),
+                )
+
+    def _expect_no_object(self) -> None:
+        """Raise the right error where the root is an object, not a directory of them."""
+        with suppress(FileNotFoundError):
+            with self.complaining("", "cannot be looked up"):
+                self._sync(self._head_root())
+            raise StoreError(
+                errno.ENOTDIR,
+                "is a single object; name the prefix (the directory) that it lies in",
+                self.name,
+            )
+
+    async def _head_root(self) -> None:
+        client = await self._client()
+        await client.head_object(Bucket=self._bucket, Key=self._prefix.rstrip("/"))
+
+    async def _keys(self, above: str) -> _Keys:
+        """What lies right below, asked for up to a thousand names at a time."""
+        start = self.full(above)
+        objects: dict[str, Mapping[str, Any]] = {}
+        directories: set[str] = set()
+        async for page in self._pages(start):
+            objects.update({told["Key"][len(start) :]: told for told in page.get("Contents", ())})
+            directories.update(told["Prefix"][len(start) : -1] for told in page.get("CommonPrefixes", ()))
+        return objects, directories
+
+    async def _pages(self, start: str) -> AsyncIterator[Mapping[str, Any]]:
+        client = await self._client()
+        pages = client.get_paginator("list_objects_v2")
+        async for page in pages.paginate(Bucket=self._bucket, Prefix=start, Delimiter="/"):
+            yield page
+
+
+class _BodyBroken(Exception):
+    """The connection went away in the middle of an answer; the cause says how."""
+
+
+_ETAG: Final = "etag "
+
+
+def _version(told: Mapping[str, Any]) -> str:
+    return f"{_ETAG}{told['ETag']}"
+
+
+def _is_possible(name: str) -> bool:
+    return name not in ("", ".", "..")
+
+
+def _impossible(key: str, consequence: str) -> StoreError:
+    return StoreError(
+        errno.EINVAL, f"is a key that no file can have as its path, so {consequence}; rename it", key
+    )
+
+
+def _nanoseconds(time: datetime | None) -> int | None:
+    """Exact, as timestamp() is not."""
+    if time is None:
+        return None
+    return round(time.timestamp() * 1000) * 1_000_000

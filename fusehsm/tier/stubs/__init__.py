@@ -1,0 +1,1 @@
+"""Stubs on disk: the mark, the record of what is here, and one stub while it is served."""

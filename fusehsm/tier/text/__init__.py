@@ -1,0 +1,1 @@
+"""Text that commands print and parse: progress lines and sizes."""
