@@ -32,11 +32,11 @@ bench: setup-bench
 
 conform: setup
 	$(BIN)/python scripts/conform_table.py
-	$(BIN)/python -m pytest -q tests/test_conform_sequences.py --sequences 2000
+	$(BIN)/python -m pytest -q tests/conform/test_sequences.py --sequences 2000
 
 # These are no part of `make test`: they take minutes.
 soak: setup
-	$(BIN)/python -m tests.tier.soak $(ARGS)
+	$(BIN)/python -m tests.support.tier.soak $(ARGS)
 
 oldkernel:
 	@scripts/bootstrap.sh oldkernel

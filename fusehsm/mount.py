@@ -154,9 +154,10 @@ def _run_daemon(options: MountOptions, plan: Plan, writer: int) -> None:
 
 def _serve(options: MountOptions, plan: Plan, ready: Callable[[], None]) -> None:
     """Mount and serve until unmounted. Raises MountError when it cannot be mounted."""
-    import fusehsm.daemon.control_server  # noqa: F401 (these three are used once it is mounted: see _import_from_elsewhere)
+    # These three are used once it is mounted: see _import_from_elsewhere.
+    import fusehsm.daemon.control_server
     import fusehsm.daemon.deadlock
-    import fusehsm.daemon.handler_group
+    import fusehsm.daemon.handler_group  # noqa: F401
     from fusehsm.emulator.gate import Gate
     from fusehsm.engines.base import MountRefused
     from fusehsm.engines.choice import make

@@ -14,12 +14,12 @@ import pytest
 
 from fusehsm.conform.accessor import Accessor, Zygote
 from fusehsm.conform.ext4 import ext4_image
-from tests import engines, harness, leftovers
-from tests.harness import Guardian, Mount
-from tests.notes import TakeNotes, note_taker
-from tests.posix_trees import WATCHED, State, Tree, allowing_everything, expect_same
-from tests.requirements import require_pre_content_kernel, require_root
-from tests.worlds import World
+from tests.support import engines, harness, leftovers
+from tests.support.harness import Guardian, Mount
+from tests.support.kernel_and_mount import World
+from tests.support.notification_groups import TakeNotes, note_taker
+from tests.support.posix_trees import WATCHED, State, Tree, allowing_everything, expect_same
+from tests.support.requirements import require_pre_content_kernel, require_root
 
 # A test that takes longer loses its mounts' daemons, so that it fails instead of hanging; none comes near it.
 LONGEST_TEST = float(os.environ.get("FUSEHSM_TESTS_LONGEST", "180"))  # seconds
@@ -39,7 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="try N new sequences (test_conform_sequences.py) instead of the same few",
+        help="try N new sequences (test_sequences.py) instead of the same few",
     )
 
 
@@ -281,7 +281,7 @@ def world(whole_world: World, numbers: Iterator[int]) -> World:
 
 @pytest.fixture
 def notes(world: World, make_accessor: MakeAccessor) -> TakeNotes:
-    """`async with notes(*marks, flags=..., event_f_flags=...)`: a group that is read when the test says so (tests/notes.py)."""
+    """`async with notes(*marks, flags=..., event_f_flags=...)`: a group that is read when the test says so (tests/support/notification_groups.py)."""
     return note_taker(world, make_accessor())
 
 

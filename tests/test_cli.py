@@ -15,10 +15,10 @@ import pytest
 from fusehsm.conform.accessor import Accessor
 from fusehsm.linux.mountinfo import read_mounts
 from fusehsm.version import VERSION
-from tests import harness, leftovers
 from tests.conftest import MakeMount
-from tests.harness import NOBODY, PATIENCE, fusehsm, is_dead, unmount_lazily
-from tests.requirements import require_root
+from tests.support import harness, leftovers
+from tests.support.harness import NOBODY, PATIENCE, fusehsm, is_dead, unmount_lazily
+from tests.support.requirements import require_root
 
 pytestmark = pytest.mark.any_engine
 

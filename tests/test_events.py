@@ -29,8 +29,8 @@ from fusehsm.fanotify.abi import (
     PATCH_V2,
     Dialect,
 )
-from tests.event_rows import EVENT_ROWS, OFFSET_LIMIT, PAGE, A, EventRow, Expected, O, P, X
-from tests.table import row_names
+from tests.support.event_rows import EVENT_ROWS, OFFSET_LIMIT, PAGE, A, EventRow, Expected, O, P, X
+from tests.support.row_tests import row_names
 
 OLD_P, OLD_M = PATCH_V2.pre_access, PATCH_V2.pre_modify
 POSTINGS = pytest.mark.parametrize("dialect", [PATCH_V2, PATCH_V1], ids=lambda dialect: dialect.name)

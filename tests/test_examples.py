@@ -18,8 +18,8 @@ import pytest
 
 from examples.demo import Demo, DemoError
 from fusehsm.conform.accessor import Accessor
-from tests import engines, harness
-from tests.harness import ROOT, Mount
+from tests.support import engines, harness
+from tests.support.harness import ROOT, Mount
 
 OLD = 1_500_000_000_123_456_789  # nanoseconds since 1970: a time that no test could set by accident
 

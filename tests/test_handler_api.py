@@ -18,13 +18,13 @@ from fusehsm.events import Event
 from fusehsm.fanotify.abi import FAN_CLASS_CONTENT, LINUX_6_14
 from fusehsm.handler import serve
 from tests.conftest import MakeAccessor
-from tests.handler_sites import Site, open_for_both
+from tests.support.handler_sites import Site, open_for_both
 
 PAGE = 4096
 DENY_ERRNOS = sorted(LINUX_6_14.deny_errnos)
 
 
-pytest_plugins = ["tests.handler_fixtures"]
+pytest_plugins = ["tests.support.handler_fixtures"]
 
 
 async def allow(event: Event) -> None:

@@ -16,12 +16,21 @@ import pytest
 from fusehsm.conform.accessor import Accessor, Zygote
 from fusehsm.fanotify.abi import LINUX_6_14, RawEvent
 from fusehsm.fanotify.marks import MarkTable
-from tests.event_rows import EVENT_ROWS, MIB, EventRow
-from tests.hearing_model import predicted, set_mark
-from tests.hearing_rows import ARMING_ROWS, DIRECTORIES, HEARING_ROWS, LETTERS, PARENTS, ArmingRow, HearingRow
-from tests.kernel_side import KernelGroup, allow_until
-from tests.requirements import require
-from tests.rule_rows import (
+from tests.support.event_rows import EVENT_ROWS, MIB, EventRow
+from tests.support.hearing_model import predicted, set_mark
+from tests.support.hearing_rows import (
+    ARMING_ROWS,
+    DIRECTORIES,
+    HEARING_ROWS,
+    LETTERS,
+    PARENTS,
+    ArmingRow,
+    HearingRow,
+)
+from tests.support.kernel_groups import KernelGroup, allow_until
+from tests.support.requirements import require
+from tests.support.row_tests import error_of, row_names
+from tests.support.rule_rows import (
     ADD,
     ALL_PERM,
     CONTENT,
@@ -39,7 +48,6 @@ from tests.rule_rows import (
     O,
     P,
 )
-from tests.table import error_of, row_names
 
 pytestmark = pytest.mark.kernel
 EXECVEAT = {"x86_64": 322, "aarch64": 281}

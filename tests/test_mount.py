@@ -20,7 +20,7 @@ from fusehsm.control import socket as control_socket
 from fusehsm.daemon.options import MountError, directories
 from fusehsm.linux.mountinfo import read_mounts
 from tests.conftest import MakeAccessor, MakeMount
-from tests.harness import (
+from tests.support.harness import (
     NOBODY,
     PATIENCE,
     command_line,
@@ -34,7 +34,7 @@ from tests.harness import (
     start,
     unmount_lazily,
 )
-from tests.requirements import require_root
+from tests.support.requirements import require_root
 
 pytestmark = pytest.mark.fuse
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fusehsm.conform.workloads import WORKLOADS
-from tests.harness import ROOT
+from tests.support.harness import ROOT
 
 TREES = ("fusehsm", "tests", "docs", "scripts", "bench", "examples")
 PACKAGES = ("fusehsm", "tests", "bench", "examples")

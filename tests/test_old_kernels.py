@@ -20,8 +20,8 @@ from fusehsm.engines.fuse_protocol import Init
 from fusehsm.linux.kernel_version import kernel_version
 from fusehsm.linux.mountinfo import mount_of
 from tests.conftest import MakeMount
-from tests.harness import PATIENCE, Mount, unmount_lazily
-from tests.listening import listening
+from tests.support.async_listener import listening
+from tests.support.harness import PATIENCE, Mount, unmount_lazily
 
 pytestmark = [pytest.mark.fuse, pytest.mark.any_engine, pytest.mark.engine("devfuse")]
 # The kernel's protocol 7.x, where that has been looked at.

@@ -17,7 +17,7 @@ from fusehsm.events import Access, AccessKind, Armed, arm, heard_when, shapes
 from fusehsm.fanotify.abi import DIALECTS, Dialect, decode_events, encode_event
 from fusehsm.fanotify.marks import MarkTable, Subject
 from fusehsm.fanotify.rules import ObjectKind, check_init, check_mark, parse_response
-from tests.table import error_of
+from tests.support.row_tests import error_of
 
 PATCH_V2, PATCH_V1 = DIALECTS["patch-v2"], DIALECTS["patch-v1"]
 BOTH = pytest.mark.parametrize("dialect", [PATCH_V2, PATCH_V1], ids=lambda dialect: dialect.name)

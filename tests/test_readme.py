@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from fusehsm.linux.mountinfo import read_mounts
-from tests import harness, leftovers
-from tests.harness import PATIENCE, ROOT, LogReader, fusehsm, unmount_lazily
+from tests.support import harness, leftovers
+from tests.support.harness import PATIENCE, ROOT, LogReader, fusehsm, unmount_lazily
 
 README = (ROOT / "README.md").read_text()
 

@@ -15,7 +15,7 @@ ENGINES: Final = ("pyfuse3", "devfuse")
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """One difference. `name` is short and stays; `difference`, `reason` and `safe` are sentences; `test` is in tests/divergences/;
+    """One difference. `name` is short and stays; `difference`, `reason` and `safe` are sentences; `test` is in tests/conform/divergences/;
     `engines` are those that have it, on kernels older than `until` all."""
 
     name: str

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 _INTERVAL: Final = 0.5  # seconds between two looks of the watchdog
 _PATIENCE: Final = 6  # looks in a row at one and the same wait
 _FUSE_WAIT: Final = "request_wait_answer"  # fs/fuse/dev.c: where the kernel waits for the answer to a request
-_OURS: Final = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_OURS: Final = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _LIBRARY: Final = sysconfig.get_path("stdlib") + os.sep
 _PACKAGES: Final = tuple(
     {sysconfig.get_path(name) + os.sep for name in ("purelib", "platlib")}

@@ -55,7 +55,8 @@ class Overlay:
     """The tree below the directory `source`.
 
     `directories`: how many directory descriptors to keep. `pins`: how many removed files that the kernel still knows
-    keep one, beyond those that are open (the others: overlay/unlinked.py). `trust_seconds`: how long a directory is taken to be where it was last found.
+    keep one, beyond those that are open (the others: overlay/unlinked.py). `trust_seconds`: how long a directory is taken to be where it was last
+    found.
     """
 
     def __init__(

@@ -23,7 +23,8 @@ tier/stubs/writer.py, tier/stubs/residue.py   putting content there without maki
 tier/populate/create.py    making stubs, one entry of a store after the other; tier/populate/ownership.py: their owners and modes
 linux/beneath.py     opening what lies below a directory, without following links
 tier/stubs/identity.py   which file it is, whatever its name
-tier/stubs/holes.py, tier/stubs/extents.py, sizes.py, tier/stubs/mount_identity.py   where a file has no data; numbers in a row; sizes and times as people write them; which mount it is
+tier/stubs/holes.py, tier/stubs/extents.py, sizes.py, tier/stubs/mount_identity.py   where a file has no data; numbers in a row; sizes and times as
+people write them; which mount it is
 
 Serving:
 tier/fetch/destination.py the directory that is served, and where its events come from; tier/populate/lock.py: by one at a time

@@ -10,7 +10,7 @@ import pytest
 
 from fusehsm.conform.accessor import Accessor
 from tests.conftest import MakeMount
-from tests.tier.power import Disk
+from tests.support.tier.power import Disk
 
 pytestmark = [pytest.mark.fuse, pytest.mark.kernel]
 

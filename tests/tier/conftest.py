@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.tier import s3_server, servers
-from tests.tier.s3_server import S3
-from tests.tier.servers import Served
-from tests.tier.trees import make_small_tree
+from tests.support.tier import s3_server, servers
+from tests.support.tier.s3_server import S3
+from tests.support.tier.servers import Served
+from tests.support.tier.trees import make_small_tree
 
 
 @pytest.fixture(scope="session")
 def nginx(session_directory: Path) -> Iterator[Served]:
-    """What nginx serves (tests/tier/servers.py)."""
+    """What nginx serves (tests/support/tier/servers.py)."""
     place = session_directory / "nginx"
     place.mkdir()
     with servers.nginx(place) as served:
@@ -40,7 +40,7 @@ def sshd(sshd_files: Served, monkeypatch: pytest.MonkeyPatch) -> Served:
 
 @pytest.fixture(scope="session")
 def object_store(places: Callable[[str], Path]) -> Iterator[S3]:
-    """A running object store (tests/tier/s3_server.py), and a bucket "tests" in it."""
+    """A running object store (tests/support/tier/s3_server.py), and a bucket "tests" in it."""
     with s3_server.swift(places("swift")) as s3:
         s3.make_bucket("tests")
         yield s3

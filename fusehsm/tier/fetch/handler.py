@@ -154,7 +154,8 @@ class Fetcher:
         nursery: trio.Nursery,
         touched: Callable[[str, int, int], None] | None = None,
     ) -> None:
-        """`destination`: the absolute path that events' paths begin with; `place`: tier/stubs/mount_identity.py; `touched(path, offset, end)` hears what is asked for."""
+        """`destination`: the absolute path that events' paths begin with; `place`: tier/stubs/mount_identity.py; `touched(path, offset, end)` hears
+        what is asked for."""
         self.totals = Totals()
         self.group: Group | None = None
         self.policy = policy

@@ -17,7 +17,8 @@ A file is a stub only if its mark holds (`describes`) and it has no data at all 
 mark on a file with data says: filled, in part or wholly, from that version of that path. Which parts are here is to be told in an attribute of its
 own next to this one (`user.fusehsm.*`, which fusehsm's mounts hide and refuse; on the real kernel users see it).
 
-Whoever may write to a file may set its mark, so root, who would fetch for them what is not theirs, does not believe every mark (tier/fetch/suspicion.py).
+Whoever may write to a file may set its mark, so root, who would fetch for them what is not theirs, does not believe every mark
+(tier/fetch/suspicion.py).
 
 PENDING says that populate is about to give a stub another size or time, so that one which was killed in between is still a stub.
 """

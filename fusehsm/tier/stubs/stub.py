@@ -99,7 +99,8 @@ class StubFile:
     def recover(cls, fd: int, path: str, place: bytes, block_size: int) -> Self | None:
         """What is known of the file from before; None if it is no stub and none that was filled, but somebody's own.
 
-        `place`: of the mount (tier/stubs/mount_identity.py); `block_size`: for files that have no record yet. Raises OSError EIO for a stub that is not finished.
+        `place`: of the mount (tier/stubs/mount_identity.py); `block_size`: for files that have no record yet. Raises OSError EIO for a stub that is
+        not finished.
         """
         mark = stub_mark.read(fd)
         status = os.fstat(fd)

@@ -1,4 +1,5 @@
-"""Reads of files by a process of its own (tier/validate/worker.py), which may die of them or never come back: then they end with what happened to it."""
+"""Reads of files by a process of its own (tier/validate/worker.py), which may die of them or never come back: then they end with what happened to
+it."""
 
 import errno
 import marshal

@@ -1,0 +1,137 @@
+"""The page cache: what it serves by itself, and what enters it unasked elsewhere."""
+
+import errno
+import fcntl
+import os
+from typing import Any
+
+import pytest
+
+from fusehsm.conform.accessor import Accessor
+from tests.conform.divergences.sides import PAGE, Side, covers
+
+pytestmark = [pytest.mark.fuse, pytest.mark.kernel]
+
+
+def advise(descriptor: int, offset: int, length: int) -> None:
+    os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+
+
+async def test_read_ahead_asks(kernel: Side, exact: Side, first_access: Side, accessor: Accessor) -> None:
+    for side in (kernel, exact, first_access):
+        path = side.file("advised")
+        async with side.listening() as listener:
+            descriptor = await accessor.run("open", path, os.O_RDONLY)
+            await accessor.run(advise, descriptor, 16 * PAGE, 2 * PAGE)
+            if side is kernel:
+                # The next event is the read's: there was none before it.
+                await accessor.run("pread", descriptor, 1, 0)
+                assert listener.briefly() == [("PRE_ACCESS", 0, PAGE)]
+            else:
+                await listener.wait_for(
+                    1
+                )  # read-ahead does not wait for its pages, so neither did the accessor
+                assert covers(listener.briefly(), 16 * PAGE, 2 * PAGE)
+
+
+async def test_files_opened_before_the_mark(
+    kernel: Side, exact: Side, first_access: Side, accessor: Accessor
+) -> None:
+    for side in (kernel, exact, first_access):
+        descriptor = await accessor.run("open", side.file("early"), os.O_RDONLY)
+        async with side.listening() as listener:
+            await accessor.run("pread", descriptor, 1, 0)
+            assert covers(listener.briefly(), 0, PAGE) == (side is not kernel)
+
+
+async def test_first_access_events(exact: Side, first_access: Side, accessor: Accessor) -> None:
+    for side in (exact, first_access):
+        path = side.file("twice")
+        async with side.listening() as listener:
+            for _ in range(2):
+                await accessor.run("pread_path", path, 100, 10)
+            heard = listener.briefly()
+        if side is exact:
+            assert heard == [("PRE_ACCESS", 0, PAGE)] * 2
+        else:
+            assert len(heard) == 1
+            assert covers(heard, 0, PAGE)
+
+
+@pytest.mark.parametrize("name", ["OPEN_PERM", "OPEN_EXEC_PERM", "ACCESS_PERM"])
+async def test_permission_events_in_first_access_mode(first_access: Side, name: str) -> None:
+    with pytest.raises(OSError) as caught:
+        async with first_access.listening("PRE_ACCESS", name):
+            pass
+    assert caught.value.errno == errno.EOPNOTSUPP
+
+
+@pytest.mark.parametrize("dialect", ["patch-v1", "patch-v2"])
+async def test_opens_in_first_access_mode(private: Side, accessor: Accessor, dialect: str) -> None:
+    path = private.file(f"opened-{dialect}")
+    async with private.listening(dialect=dialect) as listener:
+        descriptor = await accessor.run("open", path, os.O_RDONLY)
+        opened = listener.briefly()
+        await accessor.run("pread", descriptor, 100, 0)
+        read = listener.briefly()
+        await accessor.run("close", descriptor)
+    assert opened == ([] if private.diverges("opens (first-access)") else [("PRE_ACCESS", 0, 0)])
+    assert covers(read, 0, 100)
+
+
+def send_twice(descriptor: int) -> None:
+    for _ in range(2):
+        reader, writer = os.pipe()
+        os.sendfile(writer, descriptor, 10, 100)
+        os.close(reader)
+        os.close(writer)
+
+
+def splice_twice(descriptor: int) -> None:
+    for _ in range(2):
+        reader, writer = os.pipe()
+        os.splice(descriptor, writer, 100, offset_src=10)
+        os.close(reader)
+        os.close(writer)
+
+
+@pytest.mark.parametrize("act", [send_twice, splice_twice])
+async def test_sent_from_the_cache(kernel: Side, exact: Side, accessor: Accessor, act: Any) -> None:
+    for side in (kernel, exact):
+        path = side.file("sent")
+        async with side.listening() as listener:
+            await accessor.run(act, await accessor.run("open", path, os.O_RDONLY))
+            heard = listener.briefly()
+        assert heard == [("PRE_ACCESS", 0, PAGE)] * (1 if side.diverges("sent from the cache") else 2)
+
+
+def send_through_two(path: str) -> None:
+    target = os.memfd_create("target")
+    for descriptor in [os.open(path, os.O_RDONLY) for _ in range(2)]:
+        os.sendfile(target, descriptor, 10, 100)
+
+
+async def test_sent_through_another_descriptor(kernel: Side, exact: Side, accessor: Accessor) -> None:
+    for side in (kernel, exact):
+        path = side.file("sent-by-two")
+        async with side.listening() as listener:
+            await accessor.run(send_through_two, path)
+            heard = listener.briefly()
+        differs = side.diverges("sent from the cache") or side.diverges("sent through another descriptor")
+        assert heard == [("PRE_ACCESS", 0, PAGE)] * (1 if differs else 2)
+
+
+def flags_after_sending(descriptor: int) -> int:
+    reader, writer = os.pipe()
+    os.sendfile(writer, descriptor, 10, 100)
+    os.close(reader)
+    os.close(writer)
+    return fcntl.fcntl(descriptor, fcntl.F_GETFL)
+
+
+async def test_flags_of_sent_files(kernel: Side, exact: Side, accessor: Accessor) -> None:
+    for side in (kernel, exact):
+        path = side.file("flags")
+        async with side.listening():
+            flags = await accessor.run(flags_after_sending, await accessor.run("open", path, os.O_RDONLY))
+        assert bool(flags & os.O_DIRECT) is side.diverges("flags of sent files")

@@ -1,0 +1,124 @@
+"""What events say: by whom, of which file, with what descriptor, heard through which mark."""
+
+import fcntl
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fusehsm.conform.accessor import Accessor
+from fusehsm.linux import syscalls
+from tests.conform.divergences.sides import PAGE, Side
+from tests.support.async_listener import listening
+
+pytestmark = [pytest.mark.fuse, pytest.mark.kernel]
+
+
+def read_in_child(descriptor: int) -> int:
+    child = os.fork()
+    if child == 0:
+        os.pread(descriptor, 100, 0)
+        os._exit(0)
+    os.waitpid(child, 0)
+    return child
+
+
+async def test_pid_is_the_openers(kernel: Side, exact: Side, first_access: Side, accessor: Accessor) -> None:
+    for side in (kernel, exact, first_access):
+        path = side.file("inherited")
+        async with side.listening() as listener:
+            descriptor = await accessor.run("open", path, os.O_RDONLY)
+            child = await accessor.run(read_in_child, descriptor)
+            expected = accessor.pid if side.diverges("pid") else child
+            assert [event.pid for event in listener.take()] == [expected]
+
+
+async def test_mount_marks_cover_bind_mounts(
+    kernel: Side, exact: Side, accessor: Accessor, session_directory: Path, numbers: Any
+) -> None:
+    for side in (kernel, exact):
+        side.file("bound")
+        elsewhere = session_directory / f"bind-{next(numbers)}"
+        elsewhere.mkdir()
+        syscalls.mount(os.fsencode(side.path), os.fsencode(elsewhere), None, syscalls.MS_BIND)
+        try:
+            async with side.listening(mark="mount") as listener:
+                await accessor.run("pread_path", str(elsewhere / "bound"), 100, 0)
+                assert listener.briefly() == ([] if side is kernel else [("PRE_ACCESS", 0, PAGE)])
+        finally:
+            syscalls.umount2(os.fsencode(elsewhere), syscalls.MNT_DETACH)
+
+
+async def test_hard_links_and_marks_on_directories(kernel: Side, exact: Side, accessor: Accessor) -> None:
+    for side in (kernel, exact):
+        (side.backing / "marked").mkdir()
+        (side.backing / "other").mkdir()
+        inside = side.file("marked/name")
+        os.link(side.backing / "marked/name", side.backing / "other/name")
+        async with listening(side.path / "marked", ["PRE_ACCESS"], mark="children") as listener:
+            await accessor.run("pread_path", inside, 100, 0)
+            assert listener.briefly() == [("PRE_ACCESS", 0, PAGE)]
+            await accessor.run("pread_path", str(side.path / "other/name"), 100, 0)
+            assert listener.briefly() == ([] if side is kernel else [("PRE_ACCESS", 0, PAGE)])
+
+
+async def test_the_event_descriptors_path(kernel: Side, exact: Side, accessor: Accessor) -> None:
+    for side in (kernel, exact):
+        path = side.file("named")
+        links: list[str] = []
+
+        def note(event: Any, links: list[str] = links) -> int:
+            links.append(os.readlink(f"/proc/self/fd/{event.fd}"))
+            return 0
+
+        async with side.listening(answer=note) as listener:
+            await accessor.run("pread_path", path, 100, 0)
+            assert [event.path for event in listener.take()] == [path]
+        assert links == [str(side.backing / "named")]
+        assert (links == [path]) == (side is kernel)
+
+
+async def test_flags_of_event_descriptors(kernel: Side, exact: Side, accessor: Accessor) -> None:
+    for side in (kernel, exact):
+        path = side.file("flagged")
+        flags: list[tuple[int, int]] = []
+
+        def note(event: Any, flags: list[tuple[int, int]] = flags) -> int:
+            flags.append((fcntl.fcntl(event.fd, fcntl.F_GETFL), fcntl.fcntl(event.fd, fcntl.F_GETFD)))
+            return 0
+
+        async with side.listening(answer=note):
+            await accessor.run("pread_path", path, 100, 0)
+        large = 0o100000  # O_LARGEFILE, which Python hides
+        shown = os.O_CLOEXEC if side is kernel else 0
+        assert flags == [(os.O_RDONLY | large | shown, fcntl.FD_CLOEXEC)]
+
+
+async def test_descriptors_of_directories(kernel: Side, exact: Side, accessor: Accessor) -> None:
+    for side in (kernel, exact):
+        path = str(side.path)
+        for access in (os.O_WRONLY, os.O_RDWR):
+            flags: list[int] = []
+
+            def note(event: Any, flags: list[int] = flags) -> int:
+                flags.append(fcntl.fcntl(event.fd, fcntl.F_GETFL) & os.O_ACCMODE)
+                return 0
+
+            async with side.listening("OPEN_PERM", "ONDIR", answer=note, event_f_flags=access):
+                await accessor.run("listdir", path)
+            assert flags == [access if side is kernel else os.O_RDONLY]
+
+
+async def test_paths_of_hard_links(kernel: Side, exact: Side, accessor: Accessor) -> None:
+    for side in (kernel, exact):
+        first = side.file("linked")
+        os.link(side.backing / "linked", side.backing / "link")
+        second = str(side.path / "link")
+        async with side.listening() as listener:
+            for path in (first, second, first):
+                await accessor.run("pread_path", path, 100, 0)
+            # The third time both names are known, and nobody looks them up.
+            assert [event.path for event in listener.take()] == (
+                [first, second, first] if side is kernel else [first, second, second]
+            )

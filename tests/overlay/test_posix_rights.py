@@ -1,0 +1,402 @@
+"""Rights: what other users may and may not, set-id bits, sticky and set-gid directories: natively, and through mounts of root's."""
+
+import errno
+import os
+import shutil
+import stat
+import struct
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support.harness import NOBODY, Mount, fuse_device_for_everybody
+from tests.support.posix_trees import Errno, Tree, in_child, outcome
+
+pytestmark = pytest.mark.fuse
+
+DENIED, REFUSED = Errno(errno.EACCES), Errno(errno.EPERM)
+STRANGER = 12345
+
+
+def make(path: Path, mode: int, uid: int = 0, gid: int = 0, content: bytes = b"content") -> None:
+    path.write_bytes(content)
+    os.chown(path, uid, gid)
+    os.chmod(path, mode)
+
+
+def make_directory(path: Path, mode: int, uid: int = 0, gid: int = 0) -> None:
+    path.mkdir()
+    os.chown(path, uid, gid)
+    os.chmod(path, mode)
+
+
+def mode_of(path: Path) -> str:
+    return oct(stat.S_IMODE(os.stat(path).st_mode))
+
+
+def test_files_of_others(tree: Tree) -> None:
+    def prepare(path: Path) -> None:
+        make(path / "secret", 0o600)
+        make(path / "group", 0o640, 0, 777)
+        make(path / "mine", 0o400, NOBODY, NOBODY)
+        make(path / "all", 0o666)
+        make_directory(path / "closed", 0o700)
+        make(path / "closed/file", 0o666)
+        make_directory(path / "listed", 0o744)
+        make(path / "listed/file", 0o666)
+        make_directory(path / "passed", 0o711)
+        make(path / "passed/file", 0o666)
+
+    def act(path: Path) -> object:
+        return [
+            outcome(lambda: (path / "secret").read_bytes()),
+            outcome(lambda: (path / "group").read_bytes()),
+            outcome(lambda: (path / "mine").read_bytes()),
+            outcome(os.open, path / "mine", os.O_WRONLY),
+            outcome(lambda: (path / "all").read_bytes()),
+            outcome(os.stat, path / "closed/file"),
+            outcome(os.listdir, path / "closed"),
+            outcome(os.listdir, path / "listed"),
+            outcome(os.stat, path / "listed/file"),
+            outcome(os.listdir, path / "passed"),
+            outcome(lambda: (path / "passed/file").read_bytes()),
+            outcome(os.unlink, path / "all"),
+            outcome(os.mkdir, path / "new"),
+            outcome(os.rename, path / "all", path / "other"),
+            outcome(os.symlink, "x", path / "link"),
+            outcome(os.mkfifo, path / "fifo"),
+            outcome(os.open, path / "new", os.O_CREAT | os.O_WRONLY),
+            outcome(os.truncate, path / "secret", 0),
+        ]
+
+    def expected(group: object) -> object:
+        return [
+            *(DENIED, group, b"content", DENIED, b"content"),
+            *(DENIED, DENIED, ["file"], DENIED, DENIED, b"content"),
+            *([DENIED] * 7),
+        ]
+
+    tree.run(prepare)
+    assert tree.as_user(act) == expected(DENIED)
+    assert tree.as_user(act, groups=(777,)) == expected(b"content")
+
+
+def set_acl(path: Path, *entries: tuple[int, int, int]) -> None:
+    """Set the access ACL: (tag, permissions, id) as in acl(5)'s attribute form (linux/posix_acl_xattr.h)."""
+    packed = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+    os.setxattr(path, "system.posix_acl_access", packed)
+
+
+def test_access_control_lists(tree: Tree) -> None:
+    """By mode bits alone a group would be let in that its ACL entry keeps out, and a named user would be kept out."""
+    own, user, group, mask, other, nobody = 0x01, 0x02, 0x04, 0x10, 0x20, 0xFFFFFFFF
+
+    def prepare(path: Path) -> None:
+        make(path / "group kept out", 0o600, 0, 777)
+        entries = (user, 4, STRANGER), (group, 0, nobody), (mask, 6, nobody), (other, 0, nobody)
+        set_acl(path / "group kept out", (own, 6, nobody), *entries)
+        make(path / "user let in", 0o600)
+        entries = (user, 4, NOBODY), (group, 0, nobody), (mask, 4, nobody), (other, 0, nobody)
+        set_acl(path / "user let in", (own, 6, nobody), *entries)
+
+    def act(path: Path) -> object:
+        return [
+            mode_of(path / "group kept out"),
+            outcome(lambda: (path / "group kept out").read_bytes()),
+            outcome(lambda: (path / "user let in").read_bytes()),
+            outcome(os.open, path / "user let in", os.O_WRONLY),
+        ]
+
+    tree.run(prepare)
+    assert tree.as_user(act, groups=(777,)) == ["0o660", DENIED, b"content", DENIED]
+
+
+def test_changing_what_belongs_to_others(tree: Tree) -> None:
+    def prepare(path: Path) -> None:
+        make(path / "mine", 0o600, NOBODY, NOBODY)
+        make(path / "root's", 0o666)
+
+    def act(path: Path) -> object:
+        mine, others = path / "mine", path / "root's"
+        return [
+            outcome(os.chmod, mine, 0o640),
+            outcome(os.chmod, others, 0o640),
+            outcome(os.chown, mine, -1, 777),
+            outcome(os.chown, mine, -1, 778),
+            outcome(os.chown, mine, 0, -1),
+            outcome(os.chown, others, NOBODY, -1),
+            outcome(os.utime, mine, ns=(1, 2)),
+            outcome(os.utime, others, ns=(1, 2)),
+            outcome(os.utime, others),
+            outcome(os.setxattr, mine, "user.x", b"1"),
+            outcome(os.setxattr, others, "user.x", b"1"),
+            outcome(os.setxattr, mine, "trusted.x", b"1"),
+            outcome(os.mknod, path / "device", stat.S_IFCHR | 0o600, os.makedev(1, 3)),
+        ]
+
+    tree.run(prepare)
+    expected = [
+        None,
+        REFUSED,
+        None,
+        REFUSED,
+        REFUSED,
+        REFUSED,
+        None,
+        REFUSED,
+        None,
+        None,
+        None,
+        REFUSED,
+        DENIED,
+    ]
+    assert tree.as_user(act, groups=(777,)) == expected
+
+
+def test_new_files_belong_to_their_makers(tree: Tree) -> None:
+    def prepare(path: Path) -> None:
+        make_directory(path / "open", 0o777)
+        make_directory(path / "set-gid", 0o2777, 0, 777)
+
+    def act(path: Path) -> object:
+        found = []
+        for place in ("open", "set-gid"):
+            makers: tuple[tuple[str, Callable[[Path], object]], ...] = (
+                ("file", lambda new: os.close(os.open(new, os.O_CREAT | os.O_WRONLY, 0o666))),
+                ("directory", lambda new: os.mkdir(new, 0o777)),
+                ("fifo", lambda new: os.mkfifo(new, 0o666)),
+                ("link", lambda new: os.symlink("target", new)),
+                ("set-id", lambda new: os.close(os.open(new, os.O_CREAT | os.O_WRONLY, 0o6777))),
+            )
+            for name, create in makers:
+                create(path / place / name)
+                status = os.lstat(path / place / name)
+                found.append((status.st_uid, status.st_gid, oct(status.st_mode)))
+        return found
+
+    tree.run(prepare)
+    modes = ["0o100640", "0o40750", "0o10640", "0o120777", "0o106750"]
+    expected = [(NOBODY, STRANGER, mode) for mode in modes]
+    # In a set-gid directory of a group that is not his, the maker may not leave set-gid on a program.
+    in_group = ["0o100640", "0o42750", "0o10640", "0o120777", "0o104750"]
+    expected += [(NOBODY, 777, mode) for mode in in_group]
+    assert tree.as_user(act, gid=STRANGER, umask=0o027) == expected
+
+
+def test_umask(tree: Tree) -> None:
+    def act(path: Path) -> object:
+        found = []
+        for umask in (0, 0o077, 0o777, 0o022):
+            os.umask(umask)
+            os.close(os.open(path / f"file {umask}", os.O_CREAT | os.O_WRONLY, 0o666))
+            os.mkdir(path / f"directory {umask}", 0o1777)
+            found += [mode_of(path / f"{kind} {umask}") for kind in ("file", "directory")]
+        return found
+
+    assert tree.run(act) == ["0o666", "0o1777", "0o600", "0o1700", "0o0", "0o1000", "0o644", "0o1755"]
+
+
+def test_creating_without_the_right_to_write(tree: Tree) -> None:
+    def act(path: Path) -> object:
+        fd = os.open(path / "file", os.O_CREAT | os.O_RDWR, 0o444)
+        written = os.write(fd, b"content")
+        os.close(fd)
+        return written, outcome(os.open, path / "file", os.O_WRONLY), (path / "file").read_bytes()
+
+    tree.run(lambda path: os.chmod(path, 0o777))
+    assert tree.as_user(act) == (7, DENIED, b"content")
+
+
+@pytest.mark.parametrize("change", ["write", "truncate", "ftruncate", "O_TRUNC", "chown", "nothing"])
+def test_set_id_bits_go(tree: Tree, change: str) -> None:
+    modes = (0o4777, 0o2777, 0o6777, 0o2767, 0o6666)
+
+    def prepare(path: Path) -> None:
+        for mode in modes:
+            make(path / oct(mode), mode, NOBODY, NOBODY)
+
+    def act(path: Path) -> object:
+        found = {}
+        for mode in modes:
+            file = path / oct(mode)
+            if change == "truncate":
+                os.truncate(file, 3)
+            elif change == "chown":
+                os.chown(file, NOBODY, NOBODY)
+            elif change == "O_TRUNC":
+                os.close(os.open(file, os.O_WRONLY | os.O_TRUNC))
+            elif change in ("write", "ftruncate"):
+                fd = os.open(file, os.O_RDWR)
+                if change == "write":
+                    os.write(fd, b"x")
+                else:
+                    os.ftruncate(fd, 3)
+                os.close(fd)
+            found[oct(mode)] = mode_of(file)
+        return found
+
+    def left(mode: int) -> int:
+        if change == "nothing":
+            return mode
+        return mode & ~(0o6000 if mode & stat.S_IXGRP else 0o4000)
+
+    tree.run(prepare)
+    assert tree.as_user(act) == {oct(mode): oct(left(mode)) for mode in modes}
+
+
+def test_set_id_bits_stay_when_root_writes(tree: Tree) -> None:
+    def act(path: Path) -> object:
+        make(path / "file", 0o6777)
+        fd = os.open(path / "file", os.O_RDWR)
+        os.write(fd, b"x")
+        os.ftruncate(fd, 3)
+        return mode_of(path / "file")
+
+    assert tree.run(act) == "0o6777"
+
+
+def test_set_gid_by_a_stranger_to_the_group(tree: Tree) -> None:
+    def prepare(path: Path) -> None:
+        make(path / "file", 0o755, NOBODY, 777)
+        make_directory(path / "directory", 0o755, NOBODY, 777)
+
+    def act(path: Path) -> object:
+        os.chmod(path / "file", 0o2755)
+        os.chmod(path / "directory", 0o2755)
+        return mode_of(path / "file"), mode_of(path / "directory")
+
+    tree.run(prepare)
+    assert tree.as_user(act) == ("0o755", "0o755")
+    assert tree.as_user(act, groups=(777,)) == ("0o2755", "0o2755")
+
+
+def test_sticky_directories(tree: Tree) -> None:
+    def prepare(path: Path) -> None:
+        make_directory(path / "sticky", 0o1777)
+        for name, uid in (("mine", NOBODY), ("his", STRANGER), ("my other", NOBODY)):
+            make(path / "sticky" / name, 0o666, uid, uid)
+
+    def act(path: Path) -> object:
+        here = path / "sticky"
+        return [
+            outcome(os.unlink, here / "his"),
+            outcome(os.rename, here / "his", here / "new"),
+            outcome(os.rename, here / "mine", here / "his"),
+            outcome(os.rename, here / "mine", here / "renamed"),
+            outcome(os.unlink, here / "renamed"),
+        ]
+
+    tree.run(prepare)
+    assert tree.as_user(act) == [REFUSED, REFUSED, REFUSED, None, None]
+
+
+def test_capabilities_of_files_go_with_a_write(tree: Tree) -> None:
+    capability = b"\x01\x00\x00\x02\x00\x04\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"
+
+    def act(path: Path) -> object:
+        make(path / "file", 0o755)
+        os.setxattr(path / "file", "security.capability", capability)
+        before = os.getxattr(path / "file", "security.capability") == capability
+        fd = os.open(path / "file", os.O_WRONLY)
+        os.write(fd, b"x")
+        return before, outcome(os.getxattr, path / "file", "security.capability")
+
+    assert tree.run(act) == (True, Errno(errno.ENODATA))
+
+
+def test_trusted_attributes_are_roots(tree: Tree) -> None:
+    def prepare(path: Path) -> None:
+        make(path / "file", 0o666)
+        os.setxattr(path / "file", "trusted.x", b"1")
+        os.setxattr(path / "file", "user.x", b"1")
+
+    tree.run(prepare)
+    assert tree.as_user(lambda path: os.listxattr(path / "file")) == ["user.x"]
+    assert tree.as_user(lambda path: outcome(os.getxattr, path / "file", "trusted.x")) == Errno(errno.ENODATA)
+
+
+# An ordinary user's own mount
+
+
+@pytest.fixture(scope="module")
+def own_mount(
+    places: Callable[[str], Path],
+    session_directory: Path,
+    make_shared_mount: Callable[..., Mount],
+    engine: str,
+) -> Mount:
+    source, point = places("own"), session_directory / f"own-mount-{engine}"
+    point.mkdir()
+    for place in (source, point):
+        os.chown(place, NOBODY, NOBODY)
+    with fuse_device_for_everybody():
+        return make_shared_mount(source=source, path=point, uid=NOBODY)
+
+
+def test_an_ordinary_users_own_mount(own_mount: Mount) -> None:
+    def act() -> object:
+        path = own_mount.path
+        (path / "directory").mkdir()
+        (path / "directory/file").write_bytes(b"content")
+        os.chmod(path / "directory/file", 0o444)
+        os.symlink("file", path / "directory/link")
+        os.link(path / "directory/file", path / "hard")
+        os.rename(path / "hard", path / "moved")
+        os.utime(path / "moved", ns=(1, 2))
+        os.mkfifo(path / "fifo")
+        fd = os.open(path / "made read-only", os.O_CREAT | os.O_RDWR, 0o400)
+        os.write(fd, b"written")
+        os.unlink(path / "made read-only")
+        os.ftruncate(fd, 3)
+        return [
+            os.pread(fd, 10, 0),
+            (path / "directory/link").read_bytes(),
+            outcome(os.open, path / "moved", os.O_WRONLY),
+            outcome(os.chown, path / "moved", 0, 0),
+            outcome(os.mknod, path / "device", stat.S_IFCHR | 0o600, os.makedev(1, 3)),
+            sorted(os.listdir(path)),
+        ]
+
+    assert in_child(act, uid=NOBODY) == [
+        b"wri",
+        b"content",
+        DENIED,
+        REFUSED,
+        REFUSED,
+        ["directory", "fifo", "moved"],
+    ]
+    assert sorted(os.listdir(own_mount.source)) == ["directory", "fifo", "moved"]
+    status = os.stat(own_mount.source / "moved")
+    assert (status.st_uid, oct(status.st_mode), status.st_mtime_ns, status.st_nlink) == (
+        NOBODY,
+        "0o100444",
+        2,
+        2,
+    )
+
+
+def test_an_ordinary_users_mount_is_closed_to_others(own_mount: Mount) -> None:
+    assert in_child(lambda: outcome(os.stat, own_mount.path)) == DENIED
+    assert in_child(lambda: outcome(os.listdir, own_mount.path), uid=STRANGER) == DENIED
+
+
+def test_a_program_that_somebody_else_has_written_to(make_mount: Callable[..., Mount]) -> None:
+    """With --cache private the kernel believes a mode for ever, and would start the program with its owner's rights."""
+    program = shutil.which("id")
+    assert program
+    mount = make_mount("--events", "first-access", "--cache", "private", "--allow-other", "-o", "suid")
+    make(mount.source / "program", 0o4777, content=Path(program).read_bytes())
+
+    def started() -> str:
+        return subprocess.check_output([mount.path / "program", "-u"], text=True).strip()
+
+    def act() -> object:
+        before = started()
+        with (mount.path / "program").open("ab") as file:
+            file.write(b"\0")
+        return before, started()
+
+    assert in_child(act, uid=NOBODY) == ("0", str(NOBODY))
+    assert mode_of(mount.source / "program") == "0o777"
