@@ -1,5 +1,5 @@
 # `make demo` and `make test` set up everything they need themselves (scripts/bootstrap.sh).
-.PHONY: help demo test lint bench conform soak oldkernel setup setup-bench setup-demo clean
+.PHONY: help demo test check lint bench conform soak oldkernel setup setup-bench setup-demo clean
 .DEFAULT_GOAL := help
 
 BIN := .venv/bin
@@ -9,6 +9,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 help:
 	@echo "make demo   stubs of a real tree, filled on demand and checked byte for byte"
 	@echo "make test   formatting, lint, types and all tests (ARGS=\"--engine devfuse\": of one engine)"
+	@echo "make check T=tests/emulator/test_group.py  one file or test, without lint (ARGS=\"-m pure\": of one tier, tests/support/README.md)"
 	@echo "make lint   formatting, lint and types only"
 	@echo "make bench  fusehsm, the real kernel and bindfs side by side, fetch beside cp, rsync and curl (ARGS=--quick for a short run)"
 	@echo "make conform  the emulator against the real kernel, with both engines: all workloads (docs/conform.md), and 2,000 new sequences"
@@ -21,6 +22,10 @@ demo: setup-demo
 
 test: lint
 	$(BIN)/python -m pytest $(ARGS)
+
+T := tests
+check: setup
+	$(BIN)/python -m pytest $(T) $(ARGS)
 
 lint: setup
 	$(BIN)/ruff format --check --quiet .

@@ -14,12 +14,12 @@ import pytest
 
 from fusehsm.conform.accessor import Accessor, Zygote
 from fusehsm.conform.ext4 import ext4_image
-from tests.support import engines, harness, leftovers
+from tests.support import engines, harness, leftovers, tiers
 from tests.support.harness import Guardian, Mount
 from tests.support.kernel_and_mount import World
 from tests.support.notification_groups import TakeNotes, note_taker
 from tests.support.posix_trees import WATCHED, State, Tree, allowing_everything, expect_same
-from tests.support.requirements import require_pre_content_kernel, require_root
+from tests.support.requirements import require, require_fuse, require_pre_content_kernel
 
 # A test that takes longer loses its mounts' daemons, so that it fails instead of hanging; none comes near it.
 LONGEST_TEST = float(os.environ.get("FUSEHSM_TESTS_LONGEST", "180"))  # seconds
@@ -48,9 +48,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     engines.generate(metafunc)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Choose the engines."""
+    """Choose the engines, and mark what each test needs, before `-m` chooses by marks."""
     engines.modify_items(config, items)
+    tiers.mark(items)
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +91,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Tell the guardian that the tests go on."""
+    """Tell the guardian that the tests go on, and require what this one needs."""
     item.config.stash[_GUARDIAN].say(item.nodeid)
+    tiers.enter(item)
 
 
 _DIRECTORY = pytest.StashKey[Path]()
@@ -146,7 +149,9 @@ def session_directory(pytestconfig: pytest.Config) -> Path:
 @pytest.fixture(scope="session")
 def ext4(session_directory: Path) -> Iterator[Path]:
     """The root of an ext4 image of 4 GiB (sparse), mounted for the session. Needs root."""
-    require_root()
+    require(
+        os.geteuid() == 0, "needs root"
+    )  # not require_root(): `places` takes it where it can be had, also for tests that need no root
     with ext4_image(session_directory / "ext4", 4096) as root:
         yield root
 
@@ -203,7 +208,7 @@ def _new_mount_point(session_directory: Path, numbers: Iterator[int]) -> Path:
 @pytest.fixture(scope="session")
 def fuse() -> None:
     """For tests that mount in their own way: /dev/fuse is usable."""
-    harness.require_fuse()
+    require_fuse()
 
 
 def _mount_maker(

@@ -18,7 +18,6 @@ from fusehsm.version import VERSION
 from tests.conftest import MakeMount
 from tests.support import harness, leftovers
 from tests.support.harness import NOBODY, PATIENCE, fusehsm, is_dead, unmount_lazily
-from tests.support.requirements import require_root
 
 pytestmark = pytest.mark.any_engine
 
@@ -261,10 +260,10 @@ print(json.dumps(results))
 """
 
 
+@pytest.mark.root
 def test_an_ordinary_user(
     fuse: None, session_directory: Path, mount_point: Path, numbers: Iterator[int]
 ) -> None:
-    require_root()
     home = session_directory / f"home-{next(numbers)}"
     source, target, runtime = home / "source", home / "target", home / "runtime"
     for place in (home, source, target, runtime):
@@ -291,8 +290,8 @@ def test_an_ordinary_user(
     )
 
 
+@pytest.mark.root
 def test_without_the_fuse_device(backing: Path, mount_point: Path) -> None:
-    require_root()
     line = complaint_of(without_fuse("mount", str(backing), str(mount_point)), 1)
     assert line.startswith("/dev/fuse: ")
 

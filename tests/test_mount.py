@@ -34,7 +34,6 @@ from tests.support.harness import (
     start,
     unmount_lazily,
 )
-from tests.support.requirements import require_root
 
 pytestmark = pytest.mark.fuse
 
@@ -188,8 +187,8 @@ def unshared(script: str, *arguments: str | Path) -> "subprocess.CompletedProces
     return subprocess.CompletedProcess(script, process.returncode, output, said)
 
 
+@pytest.mark.root
 def test_no_device(backing: Path, mount_point: Path) -> None:
-    require_root()
     run = f'exec {sys.executable} -m fusehsm mount "$1" "$2"'
     hidden = unshared(f"mount -t tmpfs none /dev && {run}", backing, mount_point)
     assert hidden.returncode == 1
@@ -380,6 +379,7 @@ def test_unmounting_what_is_in_use(make_mount: MakeMount, accessor: Accessor) ->
     assert fusehsm("umount", mount.path).returncode == 0
 
 
+@pytest.mark.root
 def test_an_ordinary_user(
     open_device: None,
     session_directory: Path,
@@ -388,7 +388,6 @@ def test_an_ordinary_user(
     engine: str,
 ) -> None:
     """He mounts his own directory, traces it and unmounts it; others cannot get in."""
-    require_root()
     home = session_directory / f"home-{engine}"
     for name in ("source", "mount", "run"):
         (home / name).mkdir(parents=True)

@@ -87,6 +87,7 @@ def doctor_where(
 AS_NOBODY = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
 
 
+@pytest.mark.root
 def test_without_the_fuse_device(tmp_path: Path) -> None:
     done = doctor_where(
         'mount -t tmpfs none "$1"; mknod "$1/fuse" c 10 2; mount --bind "$1/fuse" /dev/fuse', tmp_path
@@ -100,6 +101,7 @@ def test_without_the_fuse_device(tmp_path: Path) -> None:
     assert checks["trial mount"]["found"].startswith("/dev/fuse: ")
 
 
+@pytest.mark.root
 def test_a_fuse_device_that_is_closed_to_us(mount_point: Path) -> None:
     script = 'mount -t tmpfs none "$1"; mknod -m 600 "$1/fuse" c 10 229; mount --bind "$1/fuse" /dev/fuse'
     done = doctor_where(script, mount_point, *AS_NOBODY)
@@ -107,6 +109,7 @@ def test_a_fuse_device_that_is_closed_to_us(mount_point: Path) -> None:
     assert "chmod 666 /dev/fuse" in checks_of(done.stdout)["/dev/fuse"]["mend"]
 
 
+@pytest.mark.root
 def test_an_ordinary_user(mount_point: Path) -> None:
     script = """
         mount -t tmpfs none "$1"; mknod -m 666 "$1/fuse" c 10 229; mount --bind "$1/fuse" /dev/fuse
@@ -130,6 +133,7 @@ def test_an_ordinary_user(mount_point: Path) -> None:
     assert check["mend"].startswith("chmod u+s /")
 
 
+@pytest.mark.root
 def test_without_mtab(mount_point: Path) -> None:
     script = """
         mount -t tmpfs none "$1"; mkdir "$1/etc"; cp -a /etc/passwd /etc/group /etc/ld.so.* "$1/etc"; mount --bind "$1/etc" /etc
@@ -145,6 +149,7 @@ def test_without_mtab(mount_point: Path) -> None:
     assert "cannot be unmounted" in checks["trial mount"]["found"]
 
 
+@pytest.mark.root
 def test_few_files_may_be_open(tmp_path: Path) -> None:
     done = doctor_where("ulimit -n 1024", tmp_path)
     assert done.returncode == 0

@@ -24,7 +24,7 @@ from tests.conftest import MakeAccessor, MakeMount
 from tests.support import harness
 from tests.support.harness import COMMAND, PATIENCE, LogReader, fusehsm
 
-pytestmark = pytest.mark.any_engine
+pytestmark = [pytest.mark.any_engine, pytest.mark.fuse]
 
 PAGE = 4096
 KEYS = ["time", "event", "mask", "pid", "path", "offset", "count", "response", "errno", "latency_us"]

@@ -33,7 +33,6 @@ from tests.conftest import MakeAccessor, MakeMount
 from tests.support import read_methods as ways
 from tests.support.async_listener import HOLD, listening
 from tests.support.harness import PATIENCE, Mount, fusehsm, is_dead, start
-from tests.support.requirements import require_root
 from tests.support.stub_pattern import Filler, Stub, content, make_stub
 
 SIZE = 50_000
@@ -384,10 +383,10 @@ def test_a_handler_that_blocks_on_its_own_mount(handled: Callable[..., Mount], a
     assert is_dead(mount.path)
 
 
+@pytest.mark.root
 async def test_the_disk_is_full_under_a_fill(
     session_directory: Path, make_mount: MakeMount, accessor: Accessor
 ) -> None:
-    require_root()
     with ext4_image(session_directory / "small", 8) as small:
         mount = make_mount(source=small)
         stub = small / "stub"

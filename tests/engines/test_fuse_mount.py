@@ -183,6 +183,7 @@ def refusal_where(
 # The mount's line
 
 
+@pytest.mark.root
 @pytest.mark.parametrize(
     ("options", "of_mount", "of_filesystem"),
     [
@@ -205,7 +206,6 @@ def refusal_where(
     ],
 )
 def test_options(mount_point: Path, options: str, of_mount: str, of_filesystem: str) -> None:
-    require_root()
     with connected(mount_point, *USUAL, *filter(None, options.split(","))):
         expected = (of_mount, f"{of_filesystem},user_id=0,group_id=0,default_permissions")
         assert lines_at(mount_point) == [expected]
@@ -215,41 +215,41 @@ def test_options(mount_point: Path, options: str, of_mount: str, of_filesystem: 
         assert not lines_at(mount_point)
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("more", [(), ("auto_unmount",)], ids=["mount(2)", "fusermount3"])
 def test_what_the_kernel_keeps(mount_point: Path, more: tuple[str, ...]) -> None:
-    require_root()
     with connected(mount_point, "allow_other", "max_read=8192", "noatime", "diratime", "ro", "suid", *more):
         expected = ("ro,nodev,noatime", "ro,user_id=0,group_id=0,allow_other,max_read=8192")
         assert lines_at(mount_point) == [expected]
         assert mount_at(mount_point).source == "fusehsm"
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("options", ["auto_unmount", "suid,noexec,noatime,dirsync,allow_other,fsname=name"])
 def test_the_line_is_the_other_engines(make_mount: MakeMount, mount_point: Path, options: str) -> None:
-    require_root()
     theirs = make_mount("--engine", "pyfuse3", "-o", options + ",fsname=name")
     with connected(mount_point, "default_permissions", "fsname=name", *options.split(",")):
         assert lines_at(mount_point) == lines_at(theirs.path)
         assert mount_at(mount_point).filesystem_type == mount_at(theirs.path).filesystem_type
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("more", [(), ("auto_unmount",)], ids=["mount(2)", "fusermount3"])
 @pytest.mark.parametrize(
     "source", ["a,b", "back\\slash\\,", "new\nline", "a b\t#", "größe", "=", "a=b,ro", "x" * 300]
 )
 def test_sources(mount_point: Path, source: str, more: tuple[str, ...]) -> None:
-    require_root()
     with connected(mount_point, f"fsname={source}", *more):
         assert mount_at(mount_point).source == source
         assert lines_at(mount_point) == [("rw,nosuid,nodev,relatime", "rw,user_id=0,group_id=0")]
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("more", [(), ("auto_unmount",)], ids=["mount(2)", "fusermount3"])
 @pytest.mark.parametrize(
     "name", ["with space, and comma", "-o", "tab\tnewline\nbackslash\\", "größe", os.fsdecode(b"\xff\xfe")]
 )
 def test_mount_points(mount_point: Path, name: str, more: tuple[str, ...]) -> None:
-    require_root()
     place = mount_point / name
     place.mkdir()
     with connected(place, *USUAL, *more):
@@ -258,9 +258,9 @@ def test_mount_points(mount_point: Path, name: str, more: tuple[str, ...]) -> No
         assert not lines_at(place)
 
 
+@pytest.mark.root
 def test_the_descriptor(mount_point: Path) -> None:
     """It is not inherited, does not block, and has the kernel's first request at once."""
-    require_root()
     for more in ((), ("auto_unmount",)):
         with connected(mount_point, *USUAL, *more) as connection:
             assert not os.get_inheritable(connection.descriptor)
@@ -307,8 +307,8 @@ def test_contradictions(mount_point: Path) -> None:
     assert text == "-o max_read=8192: another max_read is given too; give one"
 
 
+@pytest.mark.root
 def test_an_option_that_this_kernel_lacks(mount_point: Path) -> None:
-    require_root()
     text = refusal(mount_point, "fscontext=no such context")
     assert text == f"{mount_point}: Invalid argument; leave out the -o options that this kernel lacks"
 
@@ -449,8 +449,8 @@ def open_root(path: Path) -> "subprocess.Popen[str]":
     return process
 
 
+@pytest.mark.root
 def test_unmounting_what_is_in_use(mount_point: Path) -> None:
-    require_root()
     with connected(mount_point):
         in_use = open_root(mount_point)
         try:
@@ -464,9 +464,9 @@ def test_unmounting_what_is_in_use(mount_point: Path) -> None:
             in_use.communicate(timeout=PATIENCE)
 
 
+@pytest.mark.root
 def test_what_lies_below_is_not_unmounted(mount_point: Path) -> None:
     """With SRC = DST the mount point may be a mount already, and stays when ours has gone."""
-    require_root()
     subprocess.run(["mount", "--bind", mount_point, mount_point], check=True)
     try:
         with connected(mount_point):
@@ -482,8 +482,8 @@ def test_what_lies_below_is_not_unmounted(mount_point: Path) -> None:
         subprocess.run(["umount", mount_point], check=True)
 
 
+@pytest.mark.root
 def test_the_holder_dies(mount_point: Path, hold: MakeHolder) -> None:
-    require_root()
     hold(mount_point).kill()
     assert len(lines_at(mount_point)) == 1
     assert is_dead(mount_point)
@@ -491,8 +491,8 @@ def test_the_holder_dies(mount_point: Path, hold: MakeHolder) -> None:
     assert not lines_at(mount_point)
 
 
+@pytest.mark.root
 def test_the_holder_dies_with_auto_unmount(mount_point: Path, hold: MakeHolder) -> None:
-    require_root()
     holder = hold(mount_point, *USUAL, "auto_unmount")
     assert len(lines_at(mount_point)) == 1
     holder.kill()
@@ -540,9 +540,9 @@ def test_an_ordinary_user_dies_with_auto_unmount(
     assert hold(users_mount_point, "auto_unmount", uid=NOBODY).said == [told, "mounted"]
 
 
+@pytest.mark.root
 def test_closing(mount_point: Path) -> None:
     """Without auto_unmount a dead mount stays, to be unmounted; with it, nothing."""
-    require_root()
     connection = mount(str(mount_point), USUAL)
     connection.close()
     assert is_dead(mount_point)

@@ -240,9 +240,9 @@ def _reuse(directory: Path, name: str) -> int:
     raise AssertionError("the number was not used again")
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("again", ["lookup", "readdir", "create"])
 def test_reused_number(places: Callable[[str], Path], again: str) -> None:
-    require_root()
     source = places("reuse")
     tree = Overlay(str(source))
     gone: list[Node] = []
@@ -594,6 +594,7 @@ def test_linked_again_under_a_name_unknown_so_far(source: Path, tree: Overlay) -
     assert node.lookups == 3
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("may_map", [False, True], ids=["descriptors-only", "mappings"])
 def test_pins_are_bounded(source: Path, monkeypatch: pytest.MonkeyPatch, may_map: bool) -> None:
     """Beyond their number files are kept by mappings, where these lead back to them, else given up."""

@@ -28,7 +28,6 @@ from tests.support.overlay_actions import (
     own_caller,
     snapshot,
 )
-from tests.support.requirements import require_root
 
 PAST = 1_234_567_890_123_456_789  # nanoseconds, in 2009
 BEFORE_1970 = -1_500_000_001
@@ -268,19 +267,19 @@ def test_same_as_native(tmp_path: Path, source: Path, tree: Overlay, scenario: s
     assert keep or tree.node_count == 1
 
 
+@pytest.mark.root
 @pytest.mark.usefixtures("no_umask")
 @pytest.mark.parametrize("scenario", ROOT_SCENARIOS)
 def test_same_as_native_for_root(tmp_path: Path, source: Path, tree: Overlay, scenario: str) -> None:
-    require_root()
     native = tmp_path / "native"
     native.mkdir()
     compare(native, source, OverlayFace(tree), ROOT_SCENARIOS[scenario])
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("scenario", SCENARIOS | ROOT_SCENARIOS)
 def test_ordinary_server_same_as_native(session_directory: Path, scenario: str) -> None:
     """A server without privileges, on files of its own."""
-    require_root()
     base = Path(tempfile.mkdtemp(dir=session_directory))
     base.chmod(0o755)
     native, source = base / "native", base / "source"

@@ -12,6 +12,8 @@ from fusehsm.overlay.overlay import DirectoryEntry, DirectoryStream, Overlay
 from tests.support.overlay_actions import NOBODY, as_user, mounted, open_descriptors, own_caller
 from tests.support.requirements import require_root
 
+pytestmark = pytest.mark.root
+
 COUNT = 3000
 
 
@@ -188,9 +190,9 @@ def test_directories_on_other_devices(source: Path, tree: Overlay, stream: Direc
         assert stat.S_ISDIR(entry.status.st_mode)
 
 
+@pytest.mark.root
 def test_entries_that_may_not_be_examined(session_directory: Path) -> None:
     """A directory that may be read but not searched: natively, names are listed and cannot be examined."""
-    require_root()
     source = Path(tempfile.mkdtemp(dir=session_directory))
     source.chmod(0o755)
     (source / "directory").mkdir()

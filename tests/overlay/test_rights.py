@@ -16,6 +16,8 @@ from fusehsm.overlay.overlay import TIME_NOW, AttributeChanges, Caller, Overlay
 from tests.support.overlay_actions import NOBODY, Face, NativeFace, OverlayFace, as_user, process_of, snapshot
 from tests.support.requirements import require_root
 
+pytestmark = pytest.mark.root
+
 OTHER_GROUP = 4242  # the accessor is a member
 FOREIGN_GROUP = 4343  # he is not
 CAPABILITY = bytes.fromhex("0000000201000000000000000000000000000000")  # cap_chown, as setcap(8) writes it

@@ -26,7 +26,7 @@ from fusehsm.linux import mountinfo
 from tests.support import guardian, leftovers
 from tests.support.leftovers import command_line as command_line
 from tests.support.leftovers import kill as kill
-from tests.support.requirements import require, require_root
+from tests.support.requirements import require, require_fuse, require_root
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = (sys.executable, "-m", "fusehsm")
@@ -201,6 +201,7 @@ class Mount:
         descriptors: int | None = None,
     ) -> None:
         """`descriptors`: how many the daemon may hold (RLIMIT_NOFILE, soft and hard); None: as many as we."""
+        require_fuse()
         self.source = source
         self.path = path
         program, more_environment, who = command_of(uid)
@@ -346,15 +347,6 @@ def fuse_device_for_everybody() -> Iterator[None]:
         os.chmod("/dev/fuse", mode)
         fcntl.flock(device, fcntl.LOCK_UN)  # children that were forked meanwhile hold copies
         os.close(device)
-
-
-def require_fuse() -> None:
-    """Go on if FUSE file systems can be mounted here; else skip, or fail in CI."""
-    try:
-        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
-    except OSError as error:
-        require(False, f"needs /dev/fuse: {error.strerror}")
-    require(os.geteuid() == 0 or shutil.which("fusermount3") is not None, "needs fusermount3")
 
 
 def is_dead(path: Path) -> bool:

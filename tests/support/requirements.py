@@ -1,6 +1,7 @@
 """What a test needs of the machine. Elsewhere than in CI a lack skips it; in CI it is a failure: no silent holes there."""
 
 import os
+import shutil
 
 import pytest
 
@@ -18,8 +19,25 @@ def require(condition: bool, reason: str) -> None:
     pytest.skip(reason)
 
 
+_announced: dict[str, set[str]] = {}  # the test that runs now, and the needs that it has marks for
+
+
+def announce(test: str, marks: set[str]) -> None:
+    """From now on this test runs, which has these marks."""
+    _announced.clear()
+    _announced[test] = marks
+
+
+def _expect_mark(name: str) -> None:
+    """Fail the running test if it has no mark for what it asks for: its tier would be wrong (tiers.py)."""
+    for test, marks in _announced.items():
+        if name not in marks:
+            pytest.fail(f"{test} asks for {name}, and has no mark pytest.mark.{name}", pytrace=False)
+
+
 def require_root() -> None:
     """Mounts, loop devices and pre-content groups need it."""
+    _expect_mark("root")
     require(os.geteuid() == 0, "needs root")
 
 
@@ -29,3 +47,13 @@ def require_pre_content_kernel() -> None:
     require(
         kernel_version() >= _PRE_CONTENT_KERNEL, f"needs Linux 6.14 or later, this is {os.uname().release}"
     )
+
+
+def require_fuse() -> None:
+    """Go on if FUSE file systems can be mounted here; else skip, or fail in CI."""
+    _expect_mark("fuse")
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        require(False, f"needs /dev/fuse: {error.strerror}")
+    require(os.geteuid() == 0 or shutil.which("fusermount3") is not None, "needs fusermount3")

@@ -15,7 +15,6 @@ from fusehsm.linux.mountinfo import mount_of, read_mounts
 from tests.conftest import MakeAccessor
 from tests.support import harness, leftovers
 from tests.support.harness import NOBODY, PATIENCE
-from tests.support.requirements import require_root
 
 
 def test_results_and_errors_come_back(accessor: Accessor, tmp_path: Path) -> None:
@@ -49,8 +48,8 @@ def test_one_that_waits_is_given_up_on_and_killed(accessor: Accessor) -> None:
     assert accessor.wait_exit() == signal.SIGKILL
 
 
+@pytest.mark.root
 def test_other_users(make_accessor: MakeAccessor, tmp_path: Path) -> None:
-    require_root()
     accessor = make_accessor(uid=NOBODY, gid=NOBODY)
     assert accessor.call(lambda: (os.getresuid(), os.getresgid(), os.getgroups())) == (
         (NOBODY,) * 3,
@@ -123,8 +122,8 @@ def test_what_a_session_leaves_behind_fails_it_and_is_removed(tmp_path: Path) ->
     assert leftovers.command_line(pid) in ("gone", "")  # a zombie at most, until its new parent looks
 
 
+@pytest.mark.root
 def test_mounts_and_loop_devices_are_left_behind_too(tmp_path: Path) -> None:
-    require_root()
     done = session(
         tmp_path,
         "import subprocess\n"
@@ -158,8 +157,8 @@ def test_a_skip_is_a_failure_in_ci(tmp_path: Path) -> None:
     assert "in CI nothing may be skipped: Skipped: no such machine" in done.stdout
 
 
+@pytest.mark.root
 def test_a_session_that_is_killed_is_cleared_up_after(tmp_path: Path) -> None:
-    require_root()
     done = session(
         tmp_path,
         "import os, pathlib, signal, subprocess\n"

@@ -374,8 +374,8 @@ def test_a_mount_hides_the_marks_and_takes_none(source: Path, backing: Path, mak
     assert os.listxattr(backing / "copy") == ["user.mine"]
 
 
+@pytest.mark.root
 def test_an_ordinary_user(source: Path, places: Callable[[str], Path]) -> None:
-    require_root()
     above = places("ordinary")
     above.chmod(0o777)
     source.chmod(0o755)

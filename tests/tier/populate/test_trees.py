@@ -10,7 +10,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from fusehsm.tier.populate.create import Outcome
-from tests.support.requirements import require_root
 from tests.support.tier.populated import plant
 from tests.support.tier.trees import changes_since, describe, expect_stubs
 
@@ -96,6 +95,7 @@ def make(path: bytes, item: object, made: list[bytes]) -> None:
             os.utime(path, ns=(0, item.mtime_ns))
 
 
+@pytest.mark.root
 @given(st.dictionaries(names, trees, max_size=6))
 @settings(
     max_examples=80,
@@ -104,7 +104,6 @@ def make(path: bytes, item: object, made: list[bytes]) -> None:
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 def test_any_tree(places: Callable[[str], Path], tree: dict[bytes, object]) -> None:
-    require_root()
     store, target = places("any-store"), places("any")
     made: list[bytes] = []
     for name, item in tree.items():

@@ -25,6 +25,8 @@ from tests.support.requirements import require_root
 from tests.support.tier.populated import plant
 from tests.support.tier.trees import content_of
 
+pytestmark = pytest.mark.root
+
 BLOCK = 16384
 PUNCH = 0x03
 SIZE = 5 * BLOCK + 100

@@ -21,7 +21,6 @@ from fusehsm.tier.validate.report import Report, progress_line
 from tests.conftest import MakeMount
 from tests.support import harness
 from tests.support.harness import NOBODY, fusehsm
-from tests.support.requirements import require_root
 from tests.support.tier.servers import Served
 from tests.support.tier.terminal import on_a_terminal
 from tests.support.tier.trees import content_of, make_small_tree
@@ -193,9 +192,9 @@ def test_content_that_the_store_cannot_give(
     assert report["files"] == 2
 
 
+@pytest.mark.root
 def test_a_directory_that_cannot_be_listed(source: Path, copy: Path) -> None:
     """What it holds is not said to be missing."""
-    require_root()
     for place in (copy.parent, copy, source):
         place.chmod(0o755)
     shutil.rmtree(copy / "hollow")
