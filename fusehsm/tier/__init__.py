@@ -1,7 +1,7 @@
 """The ready-made HSM: stores, the stubs that stand for what they hold, and whoever fills and empties them.
 
 What the user calls:
-tier/populate/command.py    `fusehsm populate`: stubs of everything in a store; tier/text/progress.py tells how far it is
+tier/populate/command.py    `fusehsm populate`: stubs of everything in a store; tier/text.py tells how far it is
 tier/fetch/command.py       `fusehsm fetch`: serves them, until told to end
 tier/fetch/evict_command.py       `fusehsm evict`, `pin`, `unpin`: asks the running fetch
 tier/fetch/status_command.py `fusehsm status PATH`: what of each file is here
@@ -12,8 +12,8 @@ tier/stores/base.py       what a store is: a tree, and ranges of files, each in 
 opening.py     from what the user writes to the store that it means
 tier/stores/local.py, tier/stores/archive.py, tier/stores/git.py, tier/stores/http.py, tier/stores/sftp.py, tier/stores/s3.py   kinds that tell much
 tier/stores/fsspec.py  all others, as far as fsspec tells
-tier/stores/readahead.py lists of directories, asked for before their turn
-tier/stores/s3_errors.py   what botocore raises, in a line
+tier/stores/s3.py lists of directories, asked for before their turn
+tier/stores/s3.py   what botocore raises, in a line
 
 Stubs:
 tier/stubs/mark.py   how a stub is known: an attribute on the file
@@ -23,7 +23,7 @@ tier/stubs/writer.py, tier/stubs/residue.py   putting content there without maki
 tier/populate/create.py    making stubs, one entry of a store after the other; tier/populate/ownership.py: their owners and modes
 linux/beneath.py     opening what lies below a directory, without following links
 tier/stubs/identity.py   which file it is, whatever its name
-tier/stubs/holes.py, tier/stubs/extents.py, sizes.py, tier/stubs/mount_identity.py   where a file has no data; numbers in a row; sizes and times as
+tier/stubs/extents.py, tier/stubs/extents.py, sizes.py, tier/stubs/identity.py   where a file has no data; numbers in a row; sizes and times as
 people write them; which mount it is
 
 Serving:

@@ -14,11 +14,10 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from fusehsm.conform.accessor import Zygote
 from fusehsm.conform.divergences import applying
-from fusehsm.conform.perform import Performer
+from fusehsm.conform.perform import Comparison, Performer, Verdict
 from fusehsm.conform.sequences import Step, sequence
 from fusehsm.conform.sides import Side, emulated_side, kernel_side
 from fusehsm.conform.stream import Did, Stream, ended_early, lines
-from fusehsm.conform.verdict import Comparison, Verdict
 from fusehsm.conform.workload import Workload
 from tests.support.sequence_generator import machine
 

@@ -15,13 +15,11 @@ import trio
 
 from fusehsm.conform import command
 from fusehsm.conform.accessor import Zygote
-from fusehsm.conform.emulator import Emulator
-from fusehsm.conform.perform import Performer
+from fusehsm.conform.perform import Comparison, Performer
 from fusehsm.conform.recording import Recording
 from fusehsm.conform.scene import Scene
-from fusehsm.conform.sides import NoKernelEvents, Side, emulated_side, kernel_side
+from fusehsm.conform.sides import Emulator, NoKernelEvents, Side, emulated_side, kernel_side
 from fusehsm.conform.stream import UNFINISHED, Did, Heard, Stream, lines
-from fusehsm.conform.verdict import Comparison
 from fusehsm.conform.workload import Workload, one_call
 from fusehsm.conform.workloads import WORKLOADS, chosen
 from fusehsm.daemon.child import ForegroundMount
@@ -75,7 +73,7 @@ def test_a_stopped_daemon_is_told_from_a_slow_one(
 ) -> None:
     """And killed, so that what follows fails at once."""
     monkeypatch.setattr("fusehsm.conform.scene._PATIENCE", 0.5)
-    monkeypatch.setattr("fusehsm.conform.emulator._ANSWERS_WITHIN", 0.5)
+    monkeypatch.setattr("fusehsm.conform.sides._ANSWERS_WITHIN", 0.5)
     stream = performer.perform(harming(signal.SIGSTOP), emulated)
     assert stream[-1] == Did(UNFINISHED, "ended", "the emulator does not answer")
     began = time.monotonic()

@@ -10,9 +10,8 @@ import pytest
 
 from fusehsm.conform import command
 from fusehsm.conform.accessor import Zygote
-from fusehsm.conform.arrangement import arranged
 from fusehsm.conform.divergences import applying
-from fusehsm.conform.perform import Performer
+from fusehsm.conform.perform import Comparison, Performer, Verdict
 from fusehsm.conform.recording import SHIPPED, Recording
 from fusehsm.conform.scene import Scene
 from fusehsm.conform.sides import Side, emulated_side, kernel_side
@@ -21,13 +20,13 @@ from fusehsm.conform.stream import (
     Did,
     Heard,
     Stream,
+    arranged,
     ended_early,
     from_json,
     lines,
     shown,
     to_json,
 )
-from fusehsm.conform.verdict import Comparison, Verdict
 from fusehsm.conform.workload import Workload, one_call
 from fusehsm.conform.workloads import WORKLOADS, chosen
 from tests.support.harness import NOBODY, fuse_device_for_everybody, fusehsm

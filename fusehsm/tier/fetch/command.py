@@ -28,14 +28,12 @@ from fusehsm.tier.fetch.destination import Destination, destination
 from fusehsm.tier.fetch.durability import INTERVAL, Keeper
 from fusehsm.tier.fetch.evict import Evictor, keep_below
 from fusehsm.tier.fetch.handler import Fetcher, Policy, Totals
-from fusehsm.tier.fetch.progress import StderrHandler, show_progress
-from fusehsm.tier.fetch.sd_notify import say_ready
+from fusehsm.tier.fetch.progress import StderrHandler, say_ready, show_progress
 from fusehsm.tier.fetch.server import FetchServer
 from fusehsm.tier.stores.base import Store, shown
 from fusehsm.tier.stores.open import expect_apart, open_store
-from fusehsm.tier.stubs.mount_identity import place_of
-from fusehsm.tier.text.progress import size_text
-from fusehsm.tier.text.sizes import parse_seconds, parse_size
+from fusehsm.tier.stubs.identity import place_of
+from fusehsm.tier.text import parse_seconds, parse_size, size_text
 
 _EVENTS: Final = ("PRE_ACCESS", "MODIFY")
 # On the real kernel nothing tells of what is written through a mapping, but the end of its file. (A mount makes MODIFY of it.)

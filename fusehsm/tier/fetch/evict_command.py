@@ -9,8 +9,7 @@ from fusehsm.tier.fetch.client import found
 from fusehsm.tier.fetch.evict import Kept
 from fusehsm.tier.fetch.protocol import Evict, Pin
 from fusehsm.tier.stores.base import shown
-from fusehsm.tier.text.progress import size_text
-from fusehsm.tier.text.sizes import parse_seconds, parse_size
+from fusehsm.tier.text import parse_seconds, parse_size, size_text
 
 
 def evict(paths: Sequence[str], *, older_than: str | None, free: str | None) -> int:

@@ -154,7 +154,7 @@ class Fetcher:
         nursery: trio.Nursery,
         touched: Callable[[str, int, int], None] | None = None,
     ) -> None:
-        """`destination`: the absolute path that events' paths begin with; `place`: tier/stubs/mount_identity.py; `touched(path, offset, end)` hears
+        """`destination`: the absolute path that events' paths begin with; `place`: tier/stubs/identity.py; `touched(path, offset, end)` hears
         what is asked for."""
         self.totals = Totals()
         self.group: Group | None = None

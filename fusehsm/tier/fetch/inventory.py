@@ -40,7 +40,7 @@ def items(
     """The regular files at or below `path` ("": all), in the order of their bytes; each inode once. No symbolic link is followed.
 
     `known`: of the files that are served just now. `left_out` hears of directories that are not looked at. `place`: the destination's
-    (tier/stubs/mount_identity.py).
+    (tier/stubs/identity.py).
     Raises OSError ENOENT where there is nothing at `path`, ValueError for a path that leads elsewhere. What cannot be opened below it is left out.
     """
     if path:

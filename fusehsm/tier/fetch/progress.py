@@ -1,7 +1,10 @@
-"""What a running fetch is doing: a line that changes on a terminal, nothing elsewhere."""
+"""What a running fetch tells: a line that changes on a terminal, log lines, and that it serves now (sd_notify(3))."""
 
 import logging
+import os
+import socket
 import sys
+from contextlib import suppress
 from typing import Final
 
 import trio
@@ -9,7 +12,20 @@ import trio
 from fusehsm.tier.fetch.errors import passed_over
 from fusehsm.tier.fetch.handler import Fetcher
 from fusehsm.tier.stores.base import shown
-from fusehsm.tier.text.progress import Progress, size_text
+from fusehsm.tier.text import Progress, size_text
+
+# Telling whoever has started a service that it serves now (sd_notify(3), Type=notify of systemd.service(5)).
+
+
+def say_ready() -> None:
+    """Does nothing where nobody has asked for it (NOTIFY_SOCKET), or nobody listens any more."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as speaker, suppress(OSError):
+        speaker.setblocking(False)
+        speaker.sendto(b"READY=1", "\0" + address[1:] if address[0] == "@" else address)
+
 
 _INTERVAL: Final = 0.2  # seconds
 _LONGEST_PATH: Final = 60  # letters

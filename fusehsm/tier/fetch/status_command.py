@@ -14,7 +14,7 @@ from fusehsm.tier.fetch.client import find
 from fusehsm.tier.fetch.inventory import Item, items
 from fusehsm.tier.fetch.protocol import List
 from fusehsm.tier.stores.base import shown
-from fusehsm.tier.text.progress import size_text
+from fusehsm.tier.text import size_text
 
 
 def file_status(path: str, *, as_json: bool) -> bool:

@@ -20,7 +20,7 @@ from fusehsm.tier.populate.lock import alone
 from fusehsm.tier.stores.base import Entry, Kind, Store, StoreError, shown
 from fusehsm.tier.stores.open import expect_apart, open_store
 from fusehsm.tier.stubs import mark as stub_mark
-from fusehsm.tier.text.progress import Progress, progress_line, size_text
+from fusehsm.tier.text import Progress, progress_line, size_text
 
 _TRIAL_SIZE: Final = 1 << 20  # bytes; larger than what a file system keeps in an inode
 

@@ -16,21 +16,151 @@ A key is a path: components separated by "/". A key that ends in "/" is a direct
 out: keys with an empty component, "." or "..", and an object whose key is also a directory's name.
 """
 
+import asyncio
 import errno
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import closing, contextmanager, suppress
 from datetime import datetime
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 import aiohttp
 import fsspec.config
-from botocore.exceptions import ClientError, HTTPClientError, ResponseStreamingError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectTimeoutError,
+    EndpointConnectionError,
+    HTTPClientError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    ReadTimeoutError,
+    ResponseStreamingError,
+)
 from fsspec.asyn import sync
 
 from fusehsm.tier.stores.base import Entry, Kind, Rights, StoreError, byte_order, changed, throw
 from fusehsm.tier.stores.fsspec import FsspecStore
-from fusehsm.tier.stores.readahead import ListsAhead
-from fusehsm.tier.stores.s3_errors import CHANGED, GONE, OUT_OF_RANGE, code_of, explained
+
+# What botocore raises, in one line that says what to do. Its own texts have whole URLs and several lines.
+
+
+# Answers to HEAD have no text, so the code that is told of them is the status.
+GONE: Final = frozenset(("NoSuchKey", "404"))
+CHANGED: Final = frozenset(("PreconditionFailed", "412"))
+OUT_OF_RANGE: Final = frozenset(("InvalidRange", "416"))
+_KEYS: Final = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the profile in ~/.aws (AWS_PROFILE)"
+_BAD_CREDENTIALS: Final = {
+    "InvalidAccessKeyId": "the server does not know this access key",
+    "SignatureDoesNotMatch": "the secret key is not the access key's",
+    "ExpiredToken": "the session token has expired",
+    "InvalidToken": "the session token is wrong",
+    "InvalidTokenId": "the session token is wrong",
+}
+_CLOCK: Final = frozenset(("RequestTimeTooSkewed",))
+_ELSEWHERE: Final = frozenset(("PermanentRedirect", "301", "AuthorizationHeaderMalformed"))
+
+
+def code_of(error: ClientError) -> str:
+    """The code of an answer that is an error: a word of S3's, or the status."""
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def explained(error: Exception, path: str, what: str, bucket: str, endpoint: str) -> OSError | None:
+    """The error as one of ours, None if it is of a kind that is not S3's. `what`: "cannot be read", ...; `endpoint`: the server's URL."""
+    number, why = errno.EIO, ""
+    match error:
+        case ClientError():
+            number, why = _answer(error, bucket)
+        case NoCredentialsError() | PartialCredentialsError():
+            number = errno.EACCES
+            why = f"no credentials are set; set {_KEYS}; for a public bucket: FSSPEC_S3_ANON=true"
+        case ConnectTimeoutError() | ReadTimeoutError():
+            number = errno.ETIMEDOUT
+            why = f"{endpoint} does not answer; see that it is up and can be reached from here"
+        case EndpointConnectionError():
+            number = errno.ECONNREFUSED
+            why = f"{endpoint} cannot be reached; see that AWS_ENDPOINT_URL is right and the server is up"
+        case BotoCoreError():
+            why = " ".join(str(error).split())
+    return StoreError(number, f"{what}: {why}", path) if why else None
+
+
+def _answer(error: ClientError, bucket: str) -> tuple[int, str]:
+    """Number, and cause with mend."""
+    code = code_of(error)
+    if code == "NoSuchBucket":
+        return errno.ENOENT, f"there is no bucket {bucket}; see that its name and AWS_ENDPOINT_URL are right"
+    if code in _BAD_CREDENTIALS:
+        return errno.EACCES, f"{_BAD_CREDENTIALS[code]}; set {_KEYS}"
+    if code in ("AccessDenied", "403"):
+        return (
+            errno.EACCES,
+            f"access is denied; the credentials need s3:ListBucket and s3:GetObject for the bucket {bucket}",
+        )
+    if code in _CLOCK:
+        return errno.EACCES, "this machine's clock differs too much from the server's; set it"
+    if code in _ELSEWHERE:
+        return errno.EREMOTE, f"the bucket {bucket} lies in another region; set AWS_DEFAULT_REGION to that"
+    if code in GONE:
+        return errno.ENOENT, "it is not there"
+    details: Any = error.response.get("Error", {})
+    text = " ".join(str(details.get("Message", "")).split())
+    return errno.EIO, f"the server answered {code} {text}".rstrip()
+
+
+# The lists of a tree's directories, asked for before their turn comes: where each takes a round trip, a walk would spend its time waiting.
+
+
+_Listed = TypeVar("_Listed")
+
+AHEAD: Final = (
+    8  # directories of each level of the tree that are listed at a time, or have been and wait for their turn
+)
+
+
+class ListsAhead(Generic[_Listed]):
+    """For one walk, depth first. `ask(directory)` lists one; it runs in `loop`, which must be another thread's."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, ask: Callable[[str], Awaitable[_Listed]]) -> None:
+        self._loop = loop
+        self._ask = ask
+        self._asked: dict[str, Future[_Listed]] = {}
+        # Directories that have not been asked for yet, by the one before whose turn they are not.
+        self._siblings: dict[str, deque[str]] = {}
+
+    def take(self, directory: str) -> _Listed:
+        """The directory's list. Raises what asking for it raised."""
+        siblings = self._siblings.pop(directory, None)
+        asked = self._asked.pop(directory, None) or self._start(directory)
+        if siblings:
+            following = siblings.popleft()
+            self._asked[following] = self._start(following)
+            self._siblings[following] = siblings
+        return asked.result()
+
+    def expect(self, directories: Iterable[str]) -> None:
+        """These will be taken in this order, each with all below it before the next."""
+        coming = deque(directories)
+        first = [coming.popleft() for _ in range(min(AHEAD, len(coming)))]
+        for directory in first:
+            self._asked[directory] = self._start(directory)
+            # Each that is taken makes room for one more.
+            self._siblings[directory] = coming
+
+    def close(self) -> None:
+        """Give up what was asked for and not taken."""
+        for asked in self._asked.values():
+            asked.cancel()
+        self._asked.clear()
+
+    def _start(self, directory: str) -> "Future[_Listed]":
+        async def ask() -> _Listed:
+            return await self._ask(directory)
+
+        return asyncio.run_coroutine_threadsafe(ask(), self._loop)
+
 
 CONNECTIONS: Final = 64  # at most, and so requests at a time
 _TRIES: Final = 3

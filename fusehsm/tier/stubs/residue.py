@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from enum import Enum
 
 from fusehsm.linux.filesystem_calls import PAGE_SIZE
-from fusehsm.tier.stubs.holes import holes
+from fusehsm.tier.stubs.extents import holes
 
 
 class Residue(Enum):

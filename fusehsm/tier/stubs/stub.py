@@ -25,8 +25,7 @@ from typing import Self
 from fusehsm.linux import filesystem_calls as syscalls
 from fusehsm.tier.stubs import mark as stub_mark
 from fusehsm.tier.stubs import record as residency
-from fusehsm.tier.stubs.extents import runs
-from fusehsm.tier.stubs.holes import holes
+from fusehsm.tier.stubs.extents import holes, runs
 from fusehsm.tier.stubs.mark import Mark
 from fusehsm.tier.stubs.record import Blocks, Flags, Record, block_size_for, digest_of
 from fusehsm.tier.stubs.residue import Residue, doubtful, forget_clean_pages, residue, unfilled
@@ -99,7 +98,7 @@ class StubFile:
     def recover(cls, fd: int, path: str, place: bytes, block_size: int) -> Self | None:
         """What is known of the file from before; None if it is no stub and none that was filled, but somebody's own.
 
-        `place`: of the mount (tier/stubs/mount_identity.py); `block_size`: for files that have no record yet. Raises OSError EIO for a stub that is
+        `place`: of the mount (tier/stubs/identity.py); `block_size`: for files that have no record yet. Raises OSError EIO for a stub that is
         not finished.
         """
         mark = stub_mark.read(fd)

@@ -20,7 +20,7 @@ from typing import Final
 
 from fusehsm.tier.stores.base import Entry, Kind, Store, StoreChanged, StoreError, shown
 from fusehsm.tier.stores.open import open_store
-from fusehsm.tier.text.progress import Progress
+from fusehsm.tier.text import Progress
 from fusehsm.tier.validate.plan import BY, Window, plan, windows
 from fusehsm.tier.validate.reader import Reader
 from fusehsm.tier.validate.report import Failed, FileFindings, Report, progress_line

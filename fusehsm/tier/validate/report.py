@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fusehsm.tier.stores.base import Entry, shown
-from fusehsm.tier.text.progress import size_text
+from fusehsm.tier.text import size_text
 from fusehsm.tier.validate.reader import TIMEOUT, Difference, Failure, Outcome
 
 Tell = Callable[[str, str], None]

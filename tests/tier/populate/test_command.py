@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fusehsm.tier.text.progress import progress_line, size_text
+from fusehsm.tier.text import progress_line, size_text
 from tests.support import harness
 from tests.support.harness import NOBODY, fusehsm
 from tests.support.tier.servers import Served

@@ -16,7 +16,7 @@ import pytest
 
 from fusehsm.tier.stores.base import Entry, Kind, Store, StoreChanged, StoreError
 from fusehsm.tier.stores.open import open_store
-from fusehsm.tier.stores.readahead import AHEAD
+from fusehsm.tier.stores.s3 import AHEAD
 from tests.support.harness import PATIENCE, fusehsm
 from tests.support.tier.relay import relay
 from tests.support.tier.s3_server import S3

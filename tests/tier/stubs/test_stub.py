@@ -15,8 +15,8 @@ import pytest
 from fusehsm.linux import filesystem_calls as syscalls
 from fusehsm.tier.stubs import mark as stub_mark
 from fusehsm.tier.stubs import record as residency
+from fusehsm.tier.stubs.identity import place_of
 from fusehsm.tier.stubs.mark import Mark
-from fusehsm.tier.stubs.mount_identity import place_of
 from fusehsm.tier.stubs.record import Flags
 from fusehsm.tier.stubs.stub import InDoubt, StubFile
 from fusehsm.tier.stubs.writer import may_have_grown_to, write_without_growing

@@ -1,1 +1,0 @@
-"""Text that commands print and parse: progress lines and sizes."""
