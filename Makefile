@@ -28,9 +28,12 @@ check: setup
 	$(BIN)/python -m pytest $(T) $(ARGS)
 
 lint: setup
+	@mkdir -p build
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy
+	PYTHONPATH=. $(BIN)/lint-imports --no-cache > build/imports.log 2>&1 || { cat build/imports.log; exit 1; }
+	$(BIN)/codespell fusehsm tests docs examples bench scripts *.md
 
 bench: setup-bench
 	$(BIN)/python -m bench.run $(ARGS)

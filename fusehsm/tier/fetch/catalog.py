@@ -5,7 +5,8 @@ import os
 import threading
 from dataclasses import dataclass
 
-from fusehsm.tier.stores.base import Kind, Rights, Store, StoreChanged, StoreError, shown
+from fusehsm.text import shown
+from fusehsm.tier.stores.base import Kind, Rights, Store, StoreChanged, StoreError
 from fusehsm.tier.stubs.mark import Mark, digest
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from fusehsm.control import socket as control_socket
+from fusehsm.text import shown
 from fusehsm.tier.fetch.protocol import LARGEST_REPLY, Request, encode_request
-from fusehsm.tier.stores.base import shown
 
 _PATIENCE: Final = 600.0  # seconds without a word
 

@@ -21,6 +21,7 @@ from fusehsm.handler import GROUP_IS_GONE, serve
 from fusehsm.linux.interruption import Interrupted, Interruption, interruptible
 from fusehsm.linux.mountinfo import read_mounts
 from fusehsm.linux.walk import directories
+from fusehsm.text import shown
 from fusehsm.tier.fetch.access_list import Recorder, Touched, read_list, warm_up
 from fusehsm.tier.fetch.catalog import where
 from fusehsm.tier.fetch.client import socket_name
@@ -30,7 +31,7 @@ from fusehsm.tier.fetch.evict import Evictor, keep_below
 from fusehsm.tier.fetch.handler import Fetcher, Policy, Totals
 from fusehsm.tier.fetch.progress import StderrHandler, say_ready, show_progress
 from fusehsm.tier.fetch.server import FetchServer
-from fusehsm.tier.stores.base import Store, shown
+from fusehsm.tier.stores.base import Store
 from fusehsm.tier.stores.open import expect_apart, open_store
 from fusehsm.tier.stubs.identity import place_of
 from fusehsm.tier.text import parse_seconds, parse_size, size_text

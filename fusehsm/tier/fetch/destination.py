@@ -20,9 +20,9 @@ from fusehsm.linux.interruption import Interrupted
 from fusehsm.linux.mountinfo import Mount, MountId, id_at, id_of, mount_of, read_mounts
 from fusehsm.linux.subprocesses import own_command, own_environment
 from fusehsm.mount import unmount
+from fusehsm.text import shown
 from fusehsm.tier.fetch.errors import in_a_line
 from fusehsm.tier.populate.lock import alone
-from fusehsm.tier.stores.base import shown
 
 _REFUSING: Final = (
     "what is not here is refused there; start fetch again, which takes it over, or `fusehsm umount {}`"

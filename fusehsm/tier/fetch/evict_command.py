@@ -5,10 +5,10 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 
+from fusehsm.text import shown
 from fusehsm.tier.fetch.client import found
 from fusehsm.tier.fetch.evict import Kept
 from fusehsm.tier.fetch.protocol import Evict, Pin
-from fusehsm.tier.stores.base import shown
 from fusehsm.tier.text import parse_seconds, parse_size, size_text
 
 

@@ -9,9 +9,9 @@ from typing import Final
 
 import trio
 
+from fusehsm.text import shown
 from fusehsm.tier.fetch.errors import passed_over
 from fusehsm.tier.fetch.handler import Fetcher
-from fusehsm.tier.stores.base import shown
 from fusehsm.tier.text import Progress, size_text
 
 # Telling whoever has started a service that it serves now (sd_notify(3), Type=notify of systemd.service(5)).

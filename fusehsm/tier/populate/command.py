@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from fusehsm.linux.mountinfo import mount_of
+from fusehsm.text import shown
 from fusehsm.tier.populate.create import NO_UNNAMED_FILES, UNFINISHED, Outcome, Planter
 from fusehsm.tier.populate.lock import alone
-from fusehsm.tier.stores.base import Entry, Kind, Store, StoreError, shown
+from fusehsm.tier.stores.base import Entry, Kind, Store, StoreError
 from fusehsm.tier.stores.open import expect_apart, open_store
 from fusehsm.tier.stubs import mark as stub_mark
 from fusehsm.tier.text import Progress, progress_line, size_text

@@ -16,7 +16,8 @@ from typing import Any, Final
 
 from fusehsm.linux.beneath import components
 from fusehsm.tier.stores.base import Entry, Kind, Rights, StoreError, changed
-from fusehsm.tier.stores.fsspec import FsspecStore, filesystem_of, version_of
+from fusehsm.tier.stores.filesystems import filesystem_of
+from fusehsm.tier.stores.fsspec import FsspecStore, version_of
 
 _UNIX: Final = 3  # ZipInfo.create_system
 

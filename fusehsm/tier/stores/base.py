@@ -157,11 +157,3 @@ def shorter(store: Store, path: str) -> StoreChanged:
 def byte_order(name: str) -> bytes:
     """The sort key of a directory's names."""
     return os.fsencode(name)
-
-
-def shown(path: str) -> str:
-    """A path for a message: in one line, undecodable bytes and control characters as escapes."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text
-    )

@@ -14,89 +14,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
 from typing import Any, Final
 
-import fsspec
-from fsspec.core import url_to_fs
-
 from fusehsm.tier.stores.base import Entry, Kind, Rights, Store, StoreError, byte_order, changed, throw
 
-# What `pip install 'fusehsm[NAME]'` brings (pyproject.toml), by protocol.
-_EXTRAS: Final = {
-    "http": "http",
-    "https": "http",
-    "sftp": "sftp",
-    "ssh": "sftp",
-    "s3": "s3",
-    "s3a": "s3",
-    "gs": "gcs",
-    "gcs": "gcs",
-    "abfs": "azure",
-    "az": "azure",
-    "adl": "azure",
-    "smb": "smb",
-    "git": "git",
-}
-_INSIDE_ANOTHER: Final = frozenset(("zip", "tar", "libarchive"))
 PATIENCE: Final = 60.0  # seconds without a byte after which an http server is given up on
-
-
-def filesystem_of(url: str) -> tuple[Any, str]:
-    """What fsspec makes of a URL: its filesystem and the path in it. Raises as open_store()."""
-    shown_url = without_password(url)
-    options: dict[str, Any] = {}
-    for part in url.split("::"):
-        protocol = part.partition("://")[0] if "://" in part else "file"
-        _require_package(protocol, shown_url)
-        if protocol in ("http", "https"):
-            options[protocol] = _http_options()
-        if protocol in ("s3", "s3a"):
-            from fusehsm.tier.stores.s3 import options as s3_options
-
-            options[protocol] = s3_options()
-    protocol = url.partition("://")[0]
-    if protocol in _INSIDE_ANOTHER and "::" not in url:
-        raise ValueError(f"{shown_url}: names no archive; write {protocol}://::file:///path/to/archive")
-    try:
-        if protocol in ("sftp", "ssh"):
-            from fusehsm.tier.stores.sftp import connect
-
-            return connect(url)
-        filesystem, path = url_to_fs(url, **options)
-    except (StoreError, ValueError) as error:
-        if isinstance(error, StoreError) or protocol in ("sftp", "ssh"):
-            raise
-        raise _store_error(error, shown_url, "cannot be opened") from error
-    except TypeError as error:
-        raise ValueError(f"{shown_url}: lacks something that its kind of store needs: {error}") from error
-    except Exception as error:
-        raise _store_error(error, shown_url, "cannot be opened") from error
-    # A list that is remembered does not change when the store does.
-    filesystem.dircache.use_listings_cache = False
-    return filesystem, path
-
-
-def _http_options() -> dict[str, Any]:
-    import aiohttp
-
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=PATIENCE, sock_read=PATIENCE)
-    # Sizes and ranges are to be those of the file, not of something compressed.
-    return {"client_kwargs": {"timeout": timeout, "headers": {"Accept-Encoding": "identity"}}}
-
-
-def _require_package(protocol: str, url: str) -> None:
-    try:
-        fsspec.get_filesystem_class(protocol)
-    except ImportError as error:
-        missing = getattr(error.__cause__, "name", None) or protocol
-        what = f"fusehsm[{_EXTRAS[protocol]}]" if protocol in _EXTRAS else missing
-        raise StoreError(
-            errno.ENOPKG,
-            f"{protocol} needs the package {missing}, which is not installed; run: pip install '{what}'",
-            url,
-        ) from None
-    except ValueError:
-        raise ValueError(
-            f"{url}: nobody knows the protocol {protocol}; see fsspec's documentation for those there are"
-        ) from None
 
 
 def without_password(url: str) -> str:
@@ -104,8 +24,8 @@ def without_password(url: str) -> str:
     return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", url)
 
 
-def _store_error(error: Exception, path: str, what: str) -> OSError:
-    """An exception of whatever library as one of ours."""
+def store_error(error: Exception, path: str, what: str) -> OSError:
+    """An exception of any library as an OSError: StoreError, or FileNotFoundError. `path`, `what`: the words of the message."""
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(errno.ENOENT, "is not there", path)
     cause = str(error).strip() or type(error).__name__
@@ -204,7 +124,7 @@ class FsspecStore(Store):
                 raise changed(self, path) from error
             raise FileNotFoundError(errno.ENOENT, f"is not in {self.name}", path or self.name) from error
         except Exception as error:
-            raise _store_error(error, path or self.name, what) from error
+            raise store_error(error, path or self.name, what) from error
 
     def _info(self, path: str) -> Mapping[str, Any]:
         information: Mapping[str, Any] = self._filesystem.info(self.full(path))

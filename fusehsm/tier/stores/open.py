@@ -4,7 +4,8 @@ import errno
 import os
 from typing import Final
 
-from fusehsm.tier.stores.base import Store, shown
+from fusehsm.text import shown
+from fusehsm.tier.stores.base import Store
 from fusehsm.tier.stores.local import LocalStore
 
 _ARCHIVES: Final = {
@@ -36,7 +37,8 @@ def open_store(url_or_path: str) -> Store:
             )
         url_or_path = f"{protocol}://::file://{os.path.abspath(path)}"
     # fsspec takes a while to load, and a local directory does without.
-    from fusehsm.tier.stores.fsspec import FsspecStore, filesystem_of, without_password
+    from fusehsm.tier.stores.filesystems import filesystem_of
+    from fusehsm.tier.stores.fsspec import FsspecStore, without_password
 
     protocol = url_or_path.partition("://")[0]
     filesystem, root = filesystem_of(url_or_path)

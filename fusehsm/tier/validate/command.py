@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from fusehsm.tier.stores.base import Entry, Kind, Store, StoreChanged, StoreError, shown
+from fusehsm.text import shown
+from fusehsm.tier.stores.base import Entry, Kind, Store, StoreChanged, StoreError
 from fusehsm.tier.stores.open import open_store
 from fusehsm.tier.text import Progress
 from fusehsm.tier.validate.plan import BY, Window, plan, windows

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from fusehsm.tier.stores.base import Entry, shown
+from fusehsm.text import shown
+from fusehsm.tier.stores.base import Entry
 from fusehsm.tier.text import size_text
 from fusehsm.tier.validate.reader import TIMEOUT, Difference, Failure, Outcome
 
