@@ -74,7 +74,7 @@ What `fusehsm conform` found on Linux {release} ({os.uname().machine}, ext4) on 
 
 *Identical*: the listener read the same events in the same order, byte for byte (numbers of descriptors and processes aside), the processes
 have the same parts in them, every system call returned the same, and the files hold the same afterwards. *Known*: as an entry of the
-[table of what differs](../README.md#what-differs-from-a-real-kernel) says, and as it was recorded to; where events change from run to run, as
+[table of what differs](divergences.md) says, and as it was recorded to; where events change from run to run, as
 the entry says, and with the same results of all calls. `fusehsm conform NAME --json` shows both streams.
 
 {UNSENT}

@@ -1,11 +1,14 @@
-"""Where the emulator differs from a real kernel (Linux 6.14 and later; for patch-v1 and patch-v2 from the series as it was posted), and on which
-side it errs. None is silent.
+"""Where the emulator differs from a real kernel, and on which side it errs. No difference is silent.
 
-One list, from which the README's table is made and against which `fusehsm conform` will judge; each entry names the test that shows it.
-Run this module to print the table.
+For linux-6.14 the real kernel is Linux 6.14 and later; for patch-v1 and patch-v2 it is the series as it was posted. There is one list.
+docs/divergences.md and the README's summary are made from it, and `fusehsm conform` judges by it. Each entry names the test that shows it.
+
+Run this module to print docs/divergences.md. With `--summary` it prints the README's list.
 """
 
+import sys
 from dataclasses import dataclass
+from enum import Enum
 from typing import Final
 
 from fusehsm.linux.kernel_version import kernel_version
@@ -13,18 +16,41 @@ from fusehsm.linux.kernel_version import kernel_version
 ENGINES: Final = ("pyfuse3", "devfuse")
 
 
+class Topic(Enum):
+    """The sections of docs/divergences.md; a user meets the first one first."""
+
+    STUBS = "Stubs as other programs see them"
+    MAPPINGS = "Mapped files and running programs"
+    CACHE = "Accesses that go through the page cache"
+    FIRST_ACCESS = "First-access mode"
+    EVENTS = "What an event says, and who hears it"
+    WAITING = "Who waits for whom"
+    CALLS = "Calls that fail, or make no event"
+    ASYNCHRONOUS = "Asynchronous I/O"
+    NOTIFICATIONS = "Notifications"
+    OLD_DIALECTS = "The dialects patch-v1 and patch-v2"
+
+
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """One difference. `name` is short and stays; `difference`, `reason` and `safe` are sentences; `test` is in tests/conform/divergences/;
-    `engines` are those that have it, on kernels older than `until` all."""
+    """One difference."""
 
+    topic: Topic
+    """The section that it belongs to."""
     name: str
+    """Short. It stays: workloads, tests and recordings name it."""
     difference: str
+    """One sentence: what the emulator does."""
     reason: str
+    """One sentence: why."""
     safe: str
+    """One sentence: why no accessor gets a byte that was not asked for, or no program is misled."""
     test: str
+    """The test in tests/conform/divergences/ that shows it."""
     engines: tuple[str, ...] = ENGINES
+    """The engines that have it on every kernel."""
     until: tuple[int, int] = (0, 0)
+    """On kernels older than this one all engines have it."""
 
     def with_what(self) -> str:
         """The engines, in words."""
@@ -36,391 +62,480 @@ class Divergence:
 
 DIVERGENCES: Final = (
     Divergence(
+        topic=Topic.STUBS,
         name="holes are data",
-        difference="SEEK_DATA and SEEK_HOLE find no holes.",
-        reason="On a real kernel `cp` of a stub skips its holes: no event, a copy full of zeros.",
-        safe="Copies ask for everything.",
+        difference="SEEK_DATA and SEEK_HOLE report that a watched file has no holes.",
+        reason="A program that skips holes, such as `cp`, would copy a stub as zeros without any event, as it does on a real kernel.",
+        safe="A copy asks for every byte.",
         test="test_holes_are_data",
     ),
     Divergence(
+        topic=Topic.STUBS,
+        name="blocks of stubs",
+        difference="A watched file without any block on disk reports one block of 512 bytes.",
+        reason="`tar -S` takes a file without blocks for a file without data and stores zeros without a read.",
+        safe="An archive asks for every byte, and `du` shows half a KiB for a stub without content.",
+        test="test_blocks_of_stubs",
+    ),
+    Divergence(
+        topic=Topic.MAPPINGS,
         name="mappings ask when touched",
-        difference="A mapping's event comes at its first page fault, not at mmap(2); denied, it is SIGBUS and not an error of mmap(2).",
-        reason="FUSE tells its server nothing of mmap(2). (Processes under `fusehsm run` are asked for there: docs/run.md.)",
-        safe="Nothing is seen that was not asked for; what is mapped and never touched is never fetched.",
+        difference="A mapping makes its event at the first page fault and not at mmap(2), so a denial is SIGBUS and not an error of mmap(2).",
+        reason="The kernel tells a FUSE server nothing of mmap(2), but processes under `fusehsm run` ask there ([run.md](run.md)).",
+        safe="Nobody sees a byte that was not asked for, and a mapping that nobody touches fetches nothing.",
         test="test_mappings_ask_when_touched",
     ),
     Divergence(
+        topic=Topic.MAPPINGS,
+        name="shared mappings (exact)",
+        difference="With `--events exact`, mmap(2) with MAP_SHARED fails with ENODEV.",
+        reason="Direct I/O files can be mapped shared from Linux 6.6 on if the FUSE server asks for it, which pyfuse3 cannot.",
+        safe="The accessor gets an error and no mapping, and `--events first-access` has shared mappings.",
+        test="test_shared_mappings_in_exact_mode",
+        engines=("pyfuse3",),
+        until=(6, 6),
+    ),
+    Divergence(
+        topic=Topic.MAPPINGS,
+        name="pages in the cache",
+        difference="A mapping of bytes that are in the page cache makes no event.",
+        reason="The kernel serves those pages without its FUSE server until the next open(2) of the watched file empties its page cache (exact).",
+        safe="An allowed event covered those bytes when they came in.",
+        test="test_pages_in_the_cache",
+    ),
+    Divergence(
+        topic=Topic.MAPPINGS,
+        name="pages not yet written",
+        difference="Bytes that are written to a shared mapping reach SRC at msync(2) or munmap(2), in first-access mode also at "
+        "close(2), and not at once.",
+        reason="They are in the page cache of the mount.",
+        safe="Everybody who reads through the mount sees them at once.",
+        test="test_pages_not_yet_written",
+    ),
+    Divergence(
+        topic=Topic.MAPPINGS,
+        name="denied while it is mapped",
+        difference="mlock(2), and mmap(2) with MAP_POPULATE or MAP_LOCKED, do not return when they are denied but ask until they are "
+        "allowed or killed.",
+        reason="The kernel repeats a page fault that fails there, whatever the error is.",
+        safe="There is no content before it is allowed.",
+        test="test_denied_while_it_is_mapped",
+    ),
+    Divergence(
+        topic=Topic.MAPPINGS,
+        name="program start",
+        difference="execve(2) makes its events for the pages that are read, and not for each mapped segment.",
+        reason="Segments are mappings, and mappings ask when they are touched.",
+        safe="Every byte is asked for before it runs.",
+        test="test_program_start",
+    ),
+    Divergence(
+        topic=Topic.MAPPINGS,
+        name="running programs",
+        difference="open(2) of a running program for writing fails with ETXTBSY.",
+        reason="This is the rule without any listener, which a real kernel gives up once reads of the program are watched.",
+        safe="Nobody can overwrite a running program, and a new file can replace it.",
+        test="test_running_programs",
+    ),
+    Divergence(
+        topic=Topic.CACHE,
         name="read-ahead asks",
         difference="posix_fadvise(2), readahead(2) and the kernel's own read-ahead make events.",
-        reason="They fill the page cache, from which later reads and mappings are served without asking anybody.",
-        safe="More is asked than needed.",
+        reason="They fill the page cache, which serves later reads and mappings without asking anybody.",
+        safe="The listener is asked for more.",
         test="test_read_ahead_asks",
     ),
     Divergence(
+        topic=Topic.CACHE,
         name="files opened before the mark",
-        difference="Through a descriptor opened before any mark stood, reads that fill the page cache make events.",
-        reason="A real kernel asks nothing there; a cached page would outlive the descriptor and show a stub's zeros to others.",
-        safe="More is asked.",
+        difference="Reads that fill the page cache make events also through a descriptor that was opened before the mark.",
+        reason="A real kernel asks nothing there, and a cached page would outlive the descriptor and show a stub's zeros to others.",
+        safe="The listener is asked for more.",
         test="test_files_opened_before_the_mark",
     ),
     Divergence(
+        topic=Topic.CACHE,
+        name="sent from the cache",
+        difference="sendfile(2), splice(2) and copy_file_range(2) of bytes that are in the page cache make no event.",
+        reason="The kernel serves them without its FUSE server, unless the server dropped those pages after an earlier answer.",
+        safe="An allowed event covered those bytes when they came in.",
+        test="test_sent_from_the_cache",
+        engines=("pyfuse3",),
+    ),
+    Divergence(
+        topic=Topic.CACHE,
+        name="sent through another descriptor",
+        difference="The bytes of an open file's first sendfile(2), splice(2) or copy_file_range(2) make no event when another descriptor "
+        "sends them (exact).",
+        reason="That first call goes through the page cache, which the next open(2) of the watched file empties.",
+        safe="An allowed event covered those bytes when they came in.",
+        test="test_sent_through_another_descriptor",
+        engines=("devfuse",),
+    ),
+    Divergence(
+        topic=Topic.CACHE,
+        name="flags of sent files",
+        difference="F_GETFL of a watched file's descriptor shows O_DIRECT after sendfile(2), splice(2) or copy_file_range(2) has read "
+        "from it (exact).",
+        reason="Without O_DIRECT the kernel serves the next such call from its page cache, as it does where the mount may not trace the accessor.",
+        safe="O_DIRECT has no effect there, as the file has no page cache to go past and wants no alignment.",
+        test="test_flags_of_sent_files",
+        engines=("devfuse",),
+    ),
+    Divergence(
+        topic=Topic.FIRST_ACCESS,
+        name="first-access events",
+        difference="With `--events first-access`, an event is for what enters the page cache, widened by read-ahead, and bytes that are "
+        "there already make none.",
+        reason="This is the price of shared mappings and of reads at the speed of the page cache.",
+        safe="Every byte is asked for before it is cached.",
+        test="test_first_access_events",
+    ),
+    Divergence(
+        topic=Topic.FIRST_ACCESS,
+        name="permission events (first-access)",
+        difference="With `--events first-access`, OPEN_PERM, OPEN_EXEC_PERM and ACCESS_PERM are refused with EOPNOTSUPP.",
+        reason="Reads from the page cache do not reach a FUSE server, so a listener would miss some of these events.",
+        safe="The listener gets an error instead of a part of the events.",
+        test="test_permission_events_in_first_access_mode",
+    ),
+    Divergence(
+        topic=Topic.FIRST_ACCESS,
+        name="opens (first-access)",
+        difference="With `--events first-access` and `--cache private`, open(2) makes no events in patch-v1 and patch-v2.",
+        reason="The kernel opens files without its FUSE server, as fast as natively.",
+        safe="Everything that is then read or written is asked for.",
+        test="test_opens_in_first_access_mode",
+        engines=("devfuse",),
+    ),
+    Divergence(
+        topic=Topic.FIRST_ACCESS,
+        name="notifications (first-access)",
+        difference="With `--events first-access`, OPEN, ACCESS, MODIFY and CLOSE can be marked and never come.",
+        reason="Reads from the page cache and most opens do not reach a FUSE server, so a listener would take a part of them for all.",
+        safe="Nobody waits for a notification, and the kernel's own fanotify and inotify notify on FUSE mounts as on any other.",
+        test="test_notifications_in_first_access_mode",
+    ),
+    Divergence(
+        topic=Topic.EVENTS,
+        name="the event descriptor's path",
+        difference="readlink(2) of an event's descriptor gives the path under SRC, and `event.path` is the accessor's path under DST.",
+        reason="A fill through the mount would ask the listener about itself, and with SRC = DST both paths are the same.",
+        safe="Both paths lead to the same file.",
+        test="test_the_event_descriptors_path",
+    ),
+    Divergence(
+        topic=Topic.EVENTS,
+        name="pid",
+        difference="The pid of an event is that of the process that opened the file, also when another process reads through the same open file.",
+        reason="pyfuse3 hides who makes a READ or WRITE request.",
+        safe="The events and their ranges are the same.",
+        test="test_pid_is_the_openers",
+        engines=("pyfuse3",),
+    ),
+    Divergence(
+        topic=Topic.EVENTS,
+        name="mount marks",
+        difference="A mark on the mount and a mark on the file system hear the same accesses.",
+        reason="All accesses come through one FUSE mount, wherever it is bound to.",
+        safe="The listener is asked for more.",
+        test="test_mount_marks_cover_bind_mounts",
+    ),
+    Divergence(
+        topic=Topic.EVENTS,
+        name="hard links and marks on directories",
+        difference="A mark on a directory's children also hears accesses to a hard-linked file by its other names, once the name in that "
+        "directory is known.",
+        reason="FUSE tells which file is opened and not by which name.",
+        safe="The listener is asked for more.",
+        test="test_hard_links_and_marks_on_directories",
+    ),
+    Divergence(
+        topic=Topic.EVENTS,
+        name="paths of hard links",
+        difference="The path of an event is the name of the file that was looked up last, and not always the name that was used.",
+        reason="FUSE tells which file is opened and not by which name, and the kernel does not look up a name that it remembers.",
+        safe="All names lead to the same file.",
+        test="test_paths_of_hard_links",
+    ),
+    Divergence(
+        topic=Topic.EVENTS,
+        name="flags of event descriptors",
+        difference="With O_CLOEXEC in event_f_flags, F_GETFL of an event's descriptor does not show O_CLOEXEC, but F_GETFD shows FD_CLOEXEC.",
+        reason="open(2) keeps that bit out of the flags of a file, and only the kernel's own open leaves it there.",
+        safe="exec(3) closes the descriptor all the same.",
+        test="test_flags_of_event_descriptors",
+    ),
+    Divergence(
+        topic=Topic.EVENTS,
+        name="descriptors of directories",
+        difference="With O_RDWR or O_WRONLY in event_f_flags, F_GETFL of the descriptor of a directory's event shows O_RDONLY.",
+        reason="open(2) opens no directory for writing, and only the kernel's own open does.",
+        safe="The event comes, its descriptor lists the directory, and nobody can write to a directory through either.",
+        test="test_descriptors_of_directories",
+    ),
+    Divergence(
+        topic=Topic.EVENTS,
+        name="limits",
+        difference="A mount carries 128 groups of all users together and any number of marks, whatever fs.fanotify.max_user_groups and "
+        "max_user_marks say.",
+        reason="Those two limit the kernel's own groups and marks.",
+        safe="A group too many is an error, as on a real kernel, and no event is lost.",
+        test="test_limits",
+    ),
+    Divergence(
+        topic=Topic.WAITING,
+        name="writers of one file",
+        difference="While a write waits for its answer, other writes and truncations of the same file wait too and are asked for after it.",
+        reason="FUSE holds the inode's lock during a write unless its server asks for parallel writes, which pyfuse3 cannot.",
+        safe="The same events come one after the other, and reads do not wait.",
+        test="test_writers_of_one_file",
+        engines=("pyfuse3",),
+        until=(6, 2),
+    ),
+    Divergence(
+        topic=Topic.WAITING,
+        name="writers past the end",
+        difference="While a truncation or a write that makes a file longer waits for its answer, other writes and truncations of the "
+        "same file wait too.",
+        reason="FUSE holds the inode's lock alone while the size of a file changes.",
+        safe="The same events come one after the other, and reads do not wait.",
+        test="test_writers_past_the_end",
+    ),
+    Divergence(
+        topic=Topic.WAITING,
+        name="killed before it is read",
+        difference="A listener reads an event also when its accessor has been killed meanwhile, and the answer is accepted and does nothing.",
+        reason="Events travel to their listeners ahead of being read.",
+        safe="The listener fetches at most something that nobody waits for.",
+        test="test_killed_before_it_is_read",
+    ),
+    Divergence(
+        topic=Topic.WAITING,
+        name="killed with a passed descriptor",
+        difference="A killed process that reads through a descriptor which another process opened stays until its event is answered.",
+        reason="pyfuse3 hides who reads, so nobody notices that the process is being killed.",
+        safe="The process gets no content, and `--event-timeout` bounds the wait.",
+        test="test_killed_with_a_passed_descriptor",
+        engines=("pyfuse3",),
+    ),
+    Divergence(
+        topic=Topic.CALLS,
         name="empty reads and writes",
-        difference="read(2) and write(2) of 0 bytes make no event, nor do sendfile(2), splice(2) and copy_file_range(2) past a file's end.",
+        difference="read(2) and write(2) of 0 bytes make no event, nor do sendfile(2), splice(2) and copy_file_range(2) past the end of a file.",
         reason="They do not reach a FUSE server.",
         safe="No content is touched.",
         test="test_empty_reads_and_writes",
     ),
     Divergence(
+        topic=Topic.CALLS,
+        name="calls that fail",
+        difference="A call that fails because of its arguments, such as a bad buffer or a mapping that is not permitted, makes no event.",
+        reason="FUSE refuses it before its server hears of it, while a real kernel asks first.",
+        safe="No content is touched.",
+        test="test_calls_that_fail",
+    ),
+    Divergence(
+        topic=Topic.CALLS,
+        name="RWF_NOWAIT",
+        difference="preadv2(2) with RWF_NOWAIT fails with EOPNOTSUPP, while a real kernel makes its event and blocks.",
+        reason="FUSE refuses it before its server hears of it.",
+        safe="Callers fall back to an ordinary read, which asks.",
+        test="test_rwf_nowait",
+    ),
+    Divergence(
+        topic=Topic.CALLS,
         name="fallocate",
-        difference="fallocate(2) fails with EOPNOTSUPP; posix_fallocate(3) writes instead.",
+        difference="fallocate(2) fails with EOPNOTSUPP, and posix_fallocate(3) writes instead.",
         reason="pyfuse3 has no handler for it.",
         safe="Nothing happens without an event.",
         test="test_fallocate",
         engines=("pyfuse3",),
     ),
     Divergence(
+        topic=Topic.CALLS,
         name="fallocate modes",
         difference="fallocate(2) with FALLOC_FL_COLLAPSE_RANGE, INSERT_RANGE or UNSHARE_RANGE makes no event and fails with EOPNOTSUPP.",
         reason="FUSE refuses them before its server hears of it.",
-        safe="Nothing happens; programs that use them fall back to copying.",
+        safe="Nothing happens, and programs that use them fall back to copying.",
         test="test_fallocate_modes",
     ),
     Divergence(
-        name="RWF_NOWAIT",
-        difference="preadv2(2) with RWF_NOWAIT fails with EOPNOTSUPP; a real kernel makes its event and blocks.",
-        reason="FUSE refuses it before its server hears of it.",
-        safe="Callers fall back to an ordinary read, which asks.",
-        test="test_rwf_nowait",
-    ),
-    Divergence(
-        name="shared mappings (exact)",
-        difference="With --events exact, mmap(2) with MAP_SHARED fails with ENODEV.",
-        reason="Direct I/O files can be mapped shared from Linux 6.6 on, if asked for in a way that pyfuse3 cannot.",
-        safe="An error instead of a mapping; --events first-access has them.",
-        test="test_shared_mappings_in_exact_mode",
+        topic=Topic.CALLS,
+        name="O_TMPFILE",
+        difference="open(2) with O_TMPFILE fails with EOPNOTSUPP.",
+        reason="pyfuse3 has no handler for it, and older kernels have no request for it.",
+        safe="Nothing happens without an event, and callers make a file with a name instead.",
+        test="test_unnamed_files",
         engines=("pyfuse3",),
-        until=(6, 6),
+        until=(6, 1),
     ),
     Divergence(
-        name="first-access events",
-        difference="With --events first-access, events are for what enters the page cache, widened by read-ahead; what is there already makes none.",
-        reason="The price of shared mappings and of reads at the page cache's speed.",
-        safe="Every byte has been asked for before it is cached.",
-        test="test_first_access_events",
+        topic=Topic.CALLS,
+        name="RENAME_WHITEOUT",
+        difference="renameat2(2) with RENAME_WHITEOUT fails with EINVAL.",
+        reason="A whiteout is a device node that overlayfs makes in its layers, and FUSE file systems do not make them.",
+        safe="Nothing happens.",
+        test="test_rename_whiteout",
     ),
     Divergence(
-        name="permission events (first-access)",
-        difference="With --events first-access, OPEN_PERM, OPEN_EXEC_PERM and ACCESS_PERM are refused with EOPNOTSUPP.",
-        reason="Reads from the page cache do not reach a FUSE server, so not all would be heard.",
-        safe="An error instead of events that are missing.",
-        test="test_permission_events_in_first_access_mode",
+        topic=Topic.CALLS,
+        name="what ext4 refuses",
+        difference="O_DIRECT needs no alignment and MAP_SHARED ignores MAP_SYNC, while ext4 fails with EINVAL and EOPNOTSUPP.",
+        reason="Each file system makes such rules for itself, and FUSE makes none.",
+        safe="The access is asked for as always, and what is written is written.",
+        test="test_what_ext4_refuses",
     ),
     Divergence(
-        name="opens (first-access)",
-        difference="With --events first-access and --cache private, open(2) makes no events in patch-v1 and patch-v2.",
-        reason="The kernel opens files without its FUSE server, as quickly as natively.",
-        safe="What is then read or written is asked for.",
-        test="test_opens_in_first_access_mode",
-        engines=("devfuse",),
+        topic=Topic.CALLS,
+        name="syncfs",
+        difference="syncfs(2), and so `sync -f`, brings nothing of a mount to the disk and returns 0 all the same.",
+        reason="Linux reports it (FUSE_SYNCFS) only to servers of block devices and of virtiofs, and fsync(2) to every server.",
+        safe="It is not: use fsync(2), fdatasync(2), msync(2), O_SYNC or sync(2), all of which reach the disk.",
+        test="test_syncfs",
     ),
     Divergence(
-        name="notifications (first-access)",
-        difference="With --events first-access, OPEN, ACCESS, MODIFY and CLOSE can be marked and never come.",
-        reason="What the page cache serves does not reach a FUSE server, nor do most opens, so listeners would hear of a part and take it for all.",
-        safe="Nothing waits for a notification; the kernel's own fanotify and inotify notify on FUSE mounts as on any other.",
-        test="test_notifications_in_first_access_mode",
+        topic=Topic.ASYNCHRONOUS,
+        name="requests submitted together",
+        difference="The requests of one io_submit(2) make their events all at once, while on a real kernel each waits for the answer to the last.",
+        reason="FUSE begins direct I/O and does not wait for its end.",
+        safe="The events are the same, and each request waits for its own.",
+        test="test_requests_submitted_together",
     ),
     Divergence(
+        topic=Topic.ASYNCHRONOUS,
+        name="asynchronous requests",
+        difference="A large request of io_submit(2) or io_uring(7) makes an event for each piece, an appending one names its real place, "
+        "and a denial fails the request and not io_submit(2).",
+        reason="The arguments of such a request are not those of a system call, and FUSE begins direct I/O and does not wait for its end.",
+        safe="The events cover the same bytes, and nothing that is denied is transferred.",
+        test="test_asynchronous_requests",
+    ),
+    Divergence(
+        topic=Topic.ASYNCHRONOUS,
+        name="EAGAIN for io_uring",
+        difference="A request of io_uring(7) that is denied with EAGAIN asks again until it gets another answer, while a real kernel asks twice.",
+        reason="io_uring repeats a request that fails so and cannot know why it fails.",
+        safe="There is no content before it is allowed, and every other errno ends the request at once.",
+        test="test_eagain_for_io_uring",
+    ),
+    Divergence(
+        topic=Topic.NOTIFICATIONS,
         name="notifications of files opened before the mark",
         difference="ACCESS does not come for reads through a descriptor that was opened before a mark asked for it.",
         reason="Such a file is read from the page cache, without its FUSE server.",
-        safe="Nothing waits for a notification, and a listener that must not miss a read asks for permission events.",
+        safe="Nobody waits for a notification, and a listener that must not miss a read asks for permission events.",
         test="test_notifications_of_files_opened_before_the_mark",
     ),
     Divergence(
+        topic=Topic.NOTIFICATIONS,
         name="who closes",
-        difference="CLOSE_WRITE and CLOSE_NOWRITE give the process that opened the file, also when another one closes it last.",
-        reason="The last close of a file comes without its process; who closes which descriptor is told in a way that pyfuse3 cannot ask for.",
+        difference="CLOSE_WRITE and CLOSE_NOWRITE name the process that opened the file, also when another process closes it last.",
+        reason="The last close of a file comes without its process, and pyfuse3 cannot ask to be told of each close.",
         safe="The notification comes, and for the right file.",
         test="test_who_closes",
         engines=("pyfuse3",),
         until=(5, 16),
     ),
     Divergence(
+        topic=Topic.NOTIFICATIONS,
         name="who closes what was marked late",
-        difference="CLOSE of directories, and of files opened before the mark, gives who opened; of a file still mapped, who closed its descriptor.",
-        reason="The kernel tells its FUSE server who closes only of files, and only if that was asked when they were opened.",
+        difference="CLOSE of a directory, or of a file opened before the mark, names the process that opened it, and CLOSE of a file "
+        "that is still mapped names the process that closed its descriptor.",
+        reason="The kernel tells its FUSE server who closes only for files, and only if that was asked for when they were opened.",
         safe="The notification comes, and for the right file.",
         test="test_who_closes_what_was_marked_late",
     ),
     Divergence(
+        topic=Topic.NOTIFICATIONS,
         name="merging of many",
-        difference="Where more than 64 notifications wait to be read, equal ones may come apart that a real kernel would merge into one.",
-        reason="So many travel to their listeners ahead of being read, and those that follow later are merged among themselves.",
+        difference="When more than 64 notifications wait to be read, equal ones that a real kernel merges into one may come apart.",
+        reason="The first 64 travel to their listener ahead of being read, and those that follow are merged among themselves.",
         safe="Nothing is missing, and programs cannot rely on merging.",
         test="test_many_notifications_are_merged",
     ),
     Divergence(
+        topic=Topic.NOTIFICATIONS,
         name="close(2) does not wait",
-        difference="The notification of a close(2) can come a moment after that has returned, but before that of anything its process does then.",
+        difference="The notification of a close(2) can come a moment after the call has returned, but before any event of what its "
+        "process does then.",
         reason="The kernel tells its FUSE server of the last close without waiting for it.",
-        safe="Nothing waits for a notification.",
+        safe="Nobody waits for a notification.",
         test="test_closing_is_told_in_order",
     ),
     Divergence(
-        name="pid",
-        difference="An event's pid is that of the process that opened the file, also when another one it was handed to reads.",
-        reason="pyfuse3 hides who makes a READ or WRITE request.",
-        safe="What is asked, and its range, are the same.",
-        test="test_pid_is_the_openers",
-        engines=("pyfuse3",),
-    ),
-    Divergence(
-        name="mount marks",
-        difference="A mark on the mount and a mark on the file system are heard by each other's accesses.",
-        reason="All accesses come through one mount, whatever it is bound to elsewhere.",
-        safe="More is asked.",
-        test="test_mount_marks_cover_bind_mounts",
-    ),
-    Divergence(
-        name="hard links and marks on directories",
-        difference="A mark on a directory's children hears a hard-linked file's accesses by its other names too, once the name there is known.",
-        reason="FUSE names the file that is opened, not the name.",
-        safe="More is asked.",
-        test="test_hard_links_and_marks_on_directories",
-    ),
-    Divergence(
-        name="pages in the cache",
-        difference="A mapping of bytes that are in the page cache makes no event.",
-        reason="The kernel serves it without its FUSE server. Every open(2) of a watched file empties its page cache (exact).",
-        safe="An allowed event covered those bytes when they came in.",
-        test="test_pages_in_the_cache",
-    ),
-    Divergence(
-        name="sent from the cache",
-        difference="sendfile(2), splice(2) and copy_file_range(2) of bytes that are in the page cache make no event.",
-        reason="The kernel serves them without its FUSE server, unless it drops those pages when it has answered.",
-        safe="An allowed event covered those bytes when they came in.",
-        test="test_sent_from_the_cache",
-        engines=("pyfuse3",),
-    ),
-    Divergence(
-        name="sent through another descriptor",
-        difference="What an open file's first sendfile(2), splice(2) or copy_file_range(2) has read makes no event if another sends it (exact).",
-        reason="The first such call goes through the page cache. Every open(2) of a watched file empties it.",
-        safe="An allowed event covered those bytes when they came in.",
-        test="test_sent_through_another_descriptor",
-        engines=("devfuse",),
-    ),
-    Divergence(
-        name="flags of sent files",
-        difference="Once sendfile(2), splice(2) or copy_file_range(2) has read a watched file, F_GETFL of its descriptor shows O_DIRECT (exact).",
-        reason="Else the kernel would serve the next such call from its page cache, as it does where the mount may not trace the accessor.",
-        safe="Such a file has no page cache for O_DIRECT to go past, and wants no alignment.",
-        test="test_flags_of_sent_files",
-        engines=("devfuse",),
-    ),
-    Divergence(
-        name="calls that fail",
-        difference="Calls that fail for their arguments make no event: a bad buffer, a mapping that is not permitted.",
-        reason="FUSE refuses them before its server hears of it; a real kernel asks first.",
-        safe="No content is touched.",
-        test="test_calls_that_fail",
-    ),
-    Divergence(
-        name="O_TMPFILE",
-        difference="open(2) with O_TMPFILE fails with EOPNOTSUPP.",
-        reason="pyfuse3 has no handler for it, and older kernels no request.",
-        safe="Nothing happens without an event; callers make a file with a name instead.",
-        test="test_unnamed_files",
-        engines=("pyfuse3",),
-        until=(6, 1),
-    ),
-    Divergence(
-        name="paths of hard links",
-        difference="The event's path is the name of the file that was looked up last, not the one that was used.",
-        reason="FUSE names the file that is opened, not the name, and names that the kernel remembers are not looked up again.",
-        safe="The same file.",
-        test="test_paths_of_hard_links",
-    ),
-    Divergence(
-        name="writers of one file",
-        difference="While a write waits for its answer, other writes and truncations of that file wait too, and are asked for after it.",
-        reason="FUSE holds the inode's lock while it writes; parallel writes are to be asked for in a way that pyfuse3 cannot.",
-        safe="The same events, one after the other; reads do not wait.",
-        test="test_writers_of_one_file",
-        engines=("pyfuse3",),
-        until=(6, 2),
-    ),
-    Divergence(
-        name="writers past the end",
-        difference="While a write that makes a file longer or a truncation waits for its answer, other writes and truncations of it wait too.",
-        reason="FUSE holds the inode's lock alone while a file's size changes.",
-        safe="The same events, one after the other; reads do not wait.",
-        test="test_writers_past_the_end",
-    ),
-    Divergence(
-        name="killed before it is read",
-        difference="An event whose accessor has been killed is read by its listener all the same; an answer to it is taken and does nothing.",
-        reason="Events travel to their listeners ahead of being read.",
-        safe="At most a fetch that nobody waits for.",
-        test="test_killed_before_it_is_read",
-    ),
-    Divergence(
-        name="the event descriptor's path",
-        difference="readlink(2) of an event's descriptor gives the path under SRC; `event.path` is the accessor's.",
-        reason="Filling through the mount would ask the listener about itself. With SRC = DST both are the same.",
-        safe="The same file.",
-        test="test_the_event_descriptors_path",
-    ),
-    Divergence(
-        name="flags of event descriptors",
-        difference="With O_CLOEXEC in event_f_flags, F_GETFL of an event's descriptor does not show O_CLOEXEC; F_GETFD shows FD_CLOEXEC.",
-        reason="open(2) keeps that bit out of a file's flags; only a kernel that opens for itself leaves it there.",
-        safe="The descriptor is closed at exec(3) all the same.",
-        test="test_flags_of_event_descriptors",
-    ),
-    Divergence(
-        name="descriptors of directories",
-        difference="With O_RDWR or O_WRONLY in event_f_flags, F_GETFL of the descriptor of a directory's event shows O_RDONLY.",
-        reason="open(2) opens no directory for writing; only a kernel that opens for itself does.",
-        safe="The event comes, the directory can be listed through it, and nobody can write to a directory through either.",
-        test="test_descriptors_of_directories",
-    ),
-    Divergence(
-        name="blocks of stubs",
-        difference="A watched file without any block on disk shows one block of 512 bytes.",
-        reason="`tar -S` takes a file of no blocks for empty of data and stores zeros without reading it.",
-        safe="Archives ask for everything; `du` is off by half a KiB for an untouched stub.",
-        test="test_blocks_of_stubs",
-    ),
-    Divergence(
+        topic=Topic.OLD_DIALECTS,
         name="page cache (patch-v1, patch-v2)",
         difference="sendfile(2) and splice(2) from a file ask for whole pages.",
-        reason="Those versions ask for exactly the accessor's bytes, and the rest of the page would be cached unasked.",
-        safe="More is asked.",
+        reason="These dialects ask for exactly the accessor's bytes, and the rest of the page would be cached unasked.",
+        safe="The listener is asked for more.",
         test="test_page_cache_in_the_old_dialects",
     ),
     Divergence(
+        topic=Topic.OLD_DIALECTS,
         name="copies (patch-v1, patch-v2)",
         difference="copy_file_range(2) asks for whole pages of its source.",
-        reason="pyfuse3 has no handler for it, and without one the kernel copies through its page cache.",
-        safe="More is asked.",
+        reason="pyfuse3 has no handler for it, so the kernel copies through its page cache.",
+        safe="The listener is asked for more.",
         test="test_copies_in_the_old_dialects",
         engines=("pyfuse3",),
     ),
     Divergence(
+        topic=Topic.OLD_DIALECTS,
         name="page faults (patch-v1, patch-v2)",
-        difference="In a writable shared mapping a page fault asks for PRE_MODIFY (if nobody hears that, PRE_ACCESS), in any other for ACCESS_PERM "
-        "and PRE_ACCESS; as posted, a fault that writes asks for the one and a fault that reads for the others.",
-        reason="FUSE does not tell its server what the page is wanted for.",
-        safe="No page comes in unasked; what is written into a private mapping never reaches the file.",
+        difference="A page fault asks for PRE_MODIFY in a writable shared mapping (for PRE_ACCESS if nobody hears that) and for "
+        "ACCESS_PERM and PRE_ACCESS in any other, whether it reads or writes.",
+        reason="In the series as posted that depends on whether the fault reads or writes, which FUSE does not tell its server.",
+        safe="No page comes in unasked, and what is written to a private mapping never reaches the file.",
         test="test_page_faults_in_the_old_dialects",
     ),
     Divergence(
+        topic=Topic.OLD_DIALECTS,
         name="page faults and marks on directories (patch-v1, patch-v2)",
-        difference="A mark on a directory's children hears their page faults (PRE_ACCESS and PRE_MODIFY); as posted, it does not.",
+        difference="A mark on a directory's children hears the children's page faults (PRE_ACCESS and PRE_MODIFY), which it does not in "
+        "the series as posted.",
         reason="A mapping would show a stub's zeros.",
-        safe="More is asked.",
+        safe="The listener is asked for more.",
         test="test_page_faults_and_marks_on_directories_in_the_old_dialects",
     ),
     Divergence(
+        topic=Topic.OLD_DIALECTS,
         name="files opened before the mark (patch-v1, patch-v2)",
-        difference="Through a descriptor opened while the file was not watched, reads ask for what enters the page cache: whole pages, PRE_ACCESS "
-        "alone; as posted, for ACCESS_PERM and for exactly the accessor's bytes, each time.",
-        reason="Files that nobody watches have the page cache, which an open file cannot be made to do without later.",
-        safe="Every byte has been asked for since it is watched.",
+        difference="Reads through a descriptor that was opened while nobody watched the file ask with PRE_ACCESS alone for the whole "
+        "pages that enter the page cache, and not each time for ACCESS_PERM and exactly the accessor's bytes.",
+        reason="A file that nobody watches has the page cache, which an open file cannot be made to do without later.",
+        safe="Every byte is asked for since the file is watched.",
         test="test_files_opened_before_the_mark_in_the_old_dialects",
-    ),
-    Divergence(
-        name="killed with a passed descriptor",
-        difference="A killed process that reads through a descriptor which another process opened stays until its event is answered.",
-        reason="As for pid: who it is cannot be known, so its death is not noticed.",
-        safe="It gets no content; --event-timeout bounds the wait.",
-        test="test_killed_with_a_passed_descriptor",
-        engines=("pyfuse3",),
-    ),
-    Divergence(
-        name="RENAME_WHITEOUT",
-        difference="renameat2(2) with RENAME_WHITEOUT fails with EINVAL.",
-        reason="A whiteout is a device node, for overlayfs below; FUSE file systems do not make them.",
-        safe="Nothing happens.",
-        test="test_rename_whiteout",
-    ),
-    Divergence(
-        name="what ext4 refuses",
-        difference="O_DIRECT wants no alignment, and MAP_SHARED ignores MAP_SYNC; ext4 refuses the one with EINVAL, the other with EOPNOTSUPP.",
-        reason="What a file system wants is its own affair, and FUSE wants nothing of that.",
-        safe="It is asked for as always, and what is written is written.",
-        test="test_what_ext4_refuses",
-    ),
-    Divergence(
-        name="requests submitted together",
-        difference="The events of requests that one io_submit(2) brings come all at once; on a real kernel each waits for the answer to the last.",
-        reason="FUSE begins direct I/O and does not wait for its end.",
-        safe="The same events, and each request waits for its own.",
-        test="test_requests_submitted_together",
-    ),
-    Divergence(
-        name="asynchronous requests",
-        difference="With io_submit(2) and io_uring(7) much makes an event for each piece of it, and appending for where it goes to; a real kernel "
-        "makes one for all, and for where it was said to go. What is denied fails as a request, not as io_submit(2).",
-        reason="What is asked for is in a system call's arguments, but not of these; and FUSE begins direct I/O and does not wait for its end.",
-        safe="The same bytes, and nothing of what is denied.",
-        test="test_asynchronous_requests",
-    ),
-    Divergence(
-        name="EAGAIN for io_uring",
-        difference="What io_uring(7) is denied with EAGAIN is asked for again and again, until there is another answer; a real kernel asks twice.",
-        reason="io_uring repeats a request that fails so, and cannot know why it does.",
-        safe="There is no content before it is allowed; every other errno ends it at once.",
-        test="test_eagain_for_io_uring",
-    ),
-    Divergence(
-        name="denied while it is mapped",
-        difference="mlock(2), and mmap(2) with MAP_POPULATE or MAP_LOCKED, do not return when denied: they ask until they are allowed or killed.",
-        reason="The kernel repeats a page fault that fails there, whatever the error.",
-        safe="There is no content before it is allowed.",
-        test="test_denied_while_it_is_mapped",
-    ),
-    Divergence(
-        name="pages not yet written",
-        difference="What is written into a shared mapping reaches SRC at msync(2) or munmap(2), in first-access mode at close(2) too; not at once.",
-        reason="It is in the mount's page cache.",
-        safe="Whoever reads through the mount sees it at once.",
-        test="test_pages_not_yet_written",
-    ),
-    Divergence(
-        name="syncfs",
-        difference="syncfs(2), and so `sync -f`, brings nothing of a mount to the disk, and returns 0 all the same.",
-        reason="Linux tells only servers of block devices and virtiofs of it (FUSE_SYNCFS); of fsync(2) it tells every server.",
-        safe="It is not: use fsync(2), fdatasync(2), msync(2) or O_SYNC, or sync(2), all of which reach the disk.",
-        test="test_syncfs",
-    ),
-    Divergence(
-        name="limits",
-        difference="A mount carries 128 groups, whose ever, and any number of marks; fs.fanotify.max_user_groups and max_user_marks do not count.",
-        reason="Those are for the kernel's own groups and marks.",
-        safe="What goes beyond is an error, as on a real kernel; no event is lost.",
-        test="test_limits",
-    ),
-    Divergence(
-        name="running programs",
-        difference="open(2) for writing of a program that runs fails with ETXTBSY.",
-        reason="As without any listener; a real kernel permits it once reads are watched, and so does not know a program that runs.",
-        safe="A running program cannot be overwritten; who wants to replace it makes a new file.",
-        test="test_running_programs",
-    ),
-    Divergence(
-        name="program start",
-        difference="execve(2) makes as many events as pages are read, with other ranges than the kernel's per mapped segment.",
-        reason="As for mappings: segments ask when touched.",
-        safe="Every byte is asked for before it runs.",
-        test="test_program_start",
     ),
 )
 
+#: What the README tells of.
+MOST_IMPORTANT: Final = (
+    "holes are data",
+    "mappings ask when touched",
+    "read-ahead asks",
+    "first-access events",
+    "writers past the end",
+)
+
 _BY_NAME: Final = {entry.name: entry for entry in DIVERGENCES}
+
+_INTRODUCTION: Final = """\
+# What differs from a real kernel
+
+This page is generated from `fusehsm/conform/divergences.py`.
+
+`fusehsm conform` runs more than 650 workloads twice: on an ext4 image with the real kernel's events, and on the emulator. It compares what a
+listener reads, byte for byte, and what the system calls return. Where the kernel has no such events, or the user is not root, it compares with
+streams that were recorded on Linux 6.18. [conform.md](conform.md) has the result. Every difference that is known is a row below. A test in
+`tests/conform/divergences/` shows each row on the real kernel and on the emulator.
+
+The last column names the engines (`--engine`) that have the difference. *Exact* and *first-access* are the modes of `--events`.
+"""
+_TABLE_HEAD: Final = """\
+| name | how it differs | why | on the safe side, because | with |
+| --- | --- | --- | --- | --- |
+"""
 
 
 def applying(name: str, engine: str) -> bool:
@@ -429,20 +544,24 @@ def applying(name: str, engine: str) -> bool:
     return engine in entry.engines or kernel_version() < entry.until
 
 
-def markdown_table() -> str:
-    """The table for the README."""
-    rows = [
-        f"| {entry.name} | {entry.difference} | {entry.reason} | {entry.safe} | {entry.with_what()} |"
+def markdown_page() -> str:
+    """The whole of docs/divergences.md."""
+    sections = [f"\n## {topic.value}\n\n{_TABLE_HEAD}{_rows(topic)}" for topic in Topic]
+    return _INTRODUCTION + "".join(sections)
+
+
+def markdown_summary() -> str:
+    """The list in the README."""
+    return "".join(f"* **{name}**: {_BY_NAME[name].difference}\n" for name in MOST_IMPORTANT)
+
+
+def _rows(topic: Topic) -> str:
+    return "".join(
+        f"| {entry.name} | {entry.difference} | {entry.reason} | {entry.safe} | {entry.with_what()} |\n"
         for entry in DIVERGENCES
-    ]
-    return "\n".join(
-        [
-            "| what | how it differs | why | on the safe side, because | with |",
-            "| --- | --- | --- | --- | --- |",
-            *rows,
-        ]
+        if entry.topic is topic
     )
 
 
 if __name__ == "__main__":
-    print(markdown_table())
+    print(markdown_summary() if "--summary" in sys.argv else markdown_page(), end="")
