@@ -1,4 +1,4 @@
-"""The README is true: its handler and its session do what it shows, and it names only commands that are there."""
+"""The README is true: its handler and its sessions do what it shows. docs/commands.md names the commands that are there."""
 
 import os
 import re
@@ -9,11 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from fusehsm.cli import app
 from fusehsm.linux.mountinfo import read_mounts
 from tests.support import harness, leftovers
 from tests.support.harness import PATIENCE, ROOT, LogReader, fusehsm, unmount_lazily
 
 README = (ROOT / "README.md").read_text()
+
+
+def elsewhere(text: str, tree: Path) -> str:
+    """What the README says of any of its directories, for `tree`."""
+    return re.sub(r"/tmp/(tree|data|made)\b", str(tree), text)
 
 
 def blocks(language: str) -> list[str]:
@@ -25,7 +31,7 @@ def program_in(directory: Path, tree: Path) -> Path:
     """The handler that the README shows, for another tree."""
     (program,) = blocks("python")
     script = directory / "handler.py"
-    script.write_text(program.replace("/tmp/tree", str(tree)))
+    script.write_text(elsewhere(program, tree))
     return script
 
 
@@ -44,7 +50,7 @@ class Session:
 
     def __init__(self, tree: Path, first: str) -> None:
         (text,) = [block for block in blocks("") if block.startswith(f"$ {first}")]
-        lines = text.replace("/tmp/tree", str(tree)).splitlines()
+        lines = elsewhere(text, tree).splitlines()
         self.commands = [line[2:].split() for line in lines if line.startswith("$ ")]
         self.printed = [line for line in lines if not line.startswith("$ ")]
 
@@ -70,7 +76,7 @@ def listen_and_look(listener: "subprocess.Popen[str]", look: list[str]) -> list[
 
 @pytest.mark.fuse
 def test_the_handler_and_its_output(tree: Path, tmp_path: Path) -> None:
-    session = Session(tree, "mkdir /tmp/tree")
+    session = Session(tree, "mkdir /tmp/made")
     _mkdir, truncate, mount, python, head, _kill, umount = session.commands
     subprocess.run(truncate, check=True)
     assert fusehsm(*mount[1:]).returncode == 0
@@ -98,7 +104,7 @@ def test_a_program_in_c_and_its_output(tree: Path, tmp_path: Path) -> None:
 @pytest.mark.fuse
 def test_a_store_that_is_fetched_from(tree: Path, tmp_path: Path) -> None:
     (text,) = [block for block in blocks("") if "$ fusehsm fetch" in block]
-    text = text.replace("/tmp/tree", str(tree)).replace("/tmp/store", str(tmp_path / "store"))
+    text = elsewhere(text, tree).replace("/tmp/store", str(tmp_path / "store"))
     make, populate, fetch, look, evict, _kill = re.findall(r"^\$ (.*)$", text, re.MULTILINE)
     subprocess.run(["sh", "-c", make], check=True)
     printed = fusehsm(*populate.split()[1:]).stdout
@@ -143,7 +149,7 @@ def test_the_handler_inside_the_mounts_own_process(tree: Path, tmp_path: Path) -
     program_in(tmp_path, tree)
     (tree / "hello").touch()
     os.truncate(tree / "hello", 24)
-    assert fusehsm(*command.replace("/tmp/tree", str(tree)).split()[1:], cwd=tmp_path).returncode == 0
+    assert fusehsm(*elsewhere(command, tree).split()[1:], cwd=tmp_path).returncode == 0
     assert (
         subprocess.run(
             ["cat", tree / "hello"], capture_output=True, text=True, timeout=PATIENCE, check=True
@@ -158,24 +164,17 @@ def test_the_handler_has_about_twenty_lines() -> None:
     assert len([line for line in program.splitlines() if line.strip()]) <= 20
 
 
-def test_it_names_the_commands_that_are_there() -> None:
-    named = set(re.findall(r"^\| `fusehsm (\w+)", README, re.MULTILINE))
-    described = fusehsm("--help").stdout
-    assert named == {
-        "mount",
-        "umount",
-        "run",
-        "populate",
-        "fetch",
-        "evict",
-        "pin",
-        "unpin",
-        "validate",
-        "trace",
-        "status",
-        "conform",
-        "doctor",
-    }
-    assert all(re.search(rf"\b{name}\b", described) for name in named)
+def test_it_is_short() -> None:
+    assert len(README.splitlines()) <= 150
+
+
+def test_each_command_has_a_row() -> None:
+    page = (ROOT / "docs/commands.md").read_text()
+    named = re.findall(r"^\| `fusehsm (\w+)", page, re.MULTILINE)
+    there = [command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands]
+    assert sorted(named) == sorted(there)
+
+
+def test_it_names_make_targets_that_are_there() -> None:
     targets = set(re.findall(r"(?:^|`)make (\w+)", README, re.MULTILINE))
     assert targets <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))

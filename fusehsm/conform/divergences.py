@@ -530,7 +530,8 @@ listener reads, byte for byte, and what the system calls return. Where the kerne
 streams that were recorded on Linux 6.18. [conform.md](conform.md) has the result. Every difference that is known is a row below. A test in
 `tests/conform/divergences/` shows each row on the real kernel and on the emulator.
 
-The last column names the engines (`--engine`) that have the difference. *Exact* and *first-access* are the modes of `--events`.
+The last column names the engines (`--engine`) that have the difference. *Exact* and *first-access* are the modes of `--events`
+([mount.md](mount.md#exact-and-first-access)).
 """
 _TABLE_HEAD: Final = """\
 | name | how it differs | why | on the safe side, because | with |
