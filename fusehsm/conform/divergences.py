@@ -19,7 +19,7 @@ ENGINES: Final = ("pyfuse3", "devfuse")
 class Topic(Enum):
     """The sections of docs/divergences.md; a user meets the first one first."""
 
-    STUBS = "Stubs as other programs see them"
+    STUBS = "Stubs and file systems as other programs see them"
     MAPPINGS = "Mapped files and running programs"
     CACHE = "Accesses that go through the page cache"
     FIRST_ACCESS = "First-access mode"
@@ -76,6 +76,14 @@ DIVERGENCES: Final = (
         reason="`tar -S` takes a file without blocks for a file without data and stores zeros without a read.",
         safe="An archive asks for every byte, and `du` shows half a KiB for a stub without content.",
         test="test_blocks_of_stubs",
+    ),
+    Divergence(
+        topic=Topic.STUBS,
+        name="file system id",
+        difference="statvfs(3) gives 0 for f_fsid.",
+        reason="The answer of a FUSE server to STATFS has no room for it.",
+        safe="No content is touched.",
+        test="test_file_system_id",
     ),
     Divergence(
         topic=Topic.MAPPINGS,

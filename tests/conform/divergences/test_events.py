@@ -122,3 +122,13 @@ async def test_paths_of_hard_links(kernel: Side, exact: Side, accessor: Accessor
             assert [event.path for event in listener.take()] == (
                 [first, second, first] if side is kernel else [first, second, second]
             )
+
+
+def file_system_id(path: str) -> int:
+    return os.statvfs(path).f_fsid
+
+
+async def test_file_system_id(kernel: Side, exact: Side, accessor: Accessor) -> None:
+    for side in (kernel, exact):
+        path = side.file("identified")
+        assert (await accessor.run(file_system_id, path) == 0) is (side is not kernel)
