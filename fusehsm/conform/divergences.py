@@ -531,7 +531,7 @@ _BY_NAME: Final = {entry.name: entry for entry in DIVERGENCES}
 _INTRODUCTION: Final = """\
 # What differs from a real kernel
 
-This page is generated from `fusehsm/conform/divergences.py`.
+This page is generated from `fusehsm/conform/divergences.py`; [howto-divergence.md](howto-divergence.md) tells how to add a row.
 
 `fusehsm conform` runs more than 650 workloads twice: on an ext4 image with the real kernel's events, and on the emulator. It compares what a
 listener reads, byte for byte, and what the system calls return. Where the kernel has no such events, or the user is not root, it compares with
