@@ -42,11 +42,6 @@ from fusehsm.fanotify.abi import (
     DIALECTS,
     FAN_CLASS_PRE_CONTENT,
     FAN_MARK_FLUSH,
-    FAN_NOFD,
-    FAN_Q_OVERFLOW,
-    FAN_REPORT_FD_ERROR,
-    FAN_REPORT_PIDFD,
-    encode_event,
 )
 
 MOST_GROUPS: Final = 128  # as fs.fanotify.max_user_groups
@@ -312,7 +307,6 @@ class _EventChannel:
         self._credit = CREDIT
         self._numbers = _numbers()
         self._waiting: dict[int, Pending] = {}  # permission events by the number that the client answers with
-        self._unopened: list[Pending] = []  # permission events that are about to be denied
         self._errnos = (
             {0, *group.dialect.deny_errnos} if group.flags & FAN_CLASS_PRE_CONTENT else {0, errno.EPERM}
         )
@@ -321,60 +315,41 @@ class _EventChannel:
         )
         self._is_stuck = trio.Event()
         self._open = True
-        self._token = trio.lowlevel.current_trio_token()
         group.on_readable = self.push
 
     def push(self) -> None:
-        """Send what is queued, as far as credit and room reach. Never blocks, and answers nothing before it returns, because the accessor
-        is not ready to hear an answer while its event is being queued."""
+        """Send what is queued, as far as credit and room reach. Never blocks."""
         while self._credit and self._stuck is None and self._open:
             pending = self.group.take()
             if pending is None:
                 return
-            prepared = self._prepare(pending)
-            if prepared is None:
-                continue
+            try:
+                prepared = self._prepare(pending)
+            except OSError:
+                continue  # its file cannot be opened: it has been denied, and the client hears nothing of it
             self._credit -= 1
             if not self._transmit(*prepared):
                 self._stuck = prepared
                 self._is_stuck.set()
 
-    def _prepare(self, pending: Pending) -> tuple[list[bytes], list[int]] | None:
-        """The message of an event and its descriptors; None for one that is dropped because its file cannot be opened."""
+    def _prepare(self, pending: Pending) -> tuple[list[bytes], list[int]]:
+        """The message of an event and its descriptors. Raises OSError where Group.open_file() does."""
         descriptors: list[int] = []
-        if pending.shape.mask & FAN_Q_OVERFLOW:
-            fd = -errno.EBADF if self.group.flags & FAN_REPORT_FD_ERROR else FAN_NOFD
-        else:
+        fd = self.group.open_file(pending, self._open_file)
+        if fd >= 0:
+            descriptors.append(fd)
             fd = next(self._numbers)
-            try:
-                descriptors.append(self._gate.open_event_fd(self.group, pending))
-            except OSError as error:
-                if pending.permission:
-                    self._unopened.append(pending)
-                    self._token.run_sync_soon(self._deny_unopened, idempotent=True)
-                if not self.group.flags & FAN_REPORT_FD_ERROR:
-                    return None
-                fd = -(error.errno or errno.EIO)
-            else:
-                if pending.permission:
-                    self._waiting[fd] = pending
-        pidfd = self._pidfd(pending, descriptors) if self.group.flags & FAN_REPORT_PIDFD else None
-        shape = pending.shape
-        range_ = None if shape.offset is None or shape.count is None else (shape.offset, shape.count)
-        pid = self.group.reported_pid(pending)
-        event = encode_event(self.group.dialect, shape.mask, fd, pid, range_=range_, pidfd=pidfd)
+            if pending.permission:
+                self._waiting[fd] = pending
+        pidfd = self.group.open_process(pending, _open_process)
+        if pidfd is not None and pidfd >= 0:
+            descriptors.append(pidfd)
+            pidfd = 0  # "the last descriptor of the message"
+        event = self.group.encode(pending, fd, pidfd)
         return [event, pending.path if len(pending.path) <= protocol.LARGEST_PATH else b""], descriptors
 
-    def _pidfd(self, pending: Pending, descriptors: list[int]) -> int:
-        """What stands in the pidfd record: 0 for "the last descriptor of the message", else FAN_NOPIDFD or why there is none."""
-        error = errno.ESRCH
-        if pending.pid:
-            try:
-                descriptors.append(os.pidfd_open(pending.pid))
-                return 0
-            except OSError as failure:
-                error = failure.errno or errno.ESRCH
-        return -error if self.group.flags & FAN_REPORT_FD_ERROR else FAN_NOFD
+    def _open_file(self, pending: Pending) -> int:
+        return self._gate.open_event_fd(self.group, pending)
 
     def _transmit(self, buffers: list[bytes], descriptors: list[int]) -> bool:
         """Send a message and close our copies of its descriptors; False when there is no room for it now."""
@@ -435,24 +410,14 @@ class _EventChannel:
         elif value in self._errnos:
             # Anything else has not passed the client's own checks: as for a bad write(2), the event goes on waiting.
             pending = self._waiting.pop(number, None)
-            if pending is not None:
-                self._answer(pending, value)
+            if pending is not None and not self.group.closed:
+                self.group.answer(pending, value)
         return True
-
-    def _deny_unopened(self) -> None:
-        for pending in self._unopened:
-            self._answer(pending, errno.EPERM)
-        self._unopened.clear()
-
-    def _answer(self, pending: Pending, error: int) -> None:
-        if not self.group.closed:
-            self.group.answer(pending, error)
 
     def close(self) -> None:
         """Take the answers that the client has given, then let it go: what it did next does not take them back."""
         self._open = False
         self.group.on_readable = None
-        self._deny_unopened()
         self._take_the_rest()
         if self._stuck is not None:
             for descriptor in self._stuck[1]:
@@ -474,6 +439,10 @@ class _EventChannel:
                 return
             if not message or not self._take(message):
                 return
+
+
+def _open_process(pending: Pending) -> int:
+    return os.pidfd_open(pending.pid)
 
 
 def _numbers() -> Iterator[int]:

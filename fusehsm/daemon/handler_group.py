@@ -21,10 +21,7 @@ from fusehsm.fanotify.abi import (
     FAN_MARK_ADD,
     FAN_MARK_FLUSH,
     FAN_MARK_MOUNT,
-    FAN_NOFD,
     FAN_NONBLOCK,
-    FAN_Q_OVERFLOW,
-    FAN_REPORT_FD_ERROR,
     FAN_UNLIMITED_MARKS,
     FAN_UNLIMITED_QUEUE,
     Dialect,
@@ -165,24 +162,13 @@ class InProcessGroup(Group):
         self._show_readable()
         if pending is None:
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-        if pending.shape.mask & FAN_Q_OVERFLOW:
-            fd = -errno.EBADF if self.flags & FAN_REPORT_FD_ERROR else FAN_NOFD
-            return [Event(pending.shape.mask, 0, fd, "", None, None, self.dialect)]
         return [self._event(pending)]
 
     def _event(self, pending: Pending) -> Event:
-        """The event's value. Raises OSError when its file cannot be opened, and has denied it then."""
-        try:
-            fd = self._open(pending)
-        except OSError as error:
-            if pending.permission:
-                self._group.answer(pending, errno.EPERM)
-            if not self.flags & FAN_REPORT_FD_ERROR:
-                raise
-            fd = -(error.errno or errno.EIO)
-        else:
-            if pending.permission:
-                self._taken[fd] = pending
+        """The event's value. Raises OSError where Group.open_file() does."""
+        fd = self._group.open_file(pending, self._open)
+        if pending.permission and fd >= 0:
+            self._taken[fd] = pending
         shape = pending.shape
         path = os.fsdecode(pending.path)
         pid = self._group.reported_pid(pending)

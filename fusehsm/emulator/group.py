@@ -83,6 +83,7 @@ class Pending:
         path: bytes,
         permission: bool,
         created: float,
+        on_answer: Callable[[Pending], None] | None = None,
     ) -> None:
         self.shape = shape
         self.pid = pid
@@ -95,7 +96,7 @@ class Pending:
         self.errno = 0
         self.fd: int | None = None
         #: Called once, when the event is answered: never after it was withdrawn or its group was closed.
-        self.on_answer: Callable[[Pending], None] | None = None
+        self.on_answer = on_answer
 
     def __repr__(self) -> str:
         return f"<Pending {self.shape} pid {self.pid} {self.path!r} {self.state.name}>"
@@ -148,19 +149,29 @@ class Group:
     # The accessor's side
 
     def put(
-        self, shape: EventShape, *, pid: int, tid: int, target: object, path: bytes, permission: bool = True
+        self,
+        shape: EventShape,
+        *,
+        pid: int,
+        tid: int,
+        target: object,
+        path: bytes,
+        permission: bool = True,
+        on_answer: Callable[[Pending], None] | None = None,
     ) -> Pending | None:
         """Queue an event. ``permission`` False: a notification, which goes into one that is queued already, wherever in the queue, of
         the same target by the same name and with the same reported pid (measured; kernel: ``fanotify_merge``).
 
         None: the queue is full or the group closed; the access is allowed, and an overflow event tells the listener.
+        ``on_answer`` may be called before this returns: what carries the events to the listener may find at once that it cannot
+        open the event's file.
         """
         if self.closed:
             return None
         if self._max_queued is not None and len(self._queue) >= self._max_queued:
             self._put_overflow()
             return None
-        pending = Pending(shape, pid, tid, target, path, permission, self._clock())
+        pending = Pending(shape, pid, tid, target, path, permission, self._clock(), on_answer)
         if not permission:
             # The queue is looked at first: a full one takes no notification, not even one that would be merged.
             known = self._notifications.setdefault(self._merge_key(pending), pending)
@@ -177,12 +188,19 @@ class Group:
         return pending.target, pending.path, self.reported_pid(pending)
 
     def put_taken(
-        self, shape: EventShape, *, pid: int, tid: int, target: object, path: bytes
+        self,
+        shape: EventShape,
+        *,
+        pid: int,
+        tid: int,
+        target: object,
+        path: bytes,
+        on_answer: Callable[[Pending], None] | None = None,
     ) -> Pending | None:
         """put() and take() in one, past the queue: a permission event that is outstanding at once. None: the group is closed."""
         if self.closed:
             return None
-        pending = Pending(shape, pid, tid, target, path, True, self._clock())
+        pending = Pending(shape, pid, tid, target, path, True, self._clock(), on_answer)
         pending.state = PendingState.OUTSTANDING
         self._outstanding[pending] = None
         self._counts["queued"] += 1
@@ -326,41 +344,55 @@ class Group:
         open_fd: Callable[[Pending], int],
         open_pidfd: Callable[[Pending], int] | None,
     ) -> bytes:
-        tells_errors = bool(self.flags & FAN_REPORT_FD_ERROR)
-        if pending.shape.mask & FAN_Q_OVERFLOW:
-            fd = -errno.EBADF if tells_errors else FAN_NOFD
-        else:
-            try:
-                fd = open_fd(pending)
-            except OSError as error:
-                if pending.permission:
-                    self._release(pending)
-                    self._counts["unopened"] += 1
-                    self._finish(pending, errno.EPERM)
-                if not tells_errors:
-                    raise
-                fd = -(error.errno or errno.EIO)
-            else:
-                if pending.permission:
-                    pending.fd = fd
-                    self._by_fd.setdefault(fd, deque()).append(pending)
-        shape = pending.shape
-        range_ = None if shape.offset is None or shape.count is None else (shape.offset, shape.count)
-        pidfd = self._pidfd(pending, open_pidfd, tells_errors) if self.flags & FAN_REPORT_PIDFD else None
-        return encode_event(
-            self.dialect, shape.mask, fd, self.reported_pid(pending), range_=range_, pidfd=pidfd
-        )
+        fd = self.open_file(pending, open_fd)
+        if pending.permission and fd >= 0:
+            pending.fd = fd
+            self._by_fd.setdefault(fd, deque()).append(pending)
+        return self.encode(pending, fd, self.open_process(pending, open_pidfd))
 
-    def _pidfd(
-        self, pending: Pending, open_pidfd: Callable[[Pending], int] | None, tells_errors: bool
-    ) -> int:
-        # The process may be dead by now, or not visible for the reader: -1, or the reason.
+    def open_file(self, pending: Pending, open_fd: Callable[[Pending], int]) -> int:
+        """Open the file of an event that has just been taken, for the listener; returns the descriptor that ``open_fd`` gives.
+
+        When ``open_fd`` raises OSError, the event is denied with EPERM and counted as unopened. A group with FAN_REPORT_FD_ERROR
+        then gets -errno in the descriptor's place, any other group the OSError: its event is dropped. An overflow event has no
+        file: FAN_NOFD, or -EBADF with FAN_REPORT_FD_ERROR.
+        """
+        tells_errors = self.flags & FAN_REPORT_FD_ERROR
+        if pending.shape.mask & FAN_Q_OVERFLOW:
+            return -errno.EBADF if tells_errors else FAN_NOFD
+        try:
+            return open_fd(pending)
+        except OSError as error:
+            if pending.permission:
+                self._release(pending)
+                self._counts["unopened"] += 1
+                self._finish(pending, errno.EPERM)
+            if not tells_errors:
+                raise
+            return -(error.errno or errno.EIO)
+
+    def open_process(
+        self, pending: Pending, open_pidfd: Callable[[Pending], int] | None = None
+    ) -> int | None:
+        """What the event's pidfd record says: the descriptor that ``open_pidfd`` gives of its process, FAN_NOPIDFD, or with
+        FAN_REPORT_FD_ERROR -errno; None where the group has no such records."""
+        if not self.flags & FAN_REPORT_PIDFD:
+            return None
+        number = errno.ESRCH
+        # The process may be dead by now, or not visible for the reader.
         if pending.pid and open_pidfd is not None:
             try:
                 return open_pidfd(pending)
             except OSError as error:
-                return -(error.errno or errno.ESRCH) if tells_errors else FAN_NOFD
-        return -errno.ESRCH if tells_errors else FAN_NOFD
+                number = error.errno or number
+        return -number if self.flags & FAN_REPORT_FD_ERROR else FAN_NOFD
+
+    def encode(self, pending: Pending, fd: int, pidfd: int | None) -> bytes:
+        """The event as read(2) gives it, with these numbers for its file and its process."""
+        shape = pending.shape
+        range_ = None if shape.offset is None or shape.count is None else (shape.offset, shape.count)
+        pid = self.reported_pid(pending)
+        return encode_event(self.dialect, shape.mask, fd, pid, range_=range_, pidfd=pidfd)
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """write(2) of one response; returns the bytes taken. Raises OSError EINVAL for a bad response (the event goes on

@@ -333,14 +333,11 @@ class Listeners:
         path = self._path_of(node)
         handle = group.handle if self._event_timeout is None and access.kind in _INTERRUPTIBLE else None
         tid = access.tid or access.pid
-        if handle is not None:
-            pending = group.put_taken(shape, pid=access.pid, tid=tid, target=node, path=path)
-        else:
-            pending = group.put(shape, pid=access.pid, tid=tid, target=node, path=path)
+        waiter = Waiter(access, shape, path, group)
+        put = group.put if handle is None else group.put_taken
+        pending = put(shape, pid=access.pid, tid=tid, target=node, path=path, on_answer=waiter.hear)
         if pending is None:
             return 0, False
-        waiter = Waiter(access, shape, path, group)
-        pending.on_answer = waiter.hear
         try:
             if handle is None:
                 return await self._wait(waiter), waiter.answered

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Final
 
 from fusehsm.linux.beneath import open_beneath
-from fusehsm.tier.stores.base import byte_order
 
 LONGEST_PATH: Final = 1 << 14
 """Bytes of a path below the root; what lies deeper is left out. (open(2) takes paths of 4,095 bytes, and programs get deeper step by step.)"""
@@ -103,7 +102,7 @@ class Descent:
 
     def _append(self, path: str, fd: int) -> None:
         try:
-            names = sorted(os.listdir(fd), key=byte_order, reverse=True)
+            names = sorted(os.listdir(fd), key=os.fsencode, reverse=True)
             self._levels.append(Level(path, fd, identity_of(fd), names))
         except BaseException:
             os.close(fd)

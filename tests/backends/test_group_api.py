@@ -3,12 +3,18 @@
 import errno
 import os
 import select
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import trio
 
 from fusehsm.backends.base import AT_FDCWD, Group
 from fusehsm.conform.accessor import Accessor
+from fusehsm.events import Event
 from fusehsm.fanotify import abi
 from fusehsm.fanotify.abi import (
     FAN_ALLOW,
@@ -32,6 +38,7 @@ from fusehsm.fanotify.abi import (
     FAN_NOFD,
     FAN_ONDIR,
     FAN_OPEN_PERM,
+    FAN_REPORT_FD_ERROR,
     FAN_REPORT_PIDFD,
     FAN_REPORT_TID,
     LINUX_6_14,
@@ -43,6 +50,7 @@ from fusehsm.fanotify.abi import (
 )
 from tests.conftest import MakeAccessor
 from tests.support.handler_sites import Site, pidfds
+from tests.support.kernel_and_mount import Failed, outcome
 
 pytest_plugins = ["tests.support.handler_fixtures"]
 
@@ -60,6 +68,19 @@ async def queued(group: Group, count: int, size: int = 48) -> bytes:
         await group.wait_readable()
         data += group.read(count * size - len(data))
     return data
+
+
+@contextmanager
+def running_program(site: Site) -> Iterator[str]:
+    """A file of the site that is executed, so that nobody can open it for writing; its path for accessors."""
+    sleep = shutil.which("sleep")
+    assert sleep is not None
+    path = site.make("busy", Path(sleep).read_bytes(), mode=0o755)
+    with subprocess.Popen([site.content / "busy", "infinity"]) as process:
+        try:
+            yield path
+        finally:
+            process.kill()
 
 
 # Reading
@@ -531,6 +552,31 @@ async def test_two_groups_are_asked_one_after_the_other(site: Site, accessor: Ac
         await accessor.run("pread_path", path, 1, 0)
         assert asked == ["pre-content", "content"]
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("by", ["bytes", "values", "handler"])
+async def test_an_event_whose_file_cannot_be_opened_is_denied_and_counted(
+    site: Site, accessor: Accessor, by: str
+) -> None:
+    with running_program(site) as path:
+        if by == "handler":
+
+            async def allow(event: Event) -> None:
+                raise AssertionError("it has no descriptor to be handled with")
+
+            async with site.serving(allow, P):
+                assert await outcome(lambda: accessor.run("pread_path", path, 100, 0)) == Failed(errno.EPERM)
+                statistics = await site.statistics()
+        else:
+            async with site.group(P, flags=PRE | FAN_REPORT_FD_ERROR) as group:
+                call = accessor.start("pread_path", path, 100, 0)
+                await group.wait_readable()
+                (event,) = decode_events(LINUX_6_14, group.read(48)) if by == "bytes" else group.take_events()
+                assert (event.fd, event.mask) == (-errno.ETXTBSY, P)
+                assert await outcome(call.wait) == Failed(errno.EPERM)
+                statistics = await site.statistics()
+    counts = {"queued": 1, "allowed": 0, "denied": 1, "withdrawn": 0, "overflowed": 0, "unopened": 1}
+    assert statistics in (counts, {})
 
 
 async def test_closing_allows_what_was_read_and_what_was_not(site: Site, make_accessor: MakeAccessor) -> None:

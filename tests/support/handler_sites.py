@@ -15,6 +15,8 @@ from fusehsm.backends.base import Group
 from fusehsm.backends.emulated import EmulatedGroup
 from fusehsm.backends.kernel import KernelGroup
 from fusehsm.backends.opening import open_group
+from fusehsm.control.client import request
+from fusehsm.control.protocol import Status
 from fusehsm.daemon.handler_group import InProcessGroup, open_in_process
 from fusehsm.fanotify.abi import LINUX_6_14
 from fusehsm.handler import Handler, serve
@@ -38,6 +40,10 @@ class Site(abc.ABC):
     @abc.abstractmethod
     async def bare_group(self, flags: int, event_f_flags: int) -> Group:
         """A group without marks."""
+
+    async def statistics(self) -> dict[str, int]:
+        """The counts of the only group that has been asked for anything; the real kernel keeps none."""
+        return {}
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -80,6 +86,10 @@ class OpenGroupSite(Site):
             return await EmulatedGroup.connect(mount, flags, event_f_flags)
         return KernelGroup(flags, event_f_flags)
 
+    async def statistics(self) -> dict[str, int]:
+        mount = await trio.to_thread.run_sync(mount_of, self.path)
+        return only_asked((await request(mount, Status()))["groups"]) if mount.is_fusehsm else {}
+
 
 class InProcessSite(Site):
     """A mount that this very event loop serves. Nothing in this process may touch `path` but in a thread."""
@@ -94,6 +104,9 @@ class InProcessSite(Site):
 
     async def bare_group(self, flags: int, event_f_flags: int) -> Group:
         return InProcessGroup(self._gate, flags, event_f_flags, self._gate.default_dialect)
+
+    async def statistics(self) -> dict[str, int]:
+        return only_asked(self._gate.status()["groups"])
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -132,6 +145,12 @@ class InProcessSite(Site):
             fuse_mount.unmount(str(self.path), mountinfo.id_at(str(self.path)), lazily=True)
             engine.close()
             overlay.close()
+
+
+def only_asked(groups: list[dict[str, Any]]) -> dict[str, int]:
+    """The statistics of the only group that has had an event."""
+    (statistics,) = [group["statistics"] for group in groups if group["statistics"]["queued"]]
+    return dict(statistics)
 
 
 def open_for_both(name: str) -> list[str]:

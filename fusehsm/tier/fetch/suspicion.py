@@ -7,8 +7,9 @@ its author any file of the store. So root's fetch believes a mark only if nobody
 import os
 import stat
 
+from fusehsm.text import shown
 from fusehsm.tier.fetch.catalog import Origin
-from fusehsm.tier.stores.base import Rights, shown
+from fusehsm.tier.stores.base import Rights
 
 _BY_GROUP = stat.S_IRGRP | stat.S_IWGRP
 _BY_OTHERS = stat.S_IROTH | stat.S_IWOTH
