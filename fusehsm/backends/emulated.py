@@ -5,7 +5,6 @@ import os
 import select
 import socket
 import sys
-from collections import deque
 
 import trio
 
@@ -50,9 +49,7 @@ class EmulatedGroup(Group):
         self._stream = EventStream(
             events, flags, self.dialect, connection.gone, close_on_exec=bool(event_f_flags & os.O_CLOEXEC)
         )
-        # The server's number of the unanswered event with that descriptor, and of those read later that have the same.
-        self._numbers: dict[int, int] = {}
-        self._later_numbers: dict[int, deque[int]] = {}
+        self._unanswered: rules.UnansweredEvents[int] = rules.UnansweredEvents()  # by the server's numbers
         self._paths: dict[int, bytes] = {}
         self._poll: _Pollable | None = None
 
@@ -178,16 +175,7 @@ class EmulatedGroup(Group):
             await trio.lowlevel.wait_readable(self._stream.socket)
 
     def _answer(self, fd: int, error: int) -> None:
-        number = self._numbers.pop(fd, None)
-        if number is None:
-            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
-        # A reused descriptor number names several events: the kernel answers them in the order read.
-        later = self._later_numbers.get(fd)
-        if later:
-            self._numbers[fd] = later.popleft()
-            if not later:
-                del self._later_numbers[fd]
-        self._stream.answer(number, error)
+        self._stream.answer(self._unanswered.take(fd), error)
 
     def close(self) -> None:
         if self._stream.socket.fileno() >= 0 and trio.lowlevel.in_trio_run():
@@ -203,12 +191,8 @@ class EmulatedGroup(Group):
         if received.fd < 0:
             return
         self._paths[received.fd] = received.path
-        if not received.mask & self.permission_events:
-            return
-        if received.fd in self._numbers:
-            self._later_numbers.setdefault(received.fd, deque()).append(received.number)
-        else:
-            self._numbers[received.fd] = received.number
+        if received.mask & self.permission_events:
+            self._unanswered.add(received.fd, received.number)
 
 
 class _Pollable:

@@ -76,7 +76,6 @@ class InProcessGroup(Group):
         super().__init__(flags | FAN_NONBLOCK, event_f_flags, dialect)
         self._gate = gate
         self._group = group.Group(self.flags, event_f_flags, dialect)
-        self._taken: dict[int, Pending] = {}  # what has been taken as a value, by its descriptor
         self._paths: dict[int, bytes] = {}  # of what has been read as bytes
         self._readers = trio.lowlevel.ParkingLot()
         self._eventfd: int | None = None
@@ -134,17 +133,10 @@ class InProcessGroup(Group):
 
     def write(self, data: bytes) -> int:
         self._check_open()
-        response = rules.parse_response(data, self.flags, self.dialect)
-        pending = None if response.probe else self._taken.pop(response.fd, None)
-        if pending is None:
-            return self._group.write(data)
-        self._group.answer(pending, response.decision_errno)
-        return response.length
+        return self._group.write(data)
 
     def event_path(self, raw_event: RawEvent) -> str:
-        pending = self._taken.get(raw_event.fd)
-        path = self._paths.get(raw_event.fd, b"") if pending is None else pending.path
-        return os.fsdecode(path)
+        return os.fsdecode(self._paths.get(raw_event.fd, b""))
 
     async def wait_readable(self) -> None:
         if self._closed:
@@ -167,8 +159,7 @@ class InProcessGroup(Group):
     def _event(self, pending: Pending) -> Event:
         """The event's value. Raises OSError where Group.open_file() does."""
         fd = self._group.open_file(pending, self._open)
-        if pending.permission and fd >= 0:
-            self._taken[fd] = pending
+        self._group.delivered(pending, fd)
         shape = pending.shape
         path = os.fsdecode(pending.path)
         pid = self._group.reported_pid(pending)
@@ -189,13 +180,8 @@ class InProcessGroup(Group):
         self._group.handle = handled
 
     def answer(self, event: Event, error: int) -> None:
-        pending = self._taken.get(event.fd)
-        if pending is None:
-            super().answer(event, error)
-            return
-        error = self.checked_errno(error)
-        del self._taken[event.fd]
-        self._group.answer(pending, error)
+        self._check_open()
+        self._group.answer_descriptor(event.fd, self.checked_errno(error))
 
     def close(self) -> None:
         if self._closed:
@@ -204,7 +190,6 @@ class InProcessGroup(Group):
         self._group.handle = None
         self._group.on_readable = None
         self._gate.remove_group(self._group)
-        self._taken.clear()
         self._readers.unpark_all()
         if self._eventfd is not None:
             os.close(self._eventfd)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import errno
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
@@ -32,7 +32,7 @@ from fusehsm.fanotify.abi import (
     event_length,
 )
 from fusehsm.fanotify.marks import MarkTable
-from fusehsm.fanotify.rules import check_init, fill_buffer, parse_response
+from fusehsm.fanotify.rules import UnansweredEvents, check_init, fill_buffer, parse_response
 
 #: sysctl fs.fanotify.max_queued_events
 MAX_QUEUED_EVENTS: Final = 16384
@@ -140,8 +140,7 @@ class Group:
         # The queued notifications that others are merged into.
         self._notifications: dict[tuple[object, bytes, int], Pending] = {}
         self._outstanding: dict[Pending, None] = {}
-        # Event fds by number. A number that was closed and reused has several events, in the order read.
-        self._by_fd: dict[int, deque[Pending]] = {}
+        self._by_fd: UnansweredEvents[Pending] = UnansweredEvents()
         self._counts = dict.fromkeys(
             ("queued", "allowed", "denied", "withdrawn", "overflowed", "unopened"), 0
         )
@@ -290,19 +289,17 @@ class Group:
         not outstanding: not read yet, answered already."""
         if pending not in self._outstanding:
             raise OSError(errno.ENOENT, "fanotify response: no such event is waiting for one")
-        self._release(pending)
+        if pending.fd is not None:
+            self._by_fd.remove(pending.fd, pending)
         self._finish(pending, error)
 
-    def _release(self, pending: Pending) -> None:
-        del self._outstanding[pending]
-        if pending.fd is None:
-            return
-        same_number = self._by_fd[pending.fd]
-        same_number.remove(pending)
-        if not same_number:
-            del self._by_fd[pending.fd]
+    def answer_descriptor(self, fd: int, error: int) -> None:
+        """answer() the event that was delivered with that descriptor, the first if there are several. Raises OSError ENOENT when
+        there is none."""
+        self._finish(self._by_fd.take(fd), error)
 
     def _finish(self, pending: Pending, error: int) -> None:
+        del self._outstanding[pending]
         if pending.state is PendingState.WITHDRAWN:
             return
         pending.state = PendingState.ANSWERED
@@ -345,10 +342,14 @@ class Group:
         open_pidfd: Callable[[Pending], int] | None,
     ) -> bytes:
         fd = self.open_file(pending, open_fd)
+        self.delivered(pending, fd)
+        return self.encode(pending, fd, self.open_process(pending, open_pidfd))
+
+    def delivered(self, pending: Pending, fd: int) -> None:
+        """The listener has the event, with what open_file() returned for its descriptor, and answers it by that number."""
         if pending.permission and fd >= 0:
             pending.fd = fd
-            self._by_fd.setdefault(fd, deque()).append(pending)
-        return self.encode(pending, fd, self.open_process(pending, open_pidfd))
+            self._by_fd.add(fd, pending)
 
     def open_file(self, pending: Pending, open_fd: Callable[[Pending], int]) -> int:
         """Open the file of an event that has just been taken, for the listener; returns the descriptor that ``open_fd`` gives.
@@ -364,7 +365,6 @@ class Group:
             return open_fd(pending)
         except OSError as error:
             if pending.permission:
-                self._release(pending)
                 self._counts["unopened"] += 1
                 self._finish(pending, errno.EPERM)
             if not tells_errors:
@@ -399,12 +399,7 @@ class Group:
         waiting) and ENOENT for an fd that no outstanding event has."""
         response = parse_response(data, self.flags, self.dialect)
         if not response.probe:
-            waiting = self._by_fd.get(response.fd)
-            if not waiting:
-                raise OSError(
-                    errno.ENOENT, f"fanotify response: no event with fd {response.fd} is waiting for one"
-                )
-            self.answer(waiting[0], response.decision_errno)
+            self.answer_descriptor(response.fd, response.decision_errno)
         return response.length
 
     def close(self) -> list[Pending]:

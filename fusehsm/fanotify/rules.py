@@ -10,9 +10,10 @@ import enum
 import errno
 import os
 import struct
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Generic, TypeVar
 
 from fusehsm.fanotify.abi import (
     AUDIT_RULE_LENGTH,
@@ -118,6 +119,61 @@ class ParsedResponse:
     length: int
     audit: bool
     probe: bool
+
+
+EventT = TypeVar("EventT")
+
+
+class UnansweredEvents(Generic[EventT]):
+    """The events that a listener has read and not answered, by the number of their descriptor, which is all that a response names.
+
+    A listener may close a descriptor before it answers, and a later event then gets the same number. Such a number names several
+    events, and answers go to them in the order in which they were read (kernel: ``process_access_response``).
+    """
+
+    __slots__ = ("_first", "_later")
+
+    def __init__(self) -> None:
+        self._first: dict[int, EventT] = {}
+        self._later: dict[int, deque[EventT]] = {}
+
+    def add(self, number: int, event: EventT) -> None:
+        """An event has been read with a descriptor of that number."""
+        if number in self._first:
+            self._later.setdefault(number, deque()).append(event)
+        else:
+            self._first[number] = event
+
+    def take(self, number: int) -> EventT:
+        """Remove the event that an answer with that number is for. Raises OSError ENOENT when there is none."""
+        event = self._first.pop(number, None)
+        if event is None:
+            raise _invalid(f"fanotify response: no event with fd {number} is waiting for one", errno.ENOENT)
+        if self._later:
+            self._advance(number)
+        return event
+
+    def remove(self, number: int, event: EventT) -> None:
+        """Remove one event, wherever it stands among those with that number; does nothing when it is not there."""
+        if self._first.get(number) == event:
+            del self._first[number]
+            self._advance(number)
+        elif event in self._later.get(number, ()):
+            self._later[number].remove(event)
+            if not self._later[number]:
+                del self._later[number]
+
+    def _advance(self, number: int) -> None:
+        later = self._later.get(number)
+        if later:
+            self._first[number] = later.popleft()
+            if not later:
+                del self._later[number]
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._first.clear()
+        self._later.clear()
 
 
 def _invalid(message: str, error: int = errno.EINVAL) -> OSError:

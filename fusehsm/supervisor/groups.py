@@ -7,7 +7,6 @@ import logging
 import os
 import socket
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,8 +92,8 @@ class SupervisedGroup:
         self._lock = threading.Lock()
         self._connecting = threading.Lock()
         self._sources: list[Source] = []
-        # By the descriptor's number in the command: a number that was closed and used again names several events, in the order read.
-        self._numbers: dict[int, deque[tuple[Source, int]]] = {}
+        # By the descriptor's number in the command; the event's own number is its server's.
+        self._unanswered: rules.UnansweredEvents[tuple[Source, int]] = rules.UnansweredEvents()
         self._readers: dict[int, None] = {}
         self._users = 0
         self._left = False
@@ -260,16 +259,12 @@ class SupervisedGroup:
         """A process is about to read the event with that descriptor."""
         if received.mask & self.dialect.permission:
             with self._lock:
-                self._numbers.setdefault(number, deque()).append((source, received.number))
+                self._unanswered.add(number, (source, received.number))
 
     def take_back(self, source: Source, received: Received, number: int) -> None:
         """The process has not read it: somebody else will."""
         with self._lock:
-            waiting = self._numbers.get(number)
-            if waiting is not None and (source, received.number) in waiting:
-                waiting.remove((source, received.number))
-                if not waiting:
-                    del self._numbers[number]
+            self._unanswered.remove(number, (source, received.number))
             if self._closed or source not in self._sources:
                 received.close()
             else:
@@ -289,12 +284,7 @@ class SupervisedGroup:
         if response.probe:
             return response.length
         with self._lock:
-            waiting = self._numbers.get(response.fd)
-            if not waiting:
-                raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
-            source, number = waiting.popleft()
-            if not waiting:
-                del self._numbers[response.fd]
+            source, number = self._unanswered.take(response.fd)
             # If the mount is gone: the kernel, too, takes an answer that nobody waits for.
             with contextlib.suppress(OSError):
                 source.stream.answer(number, response.decision_errno)
@@ -395,7 +385,7 @@ class SupervisedGroup:
         self._closed = True
         sources = list(self._sources)
         self._sources.clear()
-        self._numbers.clear()
+        self._unanswered.clear()
         self._wake_readers()
         return sources
 

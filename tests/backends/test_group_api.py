@@ -42,6 +42,7 @@ from fusehsm.fanotify.abi import (
     FAN_REPORT_PIDFD,
     FAN_REPORT_TID,
     LINUX_6_14,
+    RawEvent,
     decode_events,
     deny_errno,
     encode_audit_rule,
@@ -289,30 +290,43 @@ async def test_only_the_first_response_of_a_write_counts(site: Site, make_access
             await call.wait()
 
 
+@pytest.mark.parametrize("by", ["bytes", "values"])
 async def test_events_that_share_a_descriptor_number_are_answered_in_the_order_read(
-    site: Site, make_accessor: MakeAccessor
+    site: Site, make_accessor: MakeAccessor, by: str
 ) -> None:
     path = site.stub("stub", 2 * PAGE)
     first, second = make_accessor(), make_accessor()
+
+    async def one_event() -> RawEvent | Event:
+        await group.wait_readable()
+        (event,) = group.take_events() if by == "values" else decode_events(LINUX_6_14, group.read(48))
+        return event
+
+    def answer(event: RawEvent | Event, error: int) -> None:
+        if isinstance(event, Event):
+            group.answer(event, error)
+        else:
+            group.write(encode_response(event.fd, deny_errno(error) if error else FAN_ALLOW))
+
     async with site.group(P) as group:
         opened = []
         for each in (first, second):
             opened.append(await each.run("open", path, os.O_RDONLY))
             # Once before it counts: in-process, the mount opens something of its own for a new accessor.
             call = each.start("pread", opened[-1], 1, 0)
-            (event,) = decode_events(LINUX_6_14, await queued(group, 1))
-            group.write(encode_response(event.fd, FAN_ALLOW))
+            event = await one_event()
+            answer(event, 0)
             os.close(event.fd)
             await call.wait()
         calls = {}
         calls[first.pid] = first.start("pread", opened[0], 1, 0)
-        (earlier,) = decode_events(LINUX_6_14, await queued(group, 1))
+        earlier = await one_event()
         os.close(earlier.fd)
         calls[second.pid] = second.start("pread", opened[1], 1, PAGE)
-        (later,) = decode_events(LINUX_6_14, await queued(group, 1))
+        later = await one_event()
         assert later.fd == earlier.fd, "the number was not reused, so this shows nothing"
-        group.write(encode_response(earlier.fd, deny_errno(errno.EAGAIN)))
-        group.write(encode_response(later.fd, deny_errno(errno.ENOSPC)))
+        answer(earlier, errno.EAGAIN)
+        answer(later, errno.ENOSPC)
         os.close(later.fd)
         with pytest.raises(BlockingIOError):
             await calls[earlier.pid].wait()

@@ -1,6 +1,7 @@
 """Argument checks, row by row; the kernel is asked the same rows in test_kernel_rules.py."""
 
 import errno
+from collections import defaultdict
 
 import pytest
 from hypothesis import given
@@ -18,7 +19,14 @@ from fusehsm.fanotify.abi import (
     deny_errno,
     encode_response,
 )
-from fusehsm.fanotify.rules import ObjectKind, check_init, check_mark, fill_buffer, parse_response
+from fusehsm.fanotify.rules import (
+    ObjectKind,
+    UnansweredEvents,
+    check_init,
+    check_mark,
+    fill_buffer,
+    parse_response,
+)
 from tests.support.row_tests import error_of, row_names
 from tests.support.rule_rows import (
     ADD,
@@ -194,3 +202,35 @@ def test_an_empty_queue(size: int) -> None:
 def test_allow_is_what_a_response_of_one_means() -> None:
     response = parse_response(encode_response(7, FAN_ALLOW), CONTENT, LINUX_6_14)
     assert (response.fd, response.decision_errno, response.length, response.probe) == (7, 0, 8, False)
+
+
+STEPS = st.tuples(st.sampled_from(("add", "add", "take", "remove")), st.integers(3, 5), st.integers(0, 3))
+
+
+@given(st.lists(STEPS, max_size=40))
+def test_answers_go_to_the_events_of_a_number_in_the_order_read(steps: list[tuple[str, int, int]]) -> None:
+    events: UnansweredEvents[int] = UnansweredEvents()
+    expected: dict[int, list[int]] = defaultdict(list)
+    for event, (step, number, position) in enumerate(steps):
+        of_number = expected[number]
+        if step == "add":
+            events.add(number, event)
+            of_number.append(event)
+        elif step == "take" and of_number:
+            assert events.take(number) == of_number.pop(0)
+        elif step == "take":
+            assert error_of(events.take, number) == errno.ENOENT
+        else:
+            one = of_number.pop(position) if position < len(of_number) else -1
+            events.remove(number, one)
+    for number, of_number in expected.items():
+        assert [events.take(number) for _ in of_number] == of_number
+        assert error_of(events.take, number) == errno.ENOENT
+
+
+def test_forgotten_events_are_not_answered() -> None:
+    events: UnansweredEvents[str] = UnansweredEvents()
+    for event in ("first", "second"):
+        events.add(7, event)
+    events.clear()
+    assert error_of(events.take, 7) == errno.ENOENT
