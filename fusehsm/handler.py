@@ -18,7 +18,7 @@ import trio
 from fusehsm.backends.base import Group
 from fusehsm.events import Event
 from fusehsm.fanotify.abi import FAN_Q_OVERFLOW
-from fusehsm.linux.suspension import is_cancellation, noting_suspension
+from fusehsm.linux.suspension import ReadingTurn, is_cancellation, noting_suspension
 
 AsyncHandler = Callable[[Event], Coroutine[Any, Any, None]]
 Handler = AsyncHandler | Callable[[Event], Awaitable[None] | None]
@@ -74,15 +74,14 @@ class _Server:
         self._running = 0
         self._room = trio.lowlevel.ParkingLot()
         self._workers = 0
-        self._idle = trio.lowlevel.ParkingLot()
-        # The worker that waits for the group's next event, or handles one and has not suspended yet.
-        self._watcher: object | None = None
+        self._turn = ReadingTurn(self.start_worker)
         self._taken: deque[Event] = deque()
         self.failure: OSError | None = None  # why the group is of no more use
 
     def start_worker(self) -> None:
-        self._workers += 1
-        self._nursery.start_soon(self._work)
+        if self._workers < self._limit:
+            self._workers += 1
+            self._nursery.start_soon(self._work)
 
     def deny_the_rest(self) -> None:
         for event in self._taken:
@@ -92,11 +91,8 @@ class _Server:
     async def _work(self) -> None:
         worker = object()
         while True:
-            while self._watcher is not worker:
-                if self._watcher is None:
-                    self._watcher = worker
-                else:
-                    await self._idle.park()
+            while self._turn.reader is not worker:
+                await self._turn.wait(worker)
             event = await self._next_event()
             if event.fd < 0:
                 _report_lost(event)
@@ -124,15 +120,8 @@ class _Server:
         await trio.sleep_forever()
         raise AssertionError  # not reached: the scope is cancelled
 
-    def _let_another_watch(self) -> None:
-        self._watcher = None
-        if self._idle:
-            self._idle.unpark()
-        elif self._workers < self._limit:
-            self.start_worker()
-
     async def _handle_as_task(self, event: Event) -> None:
-        await self._handle_noting(event, self._let_another_watch)
+        await self._handle_noting(event, self._turn.pass_on)
 
     async def handle_offered(self, event: Event) -> None:
         """Handle an event of which the group has told nobody, in the task that waits for its answer."""
@@ -177,7 +166,7 @@ class _Server:
                 descriptor.release()
 
         error = errno.EIO
-        self._let_another_watch()
+        self._turn.pass_on()
         try:
             (result,) = await trio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=self._threads)
             if inspect.isawaitable(result):

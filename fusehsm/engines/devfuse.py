@@ -21,7 +21,7 @@ from fusehsm.engines.cache_policy import CachePolicy
 from fusehsm.engines.fuse_operations import Answer, Body, Operations
 from fusehsm.engines.fuse_protocol import Init, Opcode, Request
 from fusehsm.engines.read_ahead import ReadAhead
-from fusehsm.linux.suspension import is_cancellation, noting_suspension
+from fusehsm.linux.suspension import ReadingTurn, is_cancellation, noting_suspension
 
 log = logging.getLogger(__name__)
 
@@ -92,8 +92,7 @@ class DevFuse:
         self._connection: fuse_mount.Connection | None = None
         self._device = -1  # its descriptor
         self._view = memoryview(bytearray(protocol.BUFFER_SIZE))
-        self._reader: object | None = None  # the worker that reads, or answers and has not had to wait yet
-        self._idle = trio.lowlevel.ParkingLot()
+        self._turn = ReadingTurn(self._start_worker, most_idle=_IDLE_WORKERS)
         self._scope = trio.CancelScope()
         self._nursery: trio.Nursery | None = None
 
@@ -134,13 +133,9 @@ class DevFuse:
         worker = object()
         answered = 0
         while True:
-            while self._reader is not worker:
-                if self._reader is None:
-                    self._reader = worker
-                elif len(self._idle) >= _IDLE_WORKERS:
+            while self._turn.reader is not worker:
+                if not await self._turn.wait(worker):
                     return
-                else:
-                    await self._idle.park()
             request = self._read()
             if request is None:
                 answered = 0
@@ -158,13 +153,9 @@ class DevFuse:
                 answered = 0
                 await trio.lowlevel.checkpoint()
 
-    def _let_another_read(self) -> None:
-        self._reader = None
-        if self._idle:
-            self._idle.unpark()
-        else:
-            assert self._nursery is not None
-            self._nursery.start_soon(self._work)
+    def _start_worker(self) -> None:
+        assert self._nursery is not None
+        self._nursery.start_soon(self._work)
 
     def _read(self) -> Request | None:
         """The next request; None when there is none now. Ends `serve` when the filesystem has been unmounted."""
@@ -222,7 +213,7 @@ class DevFuse:
         result: Body = b""
         failure: BaseException | None = None
         try:
-            result = await noting_suspension(answer, self._let_another_read)
+            result = await noting_suspension(answer, self._turn.pass_on)
         except BaseException as error:
             failure = error
             if is_cancellation(error):

@@ -1,4 +1,4 @@
-"""Noticing that a coroutine has to wait, and that what ends it is its surroundings' end."""
+"""A coroutine that has to wait: noticing it, letting another task read meanwhile, and knowing a cancellation from the end of its surroundings."""
 
 import math
 import types
@@ -43,3 +43,38 @@ def noting_suspension(
                 trap = coroutine.send(value)
             except StopIteration as stop:
                 return cast(_Result, stop.value)
+
+
+class ReadingTurn:
+    """One of several tasks reads; it also handles what it has read, and another task reads only when that handling has to wait.
+
+    So what needs no waiting costs no switch of tasks, and any number of tasks may wait. Each task reads only while it is the `reader`:
+
+        while turn.reader is not me:
+            if not await turn.wait(me): return
+    """
+
+    def __init__(self, start_task: Callable[[], None], *, most_idle: int | None = None) -> None:
+        """`start_task` starts one more task, if one more is allowed; `most_idle`: how many tasks may wait for the turn (None: all)."""
+        self.reader: object | None = None
+        self._start_task = start_task
+        self._most_idle = most_idle
+        self._idle = trio.lowlevel.ParkingLot()
+
+    async def wait(self, task: object) -> bool:
+        """Wait for the turn; the task may still not be the reader then. False: enough others wait, the task is to end."""
+        if self.reader is None:
+            self.reader = task
+        elif self._most_idle is not None and len(self._idle) >= self._most_idle:
+            return False
+        else:
+            await self._idle.park()
+        return True
+
+    def pass_on(self) -> None:
+        """The reader has to wait: let an idle task read, or a new one."""
+        self.reader = None
+        if self._idle:
+            self._idle.unpark()
+        else:
+            self._start_task()
