@@ -8,7 +8,6 @@ import errno
 import inspect
 import logging
 import os
-import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, NoReturn, cast
@@ -18,6 +17,7 @@ import trio
 from fusehsm.backends.base import Group
 from fusehsm.events import Event
 from fusehsm.fanotify.abi import FAN_Q_OVERFLOW
+from fusehsm.linux.file_io import SharedDescriptor
 from fusehsm.linux.suspension import ReadingTurn, is_cancellation, noting_suspension
 
 AsyncHandler = Callable[[Event], Coroutine[Any, Any, None]]
@@ -155,7 +155,7 @@ class _Server:
             self._finish(event, error)
 
     async def _handle_in_thread(self, event: Event) -> None:
-        descriptor = _SharedDescriptor(event.fd)
+        descriptor = SharedDescriptor(event.fd)
 
         def call() -> tuple[Awaitable[None] | None]:
             if not descriptor.hold():
@@ -210,31 +210,6 @@ class _Server:
         except OSError as failure:
             if failure.errno not in GROUP_IS_GONE:  # which the next read tells
                 _log.warning("%s: the answer was not taken: %s", event.path, failure.strerror)
-
-
-class _SharedDescriptor:
-    """A descriptor that its last holder closes: a cancelled serve may let go of it before the handler's thread does."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._holders = 1
-        self._lock = threading.Lock()
-
-    def hold(self) -> bool:
-        """One holder more; False when there is none any more and the descriptor is closed."""
-        with self._lock:
-            if not self._holders:
-                return False
-            self._holders += 1
-            return True
-
-    def release(self) -> None:
-        """One holder fewer. Raises OSError as close(2) for the last one."""
-        with self._lock:
-            self._holders -= 1
-            last = not self._holders
-        if last:
-            os.close(self._descriptor)
 
 
 def _is_coroutine_function(handler: Handler) -> bool:

@@ -1,7 +1,8 @@
-"""Reading the backing without stopping the event loop."""
+"""File descriptors and threads: reading without stopping the event loop, and a descriptor that an abandoned thread still uses."""
 
 import errno
 import os
+import threading
 
 import trio
 
@@ -54,3 +55,40 @@ def _read_all(descriptor: int, size: int, offset: int) -> bytes:
             break
         data += more
     return data
+
+
+class SharedDescriptor:
+    """A descriptor that a task shares with a thread, which trio may abandon: the last holder closes it.
+
+    The maker is the first holder. The thread takes hold when it begins to run, which may be after the task was cancelled.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self.number = descriptor
+        self._holders = 1
+        self._lock = threading.Lock()
+
+    def hold(self) -> bool:
+        """One holder more; False when the descriptor is closed already."""
+        with self._lock:
+            if not self._holders:
+                return False
+            self._holders += 1
+            return True
+
+    def release(self) -> None:
+        """One holder fewer. Raises OSError as close(2) for the last one; does nothing after close()."""
+        with self._lock:
+            if not self._holders:
+                return
+            self._holders -= 1
+            last = not self._holders
+        if last:
+            os.close(self.number)
+
+    def close(self) -> None:
+        """Close it at once: no other holder uses it any more, each may still release it. For a thread, as close(2) may wait for a disk."""
+        with self._lock:
+            held, self._holders = self._holders, 0
+        if held:
+            os.close(self.number)

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import trio
 
@@ -27,6 +26,7 @@ from fusehsm.fanotify.abi import (
     FAN_MARK_IGNORED_SURV_MODIFY,
     FAN_MODIFY,
 )
+from fusehsm.linux.file_io import SharedDescriptor
 from fusehsm.tier.fetch.catalog import Catalog, Origin, below, where
 from fusehsm.tier.fetch.readahead import Streams
 from fusehsm.tier.fetch.retry import Allowance, BackOff
@@ -396,22 +396,21 @@ class Fetcher:
 
     async def _transfer(self, served: Served, fd: int, fill: _Fill) -> None:
         # The thread may be left alone with a store that hangs: it has a descriptor of its own then.
-        own_fd = os.dup(fd)
-        let_go = _Once(partial(os.close, own_fd))
+        descriptor = SharedDescriptor(os.dup(fd))
         try:
             written, fetched = await trio.to_thread.run_sync(
                 self._read_and_fill,
                 served,
-                own_fd,
+                descriptor,
                 fill,
-                let_go,
                 abandon_on_cancel=True,
                 limiter=self._threads,
             )
         except trio.Cancelled:
             fill.abandoned = True
-            let_go.unless_started()
             raise
+        finally:
+            descriptor.release()
         self.totals.requests += 1
         self.totals.fetched += fetched
         self.totals.filled += written
@@ -423,8 +422,8 @@ class Fetcher:
         self.filled.set()
         self.filled = trio.Event()
 
-    def _read_and_fill(self, served: Served, fd: int, fill: _Fill, let_go: "_Once") -> tuple[int, int]:
-        if not let_go.start():
+    def _read_and_fill(self, served: Served, descriptor: SharedDescriptor, fill: _Fill) -> tuple[int, int]:
+        if not descriptor.hold():
             return 0, 0
         try:
             file = served.file
@@ -446,11 +445,11 @@ class Fetcher:
                 pieces = [(start, data)]
             else:
                 raise shorter(self._store, path)
-            self._expect_no_forgery(fd, file, origin)  # it may have been given away meanwhile
-            written = file.fill(fd, fill.first, fill.end, pieces, lambda: not fill.abandoned)
+            self._expect_no_forgery(descriptor.number, file, origin)  # it may have been given away meanwhile
+            written = file.fill(descriptor.number, fill.first, fill.end, pieces, lambda: not fill.abandoned)
             return written, sum(len(data) for _, data in pieces)
         finally:
-            let_go()
+            descriptor.close()
 
     def _expect_no_forgery(self, fd: int, file: StubFile, origin: Origin) -> None:
         if self._is_root and (why := suspicion(os.fstat(fd), origin)) is not None:
@@ -469,33 +468,3 @@ class Fetcher:
 
 class _Suspicious(OSError):
     """A mark may be forged: the file is not to be filled, "cause; mend"."""
-
-
-class _Once:
-    """Something to do at the end, by a thread if it started, else by whoever started it."""
-
-    def __init__(self, action: Callable[[], None]) -> None:
-        self._action = action
-        self._lock = threading.Lock()
-        self._started = False
-        self._over = False
-
-    def start(self) -> bool:
-        """Whether the thread may: it then has to call this object at its end."""
-        with self._lock:
-            if self._over:
-                return False
-            self._started = True
-            return True
-
-    def unless_started(self) -> None:
-        """The end, if there has been no start; none comes any more."""
-        with self._lock:
-            if self._started or self._over:
-                return
-            self._over = True
-        self._action()
-
-    def __call__(self) -> None:
-        self._over = True
-        self._action()
