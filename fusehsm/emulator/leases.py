@@ -13,13 +13,11 @@ from typing import Generic, TypeVar
 
 import trio
 
+from fusehsm.emulator.waiting import KillWatch
 from fusehsm.linux import kernel_lease
 from fusehsm.linux import proc as caller
 
 NodeT = TypeVar("NodeT", bound=Hashable)
-
-# How often accessors that wait are looked at for a fatal signal; seconds.
-_KILL_WATCH_INTERVAL = 0.25
 
 
 @dataclass(slots=True, eq=False)
@@ -38,7 +36,7 @@ class Lease(Generic[NodeT]):
 
 
 @dataclass(slots=True, eq=False)
-class _Waiter(Generic[NodeT]):
+class _LeaseWaiter(Generic[NodeT]):
     """An accessor (thread `tid`) that waits; `scope` is cancelled to end that with `errno`."""
 
     lease: Lease[NodeT]
@@ -54,8 +52,8 @@ class Leases(Generic[NodeT]):
         self._break_seconds = break_seconds
         self._held: dict[NodeT, Lease[NodeT]] = {}
         self._entering: dict[NodeT, int] = {}
-        self._waiters: list[_Waiter[NodeT]] = []
-        self._somebody_waits = trio.Event()
+        self._waiters: dict[int, _LeaseWaiter[NodeT]] = {}
+        self.kill_watch = KillWatch(self._waiters, _let_die)
 
     def __contains__(self, node: NodeT) -> bool:
         return node in self._held
@@ -104,37 +102,26 @@ class Leases(Generic[NodeT]):
 
     async def _wait_for(self, lease: Lease[NodeT], deadline: float, tid: int) -> None:
         with trio.CancelScope(deadline=deadline) as scope:
-            waiter = _Waiter(lease, tid, scope)
-            self._waiters.append(waiter)
-            self._somebody_waits.set()
+            waiter = _LeaseWaiter(lease, tid, scope)
+            self._waiters[id(waiter)] = waiter
+            if self.kill_watch.sleeps:
+                self.kill_watch.wake()
             try:
                 await lease.ended.wait()
             finally:
-                self._waiters.remove(waiter)
+                del self._waiters[id(waiter)]
         if waiter.errno:
             raise OSError(waiter.errno, os.strerror(waiter.errno))
 
     def interrupted(self, tid: int) -> None:
         """A thread is being killed: if it waits here, it is let go with EINTR."""
-        for waiter in list(self._waiters):
+        for waiter in list(self._waiters.values()):
             if waiter.tid == tid:
                 _let_go(waiter, errno.EINTR)
 
-    async def watch_for_kills(self) -> None:
-        """Let accessors go that are being killed: until then they cannot die. Runs as long as the mount; for engines that are not told of
-        interruptions. Sleeps while nobody waits."""
-        while True:
-            await self._somebody_waits.wait()
-            await trio.sleep(_KILL_WATCH_INTERVAL)
-            for waiter in list(self._waiters):
-                if waiter.tid and caller.is_being_killed(waiter.tid):
-                    _let_go(waiter, errno.EINTR)
-            if not self._waiters:
-                self._somebody_waits = trio.Event()
-
     def abandon(self) -> None:
         """The mount ends: whoever waits fails with EIO."""
-        for waiter in list(self._waiters):
+        for waiter in list(self._waiters.values()):
             _let_go(waiter, errno.EIO)
 
     def describe(self, path_of: Callable[[NodeT], bytes]) -> list[dict[str, object]]:
@@ -142,12 +129,20 @@ class Leases(Generic[NodeT]):
         return [
             {
                 "path": os.fsdecode(path_of(lease.node)),
-                "waiting": sum(waiter.lease is lease for waiter in self._waiters),
+                "waiting": sum(waiter.lease is lease for waiter in self._waiters.values()),
             }
             for lease in self._held.values()
         ]
 
 
-def _let_go(waiter: _Waiter[NodeT], number: int) -> None:
+def _let_go(waiter: _LeaseWaiter[NodeT], number: int) -> None:
     waiter.errno = number
     waiter.scope.cancel()
+
+
+def _let_die(waiter: _LeaseWaiter[NodeT]) -> bool:
+    """End the wait of an accessor that is being killed; whether it is."""
+    if not waiter.tid or not caller.is_being_killed(waiter.tid):
+        return False
+    _let_go(waiter, errno.EINTR)
+    return True

@@ -4,11 +4,11 @@ import errno
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 import trio
 
-from fusehsm.emulator.group import Group, Pending
+from fusehsm.emulator.group import Group
+from fusehsm.emulator.waiting import ORPHANED, KillWatch, Waiter
 from fusehsm.events import (
     STRENGTH,
     Access,
@@ -26,45 +26,17 @@ from fusehsm.fanotify.policy import EventTimeout, Unattended, UnattendedPolicy
 from fusehsm.linux import proc as caller
 
 PRE_CONTENT = 2  # Group.priority of FAN_CLASS_PRE_CONTENT
-# How often waiting accessors are looked at for a fatal signal; seconds.
-_KILL_WATCH_INTERVAL = 0.25
-_ORPHANED = -1  # the verdict of a group that closed instead of answering
 # What an accessor that dies leaves at once, whoever is still at work for it: an open(2) must not be left open.
 _INTERRUPTIBLE = frozenset(AccessKind) - {AccessKind.OPEN, AccessKind.READ_DIRECTORY}
 
 
-@dataclass(slots=True, eq=False)
-class Waiter:
-    """An accessor that is waiting: for the answer of `group`, or parked for any group to come (`group` None)."""
-
-    access: Access
-    shape: EventShape
-    path: bytes
-    group: Group | None
-    since: float = field(default_factory=time.monotonic)
-    verdict: int | None = None
-    answered: bool = False
-    settled: trio.Event | None = None
-
-    def settle(self, verdict: int) -> None:
-        """End the wait with 0, an errno, or _ORPHANED; the first verdict counts."""
-        if self.verdict is None:
-            self.verdict = verdict
-            if self.settled is not None:
-                self.settled.set()
-
-    def hear(self, pending: Pending) -> None:
-        """`Pending.on_answer`: a listener has answered."""
-        self.answered = True
-        self.settle(pending.errno)
-
-    async def wait(self) -> int:
-        """The verdict, once there is one."""
-        if self.verdict is None:
-            self.settled = trio.Event()
-            await self.settled.wait()
-        assert self.verdict is not None
-        return self.verdict
+def _let_die(waiter: Waiter) -> bool:
+    """End the wait of an accessor that is being killed, or that has died and left a page locked, and say whether it is."""
+    tid = waiter.access.tid
+    if not tid or not (caller.is_being_killed(tid) or (waiter.access.leaves and caller.is_gone(tid))):
+        return False
+    waiter.settle(errno.EINTR)
+    return True
 
 
 def _is_pre_content(shape: EventShape, dialect: Dialect) -> bool:
@@ -96,6 +68,7 @@ class Listeners:
         self._unattended = unattended
         self._event_timeout = event_timeout
         self._waiters: dict[int, Waiter] = {}
+        self.kill_watch = KillWatch(self._waiters, _let_die)
         self._dead_marks: list[MarkTable] = []
         # The groups that have had a mark. One without has only just been made: nobody is asked yet, so the policy still holds.
         self._attending: set[Group] = set()
@@ -151,7 +124,7 @@ class Listeners:
             case Unattended.DENY:
                 return self._unattended.errno
             case Unattended.HOLD:
-                return _ORPHANED
+                return ORPHANED
 
     def _remember(self, group: Group) -> None:
         marks = group.marks
@@ -166,7 +139,7 @@ class Listeners:
         self._refresh()
         for waiter in list(self._waiters.values()):
             if waiter.group is None:
-                waiter.settle(_ORPHANED)
+                waiter.settle(ORPHANED)
 
     def release(self) -> int:
         """Let go every parked access and forget the marks of dead groups; returns how many were let go."""
@@ -270,7 +243,7 @@ class Listeners:
                     if answered:
                         heard = True
                         allowed |= _is_pre_content(shape, dialect)
-                if verdict == _ORPHANED:
+                if verdict == ORPHANED:
                     orphaned, left = True, shape
                     break
                 if verdict:
@@ -281,7 +254,7 @@ class Listeners:
                     if not _is_pre_content(shape, dialect):
                         continue
                     verdict = await self._ask_nobody(shape, access, subject, node, dialect)
-                    if verdict == _ORPHANED:
+                    if verdict == ORPHANED:
                         orphaned, left = True, shape
                         break
                     if verdict:
@@ -292,7 +265,7 @@ class Listeners:
                 verdict = await self._park(left, access, node)
                 if verdict == 0:
                     return False
-                if verdict != _ORPHANED:
+                if verdict != ORPHANED:
                     raise OSError(verdict, os.strerror(verdict))
             elif not orphaned:
                 return allowed
@@ -342,6 +315,8 @@ class Listeners:
             if handle is None:
                 return await self._wait(waiter), waiter.answered
             self._waiters[id(waiter)] = waiter
+            if self.kill_watch.sleeps:
+                self.kill_watch.wake()
             try:
                 await handle(pending)
             finally:
@@ -364,7 +339,7 @@ class Listeners:
     async def _ask_nobody(
         self, shape: EventShape, access: Access, subject: Subject, node: object, dialect: Dialect
     ) -> int:
-        """No group has answered for the event: the policy's verdict; 0 lets it pass, _ORPHANED asks again."""
+        """No group has answered for the event: the policy's verdict; 0 lets it pass, ORPHANED asks again."""
         match self._unattended.action:
             case Unattended.ALLOW:
                 return 0
@@ -384,8 +359,9 @@ class Listeners:
         return await self._wait(waiter)
 
     async def _wait(self, waiter: Waiter) -> int:
-        key = id(waiter)
-        self._waiters[key] = waiter
+        self._waiters[id(waiter)] = waiter
+        if self.kill_watch.sleeps:
+            self.kill_watch.wake()
         try:
             if self._event_timeout is None:
                 return await waiter.wait()
@@ -394,7 +370,7 @@ class Listeners:
             waiter.settle(self._event_timeout.errno)
             return await waiter.wait()
         finally:
-            del self._waiters[key]
+            del self._waiters[id(waiter)]
 
     def interrupted(self, tid: int) -> bool:
         """A signal has come for a thread: whether it is to die, upon which its waits end with EINTR.
@@ -418,17 +394,6 @@ class Listeners:
             if waiter.access.tid == tid and waiter.access.leaves:
                 waiter.settle(errno.EINTR)
         return True
-
-    async def watch_for_kills(self) -> None:
-        """Answer EINTR for accessors that are being killed: until then they cannot die. And for those that have died without it, whose pages stay
-        locked until then. Runs as long as the mount; for engines that are not told of interruptions."""
-        while True:
-            await trio.sleep(_KILL_WATCH_INTERVAL)
-            for waiter in list(self._waiters.values()):
-                tid = waiter.access.tid
-                if tid and (caller.is_being_killed(tid) or (waiter.access.leaves and caller.is_gone(tid))):
-                    waiter.settle(errno.EINTR)
-                    await trio.lowlevel.checkpoint()
 
     def abandon(self) -> None:
         """The mount ends: every waiting access fails with EIO."""

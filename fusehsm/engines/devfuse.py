@@ -15,6 +15,7 @@ import trio
 
 from fusehsm.emulator.gate import Gate
 from fusehsm.emulator.page_cache import CacheControl
+from fusehsm.emulator.waiting import KillWatch
 from fusehsm.engines import fuse_mount
 from fusehsm.engines import fuse_protocol as protocol
 from fusehsm.engines.cache_policy import CachePolicy
@@ -44,7 +45,6 @@ _BODIES: Final = (bytes, bytearray, memoryview)
 _AT_ONCE: Final = 64  # requests answered before other tasks get their turn
 _IDLE_WORKERS: Final = 64  # kept for the next requests that have to wait
 _BIG: Final = 1 << 16  # bytes of a request from which on its buffer is given away instead of copied
-_KILL_WATCH_INTERVAL: Final = 0.25  # seconds
 # What may be answered before it is done: nothing remains of it that the kernel would have to take back.
 _LEAVES_NOTHING: Final = frozenset(
     (
@@ -86,9 +86,9 @@ class DevFuse:
         self._counts = [0] * (max(Opcode) + 1)
         self._waiting: dict[int, Request] = {}  # what waits for something, by `unique`
         self._interrupted: dict[int, Request] = {}  # what waits although a signal has come
-        self._interruption = trio.Event()
         self._filling: dict[int, Request] = {}  # what waits to fill the page cache
-        self._fill = trio.Event()
+        self._kill_watch = KillWatch(self._interrupted, self._let_die)
+        self._fill_watch = KillWatch(self._filling, self._let_page_go)
         self._connection: fuse_mount.Connection | None = None
         self._device = -1  # its descriptor
         self._view = memoryview(bytearray(protocol.BUFFER_SIZE))
@@ -113,8 +113,8 @@ class DevFuse:
         with self._scope:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
-                nursery.start_soon(self._watch_the_interrupted)
-                nursery.start_soon(self._watch_the_filling)
+                nursery.start_soon(self._kill_watch.run)
+                nursery.start_soon(self._fill_watch.run)
                 nursery.start_soon(self._work)
 
     def stop(self) -> None:
@@ -146,7 +146,8 @@ class DevFuse:
                 self._waiting[request.unique] = request
                 if request.opcode == Opcode.READ and protocol.fills_cache(request):
                     self._filling[request.unique] = request
-                    self._fill.set()
+                    if self._fill_watch.sleeps:
+                        self._fill_watch.wake()
                 await self._finish(request, answer)
             answered += 1
             if answered >= _AT_ONCE:
@@ -301,47 +302,32 @@ class DevFuse:
         if waiting is not None and not self._let_die(waiting):
             # The kernel tells of the first signal only; another may come that kills.
             self._interrupted[unique] = waiting
-            self._interruption.set()
+            if self._kill_watch.sleeps:
+                self._kill_watch.wake()
         return b""
 
     def _let_die(self, request: Request) -> bool:
         """Answer EINTR if its accessor is being killed, which until then cannot die; whether it is."""
         if not self._gate.interrupted(request.pid):
             return False
+        self._interrupted.pop(request.unique, None)
         if request.opcode in _LEAVES_NOTHING and self._waiting.pop(request.unique, None) is not None:
             self._send(protocol.failure(request.unique, errno.EINTR))
         return True
 
-    async def _watch_the_interrupted(self) -> None:
-        """Look after accessors that have had a signal and did not die of it. Sleeps while there is none."""
-        while True:
-            await self._interruption.wait()
-            await trio.sleep(_KILL_WATCH_INTERVAL)
-            for unique, request in list(self._interrupted.items()):
-                if self._let_die(request):
-                    self._interrupted.pop(unique, None)
-            if not self._interrupted:
-                self._interruption = trio.Event()
+    def _let_page_go(self, request: Request) -> bool:
+        """End a fill of the page cache whose accessor has died, and say whether it has.
 
-    async def _watch_the_filling(self) -> None:
-        """Let the pages go of accessors that have died. The kernel tells nothing of whoever has them read ahead (ASYNC_READ): such an accessor dies
-        without an answer, its page stays locked until there is one, and whoever wants that page waits in a state that nothing ends. Sleeps while
-        nothing waits."""
-        took = 0.0
-        while True:
-            await self._fill.wait()
-            await trio.sleep(max(_KILL_WATCH_INTERVAL, 10 * took))  # they may be thousands
-            began = trio.current_time()
-            for number, (unique, request) in enumerate(list(self._filling.items())):
-                if number % _AT_ONCE == _AT_ONCE - 1:
-                    await trio.lowlevel.checkpoint()
-                if unique in self._filling and self._gate.left(request.pid):
-                    self._filling.pop(unique, None)
-                    if self._waiting.pop(unique, None) is not None:
-                        self._send(protocol.failure(unique, errno.EINTR))
-            took = trio.current_time() - began
-            if not self._filling:
-                self._fill = trio.Event()
+        The kernel reports no death of an accessor that reads ahead (ASYNC_READ). Such an accessor dies without an answer. Its page stays locked
+        until there is one, and whoever wants that page waits in a state that nothing ends.
+        """
+        unique = request.unique
+        if unique not in self._filling or not self._gate.left(request.pid):
+            return False
+        self._filling.pop(unique, None)
+        if self._waiting.pop(unique, None) is not None:
+            self._send(protocol.failure(unique, errno.EINTR))
+        return True
 
     def _forget_name(self, parent_id: int, name: bytes) -> None:
         # The kernel holds the directory's lock until the request is answered that brought us here.

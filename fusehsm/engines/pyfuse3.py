@@ -358,8 +358,8 @@ class PyFuse3:
 
     async def serve(self) -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._gate.listeners.watch_for_kills)
-            nursery.start_soon(self._gate.leases.watch_for_kills)
+            nursery.start_soon(self._gate.listeners.kill_watch.run)
+            nursery.start_soon(self._gate.leases.kill_watch.run)
             # Waiting events must never use up the tasks, so there may be any number.
             await pyfuse3.main(min_tasks=4, max_tasks=1_000_000)
             nursery.cancel_scope.cancel()

@@ -434,7 +434,7 @@ class Fetcher:
             origin, version, data = served.origin, served.version, None
             if origin is None:
                 served.origin = origin = self._catalog.origin(file.mark, file.path)
-            self._expect_no_forgery(fd, file, origin)
+            self._expect_no_forgery(descriptor.number, file, origin)
             path = origin.path
             if version is None:
                 version, data = self._catalog.version_and_range(file.mark, path, start, end - start)
