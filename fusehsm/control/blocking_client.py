@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from fusehsm.control import socket as control_socket
-from fusehsm.control.protocol import LARGEST_REPLY_PART, Request, decode_reply, encode_request, is_last_part
+from fusehsm.control.protocol import Request, encode_request
 from fusehsm.linux.mountinfo import Mount
 
 _FINISH = 2.0  # seconds
-_DESCRIPTORS = socket.CMSG_SPACE(4)  # a reply brings one descriptor at most
 
 
 class BlockingConnection:
@@ -27,27 +26,14 @@ class BlockingConnection:
     def request(self, request: Request, descriptors: Sequence[int] = ()) -> tuple[dict[str, Any], int | None]:
         """The result of a request, which `descriptors` go along with, and the descriptor that came with it, if any. Raises the OSError that
         the server answers with, and ENOTCONN when the mount is gone or hang_up() was called."""
-        with self._turn:
+        with self._turn, control_socket.Reply(self._socket) as reply:
             try:
                 socket.send_fds(self._socket, [encode_request(request)], descriptors)
-                parts, descriptor = self._receive()
+                while not reply.receive():
+                    pass
+                return reply.result()
             except (ConnectionError, ValueError):
                 raise self.gone() from None
-        return decode_reply(parts), descriptor
-
-    def _receive(self) -> tuple[list[bytes], int | None]:
-        parts: list[bytes] = []
-        descriptor: int | None = None
-        while not parts or not is_last_part(parts[-1]):
-            part, ancillary, _, _ = self._socket.recvmsg(
-                LARGEST_REPLY_PART + 1, _DESCRIPTORS, socket.MSG_CMSG_CLOEXEC
-            )
-            for _level, _type, data in ancillary:
-                descriptor = int.from_bytes(data[:4], "little")
-            if not part:
-                raise ConnectionResetError
-            parts.append(part)
-        return parts, descriptor
 
     def gone(self) -> OSError:
         """What to raise when the server does not answer any more."""

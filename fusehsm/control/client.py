@@ -1,17 +1,15 @@
 """A client's end of the control socket: requests and their replies."""
 
+import contextlib
 import errno
-import os
 import socket
 from typing import Any
 
 import trio
 
 from fusehsm.control import socket as control_socket
-from fusehsm.control.protocol import LARGEST_REPLY_PART, Request, decode_reply, encode_request, is_last_part
+from fusehsm.control.protocol import Request, encode_request
 from fusehsm.linux.mountinfo import Mount
-
-_DESCRIPTORS = socket.CMSG_SPACE(4)  # a reply brings one descriptor at most
 
 
 class ControlConnection:
@@ -33,17 +31,18 @@ class ControlConnection:
         """The result of a request and the descriptor that came with it, if any. Raises the OSError that the server answers with, and
         ENOTCONN when the mount is gone. When it is cancelled the connection is closed: nobody could tell whose reply comes next."""
         async with self._turn:
-            complete = False
-            try:
-                await self._send(encode_request(request))
-                parts, descriptor = await self._receive()
-                complete = True
-            except (ConnectionError, ValueError):
-                raise self.gone() from None
-            finally:
-                if not complete:
-                    self.close()
-            return decode_reply(parts), descriptor
+            with control_socket.Reply(self._socket) as reply:
+                complete = False
+                try:
+                    await self._send(encode_request(request))
+                    await self._receive(reply)
+                    complete = True
+                    return reply.result()
+                except (ConnectionError, ValueError):
+                    raise self.gone() from None
+                finally:
+                    if not complete:
+                        self.close()
 
     def gone(self) -> OSError:
         """What to raise when the server does not answer any more."""
@@ -64,26 +63,13 @@ class ControlConnection:
             except BlockingIOError:
                 await trio.lowlevel.wait_writable(self._socket)
 
-    async def _receive(self) -> tuple[list[bytes], int | None]:
-        parts: list[bytes] = []
-        descriptor: int | None = None
-        while not parts or not is_last_part(parts[-1]):
+    async def _receive(self, reply: control_socket.Reply) -> None:
+        complete = False
+        while not complete:
             self._check_open()
             await trio.lowlevel.wait_readable(self._socket)
-            try:
-                part, ancillary, _, _ = self._socket.recvmsg(
-                    LARGEST_REPLY_PART + 1, _DESCRIPTORS, socket.MSG_CMSG_CLOEXEC
-                )
-            except BlockingIOError:
-                continue
-            for _level, _type, data in ancillary:
-                if descriptor is not None:
-                    os.close(descriptor)
-                descriptor = int.from_bytes(data[:4], "little")
-            if not part:
-                raise ConnectionResetError
-            parts.append(part)
-        return parts, descriptor
+            with contextlib.suppress(BlockingIOError):
+                complete = reply.receive()
 
     def _check_open(self) -> None:
         if self._socket.fileno() < 0:

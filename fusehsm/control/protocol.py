@@ -232,9 +232,9 @@ def is_last_part(part: bytes) -> bool:
 def decode_reply(parts: list[bytes]) -> dict[str, Any]:
     """A reply's result; raises the OSError that it tells of, ValueError for rubbish."""
     reply = json.loads(b"".join(part[1:] for part in parts))
-    if "errno" in reply:
-        raise OSError(int(reply["errno"]), str(reply["message"]))
-    result = reply["result"]
-    if not isinstance(result, dict):
-        raise ValueError("a reply without a result")
-    return result
+    match reply:
+        case {"errno": int(number), "message": str(message)}:
+            raise OSError(number, message)
+        case {"result": dict(result)}:
+            return result
+    raise ValueError("a reply without a result")

@@ -1,6 +1,8 @@
 """Where a mount and the processes that talk to it meet: a socket named after the mount's device number, in a directory of its owner's.
 
-Who serves something else than a mount meets others there, too, by another name (listening_as, connect_to)."""
+A server of something else than a mount meets others there, too, by another name (listening_as, connect_to). Reply is what both kinds of
+clients (client.py, blocking_client.py) do with what a server sends.
+"""
 
 import contextlib
 import errno
@@ -13,10 +15,15 @@ import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
 
+from fusehsm.control.protocol import LARGEST_REPLY_PART, decode_reply, is_last_part
 from fusehsm.linux.mountinfo import Mount
 
 _BACKLOG = 128
+_DESCRIPTOR = struct.Struct("=i")
+_DESCRIPTORS = socket.CMSG_SPACE(_DESCRIPTOR.size)  # a reply brings one at most
 _CREDENTIALS = struct.Struct("=iII")
 _SOCKET_NAME = re.compile(r"\d+:\d+(:\d+)?")
 
@@ -35,6 +42,51 @@ def peer_of(connection: socket.socket) -> Peer:
     return Peer(
         *_CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
     )
+
+
+class Reply:
+    """A reply on its way: the parts that have come, and the descriptor that one of them brings. `with` it: at the end the descriptor is
+    closed, unless result() has handed it out."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._parts: list[bytes] = []
+        self._descriptor: int | None = None
+
+    def receive(self) -> bool:
+        """Receive one part; whether it is the last. Raises ConnectionError when the server has hung up, ValueError for what is no part, and
+        BlockingIOError."""
+        part, ancillary, _, _ = self._connection.recvmsg(
+            LARGEST_REPLY_PART + 1, _DESCRIPTORS, socket.MSG_CMSG_CLOEXEC
+        )
+        for _level, _type, data in ancillary:
+            for (descriptor,) in _DESCRIPTOR.iter_unpack(data):
+                self._close_descriptor()  # one more than a reply has
+                self._descriptor = descriptor
+        if not part:
+            raise ConnectionResetError
+        self._parts.append(part)
+        return is_last_part(part)
+
+    def result(self) -> tuple[dict[str, Any], int | None]:
+        """The result, and the descriptor, if any, which is the caller's now. Raises the OSError that the server answers with, ValueError for
+        rubbish."""
+        result = decode_reply(self._parts)
+        descriptor, self._descriptor = self._descriptor, None
+        return result, descriptor
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._close_descriptor()
+
+    def _close_descriptor(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 def directories(uid: int) -> list[str]:
