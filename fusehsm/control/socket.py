@@ -44,6 +44,13 @@ def peer_of(connection: socket.socket) -> Peer:
     )
 
 
+def rights(descriptors: Sequence[int]) -> list[tuple[int, int, bytes]]:
+    """The ancillary data of sendmsg(2) that sends these descriptors along (SCM_RIGHTS, unix(7))."""
+    if not descriptors:
+        return []
+    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"={len(descriptors)}i", *descriptors))]
+
+
 class Reply:
     """A reply on its way: the parts that have come, and the descriptor that one of them brings. `with` it: at the end the descriptor is
     closed, unless result() has handed it out."""

@@ -1,0 +1,185 @@
+"""A group's events on their way to its client, and the answers back: the server's end of the event socket (control/protocol.py)."""
+
+import contextlib
+import errno
+import os
+import socket
+from collections.abc import Callable, Iterator
+
+import trio
+
+from fusehsm.control import protocol
+from fusehsm.control import socket as control_socket
+from fusehsm.control.protocol import CREDIT
+from fusehsm.emulator.group import Group, Pending
+from fusehsm.emulator.interface import GateFace
+from fusehsm.fanotify.abi import FAN_CLASS_PRE_CONTENT
+
+_FEEDBACK_AT_ONCE = 64  # messages read from one client before others get their turn
+_IN_FLIGHT_SHORTAGE = (
+    0.01  # seconds to wait when too many descriptors are on their way to clients (ETOOMANYREFS, unix(7))
+)
+_LARGEST_NUMBER = 0x7FFF_FFFF
+
+
+class EventChannel:
+    """Carries a group's events to its client and the answers back."""
+
+    def __init__(
+        self,
+        gate: GateFace,
+        group: Group,
+        channel: socket.socket,
+        disconnect: Callable[[], None],
+        doorbell: int | None,
+    ) -> None:
+        self.group = group
+        self._disconnect = disconnect
+        self._doorbell = doorbell
+        self._gate = gate
+        self._socket = channel
+        self._credit = CREDIT
+        self._numbers = _numbers()
+        self._waiting: dict[int, Pending] = {}  # permission events by the number that the client answers with
+        self._errnos = (
+            {0, *group.dialect.deny_errnos} if group.flags & FAN_CLASS_PRE_CONTENT else {0, errno.EPERM}
+        )
+        self._stuck: tuple[list[bytes], list[int]] | None = (
+            None  # the message, and its descriptors, that found no room
+        )
+        self._is_stuck = trio.Event()
+        self._open = True
+        group.on_readable = self.push
+
+    def push(self) -> None:
+        """Send what is queued, as far as credit and room reach. Never blocks."""
+        while self._credit and self._stuck is None and self._open:
+            pending = self.group.take()
+            if pending is None:
+                return
+            try:
+                prepared = self._prepare(pending)
+            except OSError:
+                continue  # its file cannot be opened: it has been denied, and the client hears nothing of it
+            self._credit -= 1
+            if not self._transmit(*prepared):
+                self._stuck = prepared
+                self._is_stuck.set()
+
+    def _prepare(self, pending: Pending) -> tuple[list[bytes], list[int]]:
+        """The message of an event and its descriptors. Raises OSError where Group.open_file() does."""
+        descriptors: list[int] = []
+        fd = self.group.open_file(pending, self._open_file)
+        if fd >= 0:
+            descriptors.append(fd)
+            fd = next(self._numbers)
+            if pending.permission:
+                self._waiting[fd] = pending
+        pidfd = self.group.open_process(pending, _open_process)
+        if pidfd is not None and pidfd >= 0:
+            descriptors.append(pidfd)
+            pidfd = 0  # "the last descriptor of the message"
+        event = self.group.encode(pending, fd, pidfd)
+        return [event, pending.path if len(pending.path) <= protocol.LARGEST_PATH else b""], descriptors
+
+    def _open_file(self, pending: Pending) -> int:
+        return self._gate.open_event_fd(self.group, pending)
+
+    def _transmit(self, buffers: list[bytes], descriptors: list[int]) -> bool:
+        """Send a message and close our copies of its descriptors; False when there is no room for it now."""
+        try:
+            self._socket.sendmsg(buffers, control_socket.rights(descriptors))
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno == errno.ETOOMANYREFS:
+                return False
+            # The client has gone, or reads no more: then it owes an answer to nothing.
+            self._open = False
+            self._disconnect()
+        else:
+            if self._doorbell is not None:
+                with contextlib.suppress(OSError):  # full, which is loud enough, or nobody hears it any more
+                    os.write(self._doorbell, b"!")
+        for descriptor in descriptors:
+            os.close(descriptor)
+        return True
+
+    async def send_the_stuck(self) -> None:
+        """Wait for room whenever a message found none."""
+        while True:
+            await self._is_stuck.wait()
+            self._is_stuck = trio.Event()
+            assert self._stuck is not None
+            while True:
+                await trio.lowlevel.wait_writable(self._socket)
+                if self._transmit(*self._stuck):
+                    break
+                await trio.sleep(_IN_FLIGHT_SHORTAGE)
+            self._stuck = None
+            self.push()
+
+    async def listen(self) -> None:
+        """Take answers and credit until the client goes or breaks the protocol."""
+        while True:
+            await trio.lowlevel.wait_readable(self._socket)
+            for _ in range(_FEEDBACK_AT_ONCE):
+                try:
+                    message = self._socket.recv(protocol.FEEDBACK_SIZE + 1)
+                except BlockingIOError:
+                    break
+                if not message or not self._take(message):
+                    return
+                if not self._waiting:
+                    break  # most likely no more is to come, and to ask in vain costs
+
+    def _take(self, message: bytes) -> bool:
+        try:
+            kind, number, value = protocol.decode_feedback(message)
+        except ValueError:
+            return False
+        if kind == protocol.MORE_CREDIT:
+            self._credit = min(CREDIT, self._credit + value)
+            self.push()
+        elif value in self._errnos:
+            # Anything else has not passed the client's own checks: as for a bad write(2), the event goes on waiting.
+            pending = self._waiting.pop(number, None)
+            if pending is not None and not self.group.closed:
+                self.group.answer(pending, value)
+        return True
+
+    def close(self) -> None:
+        """Take the answers that the client has given, then let it go: what it did next does not take them back."""
+        self._open = False
+        self.group.on_readable = None
+        self._take_the_rest()
+        if self._stuck is not None:
+            for descriptor in self._stuck[1]:
+                os.close(descriptor)
+            self._stuck = None
+        self._socket.close()
+
+    def _take_the_rest(self) -> None:
+        """Take what lies in the socket."""
+        with contextlib.suppress(OSError):
+            # A client that goes on writing would keep us here.
+            self._socket.shutdown(socket.SHUT_RDWR)
+        while True:
+            try:
+                message = self._socket.recv(protocol.FEEDBACK_SIZE + 1)
+            except ConnectionResetError:
+                continue  # the client had events to read when it closed; this is said once, before what it has written
+            except OSError:
+                return
+            if not message or not self._take(message):
+                return
+
+
+def _open_process(pending: Pending) -> int:
+    return os.pidfd_open(pending.pid)
+
+
+def _numbers() -> Iterator[int]:
+    """Numbers for events: positive, and not used again before two thousand million others."""
+    while True:
+        yield from range(1, _LARGEST_NUMBER)
