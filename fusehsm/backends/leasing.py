@@ -13,7 +13,7 @@ from fusehsm.backends.lookup import FoundObject, look_up
 from fusehsm.control.client import ControlConnection
 from fusehsm.control.protocol import Lease, LeaseStatus, Unlease
 from fusehsm.fanotify.rules import ObjectKind
-from fusehsm.linux import kernel_lease
+from fusehsm.linux import syscalls
 from fusehsm.linux.mountinfo import Mount, mount_of_descriptor
 
 # How long the end of a lease may take when its holder is being cancelled, or has failed; seconds.
@@ -119,10 +119,10 @@ async def _lease_on_mount(found: FoundObject, mount: Mount) -> LeasedFile:
 
 class _OfKernel(LeasedFile):
     async def is_wanted(self) -> bool:
-        return kernel_lease.is_wanted(self.descriptor)
+        return syscalls.lease_is_wanted(self.descriptor)
 
     async def _end(self) -> None:
-        stood = kernel_lease.give_back(self.descriptor)
+        stood = syscalls.give_lease_back(self.descriptor)
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(os.close, self.descriptor)
         if not stood:
@@ -135,7 +135,7 @@ async def _lease_of_kernel(found: FoundObject) -> LeasedFile:
     try:
         os.set_blocking(descriptor, True)
         # Not in a thread: nothing else of this event loop comes between the grant and what the caller does first.
-        kernel_lease.take(descriptor)
+        syscalls.take_lease(descriptor)
     except BaseException:
         os.close(descriptor)
         raise

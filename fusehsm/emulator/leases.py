@@ -14,8 +14,8 @@ from typing import Generic, TypeVar
 import trio
 
 from fusehsm.emulator.waiting import KillWatch
-from fusehsm.linux import kernel_lease
 from fusehsm.linux import proc as caller
+from fusehsm.linux import syscalls
 
 NodeT = TypeVar("NodeT", bound=Hashable)
 
@@ -48,7 +48,7 @@ class _LeaseWaiter(Generic[NodeT]):
 class Leases(Generic[NodeT]):
     """Those of one mount, at most one a node. `break_seconds` tells for how long one may keep somebody waiting."""
 
-    def __init__(self, break_seconds: Callable[[], float] = kernel_lease.break_seconds) -> None:
+    def __init__(self, break_seconds: Callable[[], float] = syscalls.lease_break_seconds) -> None:
         self._break_seconds = break_seconds
         self._held: dict[NodeT, Lease[NodeT]] = {}
         self._entering: dict[NodeT, int] = {}

@@ -20,7 +20,7 @@ import trio
 from fusehsm.emulator.group import Group
 from fusehsm.emulator.listeners import Listeners
 from fusehsm.fanotify.marks import Subject
-from fusehsm.linux.filesystem_calls import PAGE_SIZE
+from fusehsm.linux.syscalls import PAGE_SIZE
 from fusehsm.overlay.overlay import Node, Overlay
 
 log = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ import errno
 import os
 from typing import Final
 
-from fusehsm.linux import filesystem_calls as syscalls
+from fusehsm.linux import syscalls
 
 _RESOLVE: Final = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC

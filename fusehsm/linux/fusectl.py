@@ -1,20 +1,15 @@
 """The FUSE control filesystem: settings of a connection that only the kernel's own files can change."""
 
-import ctypes
 import logging
 import os
 from contextlib import suppress
+
+from fusehsm.linux import syscalls
 
 log = logging.getLogger(__name__)
 
 CONNECTIONS = "/sys/fs/fuse/connections"
 MOST_BACKGROUND = 65535  # the largest that the kernel stores
-
-_libc = ctypes.CDLL(None, use_errno=True)
-# The same numbers on every architecture (include/uapi/asm-generic/unistd.h).
-_SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 430, 431, 432
-_FSOPEN_CLOEXEC, _FSMOUNT_CLOEXEC = 1, 1
-_FSCONFIG_CMD_CREATE = 6
 
 
 def raise_background_limit(device: tuple[int, int]) -> None:
@@ -46,21 +41,5 @@ def _control_directories() -> "list[int]":
     with suppress(OSError):
         found.append(os.open(CONNECTIONS, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
     with suppress(OSError):
-        found.append(_private_instance())
+        found.append(syscalls.new_filesystem(b"fusectl"))
     return found
-
-
-def _private_instance() -> int:
-    context = _checked(_libc.syscall(_SYS_FSOPEN, b"fusectl", _FSOPEN_CLOEXEC))
-    try:
-        _checked(_libc.syscall(_SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0))
-        return _checked(_libc.syscall(_SYS_FSMOUNT, context, _FSMOUNT_CLOEXEC, 0))
-    finally:
-        os.close(context)
-
-
-def _checked(result: int) -> int:
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    return result

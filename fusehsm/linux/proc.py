@@ -7,7 +7,6 @@ the thread is gone, is running, or may not be looked at (Yama, another user's pr
 range.
 """
 
-import ctypes
 import fcntl
 import mmap
 import os
@@ -17,7 +16,9 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import NamedTuple
+
+from fusehsm.linux import syscalls
 
 PAGE_FAULT = -1  # Call.number of a thread that is blocked outside any system call
 _MEMORY_POINTER = struct.Struct("=q")
@@ -27,8 +28,6 @@ _IOV_MAX = 1024
 _MAX_RW_COUNT = 0x7FFFFFFF & -mmap.PAGESIZE
 _RWF_APPEND, _RWF_NOAPPEND = 0x10, 0x20
 _SIGKILL_BIT = 1 << 8
-_PIDFD_GETFD = 438  # the same number on every architecture
-_syscall: Final[Any] = ctypes.CDLL(None, use_errno=True).syscall
 # Signals whose default action ends the process (signal(7)): everything but the ones that are ignored, stop or continue by default.
 _NOT_FATAL_BY_DEFAULT = sum(1 << (number - 1) for number in (17, 18, 19, 20, 21, 22, 23, 28))
 
@@ -426,11 +425,11 @@ def bypass_page_cache(pid: int, descriptor: int, inode: int) -> tuple[bool, int]
     except OSError:
         return False, -1
     try:
-        ours = int(_syscall(_PIDFD_GETFD, process, descriptor, 0))
+        ours = syscalls.pidfd_getfd(process, descriptor)
+    except OSError:
+        return False, -1
     finally:
         os.close(process)
-    if ours < 0:
-        return False, -1
     found = descriptor_of(os.getpid(), ours)
     if found is None or found.inode != inode:
         return False, ours

@@ -6,7 +6,7 @@ import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-from fusehsm.linux import filesystem_calls as syscalls
+from fusehsm.linux import syscalls
 
 
 @dataclass(frozen=True, slots=True)

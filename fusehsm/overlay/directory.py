@@ -8,7 +8,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Final
 
-from fusehsm.linux import filesystem_calls as syscalls
+from fusehsm.linux import syscalls
 from fusehsm.overlay.nodes import Node, NodeTable
 
 _BUFFER_SIZE: Final = 32768  # bytes, as glibc's readdir(3)

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from fusehsm.linux import filesystem_calls as syscalls
+from fusehsm.linux import syscalls
 
 ROOT_ID: Final = 1
 

@@ -18,9 +18,8 @@ import struct
 from collections.abc import Callable
 from typing import Final
 
-from fusehsm.linux import filesystem_calls as syscalls
-from fusehsm.linux import kernel_lease
-from fusehsm.linux.filesystem_calls import RENAME_EXCHANGE, RENAME_NOREPLACE
+from fusehsm.linux import syscalls
+from fusehsm.linux.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 from fusehsm.overlay import attributes
 from fusehsm.overlay.attributes import TIME_NOW, AttributeChanges, path_of
 from fusehsm.overlay.credentials import Caller, Impersonation
@@ -401,7 +400,7 @@ class Overlay:
 
     def open_alone(self, node: Node) -> int:
         """A descriptor of a regular file, for reading and writing, that nobody else has open or mapped on the backing; it is the caller's to
-        close. Raises BlockingIOError (EAGAIN) when somebody has, as far as the backing tells (kernel_lease.take())."""
+        close. Raises BlockingIOError (EAGAIN) when somebody has, as far as the backing tells (syscalls.take_lease())."""
         try:
             # Not to wait for somebody's lease.
             fd = self.open_for_event(node, os.O_RDWR | os.O_NONBLOCK)
@@ -411,13 +410,13 @@ class Overlay:
             raise
         try:
             try:
-                kernel_lease.take(fd)
+                syscalls.take_lease(fd)
             except BlockingIOError:
                 raise
             except OSError:
                 pass  # a backing without leases, or somebody else's file
             else:
-                kernel_lease.give_back(fd)
+                syscalls.give_lease_back(fd)
             os.set_blocking(fd, True)
         except BaseException:
             os.close(fd)

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final
 
-from fusehsm.linux import filesystem_calls as syscalls
+from fusehsm.linux import syscalls
 from fusehsm.overlay.nodes import Node, NodeTable
 from fusehsm.overlay.unlinked import Pins
 

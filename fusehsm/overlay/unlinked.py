@@ -12,7 +12,7 @@ import stat
 from collections import OrderedDict
 from contextlib import suppress
 
-from fusehsm.linux import filesystem_calls as syscalls
+from fusehsm.linux import syscalls
 from fusehsm.overlay.nodes import Node
 
 

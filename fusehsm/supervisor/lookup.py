@@ -7,10 +7,11 @@ import re
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, Final
+from typing import Final
 
 from fusehsm.backends.lookup import FoundObject, found, look_up
 from fusehsm.linux import proc as caller
+from fusehsm.linux import syscalls
 from fusehsm.linux.syscalls import AT_FDCWD
 from fusehsm.supervisor import tasks
 from fusehsm.supervisor.notifier import CallIsOver
@@ -20,8 +21,6 @@ _CLONE_FS: Final = 0x200
 _CLONE_NEWNS: Final = 0x20000
 
 _NOTHING: Final = re.compile(rb"/(?:\.?/)+")  # "//" and "/./" lead nowhere
-
-_libc: Final[Any] = ctypes.CDLL(None, use_errno=True)
 
 
 def of_this_process(path: bytes, tid: int) -> bytes:
@@ -111,10 +110,10 @@ def _in_its_place(
     def in_thread() -> None:
         try:
             if root is not None:
-                _check(_libc.unshare(_CLONE_FS))
+                syscalls.unshare(_CLONE_FS)
                 assert namespace is not None
                 if os.geteuid() == 0:
-                    _check(_libc.setns(namespace, _CLONE_NEWNS))
+                    syscalls.setns(namespace, _CLONE_NEWNS)
                 os.fchdir(root)
                 os.chroot(".")
             _take(architecture, rights)
@@ -135,15 +134,9 @@ def _take(architecture: Architecture, rights: tasks.Rights) -> None:
     if rights == _OUR_RIGHTS:
         return
     groups = (ctypes.c_uint * len(rights.groups))(*rights.groups)
-    _check(_libc.syscall(architecture.setgroups, len(groups), groups))
+    syscalls.system_call(architecture.setgroups, len(groups), groups)
     # These two do not say whether they have succeeded, but what was before.
     for number, wanted in ((architecture.setfsgid, rights.gid), (architecture.setfsuid, rights.uid)):
-        _libc.syscall(number, wanted)
-        if _libc.syscall(number, wanted) != wanted:
+        syscalls.system_call(number, wanted)
+        if syscalls.system_call(number, wanted) != wanted:
             raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
-
-
-def _check(result: int) -> None:
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))

@@ -4,46 +4,16 @@ Any of this may wait for as long as the memory does: a mapping of a file on our 
 thread of the call alone, with no lock held. Raises OSError: EFAULT as the kernel would, ESRCH when the thread has gone.
 """
 
-import ctypes
 import errno
 import mmap
 import os
 import struct
-from typing import Any, Final
+from typing import Final
 
-_libc: Final[Any] = ctypes.CDLL(None, use_errno=True)
-_readv: Final[Any] = _libc.process_vm_readv
-_writev: Final[Any] = _libc.process_vm_writev
+from fusehsm.linux import syscalls
+
 _VECTOR: Final = struct.Struct("=QQ")
 _MOST_PARTS: Final = 1024  # UIO_MAXIOV
-
-
-class _Part(ctypes.Structure):
-    """struct iovec."""
-
-    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
-
-
-for _function in (_readv, _writev):
-    _function.argtypes = [
-        ctypes.c_int,
-        ctypes.POINTER(_Part),
-        ctypes.c_ulong,
-        ctypes.POINTER(_Part),
-        ctypes.c_ulong,
-        ctypes.c_ulong,
-    ]
-    _function.restype = ctypes.c_ssize_t
-
-
-def _transfer(function: Any, tid: int, local: Any, address: int, size: int) -> int:
-    here = _Part(ctypes.addressof(local), size)
-    there = _Part(address, size)
-    done = int(function(tid, ctypes.byref(here), 1, ctypes.byref(there), 1, 0))
-    if done < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    return done
 
 
 def _fault() -> OSError:
@@ -54,16 +24,15 @@ def read(tid: int, address: int, size: int) -> bytes:
     """`size` bytes at an address of the process of that thread."""
     if not size:
         return b""
-    buffer = ctypes.create_string_buffer(size)
-    if _transfer(_readv, tid, buffer, address, size) != size:
+    data = syscalls.read_memory(tid, address, size)
+    if len(data) != size:
         raise _fault()
-    return buffer.raw
+    return data
 
 
 def write(tid: int, address: int, data: bytes | bytearray) -> None:
     """Put bytes at an address."""
-    buffer = (ctypes.c_char * len(data)).from_buffer_copy(data)
-    if _transfer(_writev, tid, buffer, address, len(data)) != len(data):
+    if syscalls.write_memory(tid, address, data) != len(data):
         raise _fault()
 
 

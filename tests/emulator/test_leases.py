@@ -337,7 +337,7 @@ async def test_failed_holder(world: World, accessor: Accessor) -> None:
 
 def mount_with_breaks(make_mount: MakeMount, seconds: float, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A mount whose leases break so soon: fs.lease-break-time is the whole machine's."""
-    program = f"from fusehsm import kernel_lease; kernel_lease.break_seconds = lambda: {seconds}"
+    program = f"from fusehsm.linux import syscalls; syscalls.lease_break_seconds = lambda: {seconds}"
     program += "; import sys; from fusehsm.cli import main; sys.exit(main())"
     monkeypatch.setattr(harness, "command_of", lambda uid: ((sys.executable, "-c", program), {}, {}))
     return make_mount("--events", "exact")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fusehsm.linux import filesystem_calls
+from fusehsm.linux import syscalls
 from fusehsm.overlay.overlay import AttributeChanges, Node, Overlay
 from tests.support.overlay_actions import own_caller
 
@@ -41,7 +41,7 @@ class Trap:
 @pytest.fixture(params=["openat2", "walk"])
 def trap(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Trap]:
     if request.param == "walk":
-        monkeypatch.setattr(filesystem_calls, "have_openat2", lambda: False)
+        monkeypatch.setattr(syscalls, "have_openat2", lambda: False)
     made = Trap(tmp_path, trust_seconds=0)
     yield made
     made.tree.close()
@@ -206,7 +206,7 @@ def test_swapping_all_the_time(tmp_path: Path, trust_seconds: float) -> None:
             signal.alarm(120)
             fd = os.open(trap.source, os.O_PATH)
             while True:
-                filesystem_calls.rename(fd, b"d", fd, b"bait", filesystem_calls.RENAME_EXCHANGE)
+                syscalls.rename(fd, b"d", fd, b"bait", syscalls.RENAME_EXCHANGE)
         finally:
             os._exit(0)
     seen: dict[str, int] = {"inside": 0, "stale": 0}

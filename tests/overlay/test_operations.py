@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fusehsm.linux import filesystem_calls
+from fusehsm.linux import syscalls
 from fusehsm.overlay import overlay
 from fusehsm.overlay.overlay import RENAME_EXCHANGE, RENAME_NOREPLACE, AttributeChanges, Overlay
 from tests.support.overlay_actions import (
@@ -47,7 +47,7 @@ def no_umask() -> Iterator[None]:
 def any_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With openat2(2), and as on kernels before 5.6."""
     if request.param == "walk":
-        monkeypatch.setattr(filesystem_calls, "have_openat2", lambda: False)
+        monkeypatch.setattr(syscalls, "have_openat2", lambda: False)
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fusehsm.linux import filesystem_calls
-from fusehsm.linux.filesystem_calls import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
+from fusehsm.linux import syscalls
+from fusehsm.linux.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from tests.support.posix_trees import Errno, Tree, outcome
 
 pytestmark = pytest.mark.fuse
@@ -18,7 +18,7 @@ ENTRIES = 20_000
 
 
 def rename(old: Path | str, new: Path | str, flags: int) -> None:
-    filesystem_calls.rename(-100, os.fsencode(old), -100, os.fsencode(new), flags)
+    syscalls.rename(-100, os.fsencode(old), -100, os.fsencode(new), flags)
 
 
 def raw_entries(path: Path) -> list[tuple[str, int, int]]:
@@ -26,7 +26,7 @@ def raw_entries(path: Path) -> list[tuple[str, int, int]]:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     buffer = ctypes.create_string_buffer(32768)
     found: list[tuple[str, int, int]] = []
-    while entries := filesystem_calls.directory_entries(fd, buffer):
+    while entries := syscalls.directory_entries(fd, buffer):
         found += [(os.fsdecode(name), kind, inode) for name, kind, inode, _ in entries]
     os.close(fd)
     return found
@@ -308,11 +308,11 @@ def test_seeking_in_a_directory(tree: Tree) -> None:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         buffer = ctypes.create_string_buffer(4096)
         all_: list[tuple[bytes, int]] = []
-        while entries := filesystem_calls.directory_entries(fd, buffer):
+        while entries := syscalls.directory_entries(fd, buffer):
             all_ += [(name, offset) for name, _, _, offset in entries]
         for index in (0, 5, 500, 998):
             os.lseek(fd, all_[index][1], os.SEEK_SET)
-            following = filesystem_calls.directory_entries(fd, buffer)
+            following = syscalls.directory_entries(fd, buffer)
             assert following[0][0] == all_[index + 1][0]
         # Names that go or come elsewhere do not move anybody.
         os.lseek(fd, all_[500][1], os.SEEK_SET)
@@ -320,11 +320,11 @@ def test_seeking_in_a_directory(tree: Tree) -> None:
             if name not in (b".", b".."):
                 os.unlink(os.fsencode(path) + b"/" + name)
         rest: list[bytes] = []
-        while entries := filesystem_calls.directory_entries(fd, buffer):
+        while entries := syscalls.directory_entries(fd, buffer):
             rest += [name for name, *_ in entries]
         assert rest == [name for name, _ in all_[501:]]
         os.lseek(fd, 0, os.SEEK_SET)
-        again = filesystem_calls.directory_entries(fd, ctypes.create_string_buffer(1 << 17))
+        again = syscalls.directory_entries(fd, ctypes.create_string_buffer(1 << 17))
         subprocess.run(f"rm -f {path}/entry*", shell=True, check=True)
         return len(all_), len({name for name, *_ in again} - {b".", b".."}) > 500
 

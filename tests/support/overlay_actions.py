@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from fusehsm.linux import filesystem_calls
+from fusehsm.linux import syscalls
 from fusehsm.overlay.overlay import AttributeChanges, Caller, Node, Overlay
 
 NOBODY = 65534
@@ -62,8 +62,8 @@ class NativeFace:
         directory, _, name = path.rpartition(b"/")
         root_fd = os.open(self.root, os.O_PATH)
         try:
-            fd = filesystem_calls.openat2(
-                root_fd, directory or b".", os.O_PATH | os.O_DIRECTORY, filesystem_calls.RESOLVE_NO_SYMLINKS
+            fd = syscalls.openat2(
+                root_fd, directory or b".", os.O_PATH | os.O_DIRECTORY, syscalls.RESOLVE_NO_SYMLINKS
             )
         finally:
             os.close(root_fd)
@@ -108,7 +108,7 @@ class NativeFace:
 
     def rename(self, path: bytes, new: bytes, flags: int) -> None:
         with self._at(path) as (fd, name), self._at(new) as (new_fd, new_name):
-            filesystem_calls.rename(fd, name, new_fd, new_name, flags)
+            syscalls.rename(fd, name, new_fd, new_name, flags)
 
     def chmod(self, path: bytes, mode: int) -> None:
         with self._at(path) as (fd, name):

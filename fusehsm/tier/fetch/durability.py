@@ -8,7 +8,7 @@ from typing import Final
 
 import trio
 
-from fusehsm.linux import filesystem_calls as syscalls
+from fusehsm.linux import syscalls
 from fusehsm.linux.beneath import open_beneath
 from fusehsm.linux.walk import directories
 from fusehsm.tier.fetch.errors import passed_over

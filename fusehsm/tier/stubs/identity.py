@@ -4,7 +4,7 @@ import os
 from hashlib import blake2b
 from pathlib import Path
 
-from fusehsm.linux import filesystem_calls as syscalls
+from fusehsm.linux import syscalls
 from fusehsm.tier.stubs.mark import generation
 
 # Which mount of a file system something was written on: what has not been brought to its disk may be gone when it is another one.

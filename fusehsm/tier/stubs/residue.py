@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from enum import Enum
 
-from fusehsm.linux.filesystem_calls import PAGE_SIZE
+from fusehsm.linux.syscalls import PAGE_SIZE
 from fusehsm.tier.stubs.extents import holes
 
 

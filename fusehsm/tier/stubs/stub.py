@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Self
 
-from fusehsm.linux import filesystem_calls as syscalls
+from fusehsm.linux import syscalls
 from fusehsm.tier.stubs import mark as stub_mark
 from fusehsm.tier.stubs import record as residency
 from fusehsm.tier.stubs.extents import holes, runs

@@ -10,7 +10,7 @@ import mmap
 import os
 from contextlib import closing
 
-from fusehsm.linux.filesystem_calls import PAGE_SIZE
+from fusehsm.linux.syscalls import PAGE_SIZE
 
 
 def write_without_growing(fd: int, data: memoryview, offset: int, size: int, path: str) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Final
 
-from fusehsm.linux.filesystem_calls import PAGE_SIZE
+from fusehsm.linux.syscalls import PAGE_SIZE
 
 BY: Final = ("pread", "mmap", "both")
 """What --by chooses among. "both": the same range mapped and read, one after the other, the mapping still in place."""

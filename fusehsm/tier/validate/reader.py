@@ -14,8 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
-from fusehsm.linux.filesystem_calls import PAGE_SIZE
 from fusehsm.linux.subprocesses import own_environment
+from fusehsm.linux.syscalls import PAGE_SIZE
 from fusehsm.tier.validate.plan import Read, Window
 from fusehsm.tier.validate.worker import DIED, LONGEST_MESSAGE, STARTED, WINDOW_FILE_SIZE, Problem
 

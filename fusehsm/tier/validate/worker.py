@@ -29,8 +29,7 @@ from contextlib import ExitStack, suppress
 from typing import Any, Final
 
 from fusehsm.linux.beneath import open_beneath
-from fusehsm.linux.filesystem_calls import PAGE_SIZE, mapped_for_reading
-from fusehsm.linux.syscalls import prctl
+from fusehsm.linux.syscalls import PAGE_SIZE, mapped_for_reading, prctl
 from fusehsm.tier.validate.plan import WINDOW
 
 STARTED: Final = "started"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from fusehsm.linux import filesystem_calls as syscalls
+from fusehsm.linux import syscalls
 from tests.support.tier import soak_model as model
 from tests.support.tier.mapped import mapped
 from tests.support.tier.soak_model import Change, Content

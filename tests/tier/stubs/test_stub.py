@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fusehsm.linux import filesystem_calls as syscalls
+from fusehsm.linux import syscalls
 from fusehsm.tier.stubs import mark as stub_mark
 from fusehsm.tier.stubs import record as residency
 from fusehsm.tier.stubs.identity import place_of

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fusehsm.linux.filesystem_calls import PAGE_SIZE
+from fusehsm.linux.syscalls import PAGE_SIZE
 from fusehsm.tier.stores.local import LocalStore
 from fusehsm.tier.validate.command import Crew, ValidateOptions, validate
 from fusehsm.tier.validate.plan import BY, SMALL, WINDOW, plan, windows
