@@ -2,6 +2,7 @@
 
 import errno
 import os
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from fusehsm.linux import syscalls
@@ -32,23 +33,65 @@ def open_beneath(root_fd: int, path: str, flags: int) -> int:
     The path is one that components() accepts.
     """
     flags |= os.O_NOFOLLOW | os.O_CLOEXEC
-    name = os.fsencode(path)
-    if len(name) <= _PATH_LIMIT:
-        try:
-            return syscalls.openat2(root_fd, name, flags, _RESOLVE)
-        except OSError as error:
-            # Old kernels lack it, old container filters forbid it; a real EPERM comes again below.
-            if error.errno not in (errno.ENOSYS, errno.EPERM):
-                raise
-    *parents, last = components(path)
-    base = root_fd
+    names = os.fsencode(path).split(b"/")
     try:
-        for parent in parents:
-            below = os.open(parent, _DIRECTORY, dir_fd=base)
-            if base != root_fd:
-                os.close(base)
-            base = below
-        return os.open(last, flags, dir_fd=base)
+        return walk(root_fd, names, flags)
+    except OSError as error:
+        # Old kernels lack openat2(2), old container filters forbid it; a real EPERM comes again below.
+        if error.errno not in (errno.ENOSYS, errno.EPERM):
+            raise
+    components(path)  # nothing else keeps ".." from leading out
+    return walk(root_fd, names, flags, openat2=False)
+
+
+def walk(
+    base: int,
+    names: Sequence[bytes],
+    flags: int,
+    *,
+    openat2: bool = True,
+    recover: Callable[[OSError, int], None] | None = None,
+) -> int:
+    """open(2) of what lies at the end of `names` below the directory `base`; nothing on the way is followed.
+
+    With openat2(2) in pieces of at most PATH_MAX, without it name by name. `recover` is told an error and the directory it came from: it
+    raises the error, or returns when opening is to be tried again.
+    """
+    directory, ours = base, False
+    try:
+        while True:
+            count = _names_at_once(names) if openat2 else 1
+            piece, names = b"/".join(names[:count]), names[count:]
+            opened = _open(directory, piece, _DIRECTORY if names else flags, openat2, recover)
+            if not names:
+                return opened
+            if ours:
+                os.close(directory)
+            directory, ours = opened, True
     finally:
-        if base != root_fd:
-            os.close(base)
+        if ours:
+            os.close(directory)
+
+
+def _open(
+    directory: int, path: bytes, flags: int, openat2: bool, recover: Callable[[OSError, int], None] | None
+) -> int:
+    while True:
+        try:
+            if openat2:
+                return syscalls.openat2(directory, path, flags, _RESOLVE)
+            return os.open(path, flags, dir_fd=directory)
+        except OSError as error:
+            if recover is None:
+                raise
+            recover(error, directory)
+
+
+def _names_at_once(names: Sequence[bytes]) -> int:
+    """How many of the names fit into one path, one at least."""
+    length = -1
+    for count, name in enumerate(names):
+        length += 1 + len(name)
+        if length > _PATH_LIMIT:
+            return max(count, 1)
+    return len(names)

@@ -15,11 +15,10 @@ from collections.abc import Callable
 from typing import Final
 
 from fusehsm.linux import syscalls
+from fusehsm.linux.beneath import walk
 from fusehsm.overlay.nodes import Node, NodeTable
 from fusehsm.overlay.unlinked import Pins
 
-_PATH_LIMIT: Final = 4095  # PATH_MAX counts the final NUL
-_RESOLVE: Final = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _ANYTHING: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -50,7 +49,7 @@ class Reach:
         self.root_fd = os.open(source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._limit = max(4, directories)
         self._trust_seconds = trust_seconds
-        self._beneath = syscalls.have_openat2()
+        self._openat2 = syscalls.have_openat2()
         # Most recently used last: node -> (descriptor, monotonic seconds when its names were last walked).
         self._directories: OrderedDict[Node, tuple[int, float]] = OrderedDict()
         self._pins = Pins(pins)
@@ -88,9 +87,9 @@ class Reach:
             return self.root_fd
         if node.kind != stat.S_IFDIR:
             raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), node.name)
-        return self._open_directory(node, kept)
+        return self._open_directory(node)
 
-    def _open_directory(self, node: Node, kept: tuple[int, float] | None) -> int:
+    def _open_directory(self, node: Node) -> int:
         if not node.linked:
             pin = self._pins.get(node)
             if pin is None:
@@ -111,7 +110,7 @@ class Reach:
             above = above.parent
         names.reverse()
         try:
-            fd = self._walk(base, names)
+            fd = walk(base, names, _DIRECTORY, openat2=self._openat2, recover=self._make_room)
         except OSError as error:
             if error.errno in _GONE:
                 raise stale(node.name) from None
@@ -119,6 +118,7 @@ class Reach:
         if not node.matches(os.fstat(fd)):
             os.close(fd)
             raise stale(node.name)
+        kept = self._directories.get(node)  # the walk may have closed it, to have room
         if kept is not None:
             # The same directory: whoever still uses the older descriptor may go on.
             os.close(fd)
@@ -129,39 +129,6 @@ class Reach:
             _, (oldest, _) = self._directories.popitem(last=False)
             os.close(oldest)
         return fd
-
-    def _walk(self, base: int, names: list[bytes]) -> int:
-        """Open the directory at the end of `names` below `base`, in pieces of at most PATH_MAX."""
-        if not self._beneath:
-            return _open_names(base, names)
-        path = b"/".join(names)
-        if len(path) <= _PATH_LIMIT:
-            return self._openat2(base, path)
-        fd = -1
-        start = 0
-        try:
-            while start < len(names):
-                end, length = start, -1
-                while end < len(names) and length + 1 + len(names[end]) <= _PATH_LIMIT:
-                    length += 1 + len(names[end])
-                    end += 1
-                below = self._openat2(base if fd < 0 else fd, b"/".join(names[start:end]))
-                if fd >= 0:
-                    os.close(fd)
-                fd = below
-                start = end
-        except BaseException:
-            if fd >= 0:
-                os.close(fd)
-            raise
-        return fd
-
-    def _openat2(self, base: int, path: bytes) -> int:
-        while True:
-            try:
-                return syscalls.openat2(base, path, _DIRECTORY, _RESOLVE)
-            except OSError as error:
-                self._make_room(error, base)
 
     def open(self, path: bytes, flags: int, mode: int = 0, *, dir_fd: int | None = None) -> int:
         """open(2), giving kept directories back when descriptors have run out."""
@@ -259,16 +226,3 @@ class Reach:
     def unpin(self, node: Node) -> None:
         """The node has a name again."""
         self._pins.drop(node)
-
-
-def _open_names(base: int, names: list[bytes]) -> int:
-    """The walk where openat2(2) is missing: component by component."""
-    fd = -1
-    for name in names:
-        try:
-            below = os.open(name, _DIRECTORY, dir_fd=base if fd < 0 else fd)
-        finally:
-            if fd >= 0:
-                os.close(fd)
-        fd = below
-    return fd

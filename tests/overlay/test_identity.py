@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fusehsm.linux import syscalls
 from fusehsm.overlay import nodes
 from fusehsm.overlay.overlay import RENAME_EXCHANGE, ROOT_ID, AttributeChanges, Node, Overlay
 from tests.support.overlay_actions import ROOT_CALLER, mounted, open_descriptors, own_caller
@@ -652,11 +653,17 @@ def test_few_directory_descriptors(source: Path) -> None:
     assert open_descriptors() == before
 
 
-def test_out_of_descriptors(source: Path) -> None:
-    """Kept directories are given back when descriptors run out."""
+@pytest.mark.parametrize("trust_seconds", [1000, 0])
+@pytest.mark.parametrize("openat2", [True, False], ids=["openat2", "walk"])
+def test_out_of_descriptors(
+    source: Path, trust_seconds: float, openat2: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept directories are given back when descriptors run out, also where names are walked again."""
     import resource
 
-    tree = Overlay(str(source), trust_seconds=1000)
+    if not openat2:
+        monkeypatch.setattr(syscalls, "have_openat2", lambda: False)
+    tree = Overlay(str(source), trust_seconds=trust_seconds)
     node = tree.root
     for number in range(20):
         tree.mkdir(tree.root, b"d%d" % number, 0o755, own_caller())
