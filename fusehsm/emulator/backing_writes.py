@@ -11,9 +11,9 @@ import trio
 
 from fusehsm.emulator.explain import Explainer
 from fusehsm.emulator.handles import OpenFile
-from fusehsm.linux import filesystem_calls as syscalls
+from fusehsm.linux import syscalls
 from fusehsm.linux.file_io import Buffer
-from fusehsm.linux.filesystem_calls import PAGE_SIZE
+from fusehsm.linux.syscalls import PAGE_SIZE
 from fusehsm.overlay.overlay import Node, Overlay
 
 _THREADS = 64

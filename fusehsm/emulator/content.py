@@ -23,9 +23,9 @@ from fusehsm.fanotify.abi import FAN_ACCESS, FAN_MODIFY
 from fusehsm.fanotify.marks import Subject
 from fusehsm.linux import proc as caller
 from fusehsm.linux.file_io import BackingReader, Buffer
-from fusehsm.linux.filesystem_calls import FALLOC_FL_KEEP_SIZE
 from fusehsm.linux.ranges import RangeSet
 from fusehsm.linux.suspension import noting_suspension
+from fusehsm.linux.syscalls import FALLOC_FL_KEEP_SIZE
 from fusehsm.overlay.overlay import Node, Overlay
 
 # The kernel asks up to three times for a page that was refused: read-ahead, then the page alone, then once more with the mmap lock held (measured

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from fusehsm.linux import filesystem_calls
+from fusehsm.linux import syscalls
+from fusehsm.linux.proc import descriptor_of
 
 FILESYSTEM_TYPE = "fuse.fusehsm"  # how our own mounts call themselves there
 
@@ -107,7 +108,7 @@ def mount_of_descriptor(descriptor: int) -> Mount:
 def id_of_descriptor(descriptor: int) -> MountId:
     """The mount that an open file lies on. Asks no server."""
     try:
-        unique = filesystem_calls.unique_mount_id(descriptor)
+        unique = syscalls.unique_mount_id(descriptor)
     except PermissionError:  # another user's mount without allow_other
         unique = None
     return MountId(_number_of(descriptor), unique)
@@ -137,8 +138,10 @@ def mounts_on(number: int) -> list[Mount]:
 
 
 def _number_of(descriptor: int) -> int:
-    with open(f"/proc/self/fdinfo/{descriptor}", encoding="ascii") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith("mnt_id:"))
+    opened = descriptor_of(os.getpid(), descriptor)
+    if opened is None:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+    return opened.mount_id
 
 
 def _unescape(text: str) -> str:

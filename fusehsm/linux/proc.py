@@ -92,10 +92,12 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True)
 class Descriptor:
-    """What /proc/<tid>/fdinfo says of an open file: `position` in bytes, `flags` of open(2), `inode` (None before Linux 5.14)."""
+    """What /proc/<tid>/fdinfo says of an open file: `position` in bytes, `flags` of open(2), `mount_id` of the mount that the file lies on,
+    `inode` there (None before Linux 5.14)."""
 
     position: int
     flags: int
+    mount_id: int
     inode: int | None
 
 
@@ -398,7 +400,7 @@ def is_advice(call: Call) -> bool:
 
 
 def descriptor_of(tid: int, descriptor: int) -> Descriptor | None:
-    """What an open file of the accessor is; its inode number tells whether it is the file that a request names."""
+    """What a thread has open by that number; None where it is closed. The inode number tells whether it is the file that a request names."""
     text = _read_proc(f"/proc/{tid}/fdinfo/{descriptor}")
     if not text:
         return None
@@ -408,7 +410,7 @@ def descriptor_of(tid: int, descriptor: int) -> Descriptor | None:
         fields[name] = value.strip()
     try:
         inode = int(fields[b"ino"]) if b"ino" in fields else None
-        return Descriptor(int(fields[b"pos"]), int(fields[b"flags"], 8), inode)
+        return Descriptor(int(fields[b"pos"]), int(fields[b"flags"], 8), int(fields[b"mnt_id"]), inode)
     except (KeyError, ValueError):
         return None
 

@@ -34,6 +34,8 @@ RENAME_NOREPLACE: Final = 1
 RENAME_EXCHANGE: Final = 2
 RENAME_WHITEOUT: Final = 4
 
+FALLOC_FL_KEEP_SIZE: Final = 1  # fallocate(2), linux/falloc.h
+
 MS_BIND: Final = 0x1000  # mount(2)
 MS_REC: Final = 0x4000
 MS_PRIVATE: Final = 1 << 18
@@ -49,6 +51,7 @@ OVERLAYFS_SUPER_MAGIC: Final = 0x794C7630  # linux/magic.h
 
 _AT_SYMLINK_NOFOLLOW: Final = 0x100
 _AT_EMPTY_PATH: Final = 0x1000
+_AT_STATX_DONT_SYNC: Final = 0x4000
 _STATX_BTIME: Final = 0x800
 _STATX_BTIME_OFFSET: Final = 0x50
 _STATX_MNT_ID_UNIQUE: Final = 0x4000
@@ -216,9 +219,10 @@ def birth_time(dir_fd: int, name: bytes) -> bytes | None:
 
 
 def unique_mount_id(fd: int) -> int | None:
-    """The number of the mount that `fd` was opened on, which no other mount gets until the next boot; None before Linux 6.8."""
+    """The number of the mount that `fd` was opened on, which no other mount gets until the next boot; None before Linux 6.8. Asks no
+    server of the file system."""
     buffer = ctypes.create_string_buffer(256)
-    if _statx(fd, b"", _AT_EMPTY_PATH, _STATX_MNT_ID_UNIQUE, buffer) < 0:
+    if _statx(fd, b"", _AT_EMPTY_PATH | _AT_STATX_DONT_SYNC, _STATX_MNT_ID_UNIQUE, buffer) < 0:
         raise _error()
     (mask,) = struct.unpack_from("=I", buffer)
     if not mask & _STATX_MNT_ID_UNIQUE:

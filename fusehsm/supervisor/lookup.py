@@ -78,7 +78,7 @@ def find(architecture: Architecture, tid: int, flags: int, dirfd: int, path: byt
 
 def _descriptor(tid: int, dirfd: int) -> int:
     """Of our own, of what the thread's is open on."""
-    descriptor = None if dirfd < 0 else tasks.descriptor_of(tid, dirfd)
+    descriptor = None if dirfd < 0 else caller.descriptor_of(tid, dirfd)
     if descriptor is None or descriptor.flags & os.O_PATH:
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))
     return os.open(f"/proc/{tid}/fd/{dirfd}", os.O_PATH | os.O_CLOEXEC)

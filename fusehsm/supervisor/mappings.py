@@ -14,6 +14,7 @@ from typing import Final
 
 from fusehsm.control.blocking_client import BlockingConnection
 from fusehsm.control.protocol import Map
+from fusehsm.linux import proc as caller
 from fusehsm.linux.mountinfo import Mount
 from fusehsm.supervisor import tasks
 from fusehsm.supervisor.notifier import Call, CallIsOver
@@ -40,7 +41,7 @@ class Mappings:
         is touched. Raises OSError with the denial's errno, CallIsOver."""
         _, length, protection, flags, _, offset = call.arguments
         number = call.signed(4)
-        opened = tasks.descriptor_of(call.tid, number) if number >= 0 else None
+        opened = caller.descriptor_of(call.tid, number) if number >= 0 else None
         if opened is None or opened.flags & os.O_PATH or offset % mmap.PAGESIZE:
             return  # it fails before anybody is asked
         mount = self._mounts.get(call.tid, opened.mount_id)

@@ -23,15 +23,6 @@ class Signals:
 
 
 @dataclass(frozen=True, slots=True)
-class OpenDescriptor:
-    """What fdinfo tells: the mount that the file lies on, its inode there (0 before Linux 5.14), the flags of open(2)."""
-
-    mount_id: int
-    inode: int
-    flags: int
-
-
-@dataclass(frozen=True, slots=True)
 class Rights:
     """By whose rights a thread opens files."""
 
@@ -116,18 +107,6 @@ def _status(tid: int) -> dict[bytes, bytes] | None:
             return dict(_FIELD.findall(file.read(8192)))
     except (OSError, ValueError):
         return None
-
-
-def descriptor_of(tid: int, descriptor: int) -> OpenDescriptor | None:
-    """What a descriptor is open on; None where it is closed."""
-    try:
-        with open(f"/proc/{tid}/fdinfo/{descriptor}", "rb", buffering=0) as file:
-            fields = dict(_FIELD.findall(file.read(4096)))
-    except OSError:
-        return None
-    return OpenDescriptor(
-        int(fields.get(b"mnt_id", b"0")), int(fields.get(b"ino", b"0")), int(fields.get(b"flags", b"0"), 8)
-    )
 
 
 def mount_of(tid: int, mount_id: int) -> mountinfo.Mount | None:

@@ -10,14 +10,14 @@ import sys
 import trio
 
 from fusehsm.cli import main
-from fusehsm.linux import filesystem_calls
+from fusehsm.linux import syscalls
 from fusehsm.tier.fetch import access_list as touch_list
 from fusehsm.tier.fetch import evict as evicting
 from fusehsm.tier.fetch.durability import Keeper
 
 _OFTEN = 0.05  # seconds
 _FAILING = {
-    "syncfs": (filesystem_calls, "syncfs"),
+    "syncfs": (syscalls, "syncfs"),
     "inventory": (evicting, "items"),
     "ahead": (touch_list, "_read"),
 }
