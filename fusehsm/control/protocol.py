@@ -11,8 +11,10 @@ it is longer than LARGEST_PATH.
 import errno
 import json
 import struct
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Final
+
+from fusehsm.control.requests import RequestCodec
 
 VERSION: Final = 1
 CREDIT: Final = 64  # events that may lie unread in a client's event socket
@@ -158,52 +160,24 @@ class Unlease:
 
 
 Request = Hello | Mark | Status | Release | Drop | Map | Lease | LeaseStatus | Unlease | Backing
-_REQUESTS: dict[str, type[Request]] = {
-    "hello": Hello,
-    "mark": Mark,
-    "status": Status,
-    "release": Release,
-    "drop": Drop,
-    "map": Map,
-    "backing": Backing,
-    "lease": Lease,
-    "lease-status": LeaseStatus,
-    "unlease": Unlease,
-}
-_NAMES = {kind: name for name, kind in _REQUESTS.items()}
-_OPTIONAL = {(Hello, "dialect"): str, (Mark, "inode"): int}
-
-
-def encode_request(request: Request) -> bytes:
-    """A request's message."""
-    return json.dumps({"request": _NAMES[type(request)], **asdict(request)}).encode()
-
-
-def decode_request(data: bytes) -> Request:
-    """The reverse; ValueError, in words for its sender, for anything that encode_request does not make."""
-    try:
-        fields = json.loads(data)
-    except (ValueError, RecursionError):
-        raise ValueError("the request is not JSON") from None
-    if not isinstance(fields, dict):
-        raise ValueError("the request is not a JSON object")
-    name = fields.pop("request", None)
-    kind = _REQUESTS.get(name) if isinstance(name, str) else None
-    if kind is None:
-        raise ValueError(f"unknown request {str(name)[:40]!r}; this server knows {', '.join(_REQUESTS)}")
-    if fields.keys() != set(kind.__dataclass_fields__):
-        raise ValueError(f"{name}: its fields are {', '.join(kind.__dataclass_fields__) or 'none'}")
-    for field, value in fields.items():
-        _check_field(kind, field, value)
-    return kind(**fields)
-
-
-def _check_field(kind: type[Request], field: str, value: object) -> None:
-    if value is None and (kind, field) in _OPTIONAL:
-        return
-    wanted = _OPTIONAL.get((kind, field), int)
-    if type(value) is not wanted or (isinstance(value, int) and not 0 <= value < 1 << 64):
-        raise ValueError(f"{field}: bad value")
+_CODEC: Final[RequestCodec[Request]] = RequestCodec(
+    "this server",
+    {
+        "hello": Hello,
+        "mark": Mark,
+        "status": Status,
+        "release": Release,
+        "drop": Drop,
+        "map": Map,
+        "backing": Backing,
+        "lease": Lease,
+        "lease-status": LeaseStatus,
+        "unlease": Unlease,
+    },
+    largest=(1 << 64) - 1,
+)
+encode_request: Final = _CODEC.encode
+decode_request: Final = _CODEC.decode
 
 
 def encode_result(result: dict[str, Any]) -> list[bytes]:

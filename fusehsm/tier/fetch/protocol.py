@@ -2,8 +2,10 @@
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Final
+
+from fusehsm.control.requests import RequestCodec
 
 LARGEST_REQUEST: Final = 1 << 16  # bytes
 LARGEST_REPLY: Final = 1 << 17
@@ -39,38 +41,11 @@ class Pin:
 
 
 Request = Evict | List | Pin
-_REQUESTS: Final[dict[str, type[Request]]] = {"evict": Evict, "list": List, "pin": Pin}
-_MOST: Final = 1 << 62
-_NAMES: Final = {kind: name for name, kind in _REQUESTS.items()}
-_TYPES: Final[dict[str, tuple[type, ...]]] = {
-    "path": (str,),
-    "older_than": (float, int, type(None)),
-    "free": (int, type(None)),
-    "pinned": (bool,),
-}
-
-
-def encode_request(request: Request) -> bytes:
-    """A request's packet."""
-    return json.dumps({"request": _NAMES[type(request)], **asdict(request)}).encode()
-
-
-def decode_request(data: bytes) -> Request:
-    """The reverse; ValueError, in words for its sender, for anything else."""
-    try:
-        fields = json.loads(data)
-    except (ValueError, RecursionError):
-        raise ValueError("the request is not JSON") from None
-    name = fields.pop("request", None) if isinstance(fields, dict) else None
-    kind = _REQUESTS.get(name) if isinstance(name, str) else None
-    if kind is None:
-        raise ValueError(f"unknown request; this fetch knows {', '.join(_REQUESTS)}")
-    if fields.keys() != set(kind.__dataclass_fields__):
-        raise ValueError(f"{name}: its fields are {', '.join(kind.__dataclass_fields__)}")
-    for field, value in fields.items():
-        if type(value) not in _TYPES[field] or (isinstance(value, (int, float)) and not 0 <= value <= _MOST):
-            raise ValueError(f"{field}: bad value")
-    return kind(**fields)
+_CODEC: Final[RequestCodec[Request]] = RequestCodec(
+    "this fetch", {"evict": Evict, "list": List, "pin": Pin}, largest=1 << 62
+)
+encode_request: Final = _CODEC.encode
+decode_request: Final = _CODEC.decode
 
 
 def encode_lines(lines: list[dict[str, Any]]) -> bytes:
