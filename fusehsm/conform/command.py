@@ -21,7 +21,7 @@ from fusehsm.conform.stream import ended_early, to_json
 from fusehsm.conform.workload import Workload
 from fusehsm.conform.workloads import WORKLOADS, chosen
 from fusehsm.engines.choice import ENGINES, resolved
-from fusehsm.linux.interruption import Interrupted, Interruption, interruptible
+from fusehsm.linux.signals import Interrupted, Interruption, interruptible
 
 _STYLES = {
     Verdict.IDENTICAL: "green",

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fusehsm.linux import syscalls
-from fusehsm.linux.held_signals import signals_held
 from fusehsm.linux.mountinfo import mount_of_descriptor, mounts_on
+from fusehsm.linux.signals import signals_held
 
 _PATIENCE = 60.0  # seconds for one command
 

@@ -14,7 +14,7 @@ from fusehsm.conform.scene import scene
 from fusehsm.conform.sides import Side
 from fusehsm.conform.stream import UNFINISHED, Did, Stream, arranged, ended_early, lines, results
 from fusehsm.conform.workload import Workload
-from fusehsm.linux.interruption import Interruption
+from fusehsm.linux.signals import Interruption
 
 # What the comparison of two streams comes to.
 

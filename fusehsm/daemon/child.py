@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from fusehsm.control import socket as control_socket
 from fusehsm.engines.fuse_mount import unmount
-from fusehsm.linux.held_signals import signals_blocked, signals_held
 from fusehsm.linux.mountinfo import Mount, MountId, read_mounts
+from fusehsm.linux.signals import signals_blocked, signals_held
 from fusehsm.linux.subprocesses import own_command, own_environment
 
 _PATIENCE = 30.0  # seconds for a daemon to go

@@ -19,8 +19,7 @@ from fusehsm.daemon.child import foreground_mount
 from fusehsm.daemon.options import EVENT_MODES, MountError
 from fusehsm.fanotify.abi import DIALECTS
 from fusehsm.linux import mountinfo
-from fusehsm.linux.held_signals import signals_held
-from fusehsm.linux.interruption import Interrupted, interruptible
+from fusehsm.linux.signals import Interrupted, interruptible, signals_held
 from fusehsm.linux.subprocesses import own_command, own_environment
 from fusehsm.linux.syscalls import prctl
 from fusehsm.mount import unmount

@@ -15,9 +15,8 @@ from fusehsm.backends.opening import BACKENDS, kernel_can_watch
 from fusehsm.control.client import ControlConnection
 from fusehsm.control.protocol import Backing
 from fusehsm.daemon.options import MountError
-from fusehsm.linux.held_signals import signals_held
-from fusehsm.linux.interruption import Interrupted
 from fusehsm.linux.mountinfo import Mount, MountId, id_at, id_of, mount_of, read_mounts
+from fusehsm.linux.signals import Interrupted, signals_held
 from fusehsm.linux.subprocesses import own_command, own_environment
 from fusehsm.mount import unmount
 from fusehsm.text import shown

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fusehsm.linux.held_signals import signals_held
+from fusehsm.linux.signals import signals_held
 
 
 class Ended(BaseException):
