@@ -17,8 +17,7 @@ from fusehsm.emulator.content import Content
 from fusehsm.emulator.explain import Explainer
 from fusehsm.emulator.group import Group, Pending
 from fusehsm.emulator.handles import HandleTable, OpenFile
-from fusehsm.emulator.leases import Leases
-from fusehsm.emulator.lessor import Lessor
+from fusehsm.emulator.leases import Leases, Lessor
 from fusehsm.emulator.listeners import Listeners
 from fusehsm.emulator.page_cache import CacheControl, StalePages
 from fusehsm.events import Access, AccessKind, Armed

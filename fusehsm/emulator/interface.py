@@ -20,7 +20,7 @@ class Nodes(Protocol):
 
 
 class Lessor(Protocol):
-    """What leases a mount's files (emulator/lessor.py)."""
+    """What leases a mount's files (emulator/leases.py)."""
 
     async def grant(self, node: Any, /) -> tuple[Any, int]:
         """Lease a file that nobody has open, so that who opens it waits; the lease, and a descriptor of its content on the backing. Raises
