@@ -5,14 +5,14 @@ it.
 """
 
 import errno
-import math
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 import trio
 
+from fusehsm.emulator.attribute_cache import AttributeCache
 from fusehsm.emulator.backing_writes import BackingWriter
 from fusehsm.emulator.explain import Accessor, Explainer, Explanation
 from fusehsm.emulator.handles import DeniedFill, Direction, HandleTable, OpenFile
@@ -24,7 +24,6 @@ from fusehsm.fanotify.marks import Subject
 from fusehsm.linux import proc as caller
 from fusehsm.linux.file_io import BackingReader, Buffer
 from fusehsm.linux.ranges import RangeSet
-from fusehsm.linux.suspension import noting_suspension
 from fusehsm.linux.syscalls import FALLOC_FL_KEEP_SIZE
 from fusehsm.overlay.overlay import Node, Overlay
 
@@ -36,9 +35,6 @@ _SAME_FAULT_SECONDS = 0.05
 # When a page is dropped that a call passes through the page cache: as soon as this call has had it. Nobody tells us when that is; at once it
 # would come back for the page again and again (measured on 6.18), so that is given some time, and more whenever it has come back.
 _PASSING_SECONDS = 0.0002
-# From when on a file that has been quiet is looked at more closely: most fills are soon over, and the look costs more than a stat.
-_SETTLING_SECONDS = 0.5
-_TICK_NANOSECONDS = 20_000_000  # twice the longest that Linux offers
 
 
 class Content:
@@ -53,6 +49,7 @@ class Content:
         listeners: Listeners,
         handles: HandleTable[Node],
         stale: StalePages,
+        attributes: AttributeCache,
         explainer: Explainer,
         subject_of: Callable[[Node], Subject],
     ) -> None:
@@ -60,26 +57,16 @@ class Content:
         self._listeners = listeners
         self._handles = handles
         self._stale = stale
+        self._attributes = attributes
         self._explainer = explainer
         self._subject_of = subject_of
         self._filled: dict[int, RangeSet] = {}
-        self._filling: dict[int, int] = {}
-        # By node id: the nanoseconds that the kernel was last told, of nodes that somebody may watch.
-        self._mtimes: dict[int, int] = {}
-        # Monotonic seconds of a node's last event, inf while it is asked about; and how many accesses of it are being asked about.
-        self._events: dict[int, float] = {}
-        self._asking: dict[int, int] = {}
-        # Nodes of which the kernel may have attributes that a listener could have changed.
-        self._believed: set[int] = set()
         self._reader = BackingReader()
         self._writer = BackingWriter(overlay, explainer)
 
     def forgotten(self, node_id: int) -> None:
         """The kernel has forgotten a node, its pages with it."""
         self._filled.pop(node_id, None)
-        self._events.pop(node_id, None)
-        self._mtimes.pop(node_id, None)
-        self._believed.discard(node_id)
 
     def dropped(self, node: Node) -> None:
         """A node's pages are about to be dropped, and its mappings to be asked for again: it may have been evicted."""
@@ -99,75 +86,17 @@ class Content:
         """A change of the node was made after its accessor had been let go, so that the kernel was told of none."""
         self._stale.drop_changed_soon(node)
 
-    def is_filling(self, node: Node) -> bool:
-        """Whether a page of the node waits for its listener: until it is answered the kernel has it locked, and who drops it waits too."""
-        return node.id in self._filling
-
-    def believe(self, node: Node, status: os.stat_result) -> float:
-        """For how many seconds the kernel may believe these attributes of a watched node, which a listener can change behind its back.
-
-        A listener may go on filling a file through its event fd when it has answered, which nobody tells us. As acregmin and acregmax in
-        nfs(5), a file is believed for as long as it has been quiet; for ever (inf) once nobody can be filling it any more.
-        """
-        last = self._events.get(node.id)
-        if last is None:
-            self._believed.add(node.id)
-            return math.inf
-        quiet = time.monotonic() - last
-        if quiet <= 0:
-            return 0.0  # it is being asked about
-        self._believed.add(node.id)
-        if quiet > _SETTLING_SECONDS and self._stays(node, status.st_ctime_ns):
-            del self._events[node.id]
-            return math.inf
-        return quiet
-
     async def ask(self, access: Access, subject: Subject, node: Node, armed: Armed, *, only: int = 0) -> bool:
-        """listeners.ask(); if somebody is asked, the kernel believes nothing of the node's attributes meanwhile, nor what has changed by it."""
+        """listeners.ask(), with the kernel believing nothing of the node's attributes that changes meanwhile."""
         question = self._listeners.ask(access, subject, node, armed=armed, only=only)
         if not self._listeners.watches(subject):
             return await question
-        was = self._overlay.change_time(node) if node.id in self._believed else None
-        waits = False
+        return await self._attributes.asking(node, question)
 
-        def wait() -> None:
-            nonlocal waits
-            waits = True
-            self._events[node.id] = math.inf
-            self._asking[node.id] = self._asking.get(node.id, 0) + 1
-            self._doubt(node)
-
-        try:
-            return await noting_suspension(question, wait)
-        finally:
-            if waits:
-                if not _one_less(self._asking, node.id):
-                    self._events[node.id] = time.monotonic()
-            elif was is None or not self._stays(node, was):
-                if node.id not in self._asking:
-                    self._events[node.id] = time.monotonic()
-                if node.id in self._believed:
-                    self._believed.discard(node.id)
-                    # Whoever gets this answer may look at once.
-                    await self._stale.drop_attributes(node)
-
-    def _stays(self, node: Node, was: int) -> bool:
-        """Whether a node has not been changed since its change time was `was` (nanoseconds), and nobody can be about to."""
-        # What reopens a descriptor that can only read cannot be seen in between.
-        if any(group.event_f_flags & os.O_ACCMODE == os.O_RDONLY for group in self._listeners.groups):
-            return False
-        # In this order: the last writer may just be closing. Two changes within a tick of the clock can leave the same time.
-        return (
-            not self._overlay.is_being_written(node)
-            and self._overlay.change_time(node) == was
-            and time.time_ns() - was > _TICK_NANOSECONDS
-        )
-
-    def _doubt(self, node: Node) -> None:
-        if node.id in self._believed:
-            self._believed.discard(node.id)
-            # Not waited for: the kernel may be about to free the inode, and wait for our answer to do so.
-            self._stale.drop_attributes_soon(node)
+    def notify(self, access: Access, subject: Subject, node: Node) -> None:
+        """listeners.notify(), with the kernel believing nothing of the node's attributes that changes by it."""
+        if self._listeners.notify(access, subject, node):
+            self._attributes.notified(node)
 
     async def read(
         self, file: OpenFile[Node], offset: int, size: int, tid: int = 0, fills: bool | None = None
@@ -192,7 +121,7 @@ class Content:
             self._deny_repeat(file, explanation, offset, size, who)
         allowed = not explanation.accesses
         if explanation.fills:
-            self._begin_filling(file.node)
+            self._attributes.begin_filling(file.node)
         try:
             for access in explanation.accesses:
                 allowed |= await self.ask(access, subject, file.node, _armed(file))
@@ -207,7 +136,7 @@ class Content:
             raise
         finally:
             if explanation.fills:
-                _one_less(self._filling, file.node.id)
+                self._attributes.end_filling(file.node)
         if allowed:
             self._allowed(file, explanation)
         elif listeners.notified & FAN_ACCESS and explanation.grant is not None:
@@ -238,33 +167,6 @@ class Content:
             grant = file.grants.get((explanation.tid, explanation.direction))
             repeats = min(grant.repeats if grant is not None else 0, 10)
             self._stale.drop_range_later(file.node, offset, size, _PASSING_SECONDS * 2**repeats)
-
-    def _begin_filling(self, node: Node) -> None:
-        self._filling[node.id] = self._filling.get(node.id, 0) + 1
-        if node.id not in self._mtimes:
-            with suppress(OSError):
-                self._mtimes[node.id] = self._overlay.getattr(node).st_mtime_ns
-
-    def shown_mtime(self, node: Node, status: os.stat_result) -> int:
-        """The time of modification (ns) to tell the kernel of a node whose status that is: while a page of it waits for its listener, the
-        one it was told before. At a new one it would drop the node's pages, so that whoever asked would wait for that answer."""
-        node.told_size = status.st_size
-        if node.id in self._filling:
-            return self._mtimes.get(node.id, status.st_mtime_ns)
-        if node.is_regular and not self._listeners.idle:
-            self._mtimes[node.id] = status.st_mtime_ns
-        return status.st_mtime_ns
-
-    def told(self, node: Node, status: os.stat_result) -> None:
-        """The kernel is about to be told of a time that somebody has set, for which it drops nothing."""
-        if node.id in self._mtimes:
-            self._mtimes[node.id] = status.st_mtime_ns
-
-    def notify(self, access: Access, subject: Subject, node: Node) -> None:
-        """listeners.notify(); who is told has a descriptor of the file, through which it may change it: see believe()."""
-        if self._listeners.notify(access, subject, node) and node.id not in self._asking:
-            self._events[node.id] = time.monotonic()
-            self._doubt(node)
 
     def _notify(self, explanation: Explanation, subject: Subject, node: Node) -> None:
         """Tell of a call whose first piece has just succeeded."""
@@ -521,14 +423,6 @@ class Content:
         """What mappings announced under other marks is asked for again: it may have been evicted since."""
         for file in files:
             file.announced.clear()
-
-
-def _one_less(counts: dict[int, int], node_id: int) -> int:
-    """Count a node down, which is not in there any more at 0; how many are left."""
-    left = counts.pop(node_id) - 1
-    if left:
-        counts[node_id] = left
-    return left
 
 
 def _forget_expired(denied: dict[int, DeniedFill]) -> None:

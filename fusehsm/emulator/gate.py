@@ -8,11 +8,11 @@ it. Pages that got into the cache while nobody watched ("tainted" nodes) are dro
 """
 
 import errno
-import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+from fusehsm.emulator.attribute_cache import AttributeCache
 from fusehsm.emulator.content import Content
 from fusehsm.emulator.explain import Explainer
 from fusehsm.emulator.group import Group, Pending
@@ -81,8 +81,15 @@ class Gate:
         self._own_pid = os.getpid()
         self._explainer = Explainer(page_size, self._size_of)
         self._stale = StalePages(overlay, self.listeners, self.subject)
+        self.attributes = AttributeCache(overlay, self.listeners, self._stale, self.subject)
         self.content = Content(
-            overlay, self.listeners, self.handles, self._stale, self._explainer, self.subject
+            overlay,
+            self.listeners,
+            self.handles,
+            self._stale,
+            self.attributes,
+            self._explainer,
+            self.subject,
         )
         self.lessor = Lessor(
             overlay,
@@ -211,10 +218,6 @@ class Gate:
         """The node as marks see it."""
         return Subject(node.id, node.parents(), node.is_dir)
 
-    def believe(self, node: Node, status: os.stat_result) -> float:
-        """For how many seconds the kernel may believe a node's attributes: inf where no listener can change them behind its back."""
-        return self.content.believe(node, status) if self.watches(node) else math.inf
-
     def watches(self, node: Node) -> bool:
         """Whether a fill by a listener may change the node behind the kernel's back: its attributes must not be cached then."""
         return not self.listeners.idle and self.listeners.watches(self.subject(node))
@@ -329,7 +332,7 @@ class Gate:
         # its event as in the kernel, those of a direct_io file.
         # Not while a page of it waits for its listener, though: this open(2) would wait for that answer, and could not be killed.
         tainted = heard and node in self._stale
-        keep = not tainted and (not direct or self.content.is_filling(node))
+        keep = not tainted and (not direct or self.attributes.is_filling(node))
         file = self._opened(node, flags, descriptor, armed, direct, access.tid, access.pid, uid)
         if self.listeners.notified:
             file.tells_closer = self.listeners.hears_notification(FAN_CLOSE, subject)
@@ -387,6 +390,7 @@ class Gate:
             group.marks.evicted(node.id)
         self._stale.forget(node.id)
         self.content.forgotten(node.id)
+        self.attributes.forgotten(node.id)
         self.handles.forget(node)
 
     def interrupted(self, tid: int) -> bool:
@@ -423,7 +427,7 @@ class Gate:
         async with self.content.changing(node, content=changes.size is not None):
             with self._usable(node, handle) as descriptor:
                 result = self.overlay.setattr(node, changes, descriptor, caller_)
-        self.content.told(*result)
+        self.attributes.told(*result)
         if changes.size is not None:
             await self.content.modified(node)
         return result

@@ -32,11 +32,11 @@ class CachePolicy:
 
     def attributes(self, node: Node, status: os.stat_result) -> float:
         """Seconds for which these attributes of a node hold."""
-        return min(self._gate.believe(node, status), self._longest)
+        return min(self._gate.attributes.attr_timeout(node, status), self._longest)
 
     def mtime(self, node: Node, status: os.stat_result) -> int:
         """st_mtime to show, in nanoseconds."""
-        return self._gate.content.shown_mtime(node, status)
+        return self._gate.attributes.shown_mtime(node, status)
 
     def blocks(self, node: Node, status: os.stat_result) -> int:
         """st_blocks to show: tar -S takes a file without a single block for one hole and never reads it."""
@@ -56,7 +56,7 @@ class CachePolicy:
         version = (status.st_mtime_ns, status.st_size)
         known = self._versions.get(file.node.id)
         self._versions[file.node.id] = version
-        return known is None or known == version or self._gate.content.is_filling(file.node)
+        return known is None or known == version or self._gate.attributes.is_filling(file.node)
 
     def appends_past_cache(self, file: OpenFile[Node]) -> bool:
         """Whether what an open file appends goes past the kernel's pages: where others append, too, it may go elsewhere than the kernel thinks,

@@ -95,8 +95,6 @@ class Interruption:
 
     def handle(self, number: int, _frame: FrameType | None) -> None:
         """A signal handler."""
-        import trio
-
         if self._number or self._deaf:
             return
         self._number = number
