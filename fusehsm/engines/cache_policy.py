@@ -1,4 +1,4 @@
-"""How long the kernel may believe what an engine tells it of names and attributes."""
+"""How long the kernel may cache what an engine tells it of names and attributes: the timeouts of fuse_lowlevel.h (struct fuse_entry_param)."""
 
 import os
 from typing import Final
@@ -22,16 +22,16 @@ class CachePolicy:
         self._longest = FOREVER if private else _SHARED
         self._versions: dict[int, tuple[int, int]] = {}
 
-    def names(self) -> float:
-        """Seconds for which a name leads to what it led to."""
+    def entry_timeout(self) -> float:
+        """Seconds for which the kernel may cache that a name leads to a node."""
         return self._longest
 
-    def absence(self, parent: Node) -> float:
-        """Seconds for which there is no such name; none where a denied O_CREAT would leave a file that the kernel never hears of."""
+    def negative_timeout(self, parent: Node) -> float:
+        """Seconds for which the kernel may cache that there is no such name: 0 where a denied O_CREAT would leave a file that it never hears of."""
         return 0.0 if self._gate.may_deny_new(parent) else self._longest
 
-    def attributes(self, node: Node, status: os.stat_result) -> float:
-        """Seconds for which these attributes of a node hold."""
+    def attr_timeout(self, node: Node, status: os.stat_result) -> float:
+        """Seconds for which the kernel may cache these attributes of a node."""
         return min(self._gate.attributes.attr_timeout(node, status), self._longest)
 
     def mtime(self, node: Node, status: os.stat_result) -> int:

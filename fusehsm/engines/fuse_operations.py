@@ -105,14 +105,14 @@ class Operations:
         return Attributes(
             node.id,
             node.generation,
-            policy.attributes(node, status),
+            policy.attr_timeout(node, status),
             status,
             policy.blocks(node, status),
             policy.mtime(node, status),
         )
 
     def _entry(self, found: Found) -> bytes:
-        return protocol.entry_out(self._attributes(*found), self._policy.names())
+        return protocol.entry_out(self._attributes(*found), self._policy.entry_timeout())
 
     @staticmethod
     def _caller(request: Request, umask: int = 0) -> Caller:
@@ -124,7 +124,7 @@ class Operations:
         (name,) = protocol.names_in(request.body, 0, 1)
         found = self._filesystem.lookup(request.node_id, name)
         if found is None:
-            return protocol.absent_out(self._policy.absence(self._overlay.node(request.node_id)))
+            return protocol.absent_out(self._policy.negative_timeout(self._overlay.node(request.node_id)))
         return self._entry(found)
 
     def forget(self, request: Request) -> bytes:

@@ -80,8 +80,8 @@ class Operations(pyfuse3.Operations):
         entry = EntryAttributes()
         entry.st_ino = node.id
         entry.generation = node.generation
-        entry.entry_timeout = self._policy.names()
-        entry.attr_timeout = self._policy.attributes(node, status)
+        entry.entry_timeout = self._policy.entry_timeout()
+        entry.attr_timeout = self._policy.attr_timeout(node, status)
         entry.st_mode = status.st_mode
         entry.st_nlink = status.st_nlink
         entry.st_uid = status.st_uid
@@ -99,7 +99,7 @@ class Operations(pyfuse3.Operations):
         """A name that does not exist, for the kernel to remember."""
         entry = EntryAttributes()
         entry.st_ino = 0
-        entry.entry_timeout = self._policy.absence(parent)
+        entry.entry_timeout = self._policy.negative_timeout(parent)
         entry.attr_timeout = 0
         return entry
 
