@@ -7,8 +7,9 @@ it.
 import errno
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import trio
 
@@ -86,15 +87,16 @@ class Content:
         """A change of the node was made after its accessor had been let go, so that the kernel was told of none."""
         self._stale.drop_changed_soon(node)
 
-    async def ask(self, access: Access, subject: Subject, node: Node, armed: Armed, *, only: int = 0) -> bool:
-        """listeners.ask(), with the kernel believing nothing of the node's attributes that changes meanwhile."""
-        question = self._listeners.ask(access, subject, node, armed=armed, only=only)
-        if not self._listeners.watches(subject):
-            return await question
-        return await self._attributes.asking(node, question)
+    def ask(
+        self, access: Access, subject: Subject, node: Node, armed: Armed, *, only: int = 0
+    ) -> Coroutine[Any, Any, bool]:
+        """listeners.ask(), with the kernel's cache of the node's attributes kept true."""
+        return self._attributes.asking(
+            node, self._listeners.ask(access, subject, node, armed=armed, only=only)
+        )
 
     def notify(self, access: Access, subject: Subject, node: Node) -> None:
-        """listeners.notify(), with the kernel believing nothing of the node's attributes that changes by it."""
+        """listeners.notify(), with the kernel's cache of the node's attributes kept true."""
         if self._listeners.notify(access, subject, node):
             self._attributes.notified(node)
 

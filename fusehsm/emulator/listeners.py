@@ -63,6 +63,8 @@ class Listeners:
         self.dialect = dialect
         self._notifies = notifies
         self.groups: list[Group] = []
+        self.questions = 0
+        """How many events have been put to groups whose answer an accessor waits for."""
         self._page_size = page_size
         self._path_of = path_of
         self._unattended = unattended
@@ -311,6 +313,7 @@ class Listeners:
         pending = put(shape, pid=access.pid, tid=tid, target=node, path=path, on_answer=waiter.hear)
         if pending is None:
             return 0, False
+        self.questions += 1
         try:
             if handle is None:
                 return await self._wait(waiter), waiter.answered
