@@ -190,7 +190,7 @@ class Content:
                 file.grants[explanation.tid, explanation.direction] = grant
             else:
                 file.grants.pop((explanation.tid, explanation.direction), None)
-        if self._maps_are_asked_for:
+        if explanation.announces and self._maps_are_asked_for:
             for start, end in explanation.announces:
                 file.announced.add(start, end)
 
