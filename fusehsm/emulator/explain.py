@@ -167,7 +167,7 @@ class Explainer:
             if (
                 transfer is not None
                 and (not fills or transfer.paged)
-                and self._fits(file, call.tid, transfer, offset, size)
+                and self._fits(file, call, transfer, offset, size)
             ):
                 return transfer, call
             if faulting is None or (
@@ -188,7 +188,7 @@ class Explainer:
         return None
 
     def _fits(
-        self, file: OpenFile[Node], tid: int, transfer: caller.Transfer, offset: int, size: int
+        self, file: OpenFile[Node], call: caller.Call, transfer: caller.Transfer, offset: int, size: int
     ) -> bool:
         """Whether a request can be a piece of that transfer: by its range, then by the file that the call names."""
         start, end = transfer.offset, offset + size
@@ -201,10 +201,10 @@ class Explainer:
             and not (start <= offset and end <= start + transfer.count)
         ):
             return False
-        known = (tid, transfer.descriptor)
+        known = (call.tid, transfer.descriptor)
         if file.known_descriptor == known:
             return True
-        descriptor = caller.descriptor_of(tid, transfer.descriptor)
+        descriptor = call.opened(transfer.descriptor)
         if descriptor is None or descriptor.inode not in (None, file.node.id):
             return False
         file.known_descriptor = known
@@ -242,13 +242,13 @@ class Explainer:
         else:
             grant = None
         if transfer.source is not None:
-            transfer = self._cut(call.tid, transfer, *transfer.source)
+            transfer = self._cut(call, transfer, *transfer.source)
         start = transfer.offset
         appends = direction is Direction.WRITE and (file.appends or transfer.appends)
         if start is None:
             start = offset
             if transfer.paged or appends:
-                descriptor = caller.descriptor_of(call.tid, transfer.descriptor)
+                descriptor = call.opened(transfer.descriptor)
                 start = offset if descriptor is None else descriptor.position
         kind = AccessKind.READ if direction is Direction.READ else AccessKind.WRITE
         accesses = [Access(kind, start, transfer.count, who.pid, call.tid, paged=fills, leaves=fills)]
@@ -285,14 +285,14 @@ class Explainer:
             return False
         if transfer.offset is not None:
             return offset == transfer.offset
-        descriptor = caller.descriptor_of(call.tid, transfer.descriptor)
+        descriptor = call.opened(transfer.descriptor)
         return descriptor is None or offset == descriptor.position
 
     def _cut(
-        self, tid: int, transfer: caller.Transfer, descriptor: int, offset: int | None
+        self, call: caller.Call, transfer: caller.Transfer, descriptor: int, offset: int | None
     ) -> caller.Transfer:
         """What is left of a copy that its source's end of file cuts short: the kernel's generic_copy_file_checks()."""
-        source = caller.descriptor_of(tid, descriptor)
+        source = call.opened(descriptor)
         size = None if source is None or source.inode is None else self._size_of(source.inode)
         if source is None or size is None:
             return transfer

@@ -15,8 +15,7 @@ import struct
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 from fusehsm.linux import syscalls
 
@@ -60,8 +59,10 @@ _NUMBERS = {
 _HERE = _NUMBERS.get(platform.machine())
 
 
-class Call(NamedTuple):
-    """The system call that a thread is blocked in; equal as long as it is the same call (`stack_pointer` included).
+@dataclass(slots=True)
+class Call:
+    """The system call that a thread is blocked in, as it was read for one request; equal as long as it is the same call (`stack_pointer`
+    included).
 
     `number` is PAGE_FAULT when the thread is blocked outside a system call; it then has no arguments.
     """
@@ -71,6 +72,13 @@ class Call(NamedTuple):
     arguments: tuple[int, ...]
     stack_pointer: int
     program_counter: int
+    _opened: "dict[int, Descriptor | None]" = field(default_factory=dict, compare=False, repr=False)
+
+    def opened(self, descriptor: int) -> "Descriptor | None":
+        """What an open file of the thread is (descriptor_of()); looked at once."""
+        if descriptor not in self._opened:
+            self._opened[descriptor] = descriptor_of(self.tid, descriptor)
+        return self._opened[descriptor]
 
 
 @dataclass(slots=True)

@@ -123,6 +123,22 @@ def test_descriptor_tells_position_flags_and_inode(tmp_path: Path) -> None:
     assert caller.descriptor_of(os.getpid(), descriptor) is None
 
 
+def test_an_open_file_is_looked_at_once_for_a_call(tmp_path: Path) -> None:
+    """What is found belongs to the one request for which the call was read; a call that goes on is the same whatever was looked at."""
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * 100)
+    descriptor = os.open(path, os.O_RDONLY)
+    call, again = (caller.Call(os.getpid(), 0, (descriptor,), 1, 2) for _ in range(2))
+    first = call.opened(descriptor)
+    os.lseek(descriptor, 42, os.SEEK_SET)
+    assert first is not None
+    assert first.position == 0
+    assert call.opened(descriptor) is first
+    assert call == again
+    assert again.opened(descriptor) == caller.descriptor_of(os.getpid(), descriptor) != first
+    os.close(descriptor)
+
+
 def test_mappings_are_picked_by_device_and_inode(tmp_path: Path) -> None:
     import mmap
 
