@@ -101,6 +101,7 @@ missing_packages() {
     if [ "$FOR" = tests ]; then
         command -v go > /dev/null || echo golang-go # a listener whose runtime has signals and an epoll of its own
         command -v ip > /dev/null || echo iproute2 # networks of their own, as of several machines
+        command -v strace > /dev/null || echo strace # counts what an event costs
     fi
     if [ "$FOR" = oldkernel ]; then
         command -v qemu-system-x86_64 > /dev/null || echo qemu-system-x86
