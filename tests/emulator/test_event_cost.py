@@ -17,7 +17,7 @@ from tests.support import event_cost
 from tests.support.harness import Mount, kill, start
 from tests.support.requirements import require, require_root
 
-pytestmark = pytest.mark.fuse
+pytestmark = [pytest.mark.fuse, pytest.mark.root]
 
 PAGE = 4096
 EVENTS = 120
