@@ -28,6 +28,7 @@ from fusehsm.linux import proc as caller
 PRE_CONTENT = 2  # Group.priority of FAN_CLASS_PRE_CONTENT
 # What an accessor that dies leaves at once, whoever is still at work for it: an open(2) must not be left open.
 _INTERRUPTIBLE = frozenset(AccessKind) - {AccessKind.OPEN, AccessKind.READ_DIRECTORY}
+_WRITING = frozenset((AccessKind.WRITE, AccessKind.TRUNCATE, AccessKind.FALLOCATE))
 
 
 def _let_die(waiter: Waiter) -> bool:
@@ -75,6 +76,7 @@ class Listeners:
         # The groups that have had a mark. One without has only just been made: nobody is asked yet, so the policy still holds.
         self._attending: set[Group] = set()
         self._ever_attended = False
+        self._releases = 0
         self._own_pid = os.getpid()
         self._refresh()
 
@@ -145,6 +147,7 @@ class Listeners:
 
     def release(self) -> int:
         """Let go every parked access and forget the marks of dead groups; returns how many were let go."""
+        self._releases += 1
         self._dead_marks.clear()
         self._refresh()
         parked = [waiter for waiter in self._waiters.values() if waiter.group is None]
@@ -232,46 +235,54 @@ class Listeners:
         `only` restricts it to those event bits (0: all). Raises OSError with the listener's errno when it is denied, EINTR when the
         accessor is being killed, EDEADLK when it is this very process.
         """
-        held = False
+        policy = self._unattended.action
+        # Once it is held, what it waits for: the event that a group has left behind, or that nobody was there to hear.
         left: EventShape | None = None
+        lost, released = False, 0
         while True:
-            allowed = heard = orphaned = False
+            asked = allowed = answered = False
+            orphan: EventShape | None = None
             for dialect, shape in self._shapes(access, armed, only):
+                pre_content = _is_pre_content(shape, dialect)
                 verdict = 0
                 for group in self._hearers(shape, subject, dialect):
-                    verdict, answered = await self._ask_group(group, shape, access, node)
+                    asked |= pre_content
+                    verdict, heard = await self._ask_group(group, shape, access, node)
                     if verdict:
                         break
-                    if answered:
-                        heard = True
-                        allowed |= _is_pre_content(shape, dialect)
+                    if heard:
+                        allowed |= pre_content
+                        answered |= group.priority == PRE_CONTENT
                 if verdict == ORPHANED:
-                    orphaned, left = True, shape
+                    orphan = shape
+                    lost |= pre_content
                     break
                 if verdict:
                     raise OSError(verdict, os.strerror(verdict))
-            if not (held or allowed or orphaned):
-                # In no dialect is there anybody for it.
-                for dialect, shape in self._shapes(access, armed, only):
-                    if not _is_pre_content(shape, dialect):
-                        continue
-                    verdict = await self._ask_nobody(shape, access, subject, node, dialect)
-                    if verdict == ORPHANED:
-                        orphaned, left = True, shape
-                        break
-                    if verdict:
-                        raise OSError(verdict, os.strerror(verdict))
-            if held and not (heard or orphaned or self.attended(subject)):
-                # What was parked, or left behind by a dead listener, waits until a group answers for it or it is released.
-                assert left is not None
-                verdict = await self._park(left, access, node)
-                if verdict == 0:
-                    return False
-                if verdict != ORPHANED:
-                    raise OSError(verdict, os.strerror(verdict))
-            elif not orphaned:
+            if orphan is not None:
+                if left is None:
+                    released = self._releases
+                left = orphan
+                continue
+            if allowed or policy is Unattended.ALLOW:
                 return allowed
-            held = True
+            unheard = self._pre_content_shapes(access, armed, only)
+            if not asked and any(self._hearers(shape, subject, dialect) for dialect, shape in unheard):
+                continue  # a group has come while others were asked
+            if left is None:
+                left, released = self._left_unanswered(unheard, access, subject), self._releases
+                if left is None:
+                    return False
+            elif released != self._releases or self.attended(subject, access):
+                return False
+            elif answered and not lost and not self._mourned(unheard, subject):
+                return False  # by a group that fills when permission events come
+            # What a content group answers says nothing of the content's being there.
+            verdict = await self._park(left, access, node)
+            if verdict != ORPHANED:
+                if verdict:
+                    raise OSError(verdict, os.strerror(verdict))
+                return False
 
     def _hearers(self, shape: EventShape, subject: Subject, dialect: Dialect) -> list[Group]:
         if shape.with_pre_content and not self._watches_itself(subject, dialect):
@@ -296,6 +307,15 @@ class Listeners:
             for dialect in self.dialects
             for shape in shapes(access, dialect, self._page_size)
             if (not only or shape.mask & only) and heard_when(shape, armed, dialect)
+        ]
+
+    def _pre_content_shapes(
+        self, access: Access, armed: Armed, only: int
+    ) -> Sequence[tuple[Dialect, EventShape]]:
+        return [
+            (dialect, shape)
+            for dialect, shape in self._shapes(access, armed, only)
+            if _is_pre_content(shape, dialect)
         ]
 
     async def _ask_group(
@@ -328,32 +348,49 @@ class Listeners:
         finally:
             group.withdraw(pending)
 
-    def attended(self, subject: Subject) -> bool:
-        """Whether a living listener is asked for the subject's content, if perhaps by other events than a dead one's (another dialect)."""
+    def attended(self, subject: Subject, access: Access | None = None) -> bool:
+        """Whether a living listener is asked for the subject's content, if perhaps by other events than a dead one's (another dialect); with an
+        `access`: for what that touches. Who is asked of changes alone does not attend what reads."""
+        writes = access is None or access.writable or access.kind in _WRITING
         return any(
             group.priority == PRE_CONTENT
             and (
                 group.marks.hears(group.dialect.pre_access, subject)
-                or (group.dialect.pre_modify and group.marks.hears(group.dialect.pre_modify, subject))
+                or (
+                    writes
+                    and group.dialect.pre_modify
+                    and group.marks.hears(group.dialect.pre_modify, subject)
+                )
             )
             for group in self.groups
         )
 
-    async def _ask_nobody(
-        self, shape: EventShape, access: Access, subject: Subject, node: object, dialect: Dialect
-    ) -> int:
-        """No group has answered for the event: the policy's verdict; 0 lets it pass, ORPHANED asks again."""
-        match self._unattended.action:
-            case Unattended.ALLOW:
-                return 0
-            case Unattended.DENY:
-                return 0 if self._standing else self._unattended.errno
-        if self.attended(subject):
-            return 0
-        held = not self._ever_attended or any(
-            marks.dialect is dialect and marks.hears(shape.mask, subject) for marks in self._dead_marks
+    def _left_unanswered(
+        self, unheard: Sequence[tuple[Dialect, EventShape]], access: Access, subject: Subject
+    ) -> EventShape | None:
+        """What --unattended says of an access of which no group has answered these pre-content events: the event for which it is held, or None
+        to let it pass. Raises OSError when it is denied."""
+        if self._unattended.action is Unattended.DENY:
+            if unheard and not self._standing:
+                raise OSError(self._unattended.errno, os.strerror(self._unattended.errno))
+            return None
+        if not unheard or self.attended(subject, access):
+            return None
+        if not self._ever_attended:
+            return unheard[0][1]
+        return self._mourned(unheard, subject)
+
+    def _mourned(self, unheard: Sequence[tuple[Dialect, EventShape]], subject: Subject) -> EventShape | None:
+        """The first of these events that a dead group would have heard."""
+        return next(
+            (
+                shape
+                for dialect, shape in unheard
+                for marks in self._dead_marks
+                if marks.dialect is dialect and marks.hears(shape.mask, subject)
+            ),
+            None,
         )
-        return await self._park(shape, access, node) if held else 0
 
     async def _park(self, shape: EventShape, access: Access, node: object) -> int:
         if access.pid == self._own_pid:

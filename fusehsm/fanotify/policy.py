@@ -8,7 +8,7 @@ from enum import Enum
 class Unattended(Enum):
     """Who decides while no pre-content group stands, and about the events of one that has died.
 
-    ALLOW is the kernel's own way; DENY refuses; HOLD parks the access until a group answers for it or it is released.
+    ALLOW is the kernel's own way; DENY refuses; HOLD parks the access until a pre-content group answers for it or it is released.
     """
 
     ALLOW = "allow"
