@@ -1,6 +1,6 @@
-"""fusehsm: Linux fanotify pre-content events on any kernel, by a FUSE overlay.
+"""fusehsm: Linux fanotify pre-content events on any kernel, with a FUSE overlay.
 
-The handler API: `open_group` a path, `serve` its events with a function of one `Event`; see README.md. The modules below are the emulator itself.
+The names here are the handler API: `open_group` watches a path, `serve` passes each `Event` to a function of yours. See docs/handler.md.
 """
 
 from typing import TYPE_CHECKING
@@ -46,7 +46,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    # On demand (PEP 562): the event loop's import would otherwise cost every command a tenth of a second.
+    # On demand (PEP 562): without this, every command would import the event loop, which takes 0.1 s.
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

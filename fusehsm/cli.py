@@ -1,6 +1,6 @@
-"""The `fusehsm` command: words into calls, exceptions into one line and an exit code. Thin on purpose.
+"""The `fusehsm` command line: it turns arguments into calls, and exceptions into one line and an exit code.
 
-Exit codes: 0 done, 1 failed, 2 bad usage. Every command imports what it needs when it runs, so that none waits for another's imports.
+Exit codes: 0 done, 1 failed, 2 bad usage. Each command imports its modules when it runs, so no command waits for the imports of another.
 """
 
 import os
@@ -20,11 +20,11 @@ app = typer.Typer(
 )
 
 FAILED, BAD_USAGE = 1, 2
-_INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C has ended
+_INTERRUPTED = 130  # as a shell reports the end of a program by Ctrl-C
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; `arguments` without the program's name. Returns the exit code."""
+    """Run the command and return the exit code. `arguments` do not include the program's name; None: those of the process."""
     try:
         result = app(
             args=None if arguments is None else list(arguments), prog_name="fusehsm", standalone_mode=False
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return _complain(error, BAD_USAGE)
     except BrokenPipeError:
-        # Whoever read our output has gone. Python would complain once more when it flushes at exit.
+        # The reader of our output has closed it. Without this, Python would report the error again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except OSError as error:
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _INTERRUPTED
     except Exception as error:
-        if hasattr(error, "format_message"):  # typer's own: a bad option, a missing argument
+        if hasattr(error, "format_message"):  # an error of typer: a bad option, a missing argument
             context = getattr(error, "ctx", None)
             mend = f"see {context.command_path} --help" if context is not None else "see fusehsm --help"
             return _complain(f"{error.format_message().rstrip('.')}; {mend}", BAD_USAGE)
@@ -58,7 +58,7 @@ def _complain(what: object, code: int) -> int:
 
 def _os_error_line(error: OSError) -> str:
     message = error.strerror or str(error)
-    # Ours are whole lines already; the system's have the file beside them.
+    # An error of fusehsm has a whole line as its message. An error of the system has the file's name apart.
     return message if error.filename is None else f"{os.fsdecode(error.filename)}: {message}"
 
 
@@ -83,7 +83,7 @@ def _every_command(
         typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True),
     ] = False,
 ) -> None:
-    """Options of `fusehsm` itself; the docstring shown is the application's."""
+    """Options of `fusehsm` itself. --help shows the text of the application and not this one."""
 
 
 @app.command()
@@ -93,7 +93,8 @@ def mount(
         str, typer.Argument(metavar="DST", help="Where to mount the overlay; may be SRC.")
     ],
     foreground: Annotated[
-        bool, typer.Option("-f", "--foreground", help="Stay; print `ready` on stderr when the mount answers.")
+        bool,
+        typer.Option("-f", "--foreground", help="Do not daemonise; print `ready` on stderr when it answers."),
     ] = False,
     options: Annotated[
         list[str] | None, typer.Option("-o", metavar="OPTS", help="FUSE mount options, separated by commas.")
@@ -101,9 +102,12 @@ def mount(
     abi: Annotated[
         str, typer.Option(help="Dialect of the events: linux-6.14, patch-v2 or patch-v1.")
     ] = "linux-6.14",
-    events: Annotated[str, typer.Option(help="exact, first-access or auto.")] = "auto",
+    events: Annotated[
+        str,
+        typer.Option(help="exact (for each system call), first-access (for each page-cache fill) or auto."),
+    ] = "auto",
     engine: Annotated[
-        str, typer.Option(help="What carries the FUSE requests: pyfuse3, devfuse or auto.")
+        str, typer.Option(help="The library that carries the FUSE requests: pyfuse3, devfuse or auto.")
     ] = "auto",
     handler: Annotated[
         str | None,
@@ -113,15 +117,17 @@ def mount(
         str | None,
         typer.Option(
             metavar="POLICY",
-            help="What happens while nobody listens: allow (default), deny[=ERRNO] (default with --handler) or hold.",
+            help="For accesses without a listener: allow (default), deny[=ERRNO] (default with --handler) or hold.",
         ),
     ] = None,
     event_timeout: Annotated[
         str | None,
-        typer.Option(metavar="SECONDS[=ERRNO]", help="Refuse what is not answered by then (default: never)."),
+        typer.Option(
+            metavar="SECONDS[=ERRNO]", help="Deny an access without an answer by then (default: off)."
+        ),
     ] = None,
     allow_other: Annotated[
-        bool, typer.Option("--allow-other", help="Let other users in, as file modes allow.")
+        bool, typer.Option("--allow-other", help="Let other users in; file modes decide their rights.")
     ] = False,
     cache: Annotated[
         str | None,
@@ -139,12 +145,13 @@ def mount(
         bool,
         typer.Option(
             "--direct",
-            help="Keep files out of the page cache also while nobody watches them, so that what is opened before its mark needs nobody's answer.",
+            help="Keep files out of the page cache also while no mark watches them. "
+            "Descriptors that were opened before the mark then make no events, as on the kernel.",
         ),
     ] = False,
     lifeline: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> int:
-    """Overlay SRC at DST and make events of what is done there. Returns when the mount answers."""
+    """Overlay SRC at DST, and make events of the accesses there. Returns when the mount answers."""
     from fusehsm.daemon.options import MountOptions
     from fusehsm.mount import mount as do_mount
 
@@ -177,21 +184,27 @@ def run(
     mounts: Annotated[
         list[str] | None,
         typer.Option(
-            "--mount", metavar="DIR", help="Overlay DIR in place while the command runs; may be given again."
+            "--mount", metavar="DIR", help="Overlay DIR in place while the command runs; repeatable."
         ),
     ] = None,
     abi: Annotated[
         str | None,
-        typer.Option(help="What the command speaks: linux-6.14 (default), patch-v2 or patch-v1."),
+        typer.Option(help="The command's dialect: linux-6.14 (default), patch-v2 or patch-v1."),
     ] = None,
-    events: Annotated[str, typer.Option(help="Of the mounts: exact, first-access or auto.")] = "auto",
-    keep: Annotated[bool, typer.Option("--keep", help="Leave the mounts when the command ends.")] = False,
+    events: Annotated[
+        str, typer.Option(help="The mounts' events: exact, first-access or auto; see fusehsm mount --help.")
+    ] = "auto",
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Leave the mounts in place when the command ends.")
+    ] = False,
     accessor: Annotated[
         bool,
-        typer.Option("--accessor", help="The command is no listener: only have its mmap(2) ask at once."),
+        typer.Option(
+            "--accessor", help="The command is not a listener; its mmap(2) makes the event at once."
+        ),
     ] = False,
 ) -> None:
-    """Run an unmodified fanotify program: its system calls are answered by the emulator. Exit code: the command's."""
+    """Run an unmodified fanotify program; the emulator answers its system calls. The exit code is the command's."""
     from fusehsm.supervisor.command import RunOptions
     from fusehsm.supervisor.command import run as do_run
 
@@ -209,7 +222,7 @@ def run(
 
 @app.command()
 def umount(destination: Annotated[str, typer.Argument(metavar="DST", help="The mount point.")]) -> None:
-    """Unmount and wait for the daemon."""
+    """Unmount DST and wait until its daemon has ended."""
     from fusehsm.mount import unmount
 
     unmount(destination)
@@ -217,27 +230,28 @@ def umount(destination: Annotated[str, typer.Argument(metavar="DST", help="The m
 
 @app.command()
 def trace(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="What to watch.")],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="The file or directory to watch.")],
     mask: Annotated[
         str | None,
         typer.Option(metavar="A,B", help="Events by name (default: the dialect's pre-content events)."),
     ] = None,
     mark: Annotated[
-        str, typer.Option(help="What the mark covers: inode, children, mount or filesystem.")
+        str, typer.Option(help="The objects that the mark covers: inode, children, mount or filesystem.")
     ] = "mount",
     deny: Annotated[
-        str | None, typer.Option(metavar="ERRNO", help="Deny what --match matches with this errno.")
+        str | None,
+        typer.Option(metavar="ERRNO", help="Deny the events of files that --match matches with this errno."),
     ] = None,
     match: Annotated[
         str | None,
-        typer.Option(metavar="GLOB", help="What --deny denies, by full path (default: everything)."),
+        typer.Option(metavar="GLOB", help="Full paths that --deny applies to (default: all)."),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
-    backend: Annotated[str, typer.Option(help="Where events come from: auto, kernel or fuse.")] = "auto",
-    count: Annotated[int | None, typer.Option(metavar="N", help="End after so many events.", min=1)] = None,
-    abi: Annotated[str | None, typer.Option(help="Dialect (default: the mount's).")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+    backend: Annotated[str, typer.Option(help="The source of the events: auto, kernel or fuse.")] = "auto",
+    count: Annotated[int | None, typer.Option(metavar="N", help="End after N events.", min=1)] = None,
+    abi: Annotated[str | None, typer.Option(help="The dialect (default: the mount's).")] = None,
 ) -> int:
-    """Listen and print events; prints `ready` on stderr once its marks stand. Allows what it does not deny."""
+    """Listen to events and print them. Prints `ready` on stderr when the marks are set. Allows every event that --deny does not deny."""
     from fusehsm.commands.trace import TraceOptions
     from fusehsm.commands.trace import trace as do_trace
 
@@ -263,11 +277,11 @@ def populate(
         typer.Argument(metavar="STORE", help="A directory, a zip or tar file, or a URL that fsspec opens."),
     ],
     destination: Annotated[
-        str, typer.Argument(metavar="DST", help="Where to make the stubs; made if it is not there.")
+        str, typer.Argument(metavar="DST", help="The directory for the stubs; made if it does not exist.")
     ],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the counts and change nothing.")] = False,
 ) -> int:
-    """Make stubs of all files in a store, with its directories and links. May be run again; never overwrites content."""
+    """Make stubs of all files in a store, with its directories and links. It can be run again; it never overwrites content."""
     from fusehsm.tier.populate.command import PopulateOptions
     from fusehsm.tier.populate.command import populate as do_populate
 
@@ -276,59 +290,67 @@ def populate(
 
 @app.command()
 def fetch(
-    store: Annotated[str, typer.Argument(metavar="STORE", help="What DST was populated from.")],
+    store: Annotated[str, typer.Argument(metavar="STORE", help="The store that DST was populated from.")],
     destination: Annotated[str, typer.Argument(metavar="DST", help="The directory with the stubs.")],
     backend: Annotated[
-        str, typer.Option(help="Where events come from: kernel, fuse, or auto (the kernel where it can).")
+        str,
+        typer.Option(help="The source of the events: kernel, fuse, or auto (the kernel if it can)."),
     ] = "auto",
     block_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="What is fetched at a time; a power of two.")
+        str, typer.Option(metavar="SIZE", help="The unit of fetching; a power of two.")
     ] = "1M",
     read_ahead: Annotated[
-        str, typer.Option(metavar="SIZE", help="How far to fetch ahead of who reads a file in order; 0: not.")
+        str,
+        typer.Option(metavar="SIZE", help="How far to fetch ahead of a sequential reader; 0: no read-ahead."),
     ] = "32M",
-    jobs: Annotated[int, typer.Option(metavar="N", help="Requests to the store at once.")] = 16,
+    jobs: Annotated[int, typer.Option(metavar="N", help="Requests to the store at the same time.")] = 16,
     deadline: Annotated[
         str,
-        typer.Option(metavar="TIME", help="How long to go on asking a store that does not answer."),
+        typer.Option(metavar="TIME", help="How long to retry while the store does not answer."),
     ] = "60s",
     on_error: Annotated[
-        str, typer.Option(metavar="ERRNO", help="What to refuse an access with then: EIO or EAGAIN.")
+        str,
+        typer.Option(metavar="ERRNO", help="The errno for the access after --deadline: EIO or EAGAIN."),
     ] = "EIO",
     limit_rate: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Fetch at most so many bytes a second.")
+        str | None, typer.Option(metavar="SIZE", help="Fetch at most SIZE a second.")
     ] = None,
     max_size: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Evict what was used least recently when more is here."),
+        typer.Option(
+            metavar="SIZE", help="Evict least recently used files when stubs take more on the disk."
+        ),
     ] = None,
     record: Annotated[
-        str | None, typer.Option(metavar="LIST", help="Write what is touched, in that order, to a file.")
+        str | None,
+        typer.Option(metavar="LIST", help="Write each first use of a block, in order, to the file LIST."),
     ] = None,
     prefetch: Annotated[
-        str | None, typer.Option(metavar="LIST", help="Fetch what such a file lists, in that order.")
+        str | None,
+        typer.Option(metavar="LIST", help="Fetch the blocks that the file LIST names, in its order."),
     ] = None,
     options: Annotated[
-        list[str] | None, typer.Option("-o", metavar="OPTS", help="FUSE mount options, if it mounts.")
+        list[str] | None,
+        typer.Option("-o", metavar="OPTS", help="FUSE mount options of the mount, if there is one."),
     ] = None,
-    events: Annotated[str, typer.Option(help="Of the mount: exact, first-access or auto.")] = "exact",
-    engine: Annotated[str, typer.Option(help="Of the mount: pyfuse3, devfuse or auto.")] = "auto",
+    events: Annotated[str, typer.Option(help="The mount's events: exact, first-access or auto.")] = "exact",
+    engine: Annotated[str, typer.Option(help="The mount's engine: pyfuse3, devfuse or auto.")] = "auto",
     allow_other: Annotated[
-        bool, typer.Option("--allow-other", help="Let other users into the mount, as file modes allow.")
+        bool, typer.Option("--allow-other", help="Let other users into the mount; file modes decide.")
     ] = False,
     log_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="Where the mount's server logs.")
     ] = None,
-    cache: Annotated[str | None, typer.Option(help="Of the mount: private (default) or shared.")] = None,
+    cache: Annotated[str | None, typer.Option(help="The mount's cache: private (default) or shared.")] = None,
     event_timeout: Annotated[
         str | None,
-        typer.Option(metavar="SECONDS[=ERRNO]", help="The mount refuses what is not answered by then."),
+        typer.Option(metavar="SECONDS[=ERRNO]", help="The mount denies an access without an answer by then."),
     ] = None,
     direct: Annotated[
-        bool, typer.Option("--direct", help="The mount keeps files out of the page cache always.")
+        bool, typer.Option("--direct", help="The mount keeps all files out of the page cache.")
     ] = False,
 ) -> int:
-    """Serve DST's stubs in place: what is touched is fetched first. Stays until Ctrl-C; prints `ready` on stderr once accesses are served."""
+    """Serve the stubs in DST: fetch content before an access goes on. Stays until Ctrl-C; prints `ready` on stderr when it serves accesses."""
     from fusehsm.tier.fetch.command import FetchOptions
     from fusehsm.tier.fetch.command import fetch as do_fetch
 
@@ -363,14 +385,17 @@ def evict(
         list[str], typer.Argument(metavar="PATH...", help="Files, or directories with all below.")
     ],
     older_than: Annotated[
-        str | None, typer.Option(metavar="TIME", help="Only what has not been used for so long: 12h, 30d.")
+        str | None,
+        typer.Option(metavar="TIME", help="Only files that were not used for this time: 12h, 30d."),
     ] = None,
     free: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Until so much is free, least recently used files first."),
+        typer.Option(
+            metavar="SIZE", help="Stop when SIZE is free on the disk; least recently used files first."
+        ),
     ] = None,
 ) -> int:
-    """Take content that came from the store off the disk again, of unmodified files that nobody has open. Asks the running fetch."""
+    """Take content that came from the store off the disk again, of unmodified files that no process has open. The running fetch does it."""
     from fusehsm.tier.fetch.evict_command import evict as do_evict
 
     return do_evict(paths, older_than=older_than, free=free)
@@ -382,7 +407,7 @@ def pin(
         list[str], typer.Argument(metavar="PATH...", help="Files, or directories with all below.")
     ],
 ) -> int:
-    """Never evict these files (it fetches nothing)."""
+    """Keep these files from being evicted. It fetches nothing."""
     from fusehsm.tier.fetch.evict_command import pin as do_pin
 
     return do_pin(paths, pinned=True)
@@ -394,7 +419,7 @@ def unpin(
         list[str], typer.Argument(metavar="PATH...", help="Files, or directories with all below.")
     ],
 ) -> int:
-    """Undo pin."""
+    """Undo `pin`: these files can be evicted again."""
     from fusehsm.tier.fetch.evict_command import pin as do_pin
 
     return do_pin(paths, pinned=False)
@@ -403,27 +428,28 @@ def unpin(
 @app.command()
 def validate(
     store: Annotated[
-        str, typer.Argument(metavar="STORE", help="What DST is to agree with, as for populate.")
+        str, typer.Argument(metavar="STORE", help="The store to compare DST with, as for populate.")
     ],
     destination: Annotated[
-        str, typer.Argument(metavar="DST", help="The directory where the files are read, or its mount.")
+        str, typer.Argument(metavar="DST", help="The directory with the files, or its mount.")
     ],
     reads: Annotated[
         int, typer.Option(metavar="N", min=0, help="Random reads of each kind in a file, besides its edges.")
     ] = 8,
     seed: Annotated[
-        int | None, typer.Option(metavar="N", help="Read the same again (default: a new one, shown).")
+        int | None,
+        typer.Option(metavar="N", help="Repeat the reads of this seed (default: a new seed, shown)."),
     ] = None,
-    jobs: Annotated[int, typer.Option(metavar="N", min=1, help="Files that are read at a time.")] = 4,
+    jobs: Annotated[int, typer.Option(metavar="N", min=1, help="Files to read at the same time.")] = 4,
     by: Annotated[
         str, typer.Option(metavar="A,B", help="Kinds of reads: pread, mmap, both (one after the other).")
     ] = "pread,mmap,both",
     timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", help="After which a read is given up on and reported.")
+        float, typer.Option(metavar="SECONDS", help="Time after which a read ends and is reported.")
     ] = 120.0,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
 ) -> int:
-    """Read files at random places, by pread(2) and mapped, and compare with the store. Exit code 0 only if all agrees."""
+    """Read files at random places, by pread(2) and mapped, and compare them with the store. Exit code 0 only if all content agrees."""
     from fusehsm.tier.validate.command import ValidateOptions
     from fusehsm.tier.validate.command import validate as do_validate
 
@@ -448,10 +474,13 @@ def status(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="JSON: a list with one object a mount.")] = False,
     release: Annotated[
-        bool, typer.Option("--release", help="Let go what --unattended hold has parked.")
+        bool, typer.Option("--release", help="Let the accesses go that --unattended hold keeps waiting.")
     ] = False,
 ) -> int:
-    """Mounts, their groups, and who waits, on which listener, for how long; for a PATH with stubs, what of each file is here."""
+    """Show mounts, their groups, and which access waits for which listener, for how long.
+
+    For a PATH with stubs: show how much of each file is here.
+    """
     from fusehsm.commands.status import is_stuck
     from fusehsm.commands.status import status as do_status
     from fusehsm.tier.fetch.status_command import file_status
@@ -467,12 +496,12 @@ def doctor(
     path: Annotated[
         str | None,
         typer.Argument(
-            metavar="[PATH]", help="A directory whose file system to try (default: the temporary one)."
+            metavar="[PATH]", help="A directory on the file system to check (default: the temporary one)."
         ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="JSON: an object with a list of checks.")] = False,
 ) -> int:
-    """What this machine can do, what is missing, and the command that mends it. Exit code 1 if nothing can be mounted."""
+    """Show what this machine can do, what is missing, and the command that fixes it. Exit code 1 if nothing can be mounted."""
     from fusehsm.commands.doctor import doctor as do_doctor
 
     return do_doctor(path, as_json=json)
@@ -482,16 +511,19 @@ def doctor(
 def conform(
     workloads: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[WORKLOAD]...", help="Families or names, shell patterns too (default: all)."),
+        typer.Argument(metavar="[WORKLOAD]...", help="Families, names or shell patterns (default: all)."),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="JSON: one object a workload, one a line.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object a line and workload.")] = False,
     record: Annotated[
-        bool, typer.Option("--record", help="Keep what was seen as the streams that come with the package.")
+        bool, typer.Option("--record", help="Save the kernel's streams as those that come with the package.")
     ] = False,
-    engine: Annotated[str, typer.Option(help="The emulator's: pyfuse3, devfuse or auto.")] = "auto",
+    engine: Annotated[str, typer.Option(help="The emulator's engine: pyfuse3, devfuse or auto.")] = "auto",
     list_: Annotated[bool, typer.Option("--list", help="Show the workloads' names and exit.")] = False,
 ) -> int:
-    """The same workloads on the real kernel and on the emulator, event streams compared. Exit code 0 if only known divergences differ."""
+    """Run workloads on the real kernel and on the emulator, and compare their event streams.
+
+    Exit code 0 if every difference is a known divergence.
+    """
     from fusehsm.conform.command import conform as do_conform
     from fusehsm.conform.command import list_workloads
 

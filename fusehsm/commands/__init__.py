@@ -1,1 +1,1 @@
-"""The commands that watch and explain: trace, status, doctor."""
+"""The commands that show events, mounts and the machine's abilities: trace, status, doctor."""

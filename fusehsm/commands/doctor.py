@@ -1,4 +1,4 @@
-"""`fusehsm doctor`: what this machine can do, what is missing, and the command that mends it. Every answer comes from trying."""
+"""`fusehsm doctor`: show what this machine can do, what is missing, and the command that fixes it. Most answers come from a trial."""
 
 import errno
 import json
@@ -21,35 +21,41 @@ from fusehsm.fanotify.abi import FAN_CLASS_PRE_CONTENT
 from fusehsm.linux.mountinfo import mount_of, read_mounts
 from fusehsm.linux.subprocesses import own_command, own_environment
 
-# Seconds that the trial mount may take, several times what a slow machine needs.
+# Seconds for the trial mount: several times the time of a slow machine.
 _TRIAL_PATIENCE = 60.0
 _OLDEST_PYTHON = (3, 11)
 _FEW_FILES = 4096
 
 
 class Verdict(Enum):
-    """GOOD; LIMITED: works, but not all of it; BAD: nothing can be mounted like this."""
+    """The result of a check."""
 
+    #: Everything works.
     GOOD = "good"
+    #: Mounting works, but a part of the features is missing.
     LIMITED = "limited"
+    #: Nothing can be mounted.
     BAD = "bad"
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing looked at: what was found, and the mend (a command or an edit) where it is not good. The fields are the keys of --json."""
+    """One check and its result. The fields are the keys of --json."""
 
+    #: The thing that was checked.
     name: str
     verdict: Verdict
+    #: One line with what was found.
     found: str
+    #: The fix, a command or an edit; None if the verdict is GOOD.
     mend: str | None = None
 
 
 def doctor(path: str | None, *, as_json: bool) -> int:
-    """Look, print, and return the exit code: 0 if mounting is possible, else 1.
+    """Run all checks, print them, and return the exit code: 0 if mounting is possible, else 1.
 
-    `path` is a directory whose file system is tried for the kernel's own pre-content events; None for the temporary directory.
-    Raises OSError when there is no such directory.
+    The check of the kernel's own pre-content events is made on the file system of the directory `path`; None: of the temporary
+    directory. Raises OSError if the directory does not exist.
     """
     place = os.path.abspath(tempfile.gettempdir() if path is None else path)
     os.stat(place)
@@ -74,8 +80,8 @@ def _print(checks: list[Check], *, possible: bool) -> None:
         word = Text(f"{check.verdict.value:8}", colours[check.verdict])
         console.print(Text.assemble(word, f"{check.name:{width}}  {check.found}"))
         if check.mend is not None:
-            console.print(Text.assemble(" " * 8, " " * width, "  mend: ", (check.mend, "bold")))
-    console.print("fusehsm can mount here" if possible else "fusehsm cannot mount here: mend what is bad")
+            console.print(Text.assemble(" " * 8, " " * width, "  fix: ", (check.mend, "bold")))
+    console.print("fusehsm can mount here" if possible else "fusehsm cannot mount here: fix what is bad")
 
 
 # The checks
@@ -83,7 +89,9 @@ def _print(checks: list[Check], *, possible: bool) -> None:
 
 def _python() -> Check:
     version = ".".join(map(str, sys.version_info[:3]))
-    if sys.version_info < _OLDEST_PYTHON:  # an interpreter that runs us without pip having looked
+    if (
+        sys.version_info < _OLDEST_PYTHON
+    ):  # pip did not check the version: fusehsm was not installed for this interpreter
         return Check("Python", Verdict.BAD, version, "run fusehsm with Python 3.11 or later")
     return Check("Python", Verdict.GOOD, version)
 
@@ -121,7 +129,7 @@ def _fusermount() -> Check:
             f"{found} is not set-uid root; ordinary users cannot mount",
             f"chmod u+s {found}",
         )
-    if not os.path.exists("/etc/mtab"):  # fusermount3 refuses to unmount without
+    if not os.path.exists("/etc/mtab"):  # without it fusermount3 refuses to unmount
         mend = "ln -s ../proc/self/mounts /etc/mtab, as root"
         return Check(
             "fusermount3", Verdict.LIMITED, "/etc/mtab is missing; ordinary users cannot unmount", mend
@@ -144,7 +152,7 @@ def _allow_other() -> Check:
 
 
 def _trial() -> Check:
-    """A mount of an empty directory: containers and security modules can forbid what every other check allows."""
+    """Mount an empty directory. Containers and security modules can forbid a mount although all other checks are good."""
     name = "trial mount"
     with tempfile.TemporaryDirectory(prefix="fusehsm-doctor-", ignore_cleanup_errors=True) as place:
         source, destination = os.path.join(place, "source"), os.path.join(place, "destination")
@@ -175,7 +183,7 @@ def _trial() -> Check:
 
 
 def _complaint_of(server: "subprocess.Popen[bytes]") -> str | None:
-    """None once a mount in the foreground answers; else what it said last. Raises TimeoutExpired."""
+    """None when a mount in the foreground answers; the last line of its stderr if it ends instead. Raises TimeoutExpired."""
     assert server.stderr is not None
     said = b""
     while select.select([server.stderr], [], [], _TRIAL_PATIENCE)[0]:
@@ -196,7 +204,7 @@ def _trial_mend() -> str:
 
 
 def _supervision() -> Check:
-    """Whether a program's own fanotify_init(2) is answered under `fusehsm run`."""
+    """Check that `fusehsm run` answers the fanotify_init(2) of a program."""
     name = "unmodified listeners"
     program = (
         f"import ctypes; raise SystemExit(ctypes.CDLL(None).fanotify_init({FAN_CLASS_PRE_CONTENT}, 0) < 0)"
@@ -212,7 +220,7 @@ def _supervision() -> Check:
             timeout=_TRIAL_PATIENCE,
         )
     except subprocess.TimeoutExpired:
-        return Check(name, Verdict.LIMITED, "fusehsm run did not end", "report it: it should have")
+        return Check(name, Verdict.LIMITED, "fusehsm run did not end", "report it as a fault of fusehsm")
     if done.returncode == 0:
         return Check(name, Verdict.GOOD, "fusehsm run answers their system calls")
     complaint = done.stderr.strip().removeprefix("fusehsm: ").removeprefix("fusehsm run: ")
@@ -247,7 +255,7 @@ def _kernel_events(place: str) -> Check:
 
 @contextmanager
 def _directory_in(place: str) -> Iterator[str]:
-    """A directory of our own to try marks on, so that nobody else's accesses are watched; the place itself where we cannot make one."""
+    """A new directory for trial marks, so that no other process makes their events. It is the place itself if no directory can be made there."""
     try:
         directory = tempfile.mkdtemp(prefix=".fusehsm-doctor-", dir=place)
     except OSError:
@@ -260,9 +268,9 @@ def _directory_in(place: str) -> Iterator[str]:
 
 
 def _system_calls() -> Check:
-    """Whether the exact range of an access can be read from /proc/<tid>/syscall (ptrace(2), PTRACE_MODE_ATTACH_FSCREDS).
+    """Check that the exact range of an access can be read from /proc/<tid>/syscall (ptrace(2), PTRACE_MODE_ATTACH_FSCREDS).
 
-    Tried on a process that is not our descendant: our parent in a fork, which is what Yama's scope 1 forbids.
+    A child process reads that file of its parent: Yama's scope 1 allows it for descendants only.
     """
     name = "accessors' system calls"
     found = "can be read: events have the exact ranges of their calls"

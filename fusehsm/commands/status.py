@@ -1,4 +1,4 @@
-"""`fusehsm status`: the mounts of this machine, their groups, and who waits."""
+"""`fusehsm status`: show the mounts of this machine, their groups, and the accesses that wait."""
 
 import errno
 import json
@@ -12,14 +12,14 @@ from fusehsm.control.client import request
 from fusehsm.control.protocol import Release, Request, Status
 from fusehsm.linux.mountinfo import Mount, mount_of, read_mounts
 
-# A server that does not answer within this many seconds is stuck or stopped.
+# Seconds. A server that does not answer within this time is stuck or stopped.
 _PATIENCE = 3.0
 
 
 def status(path: str | None, *, as_json: bool, release: bool) -> int:
-    """Print the state of the mount that `path` is on, or of all; let go what is parked there first with `release`.
+    """Print the state of the mount that `path` lies on; None: of all mounts. `release`: first let go the accesses that `hold` keeps waiting.
 
-    Returns the exit code: 1 when a mount did not answer. Raises OSError with one line when `path` is on no fusehsm mount.
+    Returns the exit code: 1 if a mount did not answer, else 0. Raises OSError EINVAL if `path` is not on a mount of fusehsm.
     """
     mounts = list(_all_mounts()) if path is None else [_mount_at(path)]
     found = [_describe(mount, release=release) for mount in mounts]
@@ -34,7 +34,7 @@ def status(path: str | None, *, as_json: bool, release: bool) -> int:
 
 
 def is_stuck(path: str) -> bool:
-    """Whether `path` is on a fusehsm mount whose server does not answer, so that looking it up would wait for that."""
+    """Whether `path` is on a mount of fusehsm whose server does not answer. A lookup of such a path would wait for the server."""
     mount = _mount_above(path)
     return mount is not None and mount.is_fusehsm and "error" in _describe(mount, release=False)
 
@@ -44,7 +44,7 @@ def _all_mounts() -> Iterator[Mount]:
 
 
 def _mount_at(path: str) -> Mount:
-    # By name first: looking the path up would wait for a server that may be what is stuck.
+    # Compare names first: a lookup of the path would wait for the server, which may be stuck.
     best = _mount_above(path)
     if best is None or not best.is_fusehsm:
         best = mount_of(path)
@@ -78,7 +78,7 @@ def _describe(mount: Mount, *, release: bool) -> dict[str, Any]:
     except OSError as error:
         message = error.strerror or str(error)
         if error.errno == errno.ENOTCONN and "fusehsm umount" not in message:
-            # A dead daemon's socket may have been cleared away by the next mount.
+            # Without a daemon there may be no socket either: the next mount removes the socket of a dead daemon.
             message += f"; if its daemon is gone, `fusehsm umount {mount.mount_point}` cleans up"
         description["error"] = message
     return description
@@ -95,8 +95,10 @@ async def _ask(mount: Mount, question: Request) -> dict[str, Any]:
 
 
 def fdinfo(group: dict[str, Any], mount: dict[str, Any]) -> Iterator[str]:
-    """A group and its marks in the lines that /proc/PID/fdinfo/FD has for one of the kernel (proc_pid_fdinfo(5)): hexadecimal, `sdev` the
-    kernel's own form of a device number. File handles are left out."""
+    """A group and its marks as the lines of /proc/PID/fdinfo/FD for a group of the kernel (proc_pid_fdinfo(5)), without file handles.
+
+    Numbers are hexadecimal; `sdev` is the kernel's form of a device number.
+    """
     yield f"fanotify flags:{group['flags']:x} event-flags:{group['event_flags']:x}"
     major, minor = map(int, mount["device"].split(":"))
     device = f"sdev:{major << 20 | minor:x}"
@@ -125,7 +127,7 @@ def _as_text(mount: dict[str, Any]) -> Iterator[str]:
         for line in fdinfo(group, mount):
             yield f"    {line}"
     if not mount["groups"]:
-        yield "  no groups: nobody listens"
+        yield "  no groups: no listener"
     for waiter in mount["waiting"]:
         span = "" if waiter["offset"] is None else f" {waiter['offset']}+{waiter['count']}"
         on = "for a group to come" if waiter["group"] is None else f"on group {waiter['group']}"

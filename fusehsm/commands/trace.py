@@ -22,70 +22,90 @@ from fusehsm.fanotify.abi import DENY_ERRNOS, mask_names
 if TYPE_CHECKING:
     from rich.console import Console
 
-# What read() raises when the group is of no more use; any other errno tells of one event whose file could not be opened.
+# The errnos of read() for a group that can be used no more. Any other errno is about one event, whose file could not be opened.
 _GROUP_IS_GONE = frozenset((errno.EBADF, errno.EINVAL, errno.ENOTCONN))
-# The events' descriptors are only for reading their names: opened for writing they would be refused for a running program.
+# The events' descriptors are only for reading their names. Opening a running program's file for writing would fail.
 _EVENT_F_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_LARGEFILE
 
 
 @dataclass(frozen=True, slots=True)
 class TraceOptions:
-    """The command line of `fusehsm trace`; None where the user said nothing."""
+    """The command line of `fusehsm trace`. None: the option was not given."""
 
+    #: The file or directory to watch.
     path: str
+    #: Names of events; None: the dialect's pre-content events.
     mask: tuple[str, ...] | None = None
+    #: inode, children, mount or filesystem.
     mark: str = "mount"
+    #: The errno name of a denial.
     deny: str | None = None
+    #: The shell pattern of full paths to deny.
     match: str | None = None
+    #: Print JSON.
     json: bool = False
+    #: auto, kernel or fuse.
     backend: str = "auto"
+    #: The number of events after which to end.
     count: int | None = None
+    #: The dialect's name; None: the mount's dialect.
     abi: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One event as it is printed. `time` in seconds since 1970, `offset` and `count` in bytes, `latency_us` in microseconds from reading
-    the event to writing the answer; None where the event has no such thing. The fields are the keys of `trace --json`."""
+    """One event as it is printed. The fields are the keys of `trace --json`."""
 
+    #: Seconds since 1970.
     time: float
+    #: The names of the mask's bits, without FAN_.
     event: list[str]
     mask: int
+    #: The accessor's process.
     pid: int
+    #: The accessor's path.
     path: str
+    #: The start of the range in bytes; None for an event without a range.
     offset: int | None
+    #: The length of the range in bytes; None for an event without a range.
     count: int | None
+    #: ALLOW or DENY; None for an event that needs no answer.
     response: str | None
+    #: The name of a denial's errno, else None.
     errno: str | None
+    #: Microseconds from reading the event to writing the answer; None for an event that needs no answer.
     latency_us: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class Denial:
-    """Which events to deny: those whose full path matches `pattern` (fnmatch; * matches / too), with `errno`."""
+    """The events to deny, and the errno of the denial."""
 
     errno: int
+    #: The full paths of the events, as a pattern of fnmatch. `*` matches `/` too.
     pattern: str
 
     @classmethod
     def parse(cls, deny: str | None, match: str | None) -> "Denial | None":
-        """Of --deny and --match; ValueError with one line for what makes no sense."""
+        """Make it from --deny and --match. Raises ValueError with one line if the two are not valid together."""
         if deny is None:
             if match is not None:
-                raise ValueError("--match: says what to deny; give --deny ERRNO too")
+                raise ValueError("--match: it selects the events to deny; give --deny ERRNO too")
             return None
         choices = {errno.errorcode[number]: number for number in sorted(DENY_ERRNOS)}
         if deny not in choices:
-            raise ValueError(f"--deny {deny}: fanotify cannot deny with it; choose {', '.join(choices)}")
+            raise ValueError(
+                f"--deny {deny}: fanotify cannot deny with this errno; choose {', '.join(choices)}"
+            )
         return cls(choices[deny], "*" if match is None else match)
 
     def applies_to(self, path: str) -> bool:
-        """Whether an event at that path is denied."""
+        """Whether an event with this path is denied."""
         return fnmatch.fnmatchcase(path, self.pattern)
 
 
 class Printer:
-    """Writes lines to stdout, each flushed; all it needs is loaded when it is made, for its own files may be what is watched."""
+    """Writes lines to stdout and flushes each. It loads everything when it is made, because the watched files may be its own."""
 
     def __init__(self, as_json: bool) -> None:
         self._as_json = as_json
@@ -98,7 +118,7 @@ class Printer:
                 self._print_coloured(self._console, Line(0.0, ["é"], 0, 0, "字", 0, 0, "DENY", "EIO", 0.0))
 
     def print(self, line: Line) -> None:
-        """One line."""
+        """Print one line."""
         if self._console is not None:
             self._print_coloured(self._console, line)
         else:
@@ -122,7 +142,7 @@ class Printer:
 
 
 def as_text(line: Line) -> str:
-    """One line for people, in strace's manner: `12:00:00.000000 4711 PRE_ACCESS("/srv/file", 4096, 8192) = ALLOW <35.1 us>`."""
+    """One line in the style of strace(1): `12:00:00.000000 4711 PRE_ACCESS("/srv/file", 4096, 8192) = ALLOW <35.1 us>`."""
     whole, fraction = divmod(line.time, 1)
     clock = time.strftime("%H:%M:%S", time.localtime(whole)) + f"{fraction:.6f}"[1:]
     arguments = [quote(line.path)] if line.path else []
@@ -136,7 +156,7 @@ def as_text(line: Line) -> str:
 
 
 def quote(path: str) -> str:
-    """A path between quotation marks, whatever bytes are in it."""
+    """A path between quotation marks, with escapes for special characters and for bytes that are not UTF-8."""
     return '"' + "".join(_quote_character(character) for character in path) + '"'
 
 
@@ -151,9 +171,9 @@ def _quote_character(character: str) -> str:
 
 
 def trace(options: TraceOptions) -> int:
-    """Listen and print until `count` events, SIGINT or SIGTERM; the exit code.
+    """Listen and print until `count` events, SIGINT or SIGTERM. Returns the exit code.
 
-    Raises ValueError for bad usage, OSError with one line when it cannot listen, or when the mount goes.
+    Raises ValueError for bad usage, and OSError with one line if it cannot listen or if the mount ends.
     """
     denial = Denial.parse(options.deny, options.match)
     printer = Printer(options.json)
@@ -173,7 +193,10 @@ async def _listen_until_signal(options: TraceOptions, denial: Denial | None, pri
             nursery.start_soon(end_by_signal)
             try:
                 await _listen(options, denial, printer)
-            except (OSError, ValueError) as error:  # not out of the nursery, which would wrap it in a group
+            except (
+                OSError,
+                ValueError,
+            ) as error:  # raised below: the nursery would wrap it in an exception group
                 failure = error
             nursery.cancel_scope.cancel()
     if failure is not None:
@@ -200,7 +223,7 @@ async def _listen(options: TraceOptions, denial: Denial | None, printer: Printer
 
 
 def _answer_batch(group: Group, denial: Denial | None) -> Iterator[Line]:
-    """Answer what is queued, then tell of it: an accessor does not wait for our output."""
+    """Answer all queued events, then yield their lines: an accessor does not wait for our output."""
     try:
         events = group.take_events()
     except BlockingIOError:
@@ -222,7 +245,7 @@ def _answer(group: Group, event: Event, denial: Denial | None, taken: float) -> 
     response = error_name = latency = None
     if event.mask & group.permission_events:
         error = denial.errno if denial is not None and denial.applies_to(event.path) else 0
-        with contextlib.suppress(FileNotFoundError):  # its accessor has been killed meanwhile
+        with contextlib.suppress(FileNotFoundError):  # the accessor was killed meanwhile
             group.answer(event, error)
         latency = (time.perf_counter() - taken) * 1e6
         response = "DENY" if error else "ALLOW"

@@ -1,4 +1,4 @@
-"""fanotify's constants and binary layouts, and what the three dialects of pre-content events differ in.
+"""The constants and binary layouts of fanotify, and the differences between the three dialects of pre-content events.
 
 Values are those of ``include/uapi/linux/fanotify.h`` (fanotify(7), fanotify_init(2), fanotify_mark(2)). A record's
 integers are in the machine's own byte order, as in the kernel. Nothing here does I/O.
@@ -52,7 +52,7 @@ FAN_MARK_IGNORE_SURV: Final = FAN_MARK_IGNORE | FAN_MARK_IGNORED_SURV_MODIFY
 FAN_MARK_COMMAND_MASK: Final = FAN_MARK_ADD | FAN_MARK_REMOVE | FAN_MARK_FLUSH
 FAN_MARK_IGNORE_BITS: Final = FAN_MARK_IGNORED_MASK | FAN_MARK_IGNORE
 
-# Events and event flags. FAN_PRE_ACCESS and FAN_PRE_MODIFY are a dialect's, not constants.
+# Events and event flags. The values of FAN_PRE_ACCESS and FAN_PRE_MODIFY depend on the dialect: see Dialect.
 FAN_ACCESS: Final = 0x00000001
 FAN_MODIFY: Final = 0x00000002
 FAN_ATTRIB: Final = 0x00000004
@@ -99,7 +99,7 @@ FAN_EVENT_METADATA_LEN: Final = 24
 FAN_EVENT_INFO_TYPE_PIDFD: Final = 4
 FAN_EVENT_INFO_TYPE_RANGE: Final = 6
 PIDFD_RECORD_LENGTH: Final = 8
-#: Where things are in an event: in struct fanotify_event_metadata and, where has_pidfd(), in the pidfd record that follows it.
+#: Offsets in an event, in bytes: in struct fanotify_event_metadata and, if has_pidfd(), in the pidfd record that follows it.
 EVENT_MASK_OFFSET: Final = 8
 EVENT_FD_OFFSET: Final = 16
 EVENT_PID_OFFSET: Final = 20
@@ -107,7 +107,7 @@ EVENT_PIDFD_OFFSET: Final = FAN_EVENT_METADATA_LEN + 4
 RESPONSE_LENGTH: Final = 8
 AUDIT_RULE_LENGTH: Final = 16
 
-#: What a FAN_CLASS_PRE_CONTENT group may deny with.
+#: The errnos that a denial of a FAN_CLASS_PRE_CONTENT group may carry (docs/facts.md, section 6).
 DENY_ERRNOS: Final = frozenset(
     (errno.EPERM, errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ETXTBSY, errno.ENOSPC, errno.EDQUOT)
 )
@@ -121,15 +121,18 @@ _U64: Final = 0xFFFF_FFFF_FFFF_FFFF
 
 @dataclass(frozen=True, slots=True)
 class RangeLayout:
-    """Where offset and count stand in a range record (``fanotify_event_info_range``), both in bytes."""
+    """The places of offset and count in a range record (``fanotify_event_info_range``), both in bytes."""
 
+    #: The whole record, with its header.
     record: struct.Struct
+    #: The count stands before the offset.
     count_first: bool
+    #: The largest count that its field can hold.
     largest_count: int
 
     @property
     def length(self) -> int:
-        """Bytes of the whole record, its header included."""
+        """The length of the whole record in bytes, with its header."""
         return self.record.size
 
 
@@ -141,33 +144,35 @@ NARROW_RANGE: Final = RangeLayout(struct.Struct("=BBHIQ"), count_first=True, lar
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """One version of the pre-content interface; every difference between them is a field here.
+    """One version of the pre-content interface. Every difference between the versions is a field here."""
 
-    ``deny_errnos`` are the errnos that a FAN_CLASS_PRE_CONTENT group may put into a denial. The same seven hold in
-    all dialects (kernel: ``process_access_response``; all 256 tried on 6.18).
-    """
-
+    #: The name, as the option --abi takes it.
     name: str
-    #: The bits; 0 where the dialect has none.
+    #: The bit of the event FAN_PRE_ACCESS.
     pre_access: int
+    #: The bit of the event FAN_PRE_MODIFY; 0 if the dialect has no such event.
     pre_modify: int
+    #: The layout of the range record.
     range_layout: RangeLayout
-    #: Ranges are widened to whole pages (kernel: ``fsnotify_pre_content``), else the accessor's own numbers.
+    #: True: ranges are widened to whole pages (kernel: ``fsnotify_pre_content``). False: they have the accessor's own numbers.
     aligns_ranges: bool
-    #: A file is armed, or not, at open() (kernel: ``file_set_fsnotify_mode_from_watchers``).
+    #: True: open(2) decides whether a file is armed (kernel: ``file_set_fsnotify_mode_from_watchers``). False: every file is armed.
     arms_at_open: bool
-    #: open() makes a pre-content event of its own, range 0+0, after OPEN_PERM.
+    #: open(2) makes a pre-content event of its own, range 0+0, after OPEN_PERM.
     open_event: bool
-    #: A read makes its pre-content event before ACCESS_PERM, else after it.
+    #: True: a read makes its pre-content event before ACCESS_PERM. False: after it.
     pre_content_first: bool
+    #: A truncation makes a pre-content event.
     truncate_event: bool
-    #: mmap() makes an event for the whole mapping, and page faults none; else each page fault makes its own.
+    #: True: mmap(2) makes one event for the whole mapping, and page faults make none. False: each page fault makes its own event.
     map_event: bool
-    #: Directories make pre-content events for marks with FAN_ONDIR; where not, FAN_ONDIR with the bit is an error.
+    #: True: directories make pre-content events for marks with FAN_ONDIR. False: FAN_ONDIR with such a bit is an error.
     directory_events: bool
-    #: FAN_MARK_ADD of pre-content events looks at the object's kind before the event flags of a FAN_MARK_IGNORE, else after
-    #: them: which of EINVAL and ENOTDIR comes, where both are due (kernel: ``fanotify_events_supported``).
+    #: True: FAN_MARK_ADD of pre-content events checks the object's kind before the event flags of a FAN_MARK_IGNORE. False: after them.
+    #: This decides between EINVAL and ENOTDIR where both are due (kernel: ``fanotify_events_supported``).
     kind_check_first: bool
+    #: The errnos that a FAN_CLASS_PRE_CONTENT group may put into a denial: the same seven in all dialects (kernel:
+    #: ``process_access_response``; docs/facts.md, section 6).
     deny_errnos: frozenset[int] = DENY_ERRNOS
 
     @property
@@ -177,7 +182,7 @@ class Dialect:
 
     @property
     def permission(self) -> int:
-        """The bits of all events that want a response (kernel: ``FANOTIFY_PERM_EVENTS``)."""
+        """The bits of all events that need an answer (kernel: ``FANOTIFY_PERM_EVENTS``)."""
         return CONTENT_PERM_EVENTS | self.pre_access | self.pre_modify
 
     @property
@@ -214,8 +219,8 @@ PATCH_V2: Final = Dialect(
     directory_events=True,
     kind_check_first=False,
 )
-# The bits are those that programs for it have (its proof of concept, remote-fetch.c); its own headers had 0x00100000 and 0x00200000, changed with
-# the second posting.
+# The bits are those of programs for this version (its proof of concept, remote-fetch.c). Its own headers had 0x00100000 and 0x00200000;
+# the second posting changed them.
 PATCH_V1: Final = Dialect(
     name="patch-v1",
     pre_access=0x00080000,
@@ -237,24 +242,31 @@ DIALECTS: Final[Mapping[str, Dialect]] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class RawEvent:
-    """One decoded event: offset, count and length in bytes; None where the record was not there."""
+    """One decoded event."""
 
+    #: The event's bits.
     mask: int
+    #: The event's descriptor; with FAN_REPORT_FD_ERROR it may be a negative errno.
     fd: int
+    #: The accessor: a process, with FAN_REPORT_TID a thread.
     pid: int
+    #: The start of the range in bytes; None without a range record.
     offset: int | None
+    #: The length of the range in bytes; None without a range record.
     count: int | None
+    #: The pidfd of the accessor; None without a pidfd record.
     pidfd: int | None
+    #: The length of the event with all its records, in bytes.
     length: int
 
 
 def has_pidfd(event: bytes | bytearray) -> bool:
-    """Whether one event's bytes have a pidfd record."""
+    """Whether the bytes of one event have a pidfd record."""
     return len(event) > FAN_EVENT_METADATA_LEN and event[FAN_EVENT_METADATA_LEN] == FAN_EVENT_INFO_TYPE_PIDFD
 
 
 def event_length(dialect: Dialect, *, has_range: bool, has_pidfd: bool) -> int:
-    """Bytes that :func:`encode_event` will make (kernel: ``fanotify_event_len``)."""
+    """The number of bytes that :func:`encode_event` makes (kernel: ``fanotify_event_len``)."""
     length = FAN_EVENT_METADATA_LEN
     if has_range:
         length += dialect.range_layout.record.size
@@ -272,9 +284,9 @@ def encode_event(
     range_: tuple[int, int] | None = None,
     pidfd: int | None = None,
 ) -> bytes:
-    """The bytes that read(2) of a group gives: metadata, then PIDFD record, then RANGE record (order measured on 6.18).
+    """The bytes that read(2) of a group returns: metadata, then PIDFD record, then RANGE record (docs/facts.md, section 3).
 
-    ``range_`` is (offset, count) in bytes. A count that a narrow record cannot hold becomes the largest that it can.
+    ``range_`` is (offset, count) in bytes. A count that is too large for a narrow record becomes the largest that the record can hold.
     """
     length = event_length(dialect, has_range=range_ is not None, has_pidfd=pidfd is not None)
     data = _METADATA.pack(length, FANOTIFY_METADATA_VERSION, 0, FAN_EVENT_METADATA_LEN, mask, fd, pid)
@@ -292,10 +304,10 @@ def encode_event(
 
 
 def decode_events(dialect: Dialect, buffer: bytes | bytearray | memoryview) -> list[RawEvent]:
-    """Every event in a buffer that read(2) of a group filled.
+    """All events in a buffer that read(2) of a group filled.
 
-    Info records of other types are passed over, as fanotify(7) tells listeners to do. Raises ValueError, naming the
-    place, for anything that is not a whole number of well-formed events.
+    Info records of other types are skipped, as fanotify(7) requires of listeners. Raises ValueError, with the place in bytes,
+    if the buffer is not a whole number of well-formed events.
     """
     events: list[RawEvent] = []
     end = len(buffer)
@@ -348,18 +360,18 @@ def decode_events(dialect: Dialect, buffer: bytes | bytearray | memoryview) -> l
 
 
 def encode_response(fd: int, response: int) -> bytes:
-    """``struct fanotify_response``: what a listener writes to its group."""
+    """``struct fanotify_response``: the answer that a listener writes to its group."""
     return _RESPONSE.pack(fd, response)
 
 
 def decode_response(data: bytes | bytearray | memoryview) -> tuple[int, int]:
-    """(fd, response) of the first eight bytes; struct.error when there are fewer."""
+    """(fd, response) of the first eight bytes. Raises struct.error if there are fewer."""
     fd, response = _RESPONSE.unpack_from(data)
     return fd, response
 
 
 def encode_audit_rule(rule_number: int, subject_trust: int, object_trust: int) -> bytes:
-    """``struct fanotify_response_info_audit_rule``: what follows a response that has FAN_INFO."""
+    """``struct fanotify_response_info_audit_rule``: the record that follows a response with FAN_INFO."""
     return struct.pack(
         "=BBHIII",
         FAN_RESPONSE_INFO_AUDIT_RULE,
@@ -412,9 +424,9 @@ def _names(dialect: Dialect) -> dict[str, int]:
 
 
 def parse_mask(names: Iterable[str], dialect: Dialect) -> int:
-    """The mask that these names (case does not matter, FAN_ may be left out) make; "CLOSE" is both CLOSE events.
+    """The mask with the bits of these names; "CLOSE" stands for both CLOSE events.
 
-    Raises ValueError naming the first that the dialect does not have.
+    Upper and lower case are the same, and FAN_ may be left out. Raises ValueError with the first name that the dialect does not have.
     """
     known = _names(dialect) | {"CLOSE": FAN_CLOSE}
     mask = 0
@@ -429,7 +441,7 @@ def parse_mask(names: Iterable[str], dialect: Dialect) -> int:
 
 
 def mask_names(mask: int, dialect: Dialect) -> list[str]:
-    """The names of a mask's bits, lowest first, without FAN_; a bit without a name as hexadecimal number."""
+    """The names of a mask's bits without FAN_, the lowest bit first. A bit without a name is given as a hexadecimal number."""
     by_bit = {bit: name for name, bit in _names(dialect).items()}
     bits = (1 << position for position in range(mask.bit_length()) if mask >> position & 1)
     return [by_bit.get(bit) or f"{bit:#x}" for bit in bits]

@@ -1,8 +1,8 @@
-"""The marks of one group: does it hear this event about this inode?
+"""The marks of one group. They decide whether the group hears an event about an inode.
 
 The rules are those of ``fanotify_group_event_mask``, ``fsnotify_effective_ignore_mask`` and
-``fanotify_may_update_existing_mark``, each compared with 6.18. A mount mark and a filesystem mark are distinct objects,
-and both cover everything here: a mount of ours is one mount of one filesystem.
+``fanotify_may_update_existing_mark``, each compared with Linux 6.18. A mount mark and a filesystem mark are distinct objects.
+Both cover every file here, because a mount of fusehsm is one mount of one file system.
 """
 
 from __future__ import annotations
@@ -36,28 +36,31 @@ _ALL_BITS: Final = 0xFFFF_FFFF
 
 
 class Subject(NamedTuple):
-    """What an event is about. ``parents``: every known directory that has a name of it (a file with several names: an
-    event does not tell which was used)."""
+    """The file or directory that an event is about. Inode numbers are the mount's own."""
 
     inode: int
+    #: Every known directory with a name of the file. A file can have several names, and an event does not tell which one was used.
     parents: tuple[int, ...]
     is_dir: bool
 
 
 @dataclass(slots=True)
 class _Mark:
-    """One object's mark (kernel: ``struct fsnotify_mark``)."""
+    """The mark of one object (kernel: ``struct fsnotify_mark``)."""
 
+    #: The events that the group wants.
     mask: int = 0
+    #: The events that the group does not want.
     ignore_mask: int = 0
-    #: FAN_MARK_IGNORED_SURV_MODIFY: the ignore mask outlives a write.
+    #: FAN_MARK_IGNORED_SURV_MODIFY was given: the ignore mask stays after a write.
     survives_modify: bool = False
-    #: FAN_MARK_IGNORE was used: the ignore mask has event flags of its own.
+    #: FAN_MARK_IGNORE was given: the ignore mask has event flags of its own.
     own_ignore_flags: bool = False
+    #: FAN_MARK_EVICTABLE was given: the mark does not keep its inode in memory.
     evictable: bool = False
 
     def heard(self, is_dir: bool, on_child: bool) -> int:
-        """The events that this mark asks for, about a directory or not, on the object itself or a child of it."""
+        """The events that this mark wants about a directory or another file, on the object itself or on a child of it."""
         if (is_dir and not self.mask & FAN_ONDIR) or (on_child and not self.mask & FAN_EVENT_ON_CHILD):
             return 0
         return self.mask
@@ -66,7 +69,7 @@ class _Mark:
         """The events that this mark keeps from its group."""
         flags = self.ignore_mask
         if not self.own_ignore_flags:
-            # FAN_MARK_IGNORED_MASK: always on directories; on children if the mark itself watches children.
+            # FAN_MARK_IGNORED_MASK holds for directories always, and for children if the mark itself watches children.
             flags = FAN_ONDIR | self.mask & FAN_EVENT_ON_CHILD
         if (is_dir and not flags & FAN_ONDIR) or (on_child and not flags & FAN_EVENT_ON_CHILD):
             return 0
@@ -74,12 +77,12 @@ class _Mark:
 
     @property
     def interest(self) -> int:
-        """What the kernel takes the object to be watched for: ignored events too (``fsnotify_calc_mask``)."""
+        """The events that the kernel counts as watched on the object, ignored events too (``fsnotify_calc_mask``)."""
         return self.mask | self.ignore_mask
 
     @property
     def ends_with_write(self) -> bool:
-        """Whether a write takes its ignore mask away."""
+        """Whether a write removes its ignore mask."""
         return self.ignore_mask != 0 and not self.survives_modify
 
     @property
@@ -93,28 +96,28 @@ class _Mark:
 
 
 class MarkTable:
-    """All marks of one group. Inode numbers are the mount's own. Not to be used by two threads at once."""
+    """All marks of one group. Inode numbers are the mount's own. Two threads must not use a table at the same time."""
 
     def __init__(self, dialect: Dialect = LINUX_6_14) -> None:
         self.dialect = dialect
         self._inodes: dict[int, _Mark] = {}
         self._mount: _Mark | None = None
         self._filesystem: _Mark | None = None
-        # What mount and filesystem marks say, worked out once a change: index by is_dir.
+        # The masks of mount and filesystem marks together, computed once for each change; the index is is_dir.
         self._wide_heard = (0, 0)
         self._wide_ignored = (0, 0)
         self._wide_watched = 0
         self._any_ends_with_write = False
-        #: The notifications that any of the marks asks for, or asked for before its inode went.
+        #: The notifications that any of the marks wants, or wanted before its inode was deleted.
         self.notified = 0
 
     @property
     def empty(self) -> bool:
-        """Whether the group has no mark at all."""
+        """Whether the group has no marks."""
         return not self._inodes and self._mount is None and self._filesystem is None
 
     def copy(self) -> MarkTable:
-        """A table of its own with the same marks."""
+        """An independent table with the same marks."""
         twin = MarkTable(self.dialect)
         twin._inodes = {inode: replace(mark) for inode, mark in self._inodes.items()}
         twin._mount = self._mount and replace(self._mount)
@@ -125,14 +128,14 @@ class MarkTable:
     def modify(
         self, flags: int, mask: int, inode: int | None, *, opened_for_write: bool, is_dir: bool = True
     ) -> None:
-        """FAN_MARK_ADD or FAN_MARK_REMOVE, with arguments that :func:`fusehsm.fanotify.rules.check_mark` has passed.
+        """FAN_MARK_ADD or FAN_MARK_REMOVE, with arguments that :func:`fusehsm.fanotify.rules.check_mark` has accepted.
 
-        ``inode``: what an inode mark is for (ignored for mount and filesystem marks); ``opened_for_write``: any open
-        file of it may write; ``is_dir`` False: FAN_EVENT_ON_CHILD is dropped, as the kernel does for anything but a
-        directory. Raises OSError ENOENT (nothing to remove) or EEXIST (the mark cannot be changed thus).
+        ``inode`` is the object of an inode mark; mount and filesystem marks do not use it. ``opened_for_write``: a process has the
+        inode open for writing. ``is_dir`` False: FAN_EVENT_ON_CHILD is dropped; the kernel keeps it for directories only. Raises
+        OSError ENOENT (there is no mark to remove) or EEXIST (the existing mark does not allow this change).
         """
         mark_type = flags & FAN_MARK_TYPE_MASK
-        # The event flags that cannot be set here; unlike others, they do not keep a mark when all else is removed.
+        # The event flags that cannot be set here. When all other bits are removed, these alone do not keep a mark.
         unsettable = 0
         if mark_type != FAN_MARK_INODE or not is_dir:
             unsettable = FAN_EVENT_ON_CHILD
@@ -152,7 +155,7 @@ class MarkTable:
         ignore = flags & FAN_MARK_IGNORE_BITS
         survives = bool(flags & FAN_MARK_IGNORED_SURV_MODIFY)
         if ignore and not survives and mark_type == FAN_MARK_INODE and opened_for_write:
-            # The next write would clear it: the kernel says yes and makes no mark.
+            # The next write would clear it. The kernel's call succeeds and makes no mark (docs/facts.md, section 2).
             return
         mark = self._find(mark_type, inode)
         evictable = bool(flags & FAN_MARK_EVICTABLE)
@@ -247,7 +250,7 @@ class MarkTable:
         self._wide_watched = watched
 
     def flush(self, flags: int) -> None:
-        """FAN_MARK_FLUSH: away with all marks of the one type that the flags name."""
+        """FAN_MARK_FLUSH: remove all marks of the one type that the flags name."""
         mark_type = flags & FAN_MARK_TYPE_MASK
         if mark_type == FAN_MARK_INODE:
             self._inodes.clear()
@@ -256,19 +259,19 @@ class MarkTable:
         self._refresh()
 
     def clear(self) -> None:
-        """Away with all marks: the group is closed."""
+        """Remove all marks, because the group is closed."""
         self._inodes.clear()
         self._mount = self._filesystem = None
         self._refresh()
 
     def hears(self, mask_bit: int, subject: Subject) -> bool:
-        """Whether the group is to be told of this event (one bit of a mask; notifications' bits too) about the subject."""
+        """Whether the group hears this event about the subject. The event is one bit of a mask; notifications count too."""
         return self.heard(mask_bit, subject) != 0
 
     def heard(self, mask: int, subject: Subject) -> int:
-        """The bits of an event's mask that the group is to be told of, about the subject.
+        """The bits of an event's mask that the group hears about the subject.
 
-        The masks of all its marks that cover the subject are united, then what any of them ignores is taken off.
+        The masks of all its marks that cover the subject are united. Then every bit that one of these marks ignores is removed.
         """
         is_dir = subject.is_dir
         heard = self._wide_heard[is_dir]
@@ -284,8 +287,8 @@ class MarkTable:
         return heard & mask & ~ignored
 
     def _from_parents(self, subject: Subject) -> tuple[int, int]:
-        # Any parent may have been the way here, so one that watches is enough, and an event is dropped only if every
-        # parent ignores it: better one event too many than a byte that nobody was asked about.
+        # The accessor may have come through any parent. So one watching parent is enough, and an event is dropped only if every
+        # parent ignores it. An extra event is harmless; a byte without an event is not.
         heard = 0
         ignored = _ALL_BITS if subject.parents else 0
         for parent in subject.parents:
@@ -298,10 +301,10 @@ class MarkTable:
         return heard, ignored
 
     def watched(self, subject: Subject) -> int:
-        """The united mask of all marks on the subject, for arming it at open().
+        """The united mask of all marks on the subject, for arming it at open(2).
 
-        An ignore mark takes nothing off; what it ignores counts as watched, and arms (measured on 6.18). FAN_ONDIR is not
-        looked at (kernel: ``file_set_fsnotify_mode_from_watchers``).
+        An ignore mark removes nothing: the events that it ignores count as watched, and they arm. FAN_ONDIR has no effect (kernel:
+        ``file_set_fsnotify_mode_from_watchers``; docs/facts.md, section 5).
         """
         mask = self._wide_watched
         if self._inodes:
@@ -315,11 +318,11 @@ class MarkTable:
         return mask & ~FAN_EVENT_FLAGS
 
     def modified(self, inode: int, parents: tuple[int, ...] = ()) -> bool:
-        """Somebody wrote to the inode, truncated it or reserved space in it: ignore masks without
-        FAN_MARK_IGNORED_SURV_MODIFY that cover it are gone. Whether there were any: then more is heard than before.
+        """Clear the ignore masks without FAN_MARK_IGNORED_SURV_MODIFY that cover the inode, after a write, truncate(2) or fallocate(2) of it.
 
-        Those of mount and filesystem marks, too, and of a parent that watches its children (measured on 6.18, where truncation
-        spares the mount mark: the kernel's event of it has no path. Here it goes too: one event more, never one less).
+        Returns whether there were any; then the group hears more than before. The masks of mount and filesystem marks are cleared
+        too, and those of a parent that watches its children (docs/facts.md, section 2). On the real kernel a truncation spares the
+        mount mark, because its event has no path. Here it clears that one too, which makes an event more and never one less.
         """
         if not self._any_ends_with_write:
             return False
@@ -339,18 +342,20 @@ class MarkTable:
         return bool(ending)
 
     def forget(self, inode: int) -> None:
-        """The inode is gone, its mark with it."""
+        """Remove the mark of an inode that was deleted."""
         self._inodes.pop(inode, None)
 
     def evicted(self, inode: int) -> None:
-        """The kernel keeps the inode in memory no more: a mark with FAN_MARK_EVICTABLE goes with it, one of an ignore mask alone too (measured
-        on 6.18). Others would have kept it there."""
+        """Remove the FAN_MARK_EVICTABLE mark of an inode that the kernel no longer keeps in memory, also one with an ignore mask alone.
+
+        Other marks keep their inode in memory (docs/facts.md, section 2).
+        """
         mark = self._inodes.get(inode)
         if mark is not None and mark.evictable:
             del self._inodes[inode]
 
     def describe(self) -> list[dict[str, object]]:
-        """Every mark as a JSON-able object, in a stable order; numbers as /proc/PID/fdinfo of a kernel group shows them."""
+        """Every mark as an object for JSON, in a stable order. The numbers are as in /proc/PID/fdinfo of a kernel group."""
         return [
             {
                 "type": kind,

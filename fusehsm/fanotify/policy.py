@@ -1,4 +1,4 @@
-"""What happens to accesses that no listener answers: the values of --unattended and --event-timeout."""
+"""The policies for accesses that no listener answers: the values of --unattended and --event-timeout."""
 
 import errno
 from dataclasses import dataclass
@@ -6,9 +6,10 @@ from enum import Enum
 
 
 class Unattended(Enum):
-    """Who decides while no pre-content group stands, and about the events of one that has died.
+    """The decision about accesses while there is no pre-content group, and about the events of a group that has died.
 
-    ALLOW is the kernel's own way; DENY refuses; HOLD parks the access until a pre-content group answers for it or it is released.
+    ALLOW is the kernel's rule. DENY denies the access. HOLD keeps the access waiting until a pre-content group answers or `fusehsm status
+    --release` lets it go.
     """
 
     ALLOW = "allow"
@@ -18,14 +19,15 @@ class Unattended(Enum):
 
 @dataclass(frozen=True, slots=True)
 class UnattendedPolicy:
-    """`action`, with the errno that DENY gives (ignored otherwise)."""
+    """The value of --unattended."""
 
     action: Unattended
+    #: The errno of a denial; only DENY uses it.
     errno: int = errno.EIO
 
     @classmethod
     def parse(cls, text: str) -> "UnattendedPolicy":
-        """`allow`, `deny`, `deny=ERRNO` or `hold`; raises ValueError with one line that lists the choices."""
+        """Parse `allow`, `deny`, `deny=ERRNO` or `hold`. Raises ValueError with one line that lists the choices."""
         word, separator, name = text.partition("=")
         try:
             action = Unattended(word)
@@ -40,20 +42,21 @@ class UnattendedPolicy:
 
 @dataclass(frozen=True, slots=True)
 class EventTimeout:
-    """After `seconds` without an answer an access is refused with `errno`."""
+    """The value of --event-timeout: an access without an answer is denied after this time."""
 
     seconds: float
+    #: The errno of the denial.
     errno: int = errno.EIO
 
     @classmethod
     def parse(cls, text: str) -> "EventTimeout":
-        """`SECONDS` or `SECONDS=ERRNO`; raises ValueError with one line that says what is wrong."""
+        """Parse `SECONDS` or `SECONDS=ERRNO`. Raises ValueError with one line: cause and fix."""
         number, separator, name = text.partition("=")
         try:
             seconds = float(number)
         except ValueError:
             raise ValueError(
-                f"{text}: not a number of seconds; give SECONDS or SECONDS=ERRNO, 30=EIO for one"
+                f"{text}: not a number of seconds; give SECONDS or SECONDS=ERRNO, for example 30=EIO"
             ) from None
         if not 0 < seconds < 1e9:
             raise ValueError(f"{text}: seconds must be more than 0")
@@ -68,8 +71,8 @@ def _errno_in(text: str, name: str) -> int:
 
 
 def errno_by_name(name: str) -> int:
-    """The number of an errno such as EIO; raises ValueError with one line for a name that is none."""
+    """The number of an errno name such as EIO. Raises ValueError with one line for any other word."""
     value = getattr(errno, name, None)
     if not name.startswith("E") or not isinstance(value, int):
-        raise ValueError(f"{name}: not an errno name; EIO, EAGAIN and ENOSPC are some")
+        raise ValueError(f"{name}: not an errno name; give one such as EIO, EAGAIN or ENOSPC")
     return value

@@ -1,7 +1,7 @@
 """Argument checks of fanotify_init(2), fanotify_mark(2), read(2) and write(2) on a group, errno for errno.
 
-Everything raises OSError with the errno of the real kernel (6.18, where every row was tried) and a message that says what
-was wrong. The emulator, its clients and the supervisor all use these, so that no two of them can differ.
+Every check raises OSError with the errno of the real kernel (docs/facts.md, sections 1, 2, 6 and 7) and a message with the cause.
+The emulator, its clients and the supervisor all use these checks, so they cannot differ.
 """
 
 from __future__ import annotations
@@ -76,13 +76,13 @@ _INIT_FLAGS: Final = (
     | FAN_REPORT_FD_ERROR
     | FAN_REPORT_MNT
 )
-# The kernel's own O_LARGEFILE: glibc's, and so Python's, is 0 on 64-bit machines.
+# The kernel's O_LARGEFILE. That of glibc, and so of Python, is 0 on 64-bit machines.
 _O_LARGEFILE: Final = 0o100000
 _EVENT_F_FLAGS: Final = (
     os.O_ACCMODE
     | os.O_APPEND
     | os.O_NONBLOCK
-    | os.O_SYNC  # O_DSYNC is one of its two bits; the kernel takes either alone
+    | os.O_SYNC  # two bits, one of them is O_DSYNC; the kernel accepts each of them alone
     | _O_LARGEFILE
     | os.O_NOATIME
     | os.O_CLOEXEC
@@ -101,23 +101,27 @@ _INFO_HEADER: Final = struct.Struct("=BBH")
 
 
 class ObjectKind(enum.Enum):
-    """What a mark is to be set on."""
+    """The kind of the object that a mark is set on."""
 
     REGULAR = enum.auto()
     DIRECTORY = enum.auto()
-    #: Fifo, device, socket, or a symbolic link itself.
+    #: A FIFO, a device, a socket, or a symbolic link itself.
     OTHER = enum.auto()
 
 
 @dataclass(frozen=True, slots=True)
 class ParsedResponse:
-    """A valid response. ``decision_errno``: 0 allows; ``length``: what write(2) returns, in bytes; ``probe``: the fd was
-    FAN_NOFD, nothing is answered."""
+    """A valid response."""
 
+    #: The descriptor of the event that is answered.
     fd: int
+    #: The errno of the denial; 0 allows.
     decision_errno: int
+    #: The value that write(2) returns, in bytes.
     length: int
+    #: FAN_AUDIT was given.
     audit: bool
+    #: The descriptor was FAN_NOFD: the response answers no event.
     probe: bool
 
 
@@ -213,10 +217,10 @@ def check_init(flags: int, event_f_flags: int) -> None:
 def check_mark(
     group_flags: int, dialect: Dialect, flags: int, mask: int, object_kind: ObjectKind | None
 ) -> None:
-    """The checks of fanotify_mark(2) that need no look at the group's marks.
+    """The checks of fanotify_mark(2) that do not depend on the group's marks.
 
-    ``object_kind`` None: only those that the kernel makes before it looks the path up (all there are for
-    FAN_MARK_FLUSH). Raises OSError EINVAL, ENOTDIR or EISDIR. ENOENT and EEXIST: :meth:`fusehsm.fanotify.marks.MarkTable.modify`.
+    ``object_kind`` None: only the checks before the kernel looks up the path; FAN_MARK_FLUSH has no others. Raises OSError EINVAL,
+    ENOTDIR or EISDIR. ENOENT and EEXIST come from :meth:`fusehsm.fanotify.marks.MarkTable.modify`.
     """
     _check_mark_flags(flags, mask)
     _check_mask(group_flags, dialect, flags, mask)
@@ -243,7 +247,7 @@ def _check_mark_flags(flags: int, mask: int) -> None:
 
 
 def _check_mask(group_flags: int, dialect: Dialect, flags: int, mask: int) -> None:
-    # A group without FAN_REPORT_*FID can only be told of events that come with a path; the rest is EINVAL like unknown bits.
+    # A group without FAN_REPORT_*FID can have only events with a path. Other event bits are EINVAL, as unknown bits are.
     known = NOTIFICATION_EVENTS | dialect.permission | FAN_EVENT_FLAGS
     if mask & ~known:
         raise _invalid(
@@ -263,12 +267,12 @@ def _check_mask(group_flags: int, dialect: Dialect, flags: int, mask: int) -> No
 
 
 def _after_ignore(flags: int, mask: int) -> int:
-    # FAN_MARK_IGNORED_MASK has no event flags: the kernel strips them before it checks anything else.
+    # FAN_MARK_IGNORED_MASK has no event flags. The kernel removes them before all other checks.
     return mask & ~FAN_EVENT_FLAGS if flags & FAN_MARK_IGNORE_BITS and not flags & FAN_MARK_IGNORE else mask
 
 
 def _check_object(dialect: Dialect, flags: int, mask: int, object_kind: ObjectKind) -> None:
-    # fanotify_events_supported(), then the FAN_MARK_IGNORE check of do_fanotify_mark(), in that order.
+    # The order is the kernel's: first fanotify_events_supported(), then the FAN_MARK_IGNORE check of do_fanotify_mark().
     directory = object_kind is ObjectKind.DIRECTORY
     inode_mark = flags & FAN_MARK_TYPE_MASK == FAN_MARK_INODE
     if dialect.kind_check_first:
@@ -294,7 +298,7 @@ def _check_kind(dialect: Dialect, mask: int, object_kind: ObjectKind) -> None:
     if mask & dialect.pre_content and object_kind is ObjectKind.OTHER:
         raise _invalid("fanotify_mark: pre-content events exist only for regular files and directories")
     if mask & dialect.pre_modify and object_kind is ObjectKind.DIRECTORY:
-        # Patch 05 looks at the path's own kind, whatever the mark's type is.
+        # Patch 05 checks the kind of the path for every type of mark.
         raise _invalid(
             "fanotify_mark: FAN_PRE_MODIFY cannot be set through a directory; name a regular file",
             errno.EISDIR,
@@ -306,7 +310,7 @@ def parse_response(
 ) -> ParsedResponse:
     """The checks of write(2) on a group (kernel: ``process_access_response``). Raises OSError EINVAL.
 
-    Only the first response is looked at; what follows counts only where FAN_INFO says that there is a rule record.
+    Only the first response counts. The bytes after it count only if it has FAN_INFO; then they are an audit rule record.
     """
     if len(data) < RESPONSE_LENGTH:
         raise _invalid(f"fanotify response: {len(data)} bytes, not {RESPONSE_LENGTH}")
@@ -360,9 +364,10 @@ def _check_audit_rule(record: bytes | bytearray | memoryview) -> None:
 
 
 def fill_buffer(lengths: Iterable[int], size: int) -> int:
-    """How many of the queued events, each of that many bytes, go whole and in order into a read(2) of ``size`` bytes.
+    """The number of queued events that fit whole and in order into a read(2) of ``size`` bytes.
 
-    Raises BlockingIOError (EAGAIN) when there are none, whatever the size; OSError EINVAL when the first does not fit.
+    ``lengths`` has the length of each event in bytes. Raises BlockingIOError (EAGAIN) if there are no events, for every size, and
+    OSError EINVAL if the first event does not fit.
     """
     left = size
     fitting = 0
