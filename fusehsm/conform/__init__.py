@@ -1,1 +1,1 @@
-"""The emulator held against the real kernel: the same workloads on both, event streams compared (`fusehsm conform`)."""
+"""The comparison of the emulator with the real kernel: the same workloads run on both (`fusehsm conform`)."""

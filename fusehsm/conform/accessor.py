@@ -1,10 +1,10 @@
-"""Accessors: processes of their own that touch files for a workload or a test, and can be given up on when they wait for ever.
+"""Accessors: processes that touch files for a workload or a test. One that waits for ever can be killed without harm to the test.
 
     accessor.call("pread", descriptor, 100, 0)      an operation of accessor_worker.py, or else of the module os
-    accessor.call(lambda path: os.stat(path).st_size, path)    any function without closures; it sees os, mmap, errno, ...
+    accessor.call(lambda path: os.stat(path).st_size, path)    any function without closures; it can use os, mmap, errno, ...
     call = accessor.start("read_file", path)        without waiting: call.done, call.result(), await call.wait()
 
-A worker is forked from a small process that imports little: making one costs about 2 ms.
+Accessors are forked from a small process with few imports, so a new one costs about 2 ms.
 """
 
 import marshal
@@ -25,15 +25,15 @@ import trio
 
 from fusehsm.conform.accessor_worker import FORK, NUMBER, STATUS
 
-PATIENCE = 60.0  # seconds after which an accessor is given up on; nobody waits for it to pass
+PATIENCE = 60.0  # seconds for one call of an accessor; a call without a fault takes much less
 
 
 class AccessorTimeout(Exception):
-    """The accessor did not come back in time; it has been killed."""
+    """The accessor did not return in time."""
 
 
 class AccessorDied(Exception):
-    """The accessor ended in the middle of a call; `signal` is what killed it, or 0."""
+    """The accessor ended during a call. `signal` is the number of the signal that killed it, or 0."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name if number else "it exited")
@@ -41,7 +41,7 @@ class AccessorDied(Exception):
 
 
 class Zygote:
-    """The process that accessors are forked from."""
+    """The process from which accessors are forked."""
 
     def __init__(self) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -60,11 +60,11 @@ class Zygote:
 
     @property
     def session(self) -> int:
-        """The session of every accessor and of what it starts."""
+        """The session of all accessors and of their children."""
         return self._process.pid
 
     def fork(self, descriptor: int, uid: int, gid: int) -> tuple[int, int]:
-        """A worker on that connection; its pid and a pidfd."""
+        """Fork a worker that serves the connection `descriptor`. Returns its pid and a pidfd."""
         socket.send_fds(self._control, [FORK.pack(b"f", uid, gid)], [descriptor])
         message, descriptors, _, _ = socket.recv_fds(self._control, 64, 1)
         (pid,) = NUMBER.unpack(message)
@@ -77,7 +77,7 @@ class Zygote:
         return int(status)
 
     def close(self) -> None:
-        """End it, and with it every worker."""
+        """End this process and all workers."""
         self._control.close()
         try:
             self._process.wait(PATIENCE)
@@ -86,7 +86,7 @@ class Zygote:
 
 
 class Call:
-    """One operation that an accessor is at."""
+    """One operation of an accessor, running or finished."""
 
     def __init__(self, accessor: "Accessor", connection: Connection) -> None:
         self._accessor = accessor
@@ -95,11 +95,14 @@ class Call:
 
     @property
     def done(self) -> bool:
-        """Whether result() would not wait."""
+        """Whether the operation has finished, so that result() does not wait."""
         return self._outcome is not None or self._connection.poll(0)
 
     def result(self, timeout: float = PATIENCE) -> Any:
-        """What the operation returned, or raises what it raised; AccessorTimeout, AccessorDied."""
+        """Wait at most `timeout` seconds and return the operation's result.
+
+        Raises the operation's exception, AccessorTimeout (the accessor is killed then) or AccessorDied.
+        """
         if self._outcome is None and not self._connection.poll(timeout):
             self._accessor.kill()
             raise AccessorTimeout(f"no result within {timeout:g} s")
@@ -111,14 +114,14 @@ class Call:
         raise value
 
     async def wait(self, timeout: float = PATIENCE) -> Any:
-        """result(), for callers that are an event loop."""
+        """result() for callers in an event loop."""
         if not self.done:
             with trio.move_on_after(timeout):
                 await trio.lowlevel.wait_readable(self._connection.fileno())
         return self.result(0)
 
     def collect(self) -> None:
-        """Take the outcome off the connection, which must be there."""
+        """Read the outcome from the connection. It must be there."""
         if self._outcome is not None:
             return
         try:
@@ -128,7 +131,7 @@ class Call:
 
 
 class Accessor:
-    """A process that does to files what it is told, one call at a time. `uid` and `gid` make it another user's."""
+    """A process that runs operations on files, one at a time. `uid` and `gid` (-1: unchanged) set its user and group."""
 
     def __init__(self, zygote: Zygote, *, uid: int = -1, gid: int = -1) -> None:
         self._zygote = zygote
@@ -140,7 +143,7 @@ class Accessor:
         self._call: Call | None = None
 
     def start(self, operation: str | Callable[..., Any], *arguments: Any) -> Call:
-        """Begin an operation and do not wait for it."""
+        """Start an operation without waiting for it."""
         if self._call is not None:
             assert self._call.done, "an accessor is at one call at a time"
             self._call.collect()
@@ -152,30 +155,30 @@ class Accessor:
         return self._call
 
     def call(self, operation: str | Callable[..., Any], *arguments: Any, timeout: float = PATIENCE) -> Any:
-        """Do an operation and return its result, or raise what it raises."""
+        """Run an operation and return its result. Raises as Call.result()."""
         return self.start(operation, *arguments).result(timeout)
 
     async def run(
         self, operation: str | Callable[..., Any], *arguments: Any, timeout: float = PATIENCE
     ) -> Any:
-        """call(), for callers that are an event loop."""
+        """call() for callers in an event loop."""
         return await self.start(operation, *arguments).wait(timeout)
 
     def signal(self, number: int) -> None:
-        """Send it a signal."""
+        """Send the process a signal."""
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, number)
 
     def kill(self) -> None:
-        """SIGKILL; it may not be able to die before what it waits for is answered."""
+        """Send SIGKILL. The process may be unable to die before its request is answered."""
         self.signal(signal.SIGKILL)
 
     def exited(self, timeout: float = 0) -> bool:
-        """Whether it has ended, or does within `timeout` seconds."""
+        """Whether the process has ended, or ends within `timeout` seconds."""
         return self._signal is not None or bool(select.select([self._pidfd], [], [], timeout)[0])
 
     def wait_exit(self, timeout: float = PATIENCE) -> int:
-        """Wait for its end; the signal that killed it, or 0. Raises AccessorTimeout."""
+        """Wait for the end of the process. Returns the signal that killed it, or 0. Raises AccessorTimeout."""
         if self._signal is None:
             if not self.exited(timeout):
                 raise AccessorTimeout(f"not dead within {timeout:g} s")
@@ -184,7 +187,7 @@ class Accessor:
         return self._signal
 
     def close(self) -> None:
-        """End it, whatever it is at; a worker that cannot die is left to the end of its mount."""
+        """End the process, also during a call. A worker that cannot die stays until its mount ends."""
         self._connection.close()
         self.kill()
         if self.exited(1):
@@ -201,6 +204,6 @@ class Accessor:
 def _pack(function: Callable[..., Any]) -> tuple[bytes, tuple[Any, ...] | None]:
     assert isinstance(function, types.FunctionType), "a function or lambda"
     assert not function.__closure__, (
-        "a function that travels cannot use variables of what is around it: pass them"
+        "a function for another process cannot use variables of its surroundings: pass them"
     )
     return marshal.dumps(function.__code__), function.__defaults__

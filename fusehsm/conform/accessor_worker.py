@@ -1,6 +1,6 @@
-"""The far side of accessor.py: a process that forks others, which do to files what they are told. Standard library only, to fork fast.
+"""The other side of accessor.py: a process that forks workers, which run operations on files. It imports only the standard library, to fork fast.
 
-Run with the descriptor number of a socket to them. Everything ends when that socket does.
+Its argument is the descriptor number of a control socket. All processes end when that socket is closed.
 """
 
 import ctypes
@@ -26,21 +26,21 @@ from typing import Any
 _PR_SET_PDEATHSIG = 1
 FORK = struct.Struct(
     "=cii"
-)  # b"f", uid, gid (-1: as we are); a descriptor of the worker's connection comes along
+)  # b"f", uid, gid (-1: unchanged); the message carries the descriptor of the worker's connection
 STATUS = struct.Struct("=ci4x")  # b"s", pid of a worker that has ended
 NUMBER = struct.Struct("=i")
 
 
-# Operations, beside those of the module os that are asked for by name
+# Operations. The functions of the module os can be called by name too.
 
 
 def pread(descriptor: int, size: int, offset: int) -> bytes:
-    """One pread(2), however much that returns."""
+    """One pread(2); the result may be short."""
     return os.pread(descriptor, size, offset)
 
 
 def read_file(path: str) -> bytes:
-    """The whole of a file, in read(2)s of 1 MiB."""
+    """The whole file, read with read(2) calls of 1 MiB."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         pieces = []
@@ -75,7 +75,7 @@ _MAPPINGS: dict[int, mmap.mmap] = {}
 def map_file(
     descriptor: int, length: int, offset: int = 0, shared: bool = False, writable: bool = False
 ) -> int:
-    """mmap(2); the number by which `touch` and `unmap` know the mapping."""
+    """mmap(2). Returns the number of the mapping for `touch`, `put` and `unmap`."""
     flags = mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE
     protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
     mapping = mmap.mmap(descriptor, length, flags=flags, prot=protection, offset=offset)
@@ -85,7 +85,7 @@ def map_file(
 
 
 def touch(number: int, offset: int, size: int = 1) -> bytes:
-    """What a mapping shows there; a fault that is denied kills this process with SIGBUS."""
+    """The bytes of a mapping at `offset`. A denied page fault kills this process with SIGBUS."""
     return _MAPPINGS[number][offset : offset + size]
 
 
@@ -100,7 +100,7 @@ def unmap(number: int) -> None:
 
 
 def execute(path: str, *arguments: str) -> tuple[int, bytes]:
-    """Run a program in a child: its exit status as subprocess has it (negative: the signal), and its output. Raises execve(2)'s OSError."""
+    """Run a program in a child. Returns its exit status (negative: a signal, as in subprocess) and its output. Raises the OSError of execve(2)."""
     done = subprocess.run([path, *arguments], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, check=False)
     return done.returncode, done.stdout
 
@@ -157,8 +157,8 @@ def _work(connection: Connection, uid: int, gid: int) -> None:
         os.setresgid(gid, gid, gid)
     if uid >= 0:
         os.setresuid(uid, uid, uid)
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # setuid(2) has cleared it
-    # Ctrl-C's own way to end a process: with a handler installed it would wait for the answer instead.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # again: setuid(2) has cleared it
+    # The default action of SIGINT ends the process at once. With Python's handler it would wait for the answer to its event.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     while True:
         try:
@@ -179,7 +179,7 @@ def _work(connection: Connection, uid: int, gid: int) -> None:
 
 
 def main() -> None:
-    """Fork workers as asked until whoever asks has gone."""
+    """Serve requests for workers until the control socket is closed."""
     control = socket.socket(fileno=int(sys.argv[1]))
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, 64, 1)

@@ -1,4 +1,4 @@
-"""`fusehsm conform`: the workloads on the real kernel and on the emulator, one row each."""
+"""`fusehsm conform`: run the workloads on the real kernel and on the emulator, and print a row for each."""
 
 import json
 import os
@@ -30,15 +30,17 @@ _STYLES = {
     Verdict.LEFT_OUT: "dim",
 }
 _IMAGE_MIB = 1024
-_SIGNALLED = 128  # and the signal's number: what a shell reports of a program that a signal has ended
+_SIGNALLED = (
+    128  # plus the signal's number: the exit code that a shell reports for a program that a signal has ended
+)
 
 
 def conform(patterns: Sequence[str], *, engine: str, as_json: bool, record: bool) -> int:
-    """Compare; 0 when nothing differs but what is known to. `record`: keep the streams as what is shipped with the package. Ended by a signal,
-    it gives back what it has mounted and returns what a shell makes of that.
+    """Compare the workloads. Returns the exit code: 0 if every difference is a known divergence, else 1.
 
-    Raises ValueError for a pattern that no workload fits or an engine that is none, NoKernelEvents with `record` where the kernel has none,
-    OSError where nothing can be mounted, or the emulator is lost.
+    `record`: save the streams as those that are shipped with the package. After a signal it unmounts everything and returns 128 plus
+    the signal's number. Raises ValueError for a pattern that fits no workload or an unknown engine, NoKernelEvents if `record` is given
+    and the kernel has no pre-content events, and OSError if nothing can be mounted or if the emulator dies or hangs.
     """
     workloads = chosen(patterns)
     if engine not in ENGINES:
@@ -53,7 +55,7 @@ def conform(patterns: Sequence[str], *, engine: str, as_json: bool, record: bool
 
 
 def list_workloads(patterns: Sequence[str]) -> None:
-    """Print the names. Raises ValueError for a pattern that no workload fits."""
+    """Print the workloads' names. Raises ValueError for a pattern that fits no workload."""
     for workload in chosen(patterns):
         print(workload.key)
 
@@ -83,9 +85,10 @@ def _seen(
 def _kernel(
     stack: ExitStack, directory: Path, recording: Recording, record: bool
 ) -> tuple[Side | None, Path]:
-    """The real kernel's side, None where it has to be a recording; and a directory for the emulator's files, on ext4 where that can be.
+    """The real kernel's side (None: a recording takes its place), and a directory for the emulator's files, on ext4 if possible.
 
-    Not on the same one: a mark on the whole of it would hear the emulator close what it has open of the workload before.
+    The two are on different file systems. On a common one, a mark of the whole file system would hear the emulator close files of the
+    workload before.
     """
     backing = directory / "backing"
     try:
@@ -119,7 +122,7 @@ def _compare(
             performer.perform(workload, kernel) if kernel is not None else recording.kernel.get(workload.key)
         )
         if wanted is None:
-            continue  # newer than the recording
+            continue  # the workload is newer than the recording
         if workload.needs_root and os.geteuid() != 0:
             yield Comparison(workload, wanted, [], (), left_out=True)
             continue
@@ -138,7 +141,7 @@ def _compare(
 
 
 def _trouble(comparison: Comparison, emulated: Side, performer: Performer) -> str:
-    """Why there is no sense in going on, or ""."""
+    """The reason to stop, in one line; "" if the emulator still serves."""
     if emulated.emulator is None or not ended_early(comparison.emulated):
         return ""
     return emulated.emulator.trouble(performer.zygote)
@@ -167,12 +170,12 @@ def _report(comparisons: Iterator[Comparison], kernel: Side | None, recording: R
     whom = "this kernel" if kernel is not None else f"Linux {recording.release}"
     again = sum(comparison.first is not None for comparison in seen)
     twice = f"; {again} took a second attempt" if again else ""
-    console.print(f"{len(seen)} workloads, held against {whom}: {counts}{twice}")
+    console.print(f"{len(seen)} workloads, compared with {whom}: {counts}{twice}")
     return seen
 
 
 def _report_json(comparisons: Iterator[Comparison]) -> list[Comparison]:
-    """One object a line."""
+    """Print one JSON object a line."""
     seen = []
     for comparison in comparisons:
         seen.append(comparison)
@@ -191,7 +194,7 @@ def _report_json(comparisons: Iterator[Comparison]) -> list[Comparison]:
 
 
 def _keep(seen: list[Comparison], recording: Recording, engine: str) -> None:
-    """What ended early is no measure of anything: of such a workload stays what was recorded before."""
+    """Save the streams. A workload that ended early is not measured: its earlier recording stays."""
     recording.of_this_kernel()
     recording.keep_only({workload.key for workload in WORKLOADS})
     for comparison in seen:

@@ -1,7 +1,7 @@
-"""Where the emulator differs from a real kernel, and on which side it errs. No difference is silent.
+"""The list of all known differences between the emulator and a real kernel, each with its reason and its safe side.
 
-For linux-6.14 the real kernel is Linux 6.14 and later; for patch-v1 and patch-v2 it is the series as it was posted. There is one list.
-docs/divergences.md and the README's summary are made from it, and `fusehsm conform` judges by it. Each entry names the test that shows it.
+For linux-6.14 the real kernel is Linux 6.14 and later; for patch-v1 and patch-v2 it is the series as it was posted. docs/divergences.md and the
+README's summary are made from this list, and `fusehsm conform` judges by it. Each entry names the test that shows it.
 
 Run this module to print docs/divergences.md. With `--summary` it prints the README's list.
 """
@@ -17,7 +17,7 @@ ENGINES: Final = ("pyfuse3", "devfuse")
 
 
 class Topic(Enum):
-    """The sections of docs/divergences.md; a user meets the first one first."""
+    """The sections of docs/divergences.md, in the order in which a user meets them."""
 
     STUBS = "Stubs and file systems as other programs see them"
     MAPPINGS = "Mapped files and running programs"
@@ -38,22 +38,22 @@ class Divergence:
     topic: Topic
     """The section that it belongs to."""
     name: str
-    """Short. It stays: workloads, tests and recordings name it."""
+    """A short name. It stays: workloads, tests and recordings refer to it."""
     difference: str
-    """One sentence: what the emulator does."""
+    """One sentence: the emulator's behaviour."""
     reason: str
-    """One sentence: why."""
+    """One sentence: the reason."""
     safe: str
-    """One sentence: why no accessor gets a byte that was not asked for, or no program is misled."""
+    """One sentence: the reason why no accessor gets a byte without an allowed event, or why no program is misled."""
     test: str
     """The test in tests/conform/divergences/ that shows it."""
     engines: tuple[str, ...] = ENGINES
     """The engines that have it on every kernel."""
     until: tuple[int, int] = (0, 0)
-    """On kernels older than this one all engines have it."""
+    """All engines have it on kernels older than this (major, minor); (0, 0): no such kernel."""
 
     def with_what(self) -> str:
-        """The engines, in words."""
+        """The engines that have it, as text."""
         if not any(self.until):
             return ", ".join(self.engines)
         version = ".".join(map(str, self.until))
@@ -89,15 +89,15 @@ DIVERGENCES: Final = (
         topic=Topic.MAPPINGS,
         name="mappings ask when touched",
         difference="A mapping makes its event at the first page fault and not at mmap(2), so a denial is SIGBUS and not an error of mmap(2).",
-        reason="The kernel tells a FUSE server nothing of mmap(2), but processes under `fusehsm run` ask there ([run.md](run.md)).",
-        safe="Nobody sees a byte that was not asked for, and a mapping that nobody touches fetches nothing.",
+        reason="The kernel sends a FUSE server no request for mmap(2), but processes under `fusehsm run` ask at mmap(2) ([run.md](run.md)).",
+        safe="No process sees a byte without an allowed event, and a mapping that is never touched fetches nothing.",
         test="test_mappings_ask_when_touched",
     ),
     Divergence(
         topic=Topic.MAPPINGS,
         name="shared mappings (exact)",
         difference="With `--events exact`, mmap(2) with MAP_SHARED fails with ENODEV.",
-        reason="Direct I/O files can be mapped shared from Linux 6.6 on if the FUSE server asks for it, which pyfuse3 cannot.",
+        reason="Direct I/O files can be mapped shared from Linux 6.6 on if the FUSE server asks for it, and pyfuse3 cannot ask.",
         safe="The accessor gets an error and no mapping, and `--events first-access` has shared mappings.",
         test="test_shared_mappings_in_exact_mode",
         engines=("pyfuse3",),
@@ -117,15 +117,15 @@ DIVERGENCES: Final = (
         difference="Bytes that are written to a shared mapping reach SRC at msync(2) or munmap(2), in first-access mode also at "
         "close(2), and not at once.",
         reason="They are in the page cache of the mount.",
-        safe="Everybody who reads through the mount sees them at once.",
+        safe="Every process that reads through the mount sees them at once.",
         test="test_pages_not_yet_written",
     ),
     Divergence(
         topic=Topic.MAPPINGS,
         name="denied while it is mapped",
-        difference="mlock(2), and mmap(2) with MAP_POPULATE or MAP_LOCKED, do not return when they are denied but ask until they are "
-        "allowed or killed.",
-        reason="The kernel repeats a page fault that fails there, whatever the error is.",
+        difference="mlock(2), and mmap(2) with MAP_POPULATE or MAP_LOCKED, do not return when they are denied: they ask again until they "
+        "are allowed or killed.",
+        reason="The kernel repeats a page fault that fails there, for every error.",
         safe="There is no content before it is allowed.",
         test="test_denied_while_it_is_mapped",
     ),
@@ -141,15 +141,15 @@ DIVERGENCES: Final = (
         topic=Topic.MAPPINGS,
         name="running programs",
         difference="open(2) of a running program for writing fails with ETXTBSY.",
-        reason="This is the rule without any listener, which a real kernel gives up once reads of the program are watched.",
-        safe="Nobody can overwrite a running program, and a new file can replace it.",
+        reason="This is the kernel's rule without a listener, and a real kernel drops it when reads of the program are watched.",
+        safe="A running program cannot be overwritten, and a new file can replace it.",
         test="test_running_programs",
     ),
     Divergence(
         topic=Topic.CACHE,
         name="read-ahead asks",
         difference="posix_fadvise(2), readahead(2) and the kernel's own read-ahead make events.",
-        reason="They fill the page cache, which serves later reads and mappings without asking anybody.",
+        reason="They fill the page cache, which serves later reads and mappings without an event.",
         safe="The listener is asked for more.",
         test="test_read_ahead_asks",
     ),
@@ -157,7 +157,7 @@ DIVERGENCES: Final = (
         topic=Topic.CACHE,
         name="files opened before the mark",
         difference="Reads that fill the page cache make events also through a descriptor that was opened before the mark.",
-        reason="A real kernel asks nothing there, and a cached page would outlive the descriptor and show a stub's zeros to others.",
+        reason="A cached page outlives the descriptor and would show a stub's zeros to others, although a real kernel makes no event there.",
         safe="The listener is asked for more.",
         test="test_files_opened_before_the_mark",
     ),
@@ -186,7 +186,7 @@ DIVERGENCES: Final = (
         difference="F_GETFL of a watched file's descriptor shows O_DIRECT after sendfile(2), splice(2) or copy_file_range(2) has read "
         "from it (exact).",
         reason="Without O_DIRECT the kernel serves the next such call from its page cache, as it does where the mount may not trace the accessor.",
-        safe="O_DIRECT has no effect there, as the file has no page cache to go past and wants no alignment.",
+        safe="O_DIRECT has no effect there: the file has no page cache to go past and needs no alignment.",
         test="test_flags_of_sent_files",
         engines=("devfuse",),
     ),
@@ -212,7 +212,7 @@ DIVERGENCES: Final = (
         name="opens (first-access)",
         difference="With `--events first-access` and `--cache private`, open(2) makes no events in patch-v1 and patch-v2.",
         reason="The kernel opens files without its FUSE server, as fast as natively.",
-        safe="Everything that is then read or written is asked for.",
+        safe="All later reads and writes make events.",
         test="test_opens_in_first_access_mode",
         engines=("devfuse",),
     ),
@@ -220,15 +220,15 @@ DIVERGENCES: Final = (
         topic=Topic.FIRST_ACCESS,
         name="notifications (first-access)",
         difference="With `--events first-access`, OPEN, ACCESS, MODIFY and CLOSE can be marked and never come.",
-        reason="Reads from the page cache and most opens do not reach a FUSE server, so a listener would take a part of them for all.",
-        safe="Nobody waits for a notification, and the kernel's own fanotify and inotify notify on FUSE mounts as on any other.",
+        reason="Reads from the page cache and most opens do not reach a FUSE server, so a listener would hear only a part of them.",
+        safe="No access waits for a notification, and the kernel's own fanotify and inotify notify on FUSE mounts as on any other.",
         test="test_notifications_in_first_access_mode",
     ),
     Divergence(
         topic=Topic.EVENTS,
         name="the event descriptor's path",
         difference="readlink(2) of an event's descriptor gives the path under SRC, and `event.path` is the accessor's path under DST.",
-        reason="A fill through the mount would ask the listener about itself, and with SRC = DST both paths are the same.",
+        reason="A fill through the mount would make events for its own listener, and with SRC = DST both paths are the same.",
         safe="Both paths lead to the same file.",
         test="test_the_event_descriptors_path",
     ),
@@ -236,7 +236,7 @@ DIVERGENCES: Final = (
         topic=Topic.EVENTS,
         name="pid",
         difference="The pid of an event is that of the process that opened the file, also when another process reads through the same open file.",
-        reason="pyfuse3 hides who makes a READ or WRITE request.",
+        reason="pyfuse3 hides the process that makes a READ or WRITE request.",
         safe="The events and their ranges are the same.",
         test="test_pid_is_the_openers",
         engines=("pyfuse3",),
@@ -245,7 +245,7 @@ DIVERGENCES: Final = (
         topic=Topic.EVENTS,
         name="mount marks",
         difference="A mark on the mount and a mark on the file system hear the same accesses.",
-        reason="All accesses come through one FUSE mount, wherever it is bound to.",
+        reason="All accesses come through one FUSE mount, also those through its bind mounts.",
         safe="The listener is asked for more.",
         test="test_mount_marks_cover_bind_mounts",
     ),
@@ -254,7 +254,7 @@ DIVERGENCES: Final = (
         name="hard links and marks on directories",
         difference="A mark on a directory's children also hears accesses to a hard-linked file by its other names, once the name in that "
         "directory is known.",
-        reason="FUSE tells which file is opened and not by which name.",
+        reason="A FUSE request names the file and not the name that was used.",
         safe="The listener is asked for more.",
         test="test_hard_links_and_marks_on_directories",
     ),
@@ -262,7 +262,7 @@ DIVERGENCES: Final = (
         topic=Topic.EVENTS,
         name="paths of hard links",
         difference="The path of an event is the name of the file that was looked up last, and not always the name that was used.",
-        reason="FUSE tells which file is opened and not by which name, and the kernel does not look up a name that it remembers.",
+        reason="A FUSE request names the file and not the name that was used, and the kernel does not look up a name that it has cached.",
         safe="All names lead to the same file.",
         test="test_paths_of_hard_links",
     ),
@@ -270,7 +270,7 @@ DIVERGENCES: Final = (
         topic=Topic.EVENTS,
         name="flags of event descriptors",
         difference="With O_CLOEXEC in event_f_flags, F_GETFL of an event's descriptor does not show O_CLOEXEC, but F_GETFD shows FD_CLOEXEC.",
-        reason="open(2) keeps that bit out of the flags of a file, and only the kernel's own open leaves it there.",
+        reason="open(2) removes that bit from the flags of a file, and only the kernel's internal open keeps it.",
         safe="exec(3) closes the descriptor all the same.",
         test="test_flags_of_event_descriptors",
     ),
@@ -285,17 +285,17 @@ DIVERGENCES: Final = (
     Divergence(
         topic=Topic.EVENTS,
         name="limits",
-        difference="A mount carries 128 groups of all users together and any number of marks, whatever fs.fanotify.max_user_groups and "
-        "max_user_marks say.",
+        difference="A mount carries 128 groups of all users together and any number of marks, and fs.fanotify.max_user_groups and "
+        "max_user_marks have no effect.",
         reason="Those two limit the kernel's own groups and marks.",
-        safe="A group too many is an error, as on a real kernel, and no event is lost.",
+        safe="One group too many is an error, as on a real kernel, and no event is lost.",
         test="test_limits",
     ),
     Divergence(
         topic=Topic.WAITING,
         name="writers of one file",
         difference="While a write waits for its answer, other writes and truncations of the same file wait too and are asked for after it.",
-        reason="FUSE holds the inode's lock during a write unless its server asks for parallel writes, which pyfuse3 cannot.",
+        reason="FUSE holds the inode's lock during a write unless its server asks for parallel writes, and pyfuse3 cannot ask.",
         safe="The same events come one after the other, and reads do not wait.",
         test="test_writers_of_one_file",
         engines=("pyfuse3",),
@@ -313,16 +313,16 @@ DIVERGENCES: Final = (
     Divergence(
         topic=Topic.WAITING,
         name="killed before it is read",
-        difference="A listener reads an event also when its accessor has been killed meanwhile, and the answer is accepted and does nothing.",
-        reason="Events travel to their listeners ahead of being read.",
-        safe="The listener fetches at most something that nobody waits for.",
+        difference="A listener also reads an event whose accessor was killed meanwhile, and its answer is accepted and has no effect.",
+        reason="The mount sends events to a listener before the listener reads them.",
+        safe="At most, the listener fetches content that no process waits for.",
         test="test_killed_before_it_is_read",
     ),
     Divergence(
         topic=Topic.WAITING,
         name="killed with a passed descriptor",
         difference="A killed process that reads through a descriptor which another process opened stays until its event is answered.",
-        reason="pyfuse3 hides who reads, so nobody notices that the process is being killed.",
+        reason="pyfuse3 hides the process that reads, so the mount does not notice its end.",
         safe="The process gets no content, and `--event-timeout` bounds the wait.",
         test="test_killed_with_a_passed_descriptor",
         engines=("pyfuse3",),
@@ -339,7 +339,7 @@ DIVERGENCES: Final = (
         topic=Topic.CALLS,
         name="calls that fail",
         difference="A call that fails because of its arguments, such as a bad buffer or a mapping that is not permitted, makes no event.",
-        reason="FUSE refuses it before its server hears of it, while a real kernel asks first.",
+        reason="FUSE refuses it without a request to its server, while a real kernel makes the event first.",
         safe="No content is touched.",
         test="test_calls_that_fail",
     ),
@@ -347,8 +347,8 @@ DIVERGENCES: Final = (
         topic=Topic.CALLS,
         name="RWF_NOWAIT",
         difference="preadv2(2) with RWF_NOWAIT fails with EOPNOTSUPP, while a real kernel makes its event and blocks.",
-        reason="FUSE refuses it before its server hears of it.",
-        safe="Callers fall back to an ordinary read, which asks.",
+        reason="FUSE refuses it without a request to its server.",
+        safe="Callers fall back to an ordinary read, which makes an event.",
         test="test_rwf_nowait",
     ),
     Divergence(
@@ -364,7 +364,7 @@ DIVERGENCES: Final = (
         topic=Topic.CALLS,
         name="fallocate modes",
         difference="fallocate(2) with FALLOC_FL_COLLAPSE_RANGE, INSERT_RANGE or UNSHARE_RANGE makes no event and fails with EOPNOTSUPP.",
-        reason="FUSE refuses them before its server hears of it.",
+        reason="FUSE refuses them without a request to its server.",
         safe="Nothing happens, and programs that use them fall back to copying.",
         test="test_fallocate_modes",
     ),
@@ -390,8 +390,8 @@ DIVERGENCES: Final = (
         topic=Topic.CALLS,
         name="what ext4 refuses",
         difference="O_DIRECT needs no alignment and MAP_SHARED ignores MAP_SYNC, while ext4 fails with EINVAL and EOPNOTSUPP.",
-        reason="Each file system makes such rules for itself, and FUSE makes none.",
-        safe="The access is asked for as always, and what is written is written.",
+        reason="Each file system has such rules of its own, and FUSE has none.",
+        safe="The access makes its event as always, and writes take effect.",
         test="test_what_ext4_refuses",
     ),
     Divergence(
@@ -405,16 +405,17 @@ DIVERGENCES: Final = (
     Divergence(
         topic=Topic.ASYNCHRONOUS,
         name="requests submitted together",
-        difference="The requests of one io_submit(2) make their events all at once, while on a real kernel each waits for the answer to the last.",
+        difference="The requests of one io_submit(2) make their events all at once, while on a real kernel each waits for "
+        "the answer to the one before.",
         reason="FUSE begins direct I/O and does not wait for its end.",
-        safe="The events are the same, and each request waits for its own.",
+        safe="The events are the same, and each request waits for its own answer.",
         test="test_requests_submitted_together",
     ),
     Divergence(
         topic=Topic.ASYNCHRONOUS,
         name="asynchronous requests",
-        difference="A large request of io_submit(2) or io_uring(7) makes an event for each piece, an appending one names its real place, "
-        "and a denial fails the request and not io_submit(2).",
+        difference="A large request of io_submit(2) or io_uring(7) makes an event for each piece, the event of an appending one has its real "
+        "offset, and a denial fails the request and not io_submit(2).",
         reason="The arguments of such a request are not those of a system call, and FUSE begins direct I/O and does not wait for its end.",
         safe="The events cover the same bytes, and nothing that is denied is transferred.",
         test="test_asynchronous_requests",
@@ -423,7 +424,7 @@ DIVERGENCES: Final = (
         topic=Topic.ASYNCHRONOUS,
         name="EAGAIN for io_uring",
         difference="A request of io_uring(7) that is denied with EAGAIN asks again until it gets another answer, while a real kernel asks twice.",
-        reason="io_uring repeats a request that fails so and cannot know why it fails.",
+        reason="io_uring repeats a request that fails with EAGAIN and cannot know the cause.",
         safe="There is no content before it is allowed, and every other errno ends the request at once.",
         test="test_eagain_for_io_uring",
     ),
@@ -432,14 +433,14 @@ DIVERGENCES: Final = (
         name="notifications of files opened before the mark",
         difference="ACCESS does not come for reads through a descriptor that was opened before a mark asked for it.",
         reason="Such a file is read from the page cache, without its FUSE server.",
-        safe="Nobody waits for a notification, and a listener that must not miss a read asks for permission events.",
+        safe="No access waits for a notification, and a listener that must not miss a read marks permission events.",
         test="test_notifications_of_files_opened_before_the_mark",
     ),
     Divergence(
         topic=Topic.NOTIFICATIONS,
         name="who closes",
         difference="CLOSE_WRITE and CLOSE_NOWRITE name the process that opened the file, also when another process closes it last.",
-        reason="The last close of a file comes without its process, and pyfuse3 cannot ask to be told of each close.",
+        reason="The last close of a file reaches the server without its process, and pyfuse3 cannot ask for a request at each close.",
         safe="The notification comes, and for the right file.",
         test="test_who_closes",
         engines=("pyfuse3",),
@@ -450,32 +451,32 @@ DIVERGENCES: Final = (
         name="who closes what was marked late",
         difference="CLOSE of a directory, or of a file opened before the mark, names the process that opened it, and CLOSE of a file "
         "that is still mapped names the process that closed its descriptor.",
-        reason="The kernel tells its FUSE server who closes only for files, and only if that was asked for when they were opened.",
+        reason="The kernel names the closing process only for files, and only if the FUSE server asked for it when they were opened.",
         safe="The notification comes, and for the right file.",
         test="test_who_closes_what_was_marked_late",
     ),
     Divergence(
         topic=Topic.NOTIFICATIONS,
         name="merging of many",
-        difference="When more than 64 notifications wait to be read, equal ones that a real kernel merges into one may come apart.",
-        reason="The first 64 travel to their listener ahead of being read, and those that follow are merged among themselves.",
+        difference="When more than 64 notifications wait to be read, equal ones that a real kernel merges into one may come as several.",
+        reason="The mount sends the first 64 to the listener before it reads them, and merges later ones among themselves.",
         safe="Nothing is missing, and programs cannot rely on merging.",
         test="test_many_notifications_are_merged",
     ),
     Divergence(
         topic=Topic.NOTIFICATIONS,
         name="close(2) does not wait",
-        difference="The notification of a close(2) can come a moment after the call has returned, but before any event of what its "
-        "process does then.",
+        difference="The notification of a close(2) can come a moment after the call has returned, but before any event of a later call of "
+        "its process.",
         reason="The kernel tells its FUSE server of the last close without waiting for it.",
-        safe="Nobody waits for a notification.",
+        safe="No access waits for a notification.",
         test="test_closing_is_told_in_order",
     ),
     Divergence(
         topic=Topic.OLD_DIALECTS,
         name="page cache (patch-v1, patch-v2)",
         difference="sendfile(2) and splice(2) from a file ask for whole pages.",
-        reason="These dialects ask for exactly the accessor's bytes, and the rest of the page would be cached unasked.",
+        reason="These dialects ask for exactly the accessor's bytes, so the rest of the page would be cached without an event.",
         safe="The listener is asked for more.",
         test="test_page_cache_in_the_old_dialects",
     ),
@@ -491,33 +492,33 @@ DIVERGENCES: Final = (
     Divergence(
         topic=Topic.OLD_DIALECTS,
         name="page faults (patch-v1, patch-v2)",
-        difference="A page fault asks for PRE_MODIFY in a writable shared mapping (for PRE_ACCESS if nobody hears that) and for "
-        "ACCESS_PERM and PRE_ACCESS in any other, whether it reads or writes.",
-        reason="In the series as posted that depends on whether the fault reads or writes, which FUSE does not tell its server.",
-        safe="No page comes in unasked, and what is written to a private mapping never reaches the file.",
+        difference="A page fault makes PRE_MODIFY in a writable shared mapping (PRE_ACCESS if no group hears PRE_MODIFY), and ACCESS_PERM "
+        "and PRE_ACCESS in any other mapping, for reads and for writes.",
+        reason="In the series as posted this depends on whether the fault reads or writes, and FUSE does not tell its server.",
+        safe="No page comes in without an event, and bytes written to a private mapping never reach the file.",
         test="test_page_faults_in_the_old_dialects",
     ),
     Divergence(
         topic=Topic.OLD_DIALECTS,
         name="page faults and marks on directories (patch-v1, patch-v2)",
-        difference="A mark on a directory's children hears the children's page faults (PRE_ACCESS and PRE_MODIFY), which it does not in "
-        "the series as posted.",
-        reason="A mapping would show a stub's zeros.",
+        difference="A mark on a directory's children hears the children's page faults (PRE_ACCESS and PRE_MODIFY), while in the series as "
+        "posted it does not.",
+        reason="Otherwise a mapping would show a stub's zeros.",
         safe="The listener is asked for more.",
         test="test_page_faults_and_marks_on_directories_in_the_old_dialects",
     ),
     Divergence(
         topic=Topic.OLD_DIALECTS,
         name="files opened before the mark (patch-v1, patch-v2)",
-        difference="Reads through a descriptor that was opened while nobody watched the file ask with PRE_ACCESS alone for the whole "
-        "pages that enter the page cache, and not each time for ACCESS_PERM and exactly the accessor's bytes.",
-        reason="A file that nobody watches has the page cache, which an open file cannot be made to do without later.",
-        safe="Every byte is asked for since the file is watched.",
+        difference="Reads through a descriptor that was opened while the file was not watched make PRE_ACCESS alone, for the whole pages "
+        "that enter the page cache, and not each time ACCESS_PERM and PRE_ACCESS for exactly the accessor's bytes.",
+        reason="A file that is not watched uses the page cache, and FUSE cannot change this for a file that is open.",
+        safe="Every byte is asked for from the mark on.",
         test="test_files_opened_before_the_mark_in_the_old_dialects",
     ),
 )
 
-#: What the README tells of.
+#: The entries in the README.
 MOST_IMPORTANT: Final = (
     "holes are data",
     "mappings ask when touched",
@@ -531,11 +532,11 @@ _BY_NAME: Final = {entry.name: entry for entry in DIVERGENCES}
 _INTRODUCTION: Final = """\
 # What differs from a real kernel
 
-This page is generated from `fusehsm/conform/divergences.py`; [howto-divergence.md](howto-divergence.md) tells how to add a row.
+This page is generated from `fusehsm/conform/divergences.py`; [howto-divergence.md](howto-divergence.md) explains how to add a row.
 
-`fusehsm conform` runs more than 650 workloads twice: on an ext4 image with the real kernel's events, and on the emulator. It compares what a
-listener reads, byte for byte, and what the system calls return. Where the kernel has no such events, or the user is not root, it compares with
-streams that were recorded on Linux 6.18. [conform.md](conform.md) has the result. Every difference that is known is a row below. A test in
+`fusehsm conform` runs more than 650 workloads twice: on an ext4 image with the real kernel's events, and on the emulator. It compares the events
+that a listener reads, byte for byte, and the results of the system calls. If the kernel has no such events, or the user is not root, it compares
+with streams that were recorded on Linux 6.18. [conform.md](conform.md) has the result. Every known difference is a row below. A test in
 `tests/conform/divergences/` shows each row on the real kernel and on the emulator.
 
 The last column names the engines (`--engine`) that have the difference. *Exact* and *first-access* are the modes of `--events`
@@ -548,7 +549,7 @@ _TABLE_HEAD: Final = """\
 
 
 def applying(name: str, engine: str) -> bool:
-    """Whether the emulator with that engine has the divergence of that name on the running kernel. Raises KeyError."""
+    """Whether the emulator with this engine has the divergence `name` on the running kernel. Raises KeyError for an unknown name."""
     entry = _BY_NAME[name]
     return engine in entry.engines or kernel_version() < entry.until
 

@@ -1,4 +1,4 @@
-"""A small ext4 of our own in a sparse file: a filesystem where the real kernel makes pre-content events."""
+"""A small ext4 file system in a sparse file, on which the real kernel makes pre-content events."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ _PATIENCE = 60.0  # seconds for one command
 
 
 def _tool(name: str) -> str:
-    # What makes and mounts filesystems is often not in the PATH of an ordinary process.
+    # The tools that make and mount file systems are often not in the PATH of an ordinary process.
     found = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin:/usr/bin:/bin")
     if found is None:
         raise FileNotFoundError(f"{name}: not found; install it (Debian: e2fsprogs, mount)")
@@ -23,7 +23,7 @@ def _tool(name: str) -> str:
 
 
 def _run(*command: str) -> None:
-    # In a session of its own: Ctrl-C is for us, not for what makes or unmakes a file system.
+    # In a session of its own, so that Ctrl-C reaches fusehsm and not the tool.
     with signals_held():
         result = subprocess.run(
             command, capture_output=True, text=True, timeout=_PATIENCE, check=False, start_new_session=True
@@ -34,7 +34,7 @@ def _run(*command: str) -> None:
 
 @contextlib.contextmanager
 def ext4_image(path: Path | str, size_mb: int = 64) -> Iterator[Path]:
-    """Make `path` (a directory, created) the root of a new ext4 of that many MiB, in the sparse file `path`.img. Needs root.
+    """Make a new ext4 of `size_mb` MiB in the sparse file `path`.img and mount it at `path`, a directory that is created. Needs root.
 
     Unmounts it at the end whatever happened, also where something still uses it, but nothing that others have mounted; the loop device goes with
     its last user. Raises OSError in one line when a tool is missing or fails.

@@ -1,8 +1,8 @@
-"""A listener that is a process of its own, for workloads in which one dies. It answers nothing.
+"""A listener in a process of its own, for workloads that kill a listener. It answers no event.
 
-`python -m fusehsm.conform.listener_process ENGINE PATH MASK NUMBER`: a group of class PRE_CONTENT with that mask on the file system of PATH, of the
-emulator with that engine or ("") of the real kernel. Says "ready"; "read" for each event that it has read, up to NUMBER; and "more" when another
-waits. Ends with its stdin.
+`python -m fusehsm.conform.listener_process ENGINE PATH MASK NUMBER` makes a group of class PRE_CONTENT with the mask MASK on the file system of
+PATH. The group is the emulator's with ENGINE, or the real kernel's if ENGINE is "". The process prints "ready", then "read" for each event that it
+has read, up to NUMBER, and "more" when another event is queued. It ends when its stdin is closed.
 """
 
 import sys
@@ -17,12 +17,12 @@ from fusehsm.fanotify.abi import FAN_MARK_ADD, FAN_MARK_FILESYSTEM, decode_event
 
 
 async def main(engine: str, path: str, mask: int, number: int) -> None:
-    """Listen until nobody wants it any more."""
+    """Listen until stdin is closed."""
     side = Side(Path(path), Path(path), engine)
     group = await side.open_group(PRE_GROUP, READ_ONLY)
     await group.mark(FAN_MARK_ADD | FAN_MARK_FILESYSTEM, mask, path=path)
     print("ready", flush=True)
-    kept = []  # with their descriptors, as a listener that is at work has them
+    kept = []  # events with open descriptors, as in a listener that is still filling files
     for _ in range(number):
         await group.wait_readable()
         kept += decode_events(DIALECT, group.read(64))

@@ -1,4 +1,4 @@
-"""Running one workload on both sides, and what the comparison of the two streams comes to."""
+"""Run one workload on both sides and compare the two streams."""
 
 import difflib
 import enum
@@ -16,36 +16,48 @@ from fusehsm.conform.stream import UNFINISHED, Did, Stream, arranged, ended_earl
 from fusehsm.conform.workload import Workload
 from fusehsm.linux.signals import Interruption
 
-# What the comparison of two streams comes to.
+# The comparison of two streams
 
 
 class Verdict(enum.Enum):
-    """IDENTICAL; KNOWN: as an entry of the table of divergences says; DIFFERENT: nobody knows why, or no more as the entry says;
-    LEFT_OUT: it needs root, and who runs it is not."""
+    """The result of a comparison."""
 
+    #: The two streams are equal.
     IDENTICAL = "identical"
+    #: They differ as an entry of the table of divergences says.
     KNOWN = "known divergence"
+    #: They differ without an entry, or otherwise than recorded with the entry.
     DIFFERENT = "different"
+    #: The workload needs root, and the user is not root.
     LEFT_OUT = "left out: needs root"
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One workload's two streams, and what they come to. `expected`: what the emulator was last seen to do where it is known to differ;
-    `first`: what it did at first, where that differed and it was run once more."""
+    """The two streams of one workload, and the data for a verdict."""
 
     workload: Workload
+    #: The real kernel's stream.
     kernel: Stream
+    #: The emulator's stream, of the last run.
     emulated: Stream
+    #: The divergences of this workload that this engine and kernel have.
     divergences: tuple[str, ...]
+    #: The emulator's recorded stream, for a workload with a divergence.
     expected: Stream | None = None
+    #: The workload did not run, because it needs root.
     left_out: bool = False
+    #: The emulator's stream of the first run, if that differed and the workload ran again.
     first: Stream | None = None
 
     @property
     def verdict(self) -> Verdict:
-        """A divergence excuses the stream that was recorded with it, and where none was, any; of an unsteady workload the events alone. Nothing
-        excuses an early end: of the kernel's the workload is broken, of the emulator's it has died or hangs."""
+        """The result of the comparison.
+
+        A divergence excuses the stream that was recorded with it, or every stream if none was recorded. For an unsteady workload it
+        excuses the events but not the results. An early end is always DIFFERENT: on the kernel's side the workload is broken, on the
+        emulator's side the emulator has died or hangs.
+        """
         if self.left_out:
             return Verdict.LEFT_OUT
         if ended_early(self.kernel) or ended_early(self.emulated):
@@ -61,7 +73,7 @@ class Comparison:
         return Verdict.KNOWN if excused else Verdict.DIFFERENT
 
     def difference(self) -> list[str]:
-        """Lines for people: what only the kernel has (-), what only the emulator has (+), and what is around it."""
+        """A unified diff: lines of the kernel only (-), lines of the emulator only (+), and their context."""
         wanted, name = self.kernel, "the kernel"
         is_news = self.verdict is Verdict.DIFFERENT and not ended_early(self.kernel)
         if is_news and self.divergences and self.expected is not None and not self.workload.unsteady:
@@ -72,7 +84,7 @@ class Comparison:
         return found
 
     def first_difference(self) -> list[str]:
-        """What differed at the first attempt, where a second was made."""
+        """The difference between the second run and the first, as a unified diff; empty without a second run."""
         return [] if self.first is None else _difference(self.emulated, self.first, "the second attempt")
 
 
@@ -82,14 +94,15 @@ def _difference(wanted: Stream, emulated: Stream, name: str) -> list[str]:
 
 @dataclass(slots=True)
 class Performer:
-    """Runs workloads, each in a directory of its own; until a signal comes, where `interruption` waits for one."""
+    """Runs workloads, each in a directory of its own."""
 
     zygote: Zygote
+    #: Ends the run when a signal comes; None: no signals are watched.
     interruption: Interruption | None = None
     _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     def perform(self, workload: Workload, side: Side) -> Stream:
-        """The stream of one workload; what ended it early is its last entry. Raises Interrupted."""
+        """Run a workload and return its stream. If it ends early, the last entry is the cause. Raises Interrupted."""
         try:
             stream = trio.run(self._perform, workload, side)
         except BaseExceptionGroup as group:
@@ -110,8 +123,11 @@ class Performer:
         divergences: tuple[str, ...],
         expected: Stream | None,
     ) -> Comparison:
-        """Run a workload on the emulator and compare; what differs, a second time. An accessor that a busy machine stops in the middle of a
-        request is not to be seen waiting there, and the emulator then asks once more than the kernel: seldom twice."""
+        """Run a workload on the emulator and compare the streams. If they differ, run it a second time.
+
+        On a busy machine an accessor can be preempted in the middle of a request. Then /proc does not show it waiting, and the
+        emulator makes one event more than the kernel. This seldom happens twice.
+        """
         comparison = Comparison(workload, kernel, self.perform(workload, emulated), divergences, expected)
         if comparison.verdict is not Verdict.DIFFERENT or ended_early(comparison.emulated):
             return comparison

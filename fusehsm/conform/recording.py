@@ -1,4 +1,4 @@
-"""Streams kept in a file: of a real kernel, for machines without one, and of the emulator where it is known to differ."""
+"""Recorded streams in a file: of a real kernel, for machines without one, and of the emulator for workloads with a divergence."""
 
 import datetime
 import json
@@ -17,17 +17,22 @@ SHIPPED = Path(__file__).with_name("recorded") / "kernel.json"
 
 @dataclass(slots=True)
 class Recording:
-    """`kernel` and `emulated`: streams by the workload's key; `emulated` has only those that differ, under "engine: key"."""
+    """All recorded streams."""
 
+    #: The kernel's release, as `uname -r` prints it.
     release: str = ""
+    #: The machine's architecture.
     machine: str = ""
+    #: The day of the last recording, YYYY-MM-DD.
     date: str = ""
+    #: The real kernel's streams, by the workload's key.
     kernel: dict[str, Stream] = field(default_factory=dict)
+    #: The emulator's streams of workloads with a divergence, by "ENGINE: KEY".
     emulated: dict[str, Stream] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: Path = SHIPPED) -> "Recording":
-        """Raises OSError where there is no such file, ValueError where it is not one of ours."""
+        """Read a recording. Raises OSError if the file cannot be read, and ValueError if it is not a recording."""
         try:
             found = json.loads(path.read_text())
             return cls(
@@ -41,19 +46,19 @@ class Recording:
             raise ValueError(f"{path}: not a recording ({error}); make it anew with --record") from None
 
     def of_this_kernel(self) -> None:
-        """Say that what is recorded now is of the running kernel."""
+        """Set release, machine and date to those of the running kernel and of today."""
         self.release, self.machine = os.uname().release, platform.machine()
         self.date = datetime.date.today().isoformat()
 
     def keep_only(self, keys: Collection[str]) -> None:
-        """Forget workloads that are none any more."""
+        """Remove the streams of workloads that do not exist any more."""
         self.kernel = {key: stream for key, stream in self.kernel.items() if key in keys}
         self.emulated = {
             name: stream for name, stream in self.emulated.items() if name.partition(": ")[2] in keys
         }
 
     def save(self, path: Path = SHIPPED) -> None:
-        """One event a line, so that changes can be read. Replaces the file as a whole, or not at all."""
+        """Write the file, one event a line, so that a diff is readable. The file is replaced as a whole or not at all."""
         path.parent.mkdir(exist_ok=True)
         head = {"release": self.release, "machine": self.machine, "date": self.date}
         parts = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in head.items()]

@@ -1,4 +1,4 @@
-"""What a workload's script has to do with: its directory, its accessors, its listeners. Everything they do is noted in one stream.
+"""The scene of a workload's script: its directory, its accessors and its listeners. All that they do is noted in one stream.
 
 async def script(scene: Scene) -> None:
     path = scene.file()
@@ -43,7 +43,7 @@ from fusehsm.linux.proc import process_of
 PAGE = 4096
 MIB = 1 << 20
 SIZE = 20000  # bytes of a workload's file: not a multiple of the page size
-# What every file of a workload starts with; the same in every run.
+# The first bytes of this are the content of every file of a workload. It is the same in every run.
 CONTENT = random.Random(20000).randbytes(6 * MIB)
 
 DIALECT = LINUX_6_14
@@ -54,29 +54,36 @@ READ_ONLY = os.O_RDONLY | os.O_CLOEXEC
 
 PLAIN_DENY = -2  # an answer: FAN_DENY without an errno
 HOLD = -1  # an answer: none for now
-_UNNAMED = re.compile(r"(^|/)#\d+ \(deleted\)$")  # what O_TMPFILE makes: ext4 names it after its inode
-# What programs give a new name every time: sed -i, git's trial of symbolic links and its new objects.
+_UNNAMED = re.compile(r"(^|/)#\d+ \(deleted\)$")  # a file of O_TMPFILE: ext4 names it after its inode
+# Files with a new name in every run: those of sed -i, git's test for symbolic links, git's new objects.
 _TEMPORARY = re.compile(r"^(sed|\.git/t|\.git/objects/\w\w/tmp_obj_)\w{6}$")
-_PATIENCE = 30.0  # seconds after which a workload is given up on
+_PATIENCE = 30.0  # seconds for one workload
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """An argument of fanotify_mark(2), FAN_MARK_ADD understood; `name` is of a file in the workload's directory, "" of that itself."""
+    """The arguments of fanotify_mark(2) for one mark."""
 
     mask: int
+    #: A file in the workload's directory; "" is the directory itself.
     name: str = ""
+    #: Flags in addition to FAN_MARK_ADD.
     flags: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """An event that a listener is to answer: its name without FAN_, the file's name, its range in bytes and its descriptor."""
+    """An event that a listener must answer."""
 
+    #: The names of its bits without FAN_, separated by |.
     name: str
+    #: The file, relative to the workload's directory.
     path: str
+    #: The start of the range in bytes; None for an event without a range.
     offset: int | None
+    #: The length of the range in bytes; None for an event without a range.
     count: int | None
+    #: The event's descriptor.
     fd: int
 
 
@@ -84,12 +91,12 @@ Answer = Callable[[Question], int]
 
 
 def allow(question: Question) -> int:
-    """The answer of a listener that lets everything pass."""
+    """The answer of a listener that allows everything."""
     return 0
 
 
 class Listener:
-    """A group in a scene and who reads it. What it reads is in the scene's stream, in order."""
+    """A group in a scene, with its reader. The events that it reads are in the scene's stream, in order."""
 
     def __init__(
         self, scene: "Scene", name: str, group: Group, answer: Answer, *, lazy: bool, noted: bool
@@ -107,25 +114,25 @@ class Listener:
         self.heard = 0
 
     async def mark(self, flags: int, mask: int, name: str = "") -> None:
-        """fanotify_mark(2) of a file in the scene's directory; noted, errors too."""
+        """fanotify_mark(2) of a file in the scene's directory. The result is noted, an error too."""
         path = str(self._scene.path / name)
         what = f"fanotify_mark {flags:#x} {mask:#x} {name or 'the directory'}"
         await self._scene.note(self.name, what, lambda: self.group.mark(flags, mask, path=path))
 
     async def wait_for(self, number: int) -> None:
-        """Until it has read so many events in all."""
+        """Wait until the listener has read `number` events in all."""
         async with self._news:
             while self.heard < number:
                 await self._news.wait()
 
     def release(self, error: int = 0) -> None:
-        """Answer all that is held; that is not noted."""
+        """Answer all held events. This is not noted."""
         held, self.held = self.held, []
         for event in held:
             self._finish(event, error)
 
     def drain(self) -> None:
-        """Read what is queued, if the group is still open."""
+        """Read all queued events, if the group is still open."""
         while not self._closed:
             try:
                 data = self.group.read(1 << 16)
@@ -137,7 +144,7 @@ class Listener:
                 start += event.length
 
     async def read_until(self, name: str) -> None:
-        """Read until an event of the file of that name has come."""
+        """Read until an event about the file `name` has come."""
         while not any(isinstance(entry, Heard) and entry.path == name for entry in self._scene.stream):
             await self.group.wait_readable()
             self.drain()
@@ -152,7 +159,7 @@ class Listener:
                     self._news.notify_all()
 
     def close(self) -> None:
-        """Close the group; whoever waits is allowed. Closing twice does nothing."""
+        """Close the group, which allows all waiting accesses. A second call does nothing."""
         if self._closed:
             return
         self._closed = True
@@ -181,7 +188,7 @@ class Listener:
     def _finish(self, event: RawEvent, error: int) -> None:
         if event.mask & DIALECT.permission and event.fd >= 0:
             response = FAN_ALLOW if not error else FAN_DENY if error == PLAIN_DENY else deny_errno(error)
-            with suppress(FileNotFoundError):  # its accessor has been killed
+            with suppress(FileNotFoundError):  # the accessor was killed
                 self.group.write(encode_response(event.fd, response))
         _close(event)
 
@@ -196,7 +203,7 @@ def _close(event: RawEvent) -> None:
 
 
 class Scene:
-    """A directory of its own on one side, accessors and listeners that work in it, and the stream of what they did and heard."""
+    """A directory on one side, with accessors and listeners that work in it, and the stream of their results and events."""
 
     def __init__(self, side: Side, name: str, zygote: Zygote, nursery: trio.Nursery) -> None:
         self.side = side
@@ -215,17 +222,17 @@ class Scene:
     # Files
 
     def file(self, name: str = "file", size: int = SIZE, mode: int = 0o644) -> str:
-        """Make a file of that many bytes of CONTENT; its path for accessors."""
+        """Make a file with the first `size` bytes of CONTENT. Returns its path for accessors."""
         (self.backing / name).write_bytes(CONTENT[:size])
         (self.backing / name).chmod(mode)
         return str(self.path / name)
 
     def content(self, name: str = "file") -> bytes:
-        """What the file holds now. Not while a listener watches: on the real kernel it would wait for itself."""
+        """The file's content now. Not while a listener watches the file: on the real kernel this process would wait for itself."""
         return (self.backing / name).read_bytes()
 
     def relative(self, path: str) -> str:
-        """A path as the stream has it."""
+        """A path as it stands in the stream: relative to the scene's directory, without changing parts."""
         if path == str(self.path):
             return "."
         name = path.removeprefix(f"{self.path}/")
@@ -234,7 +241,7 @@ class Scene:
     # Accessors
 
     def accessor(self, *, uid: int = -1, gid: int = -1) -> Accessor:
-        """One more process that does what it is told. The first call() makes one by itself."""
+        """Make another accessor. The first call() makes one by itself."""
         made = Accessor(self._zygote, uid=uid, gid=gid)
         number = len(self._accessors) + 1
         self._accessors.append(made)
@@ -242,7 +249,7 @@ class Scene:
         return made
 
     def part_of(self, pid: int) -> str:
-        """Who a process (or thread) is in this scene; those not met before are numbered."""
+        """The name of a process or thread in the stream. Each unknown one gets a name with a number."""
         if pid not in self._parts:
             kind = self._kind_of(pid)
             met = sum(part.startswith(kind) for part in self._parts.values())
@@ -250,7 +257,7 @@ class Scene:
         return self._parts[pid]
 
     def part_of_pidfd(self, pidfd: int | None) -> str:
-        """Whom an event's pidfd refers to; "" where there is none."""
+        """The name of the process of an event's pidfd; "" without a pidfd."""
         if pidfd is None or pidfd < 0:
             return ""
         with open(f"/proc/self/fdinfo/{pidfd}") as info:
@@ -260,7 +267,7 @@ class Scene:
         process = process_of(pid)
         if process != pid and process in self._parts:
             return f"thread of {self._parts[process]}"
-        # A process that nobody here has started has no business in an event.
+        # "stranger": a process that no accessor has started. Its events do not belong to the workload.
         try:
             return "child" if os.getsid(pid) == self._zygote.session else "stranger"
         except ProcessLookupError:
@@ -269,23 +276,23 @@ class Scene:
     async def call(
         self, operation: str | Callable[..., Any], *arguments: Any, by: Accessor | None = None, what: str = ""
     ) -> Any:
-        """Let an accessor do something to its end; noted. What it returned, or None if it failed."""
+        """Run an operation in an accessor and note the result. Returns it, or None if the operation failed."""
         return await self.end(self.start(operation, *arguments, by=by), what or _named(operation), by)
 
     def start(self, operation: str | Callable[..., Any], *arguments: Any, by: Accessor | None = None) -> Call:
-        """Let an accessor begin something."""
+        """Start an operation in an accessor."""
         return (by or self.first()).start(operation, *arguments)
 
     async def end(self, call: Call, what: str, by: Accessor | None = None) -> Any:
-        """Wait for the end of what was begun; noted. What it returned, or None if it failed."""
+        """Wait for a started operation and note the result. Returns it, or None if the operation failed."""
         return await self.note(self.part_of((by or self.first()).pid), what, call.wait)
 
     def first(self) -> Accessor:
-        """The accessor that call() takes."""
+        """The accessor that call() uses by default."""
         return self._accessors[0] if self._accessors else self.accessor()
 
     async def note(self, who: str, what: str, call: Callable[[], Any]) -> Any:
-        """Await `call()` and note what came of it, after all that listeners heard of it. What it returned, or None if it failed."""
+        """Await `call()` and note its result, after the events that listeners heard of it. Returns the result, or None if the call failed."""
         value: Any = None
         try:
             value = await call()
@@ -299,11 +306,11 @@ class Scene:
         return value
 
     def say(self, who: str, what: str, result: object) -> None:
-        """Note something."""
+        """Add an entry to the stream."""
         self.stream.append(Did(who, what, shown(result)))
 
     def settle(self) -> None:
-        """Let all listeners read what they have, but the lazy ones."""
+        """Let all listeners except the lazy ones read their queued events."""
         for listener in self.listeners:
             if not listener.lazy:
                 listener.drain()
@@ -311,7 +318,7 @@ class Scene:
     # Listeners
 
     def everywhere(self, mask: int = EVERYTHING) -> Mark:
-        """A mark on the whole filesystem."""
+        """A mark on the whole file system."""
         return Mark(mask, "", FAN_MARK_FILESYSTEM)
 
     async def listen(
@@ -323,7 +330,10 @@ class Scene:
         lazy: bool = False,
         noted: bool = True,
     ) -> Listener:
-        """A group with those marks, and who reads it: at once, or (`lazy`) when the script says so; what it hears is in the stream if `noted`."""
+        """Make a group with these marks, and its reader.
+
+        It reads at once; a `lazy` one reads when the script calls it. `noted`: its events are in the stream.
+        """
         name = f"group {len(self.listeners) + 1}"
         group = await self.side.open_group(flags, event_f_flags)
         listener = Listener(self, name, group, answer, lazy=lazy, noted=noted)
@@ -335,7 +345,7 @@ class Scene:
         return listener
 
     def close(self) -> None:
-        """End all that works here."""
+        """End all listeners and accessors."""
         for listener in self.listeners:
             listener.close()
         for accessor in self._accessors:
@@ -348,7 +358,7 @@ def _named(operation: str | Callable[..., Any]) -> str:
 
 @asynccontextmanager
 async def scene(side: Side, name: str, zygote: Zygote) -> AsyncIterator[Scene]:
-    """A scene in a new directory of that name; all that works in it ends with it. Raises trio.TooSlowError where it does not come to an end."""
+    """A scene in a new directory `name`. Its listeners and accessors end with it. Raises trio.TooSlowError after 30 s."""
     with trio.fail_after(_PATIENCE):
         async with trio.open_nursery() as nursery:
             made = Scene(side, name, zygote, nursery)

@@ -1,16 +1,17 @@
-"""Sequences of small steps, as a generator makes them: opens, reads, writes, marks, in any order.
+"""Sequences of small generated steps: opens, reads, writes and marks, in any order.
 
-A step is a tuple of its name and plain values. Two accessors work on the files "one" and "two"; a group of class PRE_CONTENT watches PRE_ACCESS
-of all from beginning to end, so that every file is armed and nothing hangs on what was cached before; a second one, of class CONTENT, comes and goes.
+A step is a tuple of its name and plain values. Two accessors work on the files "one" and "two". A group of class PRE_CONTENT watches PRE_ACCESS
+of all files from beginning to end, so every file is armed and no result depends on earlier page-cache content. A second group, of class CONTENT,
+is opened and closed by steps.
 
-    ("open", accessor, file, flags)                     the numbers of `open` count these, from 0
+    ("open", accessor, file, flags)                     the value `open` below is the number of such a step, from 0
     ("pread", open, count, offset), ("read", open, count), ("lseek", open, offset)
     ("pwrite", open, count, offset), ("write", open, count), ("ftruncate", open, size), ("fallocate", open, mode, offset, count)
     ("sendfile", open, offset, count), ("map", open, offset, count), ("close", open)
     ("truncate", accessor, file, size), ("rename", accessor, file, file), ("unlink", accessor, file)
     ("mark", group, flags, mask, target)                target: a file's name, or "" for the directory
     ("group",), ("close group",)                        the second group
-    ("deny", name, error)                               the first group denies events of that name from now on; error 0: allows
+    ("deny", name, error)                               the first group denies events of this name from now on; error 0: it allows them
 """
 
 import ctypes
@@ -30,7 +31,7 @@ Step = tuple[Any, ...]
 FILES = ("one", "two")
 ACCESSORS = 2
 
-# The functions run in an accessor: what they use are the names that accessor_worker.py gives them, not those of this module.
+# These functions run in an accessor. They can use the names that accessor_worker.py gives them, and no others of this module.
 
 
 def lseek(descriptor: int, offset: int) -> int:
@@ -63,7 +64,7 @@ def send(descriptor: int, offset: int, count: int) -> bytes:
 def map_and_touch(descriptor: int, offset: int, count: int) -> bytes:
     if offset >= os.fstat(descriptor).st_size or fcntl.fcntl(descriptor, fcntl.F_GETFL) & 3 == os.O_WRONLY:
         return b""  # the divergences "mappings ask when touched" and "calls that fail"
-    # Not with mmap.mmap, which refuses by itself what reaches beyond the end; the first page does not.
+    # By libc: mmap.mmap refuses ranges beyond the end of the file. Only the first page, which is inside the file, is touched.
     address = libc.mmap(None, count, mmap.PROT_READ, mmap.MAP_PRIVATE, descriptor, offset)
     if address == ctypes.c_void_p(-1).value:
         raise OSError(ctypes.get_errno(), "mmap")
@@ -88,7 +89,7 @@ _OPEN_FILE: dict[str, str | Callable[..., Any]] = {
 
 
 class _Run:
-    """A sequence in a scene."""
+    """One sequence that runs in a scene."""
 
     def __init__(self, scene: Scene) -> None:
         self._scene = scene
@@ -118,7 +119,7 @@ class _Run:
     async def _do(
         self, accessor: Accessor, operation: str | Callable[..., Any], *values: Any, what: str = ""
     ) -> Any:
-        """A call, and on with the sequence whatever became of it: what Python itself refuses is a result as well."""
+        """Make a call; the sequence goes on after a failure too. An argument that Python itself refuses is a result as well."""
         try:
             return await self._scene.call(operation, *values, by=accessor, what=what)
         except (ValueError, OverflowError) as error:
@@ -170,7 +171,7 @@ class _Run:
 
 
 def sequence(steps: Sequence[Step]) -> Script:
-    """The script that takes those steps."""
+    """The script that runs these steps."""
 
     async def script(scene: Scene) -> None:
         run = _Run(scene)

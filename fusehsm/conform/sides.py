@@ -18,15 +18,15 @@ from fusehsm.fanotify.abi import FAN_CLASS_PRE_CONTENT, FAN_CLOEXEC, FAN_MARK_AD
 from fusehsm.linux import syscalls
 from fusehsm.linux.mountinfo import mount_of
 
-# The daemon of an emulated side: whether it still serves, and what it had to say.
+# The daemon of an emulated side
 
 
 _ANSWERS_WITHIN: Final = 5.0  # seconds; an idle daemon takes a millisecond
-LINES: Final = 20  # of the last it said
+LINES: Final = 20  # last lines of the daemon's output to keep
 
 
 class Emulator:
-    """A mount that is ready; `said` are the last lines of what its daemon says."""
+    """A mount that is ready, with its daemon. `said` has the last lines of the daemon's output."""
 
     def __init__(self, mount: ForegroundMount, path: Path, said: deque[str]) -> None:
         self._mount = mount
@@ -36,16 +36,16 @@ class Emulator:
 
     @property
     def pid(self) -> int:
-        """The daemon's."""
+        """The daemon's process."""
         return self._daemon.pid
 
     @property
     def has_ended(self) -> bool:
-        """Whether there is no daemon any more."""
+        """Whether the daemon has ended."""
         return self._daemon.poll() is not None
 
     def trouble(self, zygote: Zygote) -> str:
-        """Why nothing more is to be had of it, in one line; "" where it serves. One that does not answer is killed, so that nobody waits for it."""
+        """The cause, in one line, if the daemon does not serve any more; "" if it serves. A daemon that hangs is killed."""
         if not self.has_ended and self._answers(zygote):
             return ""
         what = "the emulator does not answer"
@@ -57,7 +57,7 @@ class Emulator:
         return "; it said: ".join(filter(None, (what, " / ".join(self._said))))
 
     def _answers(self, zygote: Zygote) -> bool:
-        # A process of its own asks: whoever asks a mount whose daemon is stopped waits for ever.
+        # Another process makes the request: if the daemon is stopped, that process waits for ever.
         with Accessor(zygote) as accessor:
             try:
                 accessor.call("statvfs", str(self._path), timeout=_ANSWERS_WITHIN)
@@ -67,35 +67,36 @@ class Emulator:
 
 
 class NoKernelEvents(OSError):
-    """This kernel, or this user, cannot have pre-content events; the message says why, in one line."""
+    """This kernel or this user cannot have pre-content events. The message is one line with the cause."""
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """Where workloads run: files are made under `backing`, used and watched under `path` (on the real kernel the same).
+    """A place where workloads run: the real kernel's or the emulator's."""
 
-    `engine` and `emulator`: the emulator's; on the real kernel "" and None.
-    """
-
+    #: The directory in which files are made.
     backing: Path
+    #: The directory in which they are used and watched; on the real kernel the same.
     path: Path
+    #: The emulator's engine; "" on the real kernel.
     engine: str = ""
+    #: The emulator's daemon; None on the real kernel.
     emulator: Emulator | None = None
 
     @property
     def is_kernel(self) -> bool:
-        """Whether this is the real thing."""
+        """Whether this is the real kernel's side."""
         return not self.engine
 
     async def open_group(self, flags: int, event_f_flags: int) -> Group:
-        """fanotify_init(2), FAN_NONBLOCK added. Raises OSError as that does."""
+        """fanotify_init(2) with FAN_NONBLOCK added. Raises the same OSError."""
         if self.is_kernel:
             return KernelGroup(flags, event_f_flags)
         return await EmulatedGroup.connect(mount_of(str(self.path)), flags, event_f_flags)
 
 
 def kernel_side(directory: Path) -> Side:
-    """The real kernel's side, in a directory of a filesystem that has its events. Raises NoKernelEvents where it does not."""
+    """The real kernel's side, in a directory. Raises NoKernelEvents if there are no pre-content events on its file system."""
     try:
         group = syscalls.fanotify_init(FAN_CLASS_PRE_CONTENT | FAN_CLOEXEC, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
@@ -115,9 +116,9 @@ def kernel_side(directory: Path) -> Side:
 
 @contextmanager
 def emulated_side(backing: Path, path: Path, engine: str, *options: str) -> Iterator[Side]:
-    """`fusehsm mount` of the directory `backing` at the directory `path`, both made if need be; unmounted at the end whatever happened.
+    """Run `fusehsm mount backing path`; unmount in all cases at the end. The two directories are made if they do not exist.
 
-    Raises OSError with what the command said if it does not come up.
+    Raises OSError with the command's output if it does not become ready.
     """
     for place in (backing, path):
         place.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""What a workload leaves: the events that its listeners read and what its calls returned, as plain values that can be compared and kept.
+"""The stream of a workload: the events that its listeners read and the results of its calls, as plain values to compare and to save.
 
-What differs from run to run is taken out: descriptors' numbers are 0 (or the error they are), processes are named by their part in it.
+Values that differ from run to run are replaced: a descriptor's number by 0 (an error stays), a process by its name in the workload.
 """
 
 import hashlib
@@ -21,27 +21,31 @@ from fusehsm.fanotify.abi import (
 )
 
 _INT = struct.Struct("=i")
-UNFINISHED = "the workload"  # who does what is not its script's, but its early end
+UNFINISHED = "the workload"  # the `who` of the entry that tells of an early end
 _LONGEST = 32  # bytes or characters of a result that are shown as they are
 
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """One event as a listener read it.
+    """One event as a listener read it."""
 
-    `group`: the listener's name; `names` without FAN_; `path` relative to the workload's directory; `offset` and `count` in bytes, None
-    without a range record; `record`: its bytes in hexadecimal, numbers taken out; `answer`: "ALLOW", "DENY", an errno's name, "HELD" or "";
-    `pidfd`: whom the event's pidfd refers to, "" without one.
-    """
-
+    #: The listener's name.
     group: str
+    #: The names of the event's bits without FAN_, separated by |.
     names: str
+    #: The accessor's name in the workload.
     by: str
+    #: The path relative to the workload's directory.
     path: str
+    #: The start of the range in bytes; None without a range record.
     offset: int | None
+    #: The length of the range in bytes; None without a range record.
     count: int | None
+    #: The event's bytes in hexadecimal, with the numbers of descriptors and processes replaced.
     record: str
+    #: "ALLOW", "DENY", an errno's name, "HELD", or "" for an event that needs no answer.
     answer: str
+    #: The name of the process of the event's pidfd; "" without a pidfd.
     pidfd: str = ""
 
     def line(self) -> str:
@@ -53,10 +57,13 @@ class Heard:
 
 @dataclass(frozen=True, slots=True)
 class Did:
-    """What came of a call: `result` is what it returned, or the name of its errno."""
+    """The result of a call."""
 
+    #: The name of the process in the workload.
     who: str
+    #: The call.
     what: str
+    #: The returned value, or the name of the errno.
     result: str
 
     def line(self) -> str:
@@ -69,29 +76,29 @@ Stream = list[Entry]
 
 
 def results(stream: Stream) -> list[str]:
-    """What came of the calls alone."""
+    """The results of the calls, without the events."""
     return [entry.line() for entry in stream if isinstance(entry, Did)]
 
 
 def ended_early(stream: Stream) -> bool:
-    """Whether something kept the workload from its end."""
+    """Whether the workload stopped before its end."""
     return any(isinstance(entry, Did) and entry.who == UNFINISHED for entry in stream)
 
 
 def lines(stream: Stream) -> list[str]:
-    """A stream for people, and for comparing."""
+    """The lines of a stream, to read and to compare."""
     return [entry.line() for entry in stream]
 
 
 def to_json(stream: Stream) -> list[dict[str, Any]]:
-    """A stream as JSON has it; None and "" are left out."""
+    """A stream as values for JSON; None and "" are left out."""
     return [
         {name: value for name, value in asdict(entry).items() if value not in (None, "")} for entry in stream
     ]
 
 
 def from_json(entries: list[dict[str, Any]]) -> Stream:
-    """The stream that to_json() wrote. Raises TypeError for what it did not write."""
+    """The stream that to_json() wrote. Raises TypeError for values that it does not write."""
     empty = {"offset": None, "count": None, "answer": "", "path": "", "pidfd": ""}
     return [Heard(**{**empty, **entry}) if "names" in entry else Did(**entry) for entry in entries]
 
@@ -99,7 +106,7 @@ def from_json(entries: list[dict[str, Any]]) -> Stream:
 def heard(
     group: str, by: str, pidfd: str, path: str, event: RawEvent, data: bytes, dialect: Dialect
 ) -> Heard:
-    """An event of the bytes `data`, decoded as `event`."""
+    """The entry for an event with the bytes `data`, decoded as `event`."""
     names = "|".join(mask_names(event.mask, dialect)) or f"{event.mask:#x}"
     return Heard(group, names, by, path, event.offset, event.count, _record(data), "", pidfd)
 
@@ -114,13 +121,13 @@ def _record(data: bytes) -> str:
 
 
 def _hide(data: bytearray, place: int) -> None:
-    """A descriptor's number; what is negative is an error, and stays."""
+    """Replace a descriptor's number by 0. A negative number is an error and stays."""
     if _INT.unpack_from(data, place)[0] >= 0:
         _INT.pack_into(data, place, 0)
 
 
 def shown(value: object) -> str:
-    """What a call returned, the same in every run; long data as its length and hash."""
+    """The text for a call's return value, the same in every run. Long data is given as its length and hash."""
     if isinstance(value, (bytes, bytearray)):
         data = bytes(value)
         if len(data) <= _LONGEST:
@@ -135,12 +142,15 @@ def shown(value: object) -> str:
     return repr(value)
 
 
-# An order for what has none: where the real kernel's own is arbitrary, streams of two runs are to be equal all the same.
+# A fixed order for events whose order is arbitrary on the real kernel, so that the streams of two runs are equal.
 
 
 def arranged(stream: Stream, interchangeable: Sequence[str], *, at_once: bool) -> Stream:
-    """The stream with the events of each stretch between results sorted (`at_once`), and where several `interchangeable` groups hear the same
-    event one after the other, those in the order of their names. Everything else stays where it is."""
+    """The stream in a fixed order.
+
+    `at_once`: the events between one result and the next are sorted. If several `interchangeable` groups hear the same event one after
+    the other, they are in the order of their names. All other entries keep their places.
+    """
     found: Stream = []
     for is_heard, entries in itertools.groupby(stream, key=lambda entry: isinstance(entry, Heard)):
         stretch = list(entries)
@@ -157,14 +167,14 @@ def arranged(stream: Stream, interchangeable: Sequence[str], *, at_once: bool) -
 
 
 def _subject(entry: Entry) -> object:
-    """What an event says, whoever hears it."""
+    """The part of an event that does not depend on the group that hears it."""
     if not isinstance(entry, Heard):
         return entry
     return entry.names, entry.by, entry.path, entry.record
 
 
 def _by_name(entries: Stream, interchangeable: Sequence[str]) -> Stream:
-    """Those of the interchangeable groups change places among themselves; the others keep theirs."""
+    """Sort the entries of interchangeable groups among their places. All other entries keep their places."""
     moving = iter(sorted((e for e in entries if _group(e) in interchangeable), key=_group))
     return [next(moving) if _group(entry) in interchangeable else entry for entry in entries]
 

@@ -1,4 +1,4 @@
-"""What a workload is: a name, a script that runs in a scene, and which known divergence shows in it."""
+"""The definition of a workload: a name, a script that runs in a scene, and the known divergences that it shows."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -12,21 +12,22 @@ _KNOWN = frozenset(entry.name for entry in DIVERGENCES)
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Runs the same on both sides.
+    """A small program that runs in the same way on both sides."""
 
-    `differs`: the entries of conform/divergences.py that explain why the emulator's stream is another one, none where it must be the same.
-    `unsteady`: the events change from run to run; what calls return and files hold does not.
-    What is arbitrary on the real kernel too: `interchangeable` groups hear the same event one after the other, which first; `at_once`: events
-    between one result and the next come in any order.
-    """
-
+    #: The module's family, the first part of the key.
     family: str
+    #: The name in the family. It is a key of recordings, so it stays.
     name: str
     script: Script
+    #: The names of the divergences that explain another stream of the emulator; empty: the streams must be equal.
     differs: str | tuple[str, ...] = ()
+    #: Groups that hear the same event one after the other, in an order that is arbitrary on the real kernel too.
     interchangeable: tuple[str, ...] = ()
+    #: The events between one result and the next come in any order, on the real kernel too.
     at_once: bool = False
+    #: The events change from run to run; the results of calls and the content of files do not.
     unsteady: bool = False
+    #: The workload runs only as root.
     needs_root: bool = False
 
     def __post_init__(self) -> None:
@@ -41,7 +42,7 @@ class Workload:
 
     @property
     def key(self) -> str:
-        """Its name everywhere: "family/name", without what a shell would not take as it is."""
+        """The name in commands and recordings: "family/name", without spaces and quotation marks."""
         return f"{self.family}/{self.name}".replace(" ", "-").replace("'", "")
 
 
@@ -57,9 +58,9 @@ def one_call(
     needs_root: bool = False,
     unsteady: bool = False,
 ) -> Workload:
-    """One accessor does `act(path, *arguments)` to a file of `size` bytes, beside which "other" lies, while a listener hears all of it.
+    """A workload of one call: an accessor runs `act(path, *arguments)` on a file of `size` bytes while a listener hears all events of `mask`.
 
-    What the files hold afterwards belongs to the stream.
+    There is a second file, "other", of the same size. The content of both at the end belongs to the stream.
     """
 
     async def script(scene: Scene) -> None:

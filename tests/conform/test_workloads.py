@@ -257,7 +257,7 @@ def test_the_command() -> None:
     assert rows[0].split() == ["reading/pread-100@10", "identical"]
     assert rows[-1].split(maxsplit=1) == ["reading/nothing", "known divergence: empty reads and writes"]
     assert total == (
-        f"{len(rows)} workloads, held against this kernel: {len(rows) - 1} identical, 1 known divergence, 0 different"
+        f"{len(rows)} workloads, compared with this kernel: {len(rows) - 1} identical, 1 known divergence, 0 different"
     )
 
 
@@ -323,7 +323,7 @@ def test_without_such_a_kernel_the_recording_counts() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     recording = Recording.load(SHIPPED)
     assert f"comparing with what Linux {recording.release} did on {recording.date}" in done.stderr
-    assert f"held against Linux {recording.release}" in done.stdout.splitlines()[-1]
+    assert f"compared with Linux {recording.release}" in done.stdout.splitlines()[-1]
 
 
 @pytest.mark.fuse

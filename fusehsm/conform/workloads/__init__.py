@@ -1,4 +1,4 @@
-"""All workloads, family by family. A new one goes into its family's module, into the list at its end."""
+"""All workloads, by family. A new workload goes into the list at the end of its family's module."""
 
 from collections.abc import Sequence
 from fnmatch import fnmatch
@@ -52,7 +52,7 @@ WORKLOADS: tuple[Workload, ...] = tuple(workload for family in _FAMILIES for wor
 
 
 def chosen(patterns: Sequence[str]) -> list[Workload]:
-    """The workloads of those families or names, shell patterns understood; without any, all. Raises ValueError for what fits none."""
+    """The workloads whose family or key matches one of the shell patterns; all without patterns. Raises ValueError for a pattern without a match."""
     if not patterns:
         return list(WORKLOADS)
     for pattern in patterns:

@@ -1,4 +1,4 @@
-"""io_submit(2): asynchronous I/O as libaio has it, by raw system calls."""
+"""io_submit(2): asynchronous I/O as in libaio, with raw system calls."""
 
 import ctypes
 import mmap
@@ -13,13 +13,13 @@ from fusehsm.conform.workload import one_call
 
 row = partial(one_call, "aio")
 
-# The functions run in an accessor: what they use are the names that accessor_worker.py gives them, not those of this module.
+# These functions run in an accessor. They can use the names that accessor_worker.py gives them, and no others of this module.
 
 
 def submit(
     path: str, requests: Sequence[tuple[int, int, int]], flags: int = os.O_RDWR, rw_flags: int = 0
 ) -> tuple[object, ...]:
-    """Requests (opcode, offset, count) submitted together; what came of each, and a hash of what was read."""
+    """Submit requests (opcode, offset, count) together. Returns the number taken, the result of each, and the bytes that were read."""
     setup, getevents, submitting = {"x86_64": (206, 208, 209), "aarch64": (0, 4, 2)}[os.uname().machine]
     context = ctypes.c_ulong()
     if libc.syscall(setup, 8, ctypes.byref(context)):

@@ -10,7 +10,7 @@ from fusehsm.conform.workload import one_call
 
 row = partial(one_call, "allocating", differs="fallocate")
 
-# The functions run in an accessor: what they use are the names that accessor_worker.py gives them, not those of this module.
+# These functions run in an accessor. They can use the names that accessor_worker.py gives them, and no others of this module.
 
 
 def fallocate(path: str, mode: int, offset: int, length: int, flags: int = os.O_RDWR) -> int:

@@ -75,7 +75,7 @@ PERMISSIONS = {
 
 
 def making(flags: Iterable[int], event_f_flags: Iterable[int]) -> Script:
-    """A group with each of those flags and event flags."""
+    """Make a group with each combination of these flags and event flags."""
     tried = [(each, how) for each in flags for how in event_f_flags]
 
     async def script(scene: Scene) -> None:
@@ -118,7 +118,7 @@ INITS = [
 
 
 def make_targets(scene: Scene, names: Collection[str]) -> None:
-    """One object of every kind; a device, for which one must be root, only if it is named."""
+    """Make one object of every kind; a device only if `names` has it, because that needs root."""
     scene.file()
     (scene.backing / "dir").mkdir()
     os.mkfifo(scene.backing / "fifo")
@@ -130,7 +130,7 @@ def make_targets(scene: Scene, names: Collection[str]) -> None:
 
 
 def marking(group: int, *calls: tuple[int, int, str], each_in_its_own: bool = True) -> Script:
-    """Those calls, each on a new group or all on the same."""
+    """Make these calls, each on a new group, or all on the same group."""
 
     async def script(scene: Scene) -> None:
         make_targets(scene, {target for _, _, target in calls})
@@ -146,7 +146,7 @@ def marking(group: int, *calls: tuple[int, int, str], each_in_its_own: bool = Tr
 
 
 def sequence(name: str, *calls: tuple[int, int, str]) -> Workload:
-    """Calls on one group, one after the other."""
+    """Make these calls on one group, one after the other."""
     return Workload("calls", name, marking(PRE_GROUP, *calls, each_in_its_own=False))
 
 
@@ -274,7 +274,7 @@ MARKS = [
 
 
 async def mark_by_descriptor(scene: Scene) -> None:
-    """Objects that descriptors refer to, and paths that begin at one."""
+    """Marks of objects by descriptor, and by a path relative to a descriptor."""
     scene.file()
     (scene.backing / "dir").mkdir()
     (scene.backing / "dir" / "below").write_bytes(b"")
@@ -291,7 +291,7 @@ async def mark_by_descriptor(scene: Scene) -> None:
             for how in (0, ONLYDIR):
                 listener = await scene.listen(lazy=True)
                 if number == -100 and path in ("below", "missing"):
-                    continue  # in this process's own directory
+                    continue  # relative to the working directory of this process
 
                 async def mark(number: int = number, path: str | None = path, how: int = how) -> None:
                     await listener.group.mark(ADD | how, PRE_ACCESS, number, path)  # noqa: B023 (awaited at once)
@@ -307,7 +307,7 @@ async def mark_by_descriptor(scene: Scene) -> None:
 
 
 async def waiting(scene: Scene, flags: int = PRE_GROUP) -> Listener:
-    """A listener that reads nothing by itself, with one event in its queue."""
+    """A listener that does not read by itself, with one event in its queue."""
     path = scene.file()
     mask = FAN_ACCESS_PERM if flags & FAN_CLASS_CONTENT else PRE_ACCESS
     listener = await scene.listen(Mark(mask, "file"), flags=flags, lazy=True)
@@ -317,7 +317,7 @@ async def waiting(scene: Scene, flags: int = PRE_GROUP) -> Listener:
 
 
 def short_buffers(flags: int) -> Script:
-    """read(2) with every size up to that of the event."""
+    """read(2) with every size up to the event's length."""
 
     async def script(scene: Scene) -> None:
         listener = await waiting(scene, flags)
@@ -338,7 +338,7 @@ def short_buffers(flags: int) -> Script:
 
 
 async def only_noted(scene: Scene, what: str, call: Callable[[], object]) -> None:
-    """What came of a call of the listener; nothing is read besides."""
+    """Note the result of a listener's call, without reading its events."""
     try:
         result: object = await call()  # type: ignore[misc]
     except OSError as error:
@@ -354,7 +354,7 @@ VERDICTS = (
 
 
 def responses(flags: int) -> Script:
-    """Every response to one event; it waits until one is taken, then comes again."""
+    """Every response to one event. The event waits until a response is accepted, then the access is made again."""
     audit = encode_audit_rule(1, 0, 0)
     extra = {
         "": b"",
@@ -382,7 +382,7 @@ def responses(flags: int) -> Script:
                         return listener.group.write(response)
 
                     await only_noted(scene, f"write {verdict | more:#x}{name}", write)
-                    # Whether that has answered it, the next answer tells.
+                    # The result of the next answer shows whether this one answered the event.
                     try:
                         listener.group.write(encode_response(event.fd, FAN_ALLOW))
                         scene.say("group 1", "the event", "still waited")
@@ -395,7 +395,7 @@ def responses(flags: int) -> Script:
 
 
 async def wrong_descriptors(scene: Scene) -> None:
-    """Responses that name no event, or one that was answered, or not read."""
+    """Responses with a number of no event, of an answered event, and of an event that was not read."""
     listener = await waiting(scene)
 
     def answer(fd: int, response: int = FAN_ALLOW, more: bytes = b"") -> Callable[[], object]:
@@ -426,7 +426,7 @@ async def wrong_descriptors(scene: Scene) -> None:
 
 
 async def event_descriptors(scene: Scene) -> None:
-    """What an event's descriptor is."""
+    """The flags, the position and the file of an event's descriptor."""
     path = scene.file()
     for how in (
         os.O_RDONLY,

@@ -1,4 +1,4 @@
-"""Copies within the kernel."""
+"""System calls that copy inside the kernel."""
 
 import ctypes
 import fcntl
@@ -14,7 +14,7 @@ from fusehsm.conform.workload import one_call
 
 row = partial(one_call, "copying")
 
-# The functions run in an accessor: what they use are the names that accessor_worker.py gives them, not those of this module.
+# These functions run in an accessor. They can use the names that accessor_worker.py gives them, and no others of this module.
 
 
 def send(path: str, offset: int | None, count: int, position: int = 0) -> bytes:

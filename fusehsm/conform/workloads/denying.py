@@ -1,4 +1,4 @@
-"""Every denial at every call: what it fails with, and that nobody remembers it."""
+"""Every denial at every call: the error of the call, and that a denial is not remembered."""
 
 import ctypes
 import errno
@@ -28,7 +28,7 @@ from fusehsm.fanotify.abi import FAN_CLASS_CONTENT, FAN_CLOEXEC, FAN_ONDIR
 ANSWERS = (PLAIN_DENY, *sorted(number for number in DIALECT.deny_errnos if number))
 BUT_EAGAIN = (*(answer for answer in ANSWERS if answer != errno.EAGAIN), 0)
 
-# The functions run in an accessor: what they use are the names that accessor_worker.py gives them, not those of this module.
+# These functions run in an accessor. They can use the names that accessor_worker.py gives them, and no others of this module.
 
 
 def open_only(path: str, flags: int) -> None:
@@ -209,15 +209,19 @@ def read_again(path: str, count: int) -> list[object]:
 
 @dataclass(slots=True)
 class Denier:
-    """A listener's answer: denies the event of that name, the one after `skip` others, as it is told; 0 allows. `times`: no more often."""
+    """The answer function of a listener that denies events of one name."""
 
+    #: The name of the events, without FAN_.
     name: str
+    #: The answer to them; 0 allows.
     answer: int = 0
+    #: The number of such events to allow first.
     skip: int = 0
+    #: The number of denials; later events are allowed.
     times: int = sys.maxsize
 
     def __call__(self, question: Question) -> int:
-        """0, or what to deny with."""
+        """The answer to an event; 0 allows."""
         if self.name not in question.name.split("|"):
             return 0
         if self.skip:
@@ -242,7 +246,7 @@ def row(
     unsteady: bool = False,
     needs_root: bool = False,
 ) -> Workload:
-    """The call again and again, denied with each of `steps` (0: allowed); what the file holds in the end."""
+    """A workload that makes one call for each of `steps`, its answer (0: allowed), and notes the file's content at the end."""
 
     async def script(scene: Scene) -> None:
         path = make(scene)
@@ -268,7 +272,7 @@ def program(scene: Scene) -> str:
 
 
 def shell_script(scene: Scene) -> str:
-    """A script."""
+    """A shell script."""
     (scene.backing / "file").write_text("#!/bin/sh\nexit 0\n")
     (scene.backing / "file").chmod(0o755)
     return str(scene.path / "file")
@@ -281,7 +285,7 @@ def directory(scene: Scene) -> str:
 
 
 def nothing(scene: Scene) -> str:
-    """Only a name."""
+    """The path of a file that does not exist yet."""
     return str(scene.path / "file")
 
 

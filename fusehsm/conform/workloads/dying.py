@@ -1,4 +1,4 @@
-"""Listeners that are processes and are killed: whoever waits for them is allowed, and nobody asks them any more."""
+"""Listeners in processes of their own that are killed: accesses that wait for them are allowed, and later ones make no event."""
 
 import subprocess
 import sys
@@ -14,14 +14,14 @@ from fusehsm.fanotify.abi import FAN_ACCESS_PERM, FAN_CLASS_CONTENT, FAN_CLOEXEC
 
 
 class Doomed:
-    """A listener that is a process (listener_process.py)."""
+    """A listener in a process of its own (listener_process.py)."""
 
     def __init__(self, process: trio.Process) -> None:
         self._process = process
         self._said = b""
 
     async def wait_for(self, *words: str) -> None:
-        """Until it has said that."""
+        """Wait until the process has printed these words."""
         assert self._process.stdout is not None
         wanted = "".join(f"{word}\n" for word in words).encode()
         while self._said != wanted:
@@ -32,14 +32,14 @@ class Doomed:
         self._said = b""
 
     async def kill(self) -> None:
-        """SIGKILL, and its end."""
+        """Send SIGKILL and wait for the end of the process."""
         self._process.kill()
         await self._process.wait()
 
 
 @asynccontextmanager
 async def listener_process(scene: Scene, mask: int, number: int) -> AsyncIterator[Doomed]:
-    """One that is ready to hear all of the file system, and reads that many events; gone at the end."""
+    """Start a listener for the whole file system that reads at most `number` events. It is killed at the end."""
     module = "fusehsm.conform.listener_process"
     what = [scene.side.engine, str(scene.path), str(mask), str(number)]
     start = partial(
@@ -60,7 +60,7 @@ async def listener_process(scene: Scene, mask: int, number: int) -> AsyncIterato
 
 
 def killed(mask: int, taken: int, waiting: int) -> Script:
-    """Of several who wait for it, it has read the events of some, in order; those of the others are queued."""
+    """Kill a listener for which `waiting` accessors wait. It has read the events of the first `taken`; the other events are queued."""
 
     async def script(scene: Scene) -> None:
         path = scene.file()
@@ -70,7 +70,7 @@ def killed(mask: int, taken: int, waiting: int) -> Script:
                 accessor = scene.accessor()
                 call = scene.start("pread_path", path, 100, number * PAGE, by=accessor)
                 calls.append((call, accessor))
-                # Of what comes after the first "more" nothing is told.
+                # The process reports nothing after the first "more".
                 if number <= taken:
                     await doomed.wait_for("read" if number < taken else "more")
             scene.say("the accessors", "are done", [call.done for call, _ in calls])
@@ -85,7 +85,7 @@ def killed(mask: int, taken: int, waiting: int) -> Script:
 
 
 async def another_is_asked(scene: Scene) -> None:
-    """What a group of lower class has to say counts when the first listener has died."""
+    """After the first listener has died, the access is asked of a group of lower class."""
     path = scene.file()
     mask = FAN_ACCESS_PERM
     await scene.listen(

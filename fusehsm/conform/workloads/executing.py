@@ -1,4 +1,4 @@
-"""Programs, scripts and what only looks like them."""
+"""execve(2) of programs, of scripts and of files that are neither."""
 
 import ctypes
 import glob
@@ -11,7 +11,7 @@ from fusehsm.conform.accessor_worker import libc
 from fusehsm.conform.scene import Scene
 from fusehsm.conform.workload import Workload
 
-# The functions run in an accessor: what they use are the names that accessor_worker.py gives them, not those of this module.
+# These functions run in an accessor. They can use the names that accessor_worker.py gives them, and no others of this module.
 
 
 def execute(path: str, *arguments: str) -> int:
@@ -109,7 +109,7 @@ def execute_by_interpreter(path: str, program: str) -> int:
 
 
 def copied_file(*patterns: str) -> Callable[[Scene], str]:
-    """Makes "file" a copy of the first file of the system's that one of those patterns fits."""
+    """Makes "file" a copy of the system's first file that one of these patterns matches."""
 
     def make(scene: Scene) -> str:
         found = next((file for pattern in patterns for file in sorted(glob.glob(pattern))), None)
@@ -123,14 +123,14 @@ def copied_file(*patterns: str) -> Callable[[Scene], str]:
 
 
 def script_of_ours(scene: Scene) -> str:
-    """A script whose interpreter is a script of the same directory, whose interpreter is the system's."""
+    """A script. Its interpreter is a script in the same directory, whose interpreter is the system's shell."""
     (scene.backing / "interpreter").write_text("#!/bin/sh\nexit 6\n")
     (scene.backing / "interpreter").chmod(0o755)
     return written(f"#!{scene.path}/interpreter\n")(scene)
 
 
 def copied(program: str) -> Callable[[Scene], str]:
-    """Makes "file" a copy of one of the system's programs."""
+    """Makes "file" a copy of a program of the system."""
 
     def make(scene: Scene) -> str:
         found = shutil.which(program)
@@ -143,7 +143,7 @@ def copied(program: str) -> Callable[[Scene], str]:
 
 
 def written(text: str) -> Callable[[Scene], str]:
-    """Makes "file" that script."""
+    """Makes "file" an executable script with this text."""
 
     def make(scene: Scene) -> str:
         (scene.backing / "file").write_text(text)
@@ -154,7 +154,7 @@ def written(text: str) -> Callable[[Scene], str]:
 
 
 def content(scene: Scene) -> str:
-    """Makes "file" what no kernel takes for a program."""
+    """Makes "file" an executable file that is not a program."""
     return scene.file(mode=0o755)
 
 
@@ -166,7 +166,7 @@ def row(
     differs: str | tuple[str, ...] = (),
     unsteady: bool = False,
 ) -> Workload:
-    """An accessor executes what `make` makes, while a listener hears all."""
+    """A workload: an accessor executes the file that `make` makes, while a listener hears all."""
 
     async def script(scene: Scene) -> None:
         path = make(scene)
@@ -178,7 +178,7 @@ def row(
 
 
 async def written_while_it_runs(scene: Scene) -> None:
-    """What is heard of its start does not belong here; that reads were watched then, does."""
+    """open(2) of a running program for writing. The events of its start are not noted; they only have to be watched."""
     path = copied("sleep")(scene)
     await scene.listen(scene.everywhere(), noted=False)
     await scene.call(write_while_it_runs, path, what="open for writing")

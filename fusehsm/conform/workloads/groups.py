@@ -1,4 +1,4 @@
-"""Several groups: who is asked first, what one's denial keeps from the others, and what becomes of who waits when a group goes."""
+"""Several groups: their order, the effect of a denial on later groups, and the fate of waiting accesses when a group is closed."""
 
 import errno
 import os
@@ -30,12 +30,12 @@ from fusehsm.fanotify.abi import (
 )
 
 CONTENT_GROUP = FAN_CLASS_CONTENT | FAN_CLOEXEC
-PERMISSION = EVERYTHING & ~PRE_ACCESS  # what a group of class CONTENT may watch
+PERMISSION = EVERYTHING & ~PRE_ACCESS  # the permission events that a group of class CONTENT may watch
 PRE, CONTENT = (PRE_GROUP, EVERYTHING), (CONTENT_GROUP, PERMISSION)
-# Modifications alone: they are notified before the call returns, and of those of one file there is one event each.
+# Only MODIFY: it is notified before the call returns, and each modification of a file makes one event.
 NOTIF = (FAN_CLASS_NOTIF | FAN_CLOEXEC, FAN_MODIFY)
 
-# The functions run in an accessor: what they use are the names that accessor_worker.py gives them, not those of this module.
+# These functions run in an accessor. They can use the names that accessor_worker.py gives them, and no others of this module.
 
 
 def read_by_threads(path: str, number: int) -> list[int]:
@@ -53,7 +53,7 @@ def read_by_threads(path: str, number: int) -> list[int]:
 
 
 def denying(name: str, error: int) -> Answer:
-    """An answer that denies events of that name."""
+    """The answer function that denies events of this name."""
 
     def answer(question: Question) -> int:
         return error if question.name == name else 0
@@ -62,7 +62,7 @@ def denying(name: str, error: int) -> Answer:
 
 
 def asked(*members: tuple[tuple[int, int], Answer]) -> Script:
-    """Groups made in that order, and a file that is opened and read, written and truncated."""
+    """Make groups in this order, then open, read, write and truncate a file."""
 
     async def script(scene: Scene) -> None:
         path = scene.file()
@@ -78,7 +78,7 @@ def asked(*members: tuple[tuple[int, int], Answer]) -> Script:
 def row(
     name: str, *members: tuple[tuple[int, int], Answer], interchangeable: tuple[str, ...] = ()
 ) -> Workload:
-    """asked(), as a workload."""
+    """A workload with the script asked()."""
     return Workload("groups", name, asked(*members), interchangeable=interchangeable)
 
 
@@ -108,7 +108,7 @@ ORDERS = [
 
 
 async def an_ignore_mark_is_its_own_groups(scene: Scene) -> None:
-    """The other group hears all the same."""
+    """An ignore mark of one group does not affect another group."""
     path = scene.file()
     ignoring = Mark(PRE_ACCESS, "file", FAN_MARK_IGNORE | FAN_MARK_IGNORED_SURV_MODIFY)
     await scene.listen(scene.everywhere(), ignoring)
@@ -117,7 +117,7 @@ async def an_ignore_mark_is_its_own_groups(scene: Scene) -> None:
 
 
 async def the_second_waits_for_the_first(scene: Scene) -> None:
-    """A group of lower class hears when the higher one has allowed."""
+    """A group of lower class hears an event after the higher one has allowed it."""
     path = scene.file()
     second = await scene.listen(scene.everywhere(PERMISSION), flags=CONTENT_GROUP)
     first = await scene.listen(scene.everywhere(FAN_OPEN_PERM), answer=lambda question: HOLD)
@@ -129,7 +129,7 @@ async def the_second_waits_for_the_first(scene: Scene) -> None:
 
 
 async def answered_in_any_order(scene: Scene) -> None:
-    """Five accessors wait; the third, the first, the rest."""
+    """Five accessors wait. They are answered in the order third, first, then the others."""
     paths = [scene.file(f"file-{number}") for number in range(5)]
     accessors = [scene.accessor() for _ in paths]
     listener = await scene.listen(scene.everywhere(PRE_ACCESS), answer=lambda question: HOLD)
@@ -148,7 +148,7 @@ async def answered_in_any_order(scene: Scene) -> None:
 
 
 async def threads_that_read_the_same(scene: Scene) -> None:
-    """An event each, at once."""
+    """Each thread has an event of its own, all at the same time."""
     path = scene.file()
     listener = await scene.listen(scene.everywhere(PRE_ACCESS), answer=lambda question: HOLD)
     call = scene.start(read_by_threads, path, 5)
@@ -158,7 +158,7 @@ async def threads_that_read_the_same(scene: Scene) -> None:
 
 
 async def accessors_of_one_file(scene: Scene) -> None:
-    """A writer and two readers of one file: each has its event at once, and the later ones may finish first."""
+    """A writer and two readers of one file: each has its event at once, and a later one may finish before an earlier one."""
     path = scene.file()
     calls = [("pread_path", (100, 0)), ("pwrite_path", (b"new", 0)), ("pread_path", (100, 5000))]
     listener = await scene.listen(scene.everywhere(PRE_ACCESS), answer=lambda question: HOLD)
@@ -178,7 +178,7 @@ async def accessors_of_one_file(scene: Scene) -> None:
 
 
 def closing(mask: int, taken: bool) -> Script:
-    """The group closes while somebody waits for it: he is allowed, and nobody is asked any more."""
+    """Close a group while an access waits for it: the access is allowed, and later ones make no event."""
 
     async def script(scene: Scene) -> None:
         path = scene.file()
@@ -199,7 +199,7 @@ def closing(mask: int, taken: bool) -> Script:
 def killed(
     operation: str, *arguments: object, mask: int = PRE_ACCESS, number: int = signal.SIGKILL
 ) -> Script:
-    """Who waits is killed after his event was read; others are asked as ever."""
+    """Kill an accessor after its event was read. The events of others come as before."""
 
     async def script(scene: Scene) -> None:
         path = scene.file()
@@ -222,7 +222,7 @@ def killed(
 
 
 async def killed_while_queued(scene: Scene) -> None:
-    """The event goes with its accessor."""
+    """A queued event vanishes when its accessor is killed."""
     path = scene.file()
     victim = scene.accessor()
     listener = await scene.listen(scene.everywhere(PRE_ACCESS), lazy=True)

@@ -1,4 +1,4 @@
-"""Mappings."""
+"""Ways to map a file."""
 
 import ctypes
 import mmap
@@ -13,7 +13,7 @@ from fusehsm.conform.workload import Script, Workload, one_call
 
 row = partial(one_call, "mapping")
 
-# The functions run in an accessor: what they use are the names that accessor_worker.py gives them, not those of this module.
+# These functions run in an accessor. They can use the names that accessor_worker.py gives them, and no others of this module.
 
 
 def map_and_touch(
@@ -257,7 +257,7 @@ def write_shared_and_close(path: str, sync: bool) -> int:
 
 
 def mapped_still(sync: bool) -> Script:
-    """What a shared mapping that goes on has written, in the backing directory."""
+    """Bytes that were written to a shared mapping, as the backing file has them while the file is still mapped."""
 
     async def script(scene: Scene) -> None:
         path = scene.file()

@@ -1,4 +1,4 @@
-"""Which marks hear what, and what a file that was opened earlier makes of later marks."""
+"""The events that each kind of mark hears, and those of a file that was opened before a mark."""
 
 import mmap
 import os
@@ -32,7 +32,7 @@ IGNORED, IGNORE, SURVIVING = FAN_MARK_IGNORED_MASK, FAN_MARK_IGNORE, FAN_MARK_IG
 CONTENT_GROUP = FAN_CLASS_CONTENT | FAN_CLOEXEC
 NOTIF_GROUP = FAN_CLASS_NOTIF | FAN_CLOEXEC
 
-# The functions run in an accessor: what they use are the names that accessor_worker.py gives them, not those of this module.
+# These functions run in an accessor. They can use the names that accessor_worker.py gives them, and no others of this module.
 
 
 def touch(descriptor: int, offset: int) -> bytes:
@@ -43,13 +43,13 @@ def touch(descriptor: int, offset: int) -> bytes:
 
 
 def heard(name: str, *marks: Mark, differs: str | tuple[str, ...] = ()) -> Workload:
-    """Files in two directories are read and listed, twice, for a group with those marks."""
+    """A workload: files in two directories are read and listed, twice, while a group with these marks listens."""
 
     async def script(scene: Scene) -> None:
         (scene.backing / "sub").mkdir()
         paths = [scene.file(file) for file in ("file", "sub/deep", "other")]
         await scene.listen(*marks)
-        # Twice: nothing may depend on what the kernel remembers of the first time.
+        # Twice: the events must not depend on the kernel's caches after the first time.
         for _ in range(2):
             for path in paths:
                 await scene.call("pread_path", path, 100, 5000)
@@ -111,7 +111,7 @@ SCOPES = [
 
 
 async def use(scene: Scene, descriptor: int) -> None:
-    """Everything that an open file can be used for."""
+    """Use an open file in every way: read, write, map, truncate."""
     await scene.call("pread", descriptor, 100, 5000)
     await scene.call("pwrite", descriptor, b"new", 5000)
     await scene.call(touch, descriptor, 12288)
@@ -121,7 +121,7 @@ async def use(scene: Scene, descriptor: int) -> None:
 def armed(
     name: str, *marks: Mark, group: int = PRE_GROUP, closed: bool = False, differs: str | tuple[str, ...] = ()
 ) -> Workload:
-    """A file is opened under those marks; what a group hears that watches everything later."""
+    """A workload: a file is opened under these marks, then a second group watches everything and hears its events."""
 
     async def script(scene: Scene) -> None:
         path = scene.file()
@@ -134,7 +134,7 @@ def armed(
         await use(scene, descriptor)
         await scene.call("pread_path", path, 100, 0)
 
-    # With two groups of one class that hear the same, which is asked first is arbitrary. How much is read ahead is the kernel's affair.
+    # Two groups of one class hear the same events, in an arbitrary order. The size of read-ahead is the kernel's decision.
     same_class = () if closed else ("group 1", "group 2")
     return Workload(
         "marks", f"opened under {name}", script, differs, interchangeable=same_class, unsteady=not marks
@@ -177,7 +177,7 @@ ARMINGS = [
 
 
 def changing(name: str, *steps: tuple[int, int, str]) -> Workload:
-    """A file stays open while these calls of fanotify_mark(2) are made; it and its path are read after each."""
+    """A workload: these calls of fanotify_mark(2) are made while a file is open. After each, the open file and its path are used."""
 
     async def script(scene: Scene) -> None:
         path = scene.file()
@@ -216,7 +216,7 @@ CHANGES = [
 
 
 def ending_ignorance(kind: int, survives: int) -> Script:
-    """A file is ignored; then it is opened for writing, written, truncated by others."""
+    """Set an ignore mark on a file. Then another process opens the file for writing, writes it and truncates it."""
 
     async def script(scene: Scene) -> None:
         path = scene.file()
@@ -249,7 +249,7 @@ IGNORING = [
 
 
 def meanwhile(flags: int, mask: int) -> Script:
-    """A mark changes while somebody waits."""
+    """Change a mark while an access waits."""
 
     async def script(scene: Scene) -> None:
         path = scene.file()
@@ -266,7 +266,7 @@ def meanwhile(flags: int, mask: int) -> Script:
 
 
 async def marked_while_the_open_waits(scene: Scene) -> None:
-    """A file is armed before its OPEN_PERM is asked: a mark that the listener sets then is too late."""
+    """The kernel arms a file before it makes OPEN_PERM, so a mark that the listener sets during that event is too late."""
     path = scene.file()
     listener = await scene.listen(scene.everywhere(OPEN), answer=lambda question: HOLD)
     call = scene.start("open", path, os.O_RDWR)

@@ -10,7 +10,7 @@ from fusehsm.conform.workload import one_call
 
 row = partial(one_call, "names")
 
-# The functions run in an accessor: what they use are the names that accessor_worker.py gives them, not those of this module.
+# These functions run in an accessor. They can use the names that accessor_worker.py gives them, and no others of this module.
 
 
 def read_renamed(path: str) -> bytes:
@@ -117,7 +117,7 @@ def link_unnamed(path: str) -> bytes:
     directory = os.path.dirname(path)
     descriptor = os.open(directory, os.O_TMPFILE | os.O_RDWR, 0o600)
     os.write(descriptor, b"unnamed no more")
-    # Not by os.link, which does not follow.
+    # By linkat(2): os.link does not follow the symbolic link.
     if libc.linkat(-100, f"/proc/self/fd/{descriptor}".encode(), -100, f"{directory}/named".encode(), 0x400):
         raise OSError(ctypes.get_errno(), "linkat")
     return os.pread(os.open(directory + "/named", os.O_RDONLY), 100, 0)

@@ -1,4 +1,4 @@
-"""Notifications with a descriptor: OPEN, OPEN_EXEC, ACCESS, MODIFY, CLOSE_WRITE, CLOSE_NOWRITE; what is merged, and who is told."""
+"""Notifications with a descriptor: OPEN, OPEN_EXEC, ACCESS, MODIFY, CLOSE_WRITE, CLOSE_NOWRITE. Their merging, and the groups that hear them."""
 
 import os
 import shutil
@@ -54,7 +54,7 @@ FENCE = "fence"
 
 
 async def fenced(scene: Scene, act: Callable[..., object] | str, *arguments: object) -> None:
-    """The call, and the end of its accessor, which closes all it has open; what another one then opens is the last to be heard of."""
+    """Make the call and end its accessor, which closes all its files. Then another accessor opens the file FENCE, which makes the last event."""
     accessor = scene.accessor()
     await scene.call(act, *arguments, by=accessor)
     accessor.kill()
@@ -73,7 +73,7 @@ def row(
     differs: str | tuple[str, ...] = (),
     make: Callable[[Scene], str] | None = None,
 ) -> Workload:
-    """The call, for a group that reads when all is over, so that what is merged does not hang on time."""
+    """A workload of one call. The group reads when the call is over, so merging does not depend on time."""
 
     async def script(scene: Scene) -> None:
         path = make(scene) if make else scene.file(size=size)
@@ -95,7 +95,7 @@ def program(scene: Scene) -> str:
 
 
 async def beside_permission_events(scene: Scene) -> None:
-    """One group for both: one queue."""
+    """One group has permission events and notifications in one queue."""
     path = scene.file()
     scene.file(FENCE)
     marks = (scene.everywhere(), ALL)
@@ -111,7 +111,7 @@ async def beside_permission_events(scene: Scene) -> None:
 
 
 async def after_a_denial(scene: Scene) -> None:
-    """What is denied is not notified."""
+    """A denied access makes no notification."""
     path = scene.file()
     scene.file(FENCE)
 
@@ -129,7 +129,7 @@ async def after_a_denial(scene: Scene) -> None:
 
 
 async def two_processes(scene: Scene) -> None:
-    """What different processes do is not merged."""
+    """Notifications of different processes are not merged."""
     path = scene.file()
     scene.file(FENCE)
     listener = await scene.listen(ALL, flags=NOTIF_GROUP, lazy=True)

@@ -1,4 +1,4 @@
-"""Ways to open a file, and what does not touch content at all."""
+"""Ways to open a file, and calls that do not touch content."""
 
 import ctypes
 import fcntl
@@ -13,7 +13,7 @@ from fusehsm.fanotify.abi import FAN_ONDIR
 
 row = partial(one_call, "opening")
 
-# The functions run in an accessor: what they use are the names that accessor_worker.py gives them, not those of this module.
+# These functions run in an accessor. They can use the names that accessor_worker.py gives them, and no others of this module.
 
 
 def open_with(path: str, flags: int, name: str = "file") -> int:

@@ -1,4 +1,4 @@
-"""Who it is: threads, children, descriptors that were inherited or passed."""
+"""The process of an event: threads, children, and descriptors that were inherited or passed."""
 
 import ctypes
 import os
@@ -9,7 +9,7 @@ from fusehsm.conform.scene import PRE_GROUP, Scene
 from fusehsm.conform.workload import Script, Workload
 from fusehsm.fanotify.abi import FAN_REPORT_PIDFD, FAN_REPORT_TID
 
-# The functions run in an accessor: what they use are the names that accessor_worker.py gives them, not those of this module.
+# These functions run in an accessor. They can use the names that accessor_worker.py gives them, and no others of this module.
 
 
 def read_in_child(path: str, count: int) -> int:
@@ -48,7 +48,7 @@ def read_what_a_child_opened(path: str) -> bytes:
         socket.send_fds(theirs, [b"x"], [os.open(path, os.O_RDONLY)])
         os._exit(0)
     _, descriptors, _, _ = socket.recv_fds(ours, 1, 1)
-    os.waitpid(child, 0)  # its opener is gone
+    os.waitpid(child, 0)  # the process that opened the file has ended
     return os.pread(descriptors[0], 100, 5000)
 
 
@@ -99,7 +99,7 @@ def read_together(path: str, number: int) -> list[int]:
 
 
 def run(act: object, *arguments: object, flags: int = 0, size: int = 20000) -> Script:
-    """An accessor does that, while a listener with those flags more than usual hears all."""
+    """Run `act` in an accessor, while a listener with these additional flags hears all."""
 
     async def script(scene: Scene) -> None:
         path = scene.file(size=size)
@@ -110,7 +110,7 @@ def run(act: object, *arguments: object, flags: int = 0, size: int = 20000) -> S
 
 
 async def two_users(scene: Scene) -> None:
-    """Root's file and another user's right to it."""
+    """A file of root that another user may not read, and then may."""
     path = scene.file(mode=0o600)
     nobody = scene.accessor(uid=65534, gid=65534)
     await scene.listen(scene.everywhere())
@@ -121,7 +121,7 @@ async def two_users(scene: Scene) -> None:
 
 
 async def two_processes(scene: Scene) -> None:
-    """Each has its own events."""
+    """Each process has events of its own."""
     path = scene.file()
     first, second = scene.accessor(), scene.accessor()
     await scene.listen(scene.everywhere())

@@ -1,4 +1,4 @@
-"""Real programs as they come. They map and fork as they like: the same files, the same bytes; mappings ask when touched."""
+"""Real programs of the system. They map files and fork. The files at the end must be equal; mappings ask when touched."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from fusehsm.conform.scene import MIB, SIZE, Scene
 from fusehsm.conform.workload import Workload
 
-# The functions run in an accessor: what they use are the names that accessor_worker.py gives them, not those of this module.
+# These functions run in an accessor. They can use the names that accessor_worker.py gives them, and no others of this module.
 
 
 def run(directory: str, command: Sequence[str]) -> tuple[int, bytes]:
@@ -49,7 +49,7 @@ def an_archive(scene: Scene) -> None:
 
 
 def sources(scene: Scene) -> None:
-    """What a compiler wants."""
+    """Sources for a compiler."""
     (scene.backing / "main.c").write_text('#include "part.h"\nint main(void) { return PART; }\n')
     (scene.backing / "part.h").write_text("#define PART 0\n")
     (scene.backing / "script.py").write_text("import module\nprint(module.VALUE)\n")
@@ -57,7 +57,7 @@ def sources(scene: Scene) -> None:
 
 
 def old_sources(scene: Scene) -> None:
-    """Sources that were written long ago: what is as new as git's index, git reads again and again."""
+    """Sources with an old modification time: git reads files that are as new as its index again and again."""
     sources(scene)
     for file in scene.backing.iterdir():
         os.utime(file, (1, 1))
@@ -77,7 +77,7 @@ def row(
     *command: str,
     differs: str | tuple[str, ...] = (),
 ) -> Workload:
-    """The command in a directory that `make` has filled, while a listener hears all; what the files hold then."""
+    """A workload: the command runs in a directory that `make` has filled, while a listener hears all. The content of all files is noted."""
 
     async def script(scene: Scene) -> None:
         if shutil.which(command[0]) is None:
@@ -93,7 +93,7 @@ def row(
     return Workload("programs", name, script, differs)
 
 
-_CHANGING = ("index",)  # git's has the files' times and inode numbers in it
+_CHANGING = ("index",)  # git's index contains the files' times and inode numbers
 EMPTY = "empty reads and writes"
 WORKLOADS = [
     row("cat", some_files, "cat", "file", "large"),

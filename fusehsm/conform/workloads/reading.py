@@ -12,7 +12,7 @@ from fusehsm.conform.workload import one_call
 
 row = partial(one_call, "reading")
 
-# The functions run in an accessor: what they use are the names that accessor_worker.py gives them, not those of this module.
+# These functions run in an accessor. They can use the names that accessor_worker.py gives them, and no others of this module.
 
 
 def pread(path: str, count: int, offset: int, flags: int = 0) -> bytes:
@@ -138,7 +138,7 @@ def read_duplicate_and_original(path: str) -> list[bytes]:
 def advise(path: str, advice: int) -> bytes:
     descriptor = os.open(path, os.O_RDONLY)
     os.posix_fadvise(descriptor, 0, 8192, advice)
-    # Nobody waits for what is read ahead, but for its pages.
+    # posix_fadvise(2) does not wait for read-ahead. Touching a page does.
     return mmap.mmap(descriptor, 16384, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)[5000:5001]
 
 

@@ -1,4 +1,4 @@
-"""Truncation."""
+"""Ways to truncate a file."""
 
 import os
 from functools import partial
@@ -8,7 +8,7 @@ from fusehsm.conform.workload import one_call
 
 row = partial(one_call, "truncating")
 
-# The functions run in an accessor: what they use are the names that accessor_worker.py gives them, not those of this module.
+# These functions run in an accessor. They can use the names that accessor_worker.py gives them, and no others of this module.
 
 
 def truncate(path: str, size: int) -> int:

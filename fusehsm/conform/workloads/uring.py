@@ -13,13 +13,13 @@ from fusehsm.fanotify.abi import FAN_REPORT_TID
 
 row = partial(one_call, "uring")
 
-# The functions run in an accessor: what they use are the names that accessor_worker.py gives them, not those of this module.
+# These functions run in an accessor. They can use the names that accessor_worker.py gives them, and no others of this module.
 
 
 def submit(
     path: str, opcode: int, offset: int, count: int, flags: int = 0, rw_flags: int = 0
 ) -> tuple[int, bytes]:
-    """One entry (io_uring.h) on the open file; what came of it, and what the buffer holds."""
+    """Submit one entry (io_uring.h) on the open file. Returns its result and the content of the buffer."""
     parameters = ctypes.create_string_buffer(120)
     ring = libc.syscall(425, 4, parameters)  # io_uring_setup
     if ring < 0:
@@ -37,7 +37,7 @@ def submit(
         address, length = ctypes.addressof(halves), 2
     if opcode == 17:  # FALLOCATE: the length is where the address is, the mode where the length is
         address, length = count, 0
-    if opcode == 55:  # FTRUNCATE: only a length, where the offset is
+    if opcode == 55:  # FTRUNCATE: only a length, in the place of the offset
         address, length = 0, 0
     if opcode == 24:  # FADVISE
         address = 0
@@ -78,7 +78,7 @@ def submit(
 
 
 def threads(opcode: int, flags: int = 0) -> Script:
-    """Who it is that does it, by thread."""
+    """The event's thread, for a group with FAN_REPORT_TID."""
 
     async def script(scene: Scene) -> None:
         path = scene.file()

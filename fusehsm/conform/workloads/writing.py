@@ -14,7 +14,7 @@ from fusehsm.conform.workload import one_call
 
 row = partial(one_call, "writing")
 
-# The functions run in an accessor: what they use are the names that accessor_worker.py gives them, not those of this module.
+# These functions run in an accessor. They can use the names that accessor_worker.py gives them, and no others of this module.
 
 
 def pwrite_only(path: str, count: int, offset: int, flags: int = os.O_WRONLY) -> tuple[int, int]:
