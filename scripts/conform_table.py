@@ -1,4 +1,4 @@
-"""docs/conform.md: what `fusehsm conform` finds with each engine, workload by workload. Exit code 1 where something differs that is not known to."""
+"""Write docs/conform.md: the results of `fusehsm conform` with each engine. Exit code 1 if there is a difference that is no known divergence."""
 
 import datetime
 import json
@@ -11,23 +11,23 @@ from typing import Any
 
 from fusehsm.conform.divergences import ENGINES
 
-# Measured once, by hand: what a daemon reads from /dev/fuse, under strace(1).
+# Measured once, by hand: the requests that a daemon reads from /dev/fuse, with strace(1).
 UNSENT = """## What FUSE does not send
 
-Whether the events of mmap(2) and of empty reads and writes can be recovered was tried on Linux 6.18: `strace -f -e trace=read,readv` of the
-daemon shows every request that it takes from /dev/fuse, and an accessor put getxattr(2) of a new name, which always makes a request, between its
-calls. With each engine, with `--events exact` and `--events first-access`, **no request at all** came of: mmap(2), private, shared and with
+An experiment on Linux 6.18 shows whether the events of mmap(2) and of empty reads and writes can be recovered. `strace -f -e trace=read,readv` of the
+daemon shows every request that it reads from /dev/fuse. Between its calls the accessor made a getxattr(2) of a new name, which always makes a
+request. With each engine, with `--events exact` and `--events first-access`, **no request at all** came from: mmap(2), private, shared and with
 PROT_NONE; mprotect(2) and mremap(2) of the mapping; read(2), pread(2), write(2) and pwrite(2) of 0 bytes; preadv(2) of no vector; sendfile(2) of
-0 bytes and past the end of the file. The first touch of a mapping makes a READ, as does pread(2) of one byte. So a server cannot know of them, and
-the divergences "mappings ask when touched" and "empty reads and writes" stay as long as nothing but /dev/fuse tells it:
-`fusehsm run` sees mmap(2) otherwise ([run.md](run.md)).
+0 bytes and past the end of the file. The first touch of a mapping makes a READ, as does pread(2) of one byte. So a server cannot know of these calls
+from /dev/fuse alone, and the divergences "mappings ask when touched" and "empty reads and writes" stay. `fusehsm run` sees mmap(2) in another way
+([run.md](run.md)).
 
 ## Workload by workload"""
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "conform.md"
 
 
 def compared(engine: str) -> dict[str, dict[str, Any]]:
-    """What `fusehsm conform --json` says of each workload."""
+    """The output of `fusehsm conform --json`, by workload."""
     command = [sys.executable, "-m", "fusehsm", "conform", "--json", "--engine", engine]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
     found = [json.loads(line) for line in done.stdout.splitlines()]
@@ -37,14 +37,14 @@ def compared(engine: str) -> dict[str, dict[str, Any]]:
 
 
 def cell(result: dict[str, Any]) -> str:
-    """One engine's word on one workload."""
+    """The table's cell for one engine and one workload."""
     if result["verdict"] != "known divergence":
         return str(result["verdict"])
     return f"known: {', '.join(result['divergences'])}"
 
 
 def main() -> int:
-    """Write the table."""
+    """Write the page."""
     results = {engine: compared(engine) for engine in ENGINES}
     first = results[ENGINES[0]]
     rows = [
@@ -67,15 +67,15 @@ def main() -> int:
     )
     release, today = os.uname().release, datetime.date.today().isoformat()
     TARGET.write_text(
-        f"""# The emulator held against the real kernel
+        f"""# The emulator compared with the real kernel
 
-What `fusehsm conform` found on Linux {release} ({os.uname().machine}, ext4) on {today}, with `--events exact`. Of {len(rows)} workloads:
+Results of `fusehsm conform` on Linux {release} ({os.uname().machine}, ext4) on {today}, with `--events exact`. Of {len(rows)} workloads:
 {said}.
 
-*Identical*: the listener read the same events in the same order, byte for byte (numbers of descriptors and processes aside), the processes
-have the same parts in them, every system call returned the same, and the files hold the same afterwards. *Known*: as an entry of the
-[table of what differs](divergences.md) says, and as it was recorded to; where events change from run to run, as
-the entry says, and with the same results of all calls. `fusehsm conform NAME --json` shows both streams.
+*Identical*: the listener read the same events in the same order, byte for byte (except the numbers of descriptors and processes), each process
+has the same part in them, every system call returned the same, and the files have the same content at the end. *Known*: the streams differ as an
+entry of the [table of differences](divergences.md) says, and as they were recorded. Where the events change from run to run, they differ as
+the entry says, and the results of all calls are the same. `fusehsm conform NAME --json` shows both streams.
 
 {UNSENT}
 
