@@ -1,20 +1,20 @@
-# `make demo` and `make test` set up everything they need themselves (scripts/bootstrap.sh).
+# Each target sets up everything that it needs (scripts/bootstrap.sh).
 .PHONY: help demo test check lint bench conform soak oldkernel setup setup-bench setup-demo clean
 .DEFAULT_GOAL := help
 
 BIN := .venv/bin
-# Where mkfs.ext4, losetup and mount.fuse3 live is not in every user's PATH.
+# The directories of mkfs.ext4, losetup and mount.fuse3 are not in every user's PATH.
 export PATH := $(PATH):/usr/sbin:/sbin
 
 help:
-	@echo "make demo   stubs of a real tree, filled on demand and checked byte for byte"
-	@echo "make test   formatting, lint, types and all tests (ARGS=\"--engine devfuse\": of one engine)"
-	@echo "make check T=tests/emulator/test_group.py  one file or test, without lint (ARGS=\"-m pure\": of one tier, tests/support/README.md)"
-	@echo "make lint   formatting, lint and types only"
-	@echo "make bench  fusehsm, the real kernel and bindfs side by side, fetch beside cp, rsync and curl (ARGS=--quick for a short run)"
-	@echo "make conform  the emulator against the real kernel, with both engines: all workloads (docs/conform.md), and 2,000 new sequences"
-	@echo "make soak   fetch killed at 500 random moments while users work, every byte compared (ARGS=\"--points 5000 --seed 1\")"
-	@echo "make oldkernel  the core tests under Debian's Linux 6.1 in an emulated machine (KERNEL=5.10: that one)"
+	@echo "make demo   make stubs of a real tree, fill them on demand, check every byte"
+	@echo "make test   check formatting, lint and types, and run all tests (ARGS=\"--engine devfuse\": of one engine)"
+	@echo "make check T=tests/emulator/test_group.py  run one file or test, without lint (ARGS=\"-m pure\": of one tier, tests/support/README.md)"
+	@echo "make lint   check formatting, lint and types only"
+	@echo "make bench  measure fusehsm, the real kernel and bindfs, and fetch, cp, rsync and curl (ARGS=--quick for a short run)"
+	@echo "make conform  compare the emulator with the real kernel, with both engines: all workloads (docs/conform.md), and 2,000 new sequences"
+	@echo "make soak   kill fetch at 500 random moments while users work, and compare every byte (ARGS=\"--points 5000 --seed 1\")"
+	@echo "make oldkernel  run the core tests under Debian's Linux 6.1 in an emulated machine (KERNEL=5.10: under 5.10)"
 	@echo "make clean  remove the virtual environment and caches"
 
 demo: setup-demo
@@ -42,7 +42,7 @@ conform: setup
 	$(BIN)/python scripts/conform_table.py
 	$(BIN)/python -m pytest -q tests/conform/test_sequences.py --sequences 2000
 
-# These are no part of `make test`: they take minutes.
+# soak and oldkernel are not part of `make test`, because they take minutes.
 soak: setup
 	$(BIN)/python -m tests.support.tier.soak $(ARGS)
 

@@ -1,10 +1,10 @@
-"""The demonstration: a real tree as stubs, filled the moment somebody touches it, and every byte checked.
+"""The demonstration: stubs of a real tree are filled when processes touch them, and every byte is checked.
 
     python examples/demo.py [--megabytes 200]
 
-Makes stubs of Python's own standard library, of a program and of one large file; mounts them with the mirror handler;
-then runs Python from the mount, searches a part of it, runs the program and reads parts of the large file, comparing all
-that was read with the origin. Needs no root. Leaves nothing behind. Exit code 1 if anything differed.
+It makes stubs of Python's standard library, of a program and of one large file, and mounts them with the mirror handler. Then it runs Python from
+the mount, searches a part of the tree, runs the program and reads parts of the large file. It compares all that was read with the origin. It needs
+no root and leaves nothing behind. Exit code 1 if there was a difference.
 """
 
 import argparse
@@ -35,37 +35,46 @@ PROGRAM = "sha256sum"
 SEARCHED = ("email", "json", "xml", "importlib")
 PARTS = 40
 SEED = 20140
-PATIENCE = 300  # seconds that one accessor may take before the demonstration gives up on it
+PATIENCE = 300  # seconds for one accessor
 
 
 class DemoError(Exception):
-    """The demonstration cannot go on; one line that says why."""
+    """The demonstration cannot go on. The message is one line with the cause."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What one step did: seconds it took, events it made, bytes they fetched, bytes on disk afterwards."""
+    """The result of one step."""
 
     name: str
+    # The number of files that it read.
     files: int
+    # The number of events that it made.
     events: int
+    # Bytes that these events fetched.
     fetched: int
+    # Bytes of all stubs on disk after the step.
     disk: int
+    # The time that it took.
     seconds: float
 
 
 @dataclass(slots=True)
 class Demo:
-    """One run: its directories and what it found."""
+    """One run: its directories and its results."""
 
+    # The directory for everything.
     work: Path
+    # The size of the large file in MiB.
     megabytes: int
+    # A line for each difference from the origin.
     differences: list[str]
+    # A row for each finished step.
     rows: list[Row]
 
     @property
     def origin(self) -> Path:
-        """Where the content is."""
+        """The directory with the content."""
         return self.work / "origin"
 
     @property
@@ -75,23 +84,23 @@ class Demo:
 
     @property
     def mount(self) -> Path:
-        """Where the stubs are used."""
+        """The directory in which the stubs are used."""
         return self.work / "mount"
 
     @property
     def counters(self) -> Path:
-        """Where the handler leaves its counts (examples/counted.py)."""
+        """The file with the handler's counts (examples/counted.py)."""
         return self.work / "counters.json"
 
     @property
     def library(self) -> str:
-        """Where PYTHONHOME/lib must hold the standard library."""
+        """The directory of the standard library, relative to PYTHONHOME/lib."""
         return f"python{sys.version_info.major}.{sys.version_info.minor}"
 
     # The tree
 
     def make_origin(self) -> int:
-        """Lay out the origin; links where the content exists already. Returns how many files it has."""
+        """Make the origin, with links to content that exists already, and its stubs. Returns the number of stubs."""
         (self.origin / "lib").mkdir(parents=True)
         (self.origin / "lib" / self.library).symlink_to(sysconfig.get_path("stdlib"))
         (self.origin / "bin").mkdir()
@@ -102,10 +111,10 @@ class Demo:
                 large.write(generator.randbytes(1 << 20))
         return sum(1 for _ in make_stubs(self.origin, self.stubs))
 
-    # The steps: each uses the mount and compares with the origin. They return how many files they read.
+    # The steps. Each uses the mount, compares with the origin, and returns the number of files that it read.
 
     def python_imports(self) -> int:
-        """Run a Python program whose whole standard library is the mount."""
+        """Run a Python program with the mount as its whole standard library."""
         interpreter = os.path.realpath(sys.executable)
         environment = {"PYTHONHOME": str(self.mount), "LC_ALL": "C.UTF-8"}
         arguments = [interpreter, "-S", "-s", "-B", "-P", str(HERE / "imports.py")]
@@ -159,14 +168,14 @@ class Demo:
         return 1
 
     def compare(self, name: str, digest: str, expected: str) -> None:
-        """Note a difference between what the mount gave and the origin."""
+        """Note a difference between the content from the mount and the origin."""
         if digest != expected:
             self.differences.append(f"{name}: sha256 {digest[:16]}…, in the origin {expected[:16]}…")
 
-    # Keeping account
+    # Counts
 
     def step(self, name: str, action: Callable[[], int], console: Console) -> None:
-        """Run one step and note what it cost."""
+        """Run one step and note its row."""
         events, fetched = self.counts()
         start = time.monotonic()
         with console.status(name):
@@ -179,7 +188,7 @@ class Demo:
         self.rows.append(row)
 
     def counts(self) -> tuple[int, int]:
-        """The handler's events and fetched bytes so far."""
+        """The number of the handler's events and of its fetched bytes so far."""
         try:
             events, fetched = json.loads(self.counters.read_text())
         except FileNotFoundError:
@@ -188,7 +197,7 @@ class Demo:
 
 
 def elf_program() -> str:
-    """A program of this machine that is an ELF binary."""
+    """The path of an ELF program of this machine. Raises DemoError if there is none."""
     path = shutil.which(PROGRAM)
     if path is None:
         raise DemoError(f"{PROGRAM}: not found; install coreutils")
@@ -218,7 +227,7 @@ def make_stubs(origin: Path, stubs: Path) -> Iterator[Path]:
 
 
 def disk_usage(path: Path) -> int:
-    """What `du` says: bytes on disk of a tree's files."""
+    """Bytes on disk of a tree's files, as `du` counts them."""
     return sum(
         os.lstat(os.path.join(directory, name)).st_blocks * 512
         for directory, _, files in os.walk(path)
@@ -239,7 +248,7 @@ def run(
     env: dict[str, str] | None = None,
     patience: float = PATIENCE,
 ) -> bytes:
-    """A program's output; DemoError where it fails or does not end."""
+    """Run a program and return its output. Raises DemoError if it fails or does not end within `patience` seconds."""
     try:
         done = subprocess.run(
             arguments,
@@ -260,15 +269,13 @@ def run(
 
 @contextmanager
 def mounted(demo: Demo) -> Iterator[None]:
-    """Mount the stubs with the mirror handler; unmount whatever happens."""
+    """Mount the stubs with the mirror handler; unmount in all cases at the end."""
     environment = os.environ | {
         "MIRROR_ORIGIN": str(demo.origin),
         "MIRROR_ROOT": str(demo.mount),
         "COUNTERS": str(demo.counters),
         "PYTHONPATH": str(HERE.parent),
-        "XDG_RUNTIME_DIR": str(
-            demo.work
-        ),  # for the control socket: nothing is left behind, whoever runs this
+        "XDG_RUNTIME_DIR": str(demo.work),  # the control socket lies there and is removed with it
     }
     command = [sys.executable, "-m", "fusehsm", "mount", str(demo.stubs), str(demo.mount)]
     command += ["--foreground", "--handler", "examples.counted:handler"]
@@ -287,7 +294,7 @@ def mounted(demo: Demo) -> Iterator[None]:
     try:
         ready.wait()
         if daemon.poll() is not None:
-            raise DemoError(f"fusehsm mount: exit {daemon.returncode}; it said why above")
+            raise DemoError(f"fusehsm mount: exit {daemon.returncode}; the cause is above")
         yield
     finally:
         end(daemon, demo.mount)
@@ -296,7 +303,7 @@ def mounted(demo: Demo) -> Iterator[None]:
 
 
 def relay_log(stream: IO[bytes], ready: threading.Event) -> None:
-    """Pass on what the daemon says; `ready` is set by its line "ready" or by its end."""
+    """Copy the daemon's stderr to ours. Its line "ready", or its end, sets `ready`."""
     for line in stream:
         if line == b"ready\n":
             ready.set()
@@ -306,7 +313,7 @@ def relay_log(stream: IO[bytes], ready: threading.Event) -> None:
 
 
 def end(daemon: subprocess.Popen[bytes], point: Path) -> None:
-    """Have the daemon unmount and end; kill it and unmount lazily where it does not."""
+    """Let the daemon unmount and end. If it does not, kill it and unmount lazily."""
     daemon.terminate()
     try:
         daemon.wait(timeout=30)
@@ -321,7 +328,7 @@ def end(daemon: subprocess.Popen[bytes], point: Path) -> None:
 
 
 def table_of(demo: Demo, stubs: int, before: int, total: Row) -> Table:
-    """The closing table."""
+    """The table at the end."""
     table = Table(title=f"{stubs:,} stubs; on disk {size_of(before)} before, {size_of(total.disk)} after")
     table.add_column("step")
     for title in ("files", "events", "fetched", "du after", "seconds"):
@@ -339,12 +346,12 @@ def table_of(demo: Demo, stubs: int, before: int, total: Row) -> Table:
 
 
 def size_of(count: int) -> str:
-    """Bytes as MiB."""
+    """The text for a number of bytes, in MiB."""
     return f"{count / (1 << 20):.1f} MiB"
 
 
 def demonstrate(work: Path, megabytes: int, console: Console) -> list[str]:
-    """Run everything under `work`, print the table and return what differed."""
+    """Run everything under `work`, print the table and return the differences."""
     demo = Demo(work, megabytes, [], [])
     demo.mount.mkdir()
     with console.status("making stubs"):
@@ -373,7 +380,7 @@ def main() -> int:
     parser.add_argument("--megabytes", type=int, default=200, help="size of the large file (default: 200)")
     megabytes = parser.parse_args().megabytes
     console = Console()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that nothing is left behind then either
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that everything is removed after SIGTERM too
     with tempfile.TemporaryDirectory(prefix="fusehsm-demo-") as work:
         try:
             differences = demonstrate(Path(os.path.realpath(work)), megabytes, console)

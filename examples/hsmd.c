@@ -1,6 +1,6 @@
 /*
- * A storage manager in one page: fills a file's content the moment somebody touches it. Plain fanotify(7), as it runs on Linux 6.14 and later;
- * on any other kernel, and without being root, run it unchanged with
+ * A storage manager in one page: it fills a file's content when a process touches it. It uses plain fanotify(7), as on Linux 6.14 and later. On any
+ * other kernel, and as an ordinary user, run it unchanged with
  *
  *     fusehsm run --mount DIR -- ./hsmd DIR
  */
@@ -13,7 +13,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-/* Newer than the headers of stable distributions. */
+/* The headers of stable distributions do not have these yet. */
 #ifndef FAN_PRE_ACCESS
 #define FAN_PRE_ACCESS 0x00100000
 #endif

@@ -1,8 +1,7 @@
-"""Import a good part of the standard library and print where every module came from, as JSON {path: sha256}.
+"""Import a large part of the standard library and print the files of all modules, as JSON {path: sha256}.
 
-Run with PYTHONHOME set to a tree whose lib/pythonX.Y holds the standard library, with -S, so that no site-packages come
-in, and -P, so that this directory does not: then every module that is not built into the interpreter is read from that
-tree.
+Set PYTHONHOME to a tree whose lib/pythonX.Y has the standard library. Use -S, which excludes site-packages, and -P, which excludes this directory.
+Then every module that is not built into the interpreter is read from that tree.
 """
 
 import hashlib
@@ -19,7 +18,7 @@ NAMES = (
 
 
 def use() -> str:
-    """Do a little with what was imported, so that the parts loaded on demand come in as well."""
+    """Use some of the imported modules, so that their parts that load on demand are loaded too."""
     context = sys.modules["decimal"].Context(prec=50)
     root = sys.modules["xml.etree.ElementTree"].fromstring("<a><b>1</b></a>")
     done = sys.modules["asyncio"].run(sys.modules["asyncio"].sleep(0, "done"))
@@ -27,7 +26,7 @@ def use() -> str:
 
 
 def files_of(module: object) -> list[str]:
-    """The source or extension that a module came from and, where it may have one, its compiled form."""
+    """The source or extension file of a module and, if it can have one, its byte-code file."""
     spec = getattr(module, "__spec__", None)  # typing.io is in sys.modules and has none
     return (
         [path for path in (spec.origin, spec.cached) if path]
@@ -37,7 +36,7 @@ def files_of(module: object) -> list[str]:
 
 
 def main() -> None:
-    """Print {path: sha256} of every file that a loaded module came from, and under "" what use() found."""
+    """Print {path: sha256} of the files of all loaded modules, and under "" the result of use()."""
     for name in NAMES.split():
         try:
             importlib.import_module(name)
@@ -48,7 +47,7 @@ def main() -> None:
         try:
             with open(path, "rb") as file:
                 hashes[path] = hashlib.sha256(file.read()).hexdigest()
-        except FileNotFoundError:  # a compiled form that was never written
+        except FileNotFoundError:  # a byte-code file that was never written
             continue
     json.dump(hashes, sys.stdout)
 

@@ -1,8 +1,8 @@
-"""Read random parts of a file in one way and print what was read, as a JSON list of [offset, length, sha256].
+"""Read random parts of a file in one way and print their hashes, as a JSON list of [offset, length, sha256].
 
     python examples/parts.py FILE pread|private|shared COUNT SEED
 
-A program of its own, so that whoever started it can stop waiting when the file's filesystem does not answer.
+It is a separate program, so its parent process can stop waiting if the file system does not answer.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ def read_part(fd: int, way: str, offset: int, length: int) -> bytes:
 
 
 def main(path: str, way: str, count: int, seed: int) -> None:
-    """Print [offset, length, sha256] of `count` parts; the same seed gives the same parts."""
+    """Print [offset, length, sha256] of `count` parts. The same seed gives the same parts."""
     chooser = random.Random(f"{way}{seed}")
     fd = os.open(path, os.O_RDONLY)
     size = os.fstat(fd).st_size

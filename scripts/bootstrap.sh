@@ -1,6 +1,7 @@
 #!/bin/bash
-# bootstrap.sh [demo | bench | tests | oldkernel]: sets up everything that `make demo`, `make bench`, `make test` or `make oldkernel` needs: system
-# packages (Debian, Ubuntu), /dev/fuse, and a virtual environment in .venv. Who only wants to see it work gets no compiler for the tests' sake. Quick when there is nothing to do. Says in one line what it cannot do itself.
+# bootstrap.sh [demo | bench | tests | oldkernel]: sets up everything for `make demo`, `make bench`, `make test` or `make oldkernel`: system packages
+# (Debian, Ubuntu), /dev/fuse, and a virtual environment in .venv. `demo` does not install the packages of the tests. If everything is there, it is
+# quick. For a step that it cannot do, it prints one line.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export LC_ALL=C.UTF-8 DEBIAN_FRONTEND=noninteractive DEBCONF_NOWARNINGS=yes
@@ -13,11 +14,11 @@ STAMP=$VENV/fusehsm-setup
 
 say() { echo "setup: $*" >&2; }
 fail() { say "$*"; exit 1; }
-# Package indexes and proxies may be private, and their addresses may hold passwords: none belongs in a log.
+# The addresses of package indexes and proxies may be private and may contain passwords, so they are removed from the log.
 without_addresses() { sed -E "s#[a-z+]+://[^ '\")]+#(address)#g; s#host='[^']*'#host=(address)#g; s#[^ ]+@[^ ]+:[0-9]+#(address)#g"; }
 
 is_root() { [ "$(id -u)" = 0 ]; }
-as_root() { # runs a command as root; fails where nobody could answer sudo's question
+as_root() { # runs a command as root; fails if sudo would ask for a password without a terminal
     if is_root; then "$@"
     elif ! command -v sudo > /dev/null; then return 1
     elif sudo -n true 2> /dev/null; then sudo --preserve-env=DEBIAN_FRONTEND,DEBCONF_NOWARNINGS,LC_ALL "$@"
@@ -38,7 +39,7 @@ install_packages() { # why, packages
     command -v apt-get > /dev/null || fail "missing: $why; install what Debian calls $* and try again"
     as_root true || fail "missing: $why; run: $by_hand"
     say "installing $*"
-    apt_update || fail "apt-get update failed; mend the package sources, then run: $by_hand"
+    apt_update || fail "apt-get update failed; fix the package sources, then run: $by_hand"
     as_root apt-get -qq -y -o Dpkg::Use-Pty=0 install --no-install-recommends "$@" 2>&1 > /dev/null | without_addresses >&2 ||
         fail "apt-get could not install these packages; run: $by_hand"
 }
@@ -71,9 +72,9 @@ install_python() {
 
 python=$(find_python) || { install_python; hash -r; python=$(find_python); } || fail "no Python 3.$OLDEST or later; install one and set PYTHON=/path/to/it"
 
-# What is missing, asked by use and not by package name: another distribution, or a Python of one's own, will do as well.
+# The missing packages. The checks look for the tools and not for package names, so another distribution or another Python works too.
 missing_packages() {
-    # venv, ensurepip and headers belong to the interpreter, wherever it came from.
+    # venv, ensurepip and headers belong to the interpreter, of any origin.
     local version package
     version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
     package=python$version
@@ -112,7 +113,7 @@ missing_packages() {
     fi
 }
 
-# Servers that only tests and measurements use, each time with a configuration of their own: installing them must not start them for the machine.
+# Servers that only tests and measurements use. These start them with configurations of their own, so the installation must not start them.
 missing_servers() {
     case $FOR in tests | bench) ;; *) return 0 ;; esac
     command -v nginx > /dev/null || echo nginx-light
@@ -128,7 +129,7 @@ install_servers() { # why, packages
     fi
     (install_packages "$@") || { [ $ours = no ] || as_root rm -f $policy; exit 1; }
     [ $ours = no ] || as_root rm -f $policy
-    # Nor at its next start; a server that was here before is left alone.
+    # They must not start at the next boot either. A server that was installed before is not changed.
     if command -v systemctl > /dev/null; then
         case " $* " in *" nginx-light "*) as_root systemctl --quiet disable nginx.service 2> /dev/null || true ;; esac
         case " $* " in *" memcached "*) as_root systemctl --quiet disable memcached.service 2> /dev/null || true ;; esac
@@ -146,7 +147,7 @@ if [ ${#missing[@]} -gt 0 ]; then
     hash -r
 fi
 
-# Minimal images lack it, and fusermount3 unmounts nothing without it.
+# Minimal images lack /etc/mtab, and without it fusermount3 cannot unmount.
 [ -e /etc/mtab ] || as_root ln -s ../proc/self/mounts /etc/mtab || say "/etc/mtab: missing; ordinary users cannot unmount; as root: ln -s ../proc/self/mounts /etc/mtab"
 
 if [ ! -e /dev/fuse ]; then
@@ -163,8 +164,8 @@ pip_install() { # arguments of pip install
     rm -f $log
 }
 
-# Made again only when this changes: the interpreter, the dependencies, the place (scripts in a venv hold absolute paths). What the tests need
-# is added when they are first run.
+# The environment is made again only if one of these changes: the interpreter, the dependencies, the directory (scripts in a venv contain absolute
+# paths). The tests' packages are added at their first run.
 made=$({ "$python" -c 'import sys; print(sys.version, sys.base_prefix)'; pwd; cat pyproject.toml scripts/bootstrap.sh; } | sha256sum)
 case $FOR in
     demo) packages=. enough=("." ".[http]" ".[test]") ;;

@@ -7,10 +7,10 @@ exec > "$result/output" 2>&1
 cd "$root"
 
 modprobe --all fuse ext4 loop # before /usr is covered: the modules lie in a tmpfs there
-chmod 666 /dev/fuse # as udev makes it
+chmod 666 /dev/fuse # the mode that udev sets
 
-# The machine's root asks the host for every byte every time. Programs come from a second view of the host, cached for ever. What else is
-# written goes to a tmpfs: the overlay that the machine has at /tmp lacks O_TMPFILE, for one.
+# The machine's root file system asks the host for every byte every time. So programs come from a second mount of the host, with an unlimited cache.
+# Temporary files go to a tmpfs: the machine's overlay at /tmp lacks O_TMPFILE, for example.
 tag=$(awk '$2 == "/run/host" { print $1 }' /proc/mounts)
 python=$(readlink --canonicalize .venv/bin/python)
 umount /run/host
@@ -23,9 +23,9 @@ done
 cd "$root"
 export TMPDIR=/tmp HOME=/tmp PYTHONDONTWRITEBYTECODE=1 HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis PATH=$PATH:/usr/sbin:/sbin
 
-# Everything is ten to fifty times slower here.
+# This machine is ten to fifty times slower than the host.
 export FUSEHSM_TESTS_LONGEST=600 FUSEHSM_TESTS_PATIENCE=300
-unset CI # there is no kernel world here, and that is no failure
+unset CI # this kernel has no pre-content events; with CI set that would be a failure
 
 mapfile -t arguments < "$result/arguments"
 echo "Linux $(uname -r)"

@@ -1,10 +1,10 @@
 #!/bin/bash
 # oldkernel.sh [ARGUMENTS]: runs tests under an old Debian kernel, in a virtual machine without hardware virtualisation. The kernel's package is
-# fetched and unpacked, not installed; the machine's root is this one's, read only. ARGUMENTS are pytest's, by default those of
+# fetched and unpacked, not installed. The machine's root is the host's, read only. ARGUMENTS are pytest's, by default those of
 # scripts/oldkernel-tests. Ends with pytest's exit code. Environment:
 #   KERNEL=6.1            or 5.10
 #   OLDKERNEL_LIMIT=1500  seconds after which the machine is stopped
-#   DEBIAN_MIRROR=URL     where the kernel's package is, by default as this machine's other packages
+#   DEBIAN_MIRROR=URL     the mirror with the kernel's package; default: the mirror of the host's own packages
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export LC_ALL=C.UTF-8
@@ -20,12 +20,12 @@ fail() { say "$*"; exit 1; }
 case $kernel in
     5.10) release=bullseye ;;
     6.1) release=bookworm ;;
-    *) fail "KERNEL=$kernel: not a kernel that this knows; take 6.1 or 5.10" ;;
+    *) fail "KERNEL=$kernel: not in the list of kernels; give 6.1 or 5.10" ;;
 esac
-[ "$(uname -m)" = x86_64 ] || fail "$(uname -m): the list of kernels holds those for x86_64 only"
+[ "$(uname -m)" = x86_64 ] || fail "$(uname -m): the kernels in the list are for x86_64 only; run it on such a machine"
 
 mkdir -p "$place"
-# A package list of its own: this machine may run another release of Debian.
+# A separate package list: the host may run another release of Debian.
 fetch_kernel() { # into $place/$kernel
     local apt=$place/apt name mirror
     mirror=${DEBIAN_MIRROR:-$(apt-get indextargets --format '$(REPO_URI)' | grep -m 1 '/debian/$' || true)}
@@ -47,7 +47,7 @@ fetch_kernel() { # into $place/$kernel
 [ -d "$place/$kernel" ] || fetch_kernel || fail "Debian's kernel $kernel could not be fetched (above); check the network, then run make again"
 image=$(echo "$place/$kernel"/boot/vmlinuz-*)
 
-# The machine writes nothing here but its output, so byte code is made now: compiling and pytest's rewriting take minutes in there.
+# The machine writes only its output here, so byte code is made now: compiling and pytest's rewriting would take minutes in the machine.
 arguments=("$@")
 [ $# -gt 0 ] || mapfile -t arguments < <(grep -v -e '^#' -e '^$' scripts/oldkernel-tests)
 collected=$(.venv/bin/python -m pytest --collect-only --quiet "${arguments[@]}" 2>&1) || { echo "$collected" | tail -n 20 >&2; fail "pytest cannot collect the tests (above)"; }
@@ -63,10 +63,10 @@ trap finish EXIT
 printf '%s\n' "${arguments[@]}" > "$result/arguments"
 : > "$result/output"
 mkfifo "$result/input"
-exec 3<> "$result/input" # an input without an end: at the end of its input QEMU polls it with all its might
+exec 3<> "$result/input" # an input without an end: at the end of its input QEMU polls in a busy loop
 
 say "Linux $kernel, software emulation, at most $limit s"
-# What the guest sees at /run/host is this machine's root again, for oldkernel-guest.sh to mount with a cache.
+
 PATH=$root/.venv/bin:$PATH timeout --kill-after=10 "$limit" vng --disable-kvm --force-9p --cpus 2 --memory 4G --run "$image" --rodir /run/host=/ --rwdir "/run/result=$result" \
     --exec "bash '$root/scripts/oldkernel-guest.sh' '$root' /run/result" <&3 3<&- > "$result/console" 2>&1 &
 machine=$!
@@ -77,6 +77,6 @@ machine=
 if [ ! -s "$result/status" ]; then
     tail -n 30 "$result/console" >&2
     [ "$code" != 124 ] && [ "$code" != 137 ] || fail "the tests did not end within $limit s; the machine has been stopped"
-    fail "the machine ended (exit code $code) before the tests did; what its console said is above"
+    fail "the machine ended (exit code $code) before the tests did; the end of its console is above"
 fi
 exit "$(cat "$result/status")"
