@@ -1,1 +1,1 @@
-"""The benchmark: fusehsm, the real kernel and bindfs side by side."""
+"""The benchmark: fusehsm compared with the real kernel and with bindfs."""

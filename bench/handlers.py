@@ -8,9 +8,9 @@ SLOWNESS = 0.02  # seconds
 
 
 async def allow(event: fusehsm.Event) -> None:
-    """Allow at once: what is left is the price of the event itself."""
+    """Allow at once, so that only the cost of the event itself is measured."""
 
 
 async def slow(event: fusehsm.Event) -> None:
-    """Allow after a while, as something that fetches from elsewhere does."""
+    """Allow after SLOWNESS, like a handler that fetches from another machine."""
     await trio.sleep(SLOWNESS)

@@ -1,4 +1,4 @@
-"""(k) The ready-made HSM: `fusehsm populate` and `fusehsm fetch` beside the ordinary tools that fetch everything first."""
+"""(k) The ready-made HSM: `fusehsm populate` and `fusehsm fetch`, compared with ordinary tools that fetch everything first."""
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +20,7 @@ SMALL = 8192  # bytes of a small file
 
 
 def ready_made_hsm(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity]:
-    """(k) A large file, many small ones, the start of a large program and the build of a kernel, all of them stubs before."""
+    """(k) A large file, many small files, the start of a large program and the build of a kernel, each from stubs."""
     directory = scene.files / "k"
     directory.mkdir()
     with ExitStack() as stack:
@@ -33,13 +33,13 @@ def ready_made_hsm(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity]
 
 
 def missing_tools() -> list[str]:
-    """What is measured beside fetch and is not here."""
+    """The tools to compare fetch with that are not installed."""
     missing = [tool for tool in ("rsync", "curl") if shutil.which(tool) is None]
     return missing if has_nginx() else [*missing, "nginx"]
 
 
 def seconds_of(scene: Scene, output: Path, *command: str) -> float:
-    """Seconds that a command took which writes to `output`, cold; that is removed again."""
+    """The seconds that a command takes to write to `output`, with cold caches. `output` is removed afterwards."""
     settle(scene)
     with stopwatch() as taken:
         run(*command)
@@ -50,7 +50,7 @@ def seconds_of(scene: Scene, output: Path, *command: str) -> float:
 def seconds_through(
     stubs: Stubs, options: tuple[str, ...], command: Callable[[Path], tuple[str, ...]]
 ) -> float:
-    """Seconds that a command took on fresh stubs while they were served."""
+    """The seconds that a command takes on new stubs while fetch serves them."""
     with stubs.served(*options) as path, stopwatch() as taken:
         run(*command(path))
     remove(stubs.path)
@@ -58,7 +58,7 @@ def seconds_through(
 
 
 def _large_file(scene: Scene, sizes: Sizes, note: Note, directory: Path, url: str) -> Iterator[Quantity]:
-    """Read from front to back, cold."""
+    """Read a large file from beginning to end, with cold caches."""
     note("making a large file")
     file = make_file(directory / "large" / "file", sizes.fetched_bytes)
     output = directory / "copy"
@@ -76,7 +76,7 @@ def _large_file(scene: Scene, sizes: Sizes, note: Note, directory: Path, url: st
     }
     for name, options in backends(scene).items():
         cases[f"fetch, {name}: cat"] = partial(seconds_through, local, options, cat)
-    # Not on the real kernel, where cp takes stubs for the holes that they are.
+    # Not on the real kernel: there cp finds that stubs are holes and reads nothing.
     cases["fetch, mount, first-access: cp"] = partial(seconds_through, local, FIRST_ACCESS, copied)
     yield _throughput(f"{size:,.0f} MiB of a directory, cold", size, cases, CP, sizes, note)
     output.unlink(missing_ok=True)
@@ -108,7 +108,7 @@ def _throughput(
 
 
 def _small_files(scene: Scene, sizes: Sizes, note: Note, directory: Path, url: str) -> Iterator[Quantity]:
-    """Read one after the other, as tar does, cold."""
+    """Read small files one after the other, as tar does, with cold caches."""
     note("making small files")
     store = directory / "small"
     paths = make_tree(store, sizes.fetched_files, in_one_directory=100, size=SMALL)
@@ -131,7 +131,7 @@ def _small_files(scene: Scene, sizes: Sizes, note: Note, directory: Path, url: s
         )
 
     def archived(path: Path) -> tuple[str, ...]:
-        # tar does not read what it writes to /dev/null, and complains of the change times of files that are filled while it reads them.
+        # tar reads no content if its archive is /dev/null itself. It prints a warning for each file that is filled while it reads it.
         return ("sh", "-c", f"tar -c -C '{path}' . 2> /dev/null | cat > /dev/null")
 
     for origin, (baseline, cases, stubs) in kinds.items():

@@ -1,4 +1,4 @@
-"""The build of a kernel whose source is stubs, and what the tree takes on the disk afterwards."""
+"""The build of a kernel whose source is stubs, and the disk space of the tree afterwards."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ PAGE = 4096  # bytes; a block of ext4
 
 
 def build_of_stubs(scene: Scene, sizes: Sizes, note: Note, directory: Path) -> Iterator[Quantity]:
-    """make tinyconfig and make -j2, output elsewhere; nothing where there is no source."""
+    """Measure make tinyconfig and make -j2, with the output outside the tree. Without a kernel source there is nothing to measure."""
     if sizes.kernel_source and what_is_missing():
         return
     note("unpacking the source")
@@ -59,7 +59,7 @@ def build_of_stubs(scene: Scene, sizes: Sizes, note: Note, directory: Path) -> I
 
 
 def _beyond_content(tree: Path) -> float:
-    """MiB of blocks of filled files that are not of their content: an attribute that finds no room in the inode has a block of its own."""
+    """MiB of the filled files' blocks that are not content: an attribute that does not fit into the inode has a block of its own."""
     beyond = 0
     for place, _, names in os.walk(tree):
         for name in names:

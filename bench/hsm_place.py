@@ -15,22 +15,24 @@ FIRST_ACCESS = (*MOUNT, "--events", "first-access")
 
 
 def backends(scene: Scene) -> dict[str, tuple[str, ...]]:
-    """What can be measured here: names and the options of fetch that mean them."""
+    """The backends that can be measured here: their names and the options of fetch for them."""
     found = {"kernel": KERNEL} if scene.has_kernel else {}
     return {**found, "mount": MOUNT, "mount, first-access": FIRST_ACCESS}
 
 
 @dataclass(frozen=True, slots=True)
 class Stubs:
-    """The stubs of `store` (a directory or a URL) at `path`."""
+    """Stubs and their store."""
 
     scene: Scene
+    #: A directory or a URL.
     store: str
+    #: The directory of the stubs.
     path: Path
 
     @contextmanager
     def served(self, *options: str) -> Iterator[Path]:
-        """Make them anew, empty the caches, serve them. They are removed by remove()."""
+        """Make new stubs, empty the caches, and serve the stubs. remove() removes them."""
         remove(self.path)
         run(sys.executable, "-m", "fusehsm", "populate", self.store, str(self.path), directory=ROOT)
         settle(self.scene)
@@ -40,7 +42,7 @@ class Stubs:
 
 
 def settle(scene: Scene) -> None:
-    """Nothing is left to be written to the disk, and, as root, nothing is in the caches."""
+    """Write everything to the disk and, as root, empty the caches."""
     if scene.is_root:
         scene.drop_caches()
     else:
@@ -48,7 +50,7 @@ def settle(scene: Scene) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a tree if it is there."""
+    """Remove a file or a tree if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:

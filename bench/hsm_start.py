@@ -1,4 +1,4 @@
-"""The start of a large program that is a stub: how long it takes, and how much of it is fetched."""
+"""The start of a large program that is a stub: its time, and the fetched part of the file."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -11,12 +11,12 @@ from bench.scene import ROOT, Scene, make_file, run, stopwatch
 from bench.sizes import Note, Sizes
 
 WHOLE = "cp, then start"
-# Which pages the program touches, 1 in 50 altogether: all of runs of so many, which lie far apart.
+# The program touches 1 page in 50: all pages of runs of this many pages, with large gaps between the runs.
 RUNS = {"in runs of 64": 64, "one by one": 1}
 
 
 def program_start(scene: Scene, sizes: Sizes, note: Note, directory: Path) -> Iterator[Quantity]:
-    """A fiftieth of the program's pages is touched."""
+    """Measure the start of a program that touches a fiftieth of its pages."""
     note("making a large program")
     program = _make_program(directory / "program" / "program", sizes.executable_bytes)
     stubs = Stubs(scene, str(program.parent), directory / "stubs")

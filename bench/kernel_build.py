@@ -1,4 +1,4 @@
-"""(g) Building a Linux kernel from a tree that is mounted: resident, and fetched file by file while it is built."""
+"""(g) The build of a Linux kernel from a mounted tree: resident, and fetched file by file during the build."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ OPTIONS = ("--engine", "devfuse", "--events", "first-access", "--cache", "privat
 
 
 def kernel_build(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity]:
-    """(g) make tinyconfig and make -j2, output outside the mount."""
+    """(g) Measure make tinyconfig and make -j2, with the output outside the mount."""
     directory = scene.files / "g"
     directory.mkdir()
     note("unpacking the source")
@@ -59,7 +59,7 @@ def kernel_build(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity]:
         with Stage(scene) as stage:
             stage.mirror(source, tree, counts)
             seconds = built(tree)
-        # Written when the listener ended, which leaving the stage has waited for.
+        # The listener writes the counts when it ends, and leaving the stage has waited for that.
         seen["events"].setdefault(case, []).append(float(counts.read_text(encoding="ascii")))
         return seconds
 
@@ -70,7 +70,7 @@ def kernel_build(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity]:
     }
     if scene.has_kernel:
         cases[KERNEL_COLD] = partial(cold, KERNEL_COLD, listened)
-    built(source)  # warms what all of them use, and is not counted
+    built(source)  # warms the caches for all cases, and is not counted
     values = interleave(sizes.repetitions, cases, note)
     what = what_is_built(sizes)
     targets = (Target(RESIDENT, NATIVE, at_most=1.03), Target(COLD, KERNEL_COLD, at_most=1.1))
@@ -85,12 +85,12 @@ def kernel_build(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity]:
 
 
 def what_is_built(sizes: Sizes) -> str:
-    """Its name."""
+    """The name of the thing that is built."""
     return "Linux 6.1 tinyconfig" if sizes.kernel_source else "150 generated files"
 
 
 def build_seconds(scene: Scene, tree: Path) -> float:
-    """Seconds that `make -j2` takes after `make tinyconfig`, output elsewhere."""
+    """The seconds that `make -j2` takes after `make tinyconfig`, with the output outside the tree."""
     output = scene.work / "output"
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir()
@@ -101,7 +101,7 @@ def build_seconds(scene: Scene, tree: Path) -> float:
 
 
 def what_is_missing() -> str:
-    """What a kernel cannot be built without and is not here, with its mend; empty where everything is."""
+    """One line with the missing tools for building a kernel, and the fix; empty if nothing is missing."""
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if not TARBALL.exists():
         missing.append(str(TARBALL))
@@ -110,7 +110,7 @@ def what_is_missing() -> str:
 
 
 def source_tree(directory: Path, sizes: Sizes) -> Path:
-    """The tree that is built, made below `directory`."""
+    """Make the tree to build below `directory`, and return its path."""
     return _unpacked(directory) if sizes.kernel_source else _generated(directory)
 
 
@@ -120,7 +120,7 @@ def _unpacked(directory: Path) -> Path:
 
 
 def _generated(directory: Path) -> Path:
-    """A tree that is built as the kernel is, in seconds."""
+    """Make a small tree that is built with the kernel's commands, in seconds."""
     source = directory / "generated"
     source.mkdir()
     names = [f"unit{number:03d}" for number in range(150)]
@@ -136,7 +136,7 @@ def _generated(directory: Path) -> Path:
 
 
 def _make_stubs(source: Path, target: Path) -> None:
-    """Files of the same sizes, modes and times, and nothing in them."""
+    """Make files with the same sizes, modes and times, without content."""
     for place, directories, files in os.walk(source):
         here = target / os.path.relpath(place, source)
         here.mkdir(exist_ok=True, parents=True)
@@ -153,6 +153,6 @@ def _make_stubs(source: Path, target: Path) -> None:
 
 
 def occupied(tree: Path) -> float:
-    """MiB that a tree takes on the disk."""
+    """The MiB that a tree takes on the disk."""
     os.sync()
     return int(run("du", "-s", "--block-size=1", str(tree)).split()[0]) / (1 << 20)

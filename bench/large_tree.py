@@ -19,7 +19,7 @@ FIND = ("find", ".", "-type", "f", "-size", "+1k")
 
 
 def large_tree(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity]:
-    """(i) find in it, cold (a fresh mount each time) and warm, and what a node costs the server."""
+    """(i) Measure find(1) in the tree, cold (on a new mount each time) and warm, and the server's memory for a node."""
     directory = scene.files / "i"
     directory.mkdir()
     directories = sizes.large_tree // IN_ONE_DIRECTORY

@@ -1,7 +1,7 @@
 """A listener process: python -m bench.listen PATH kernel|fuse [ORIGIN COUNTS]
 
-Allows everything or, with ORIGIN, fills stubs from there as examples/mirror.py does and writes to the file COUNTS, at its end, how many
-events it had. Prints "ready" once its marks stand; SIGTERM ends it.
+It allows everything. With ORIGIN, it fills stubs from that directory as examples/mirror.py does, and at its end writes the number of its events to
+the file COUNTS. It prints "ready" when its marks are set. SIGTERM ends it.
 """
 
 import signal
@@ -17,7 +17,7 @@ from fusehsm.handler import Handler
 
 
 async def listen(path: str, backend: str, handler: Handler) -> None:
-    """Hand every pre-content event under `path` to `handler` until SIGTERM."""
+    """Pass every pre-content event under `path` to `handler` until SIGTERM."""
     async with fusehsm.open_group(path, backend=backend) as group:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async with trio.open_nursery() as nursery:
@@ -28,7 +28,7 @@ async def listen(path: str, backend: str, handler: Handler) -> None:
 
 
 def main(path: str, backend: str, origin: str = "", counts: str = "") -> None:
-    """Listen, and count where that is asked for."""
+    """Listen, and count events if `counts` is given."""
     if not origin:
         trio.run(listen, path, backend, allow)
         return

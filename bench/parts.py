@@ -1,4 +1,4 @@
-"""The first five parts of the benchmark. Each returns what it measured."""
+"""The first five parts of the benchmark. Each yields its results."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -28,14 +28,14 @@ IN_PROCESS = "fusehsm, in-process"
 IN_PROCESS_PYFUSE3 = "fusehsm --engine pyfuse3, in-process"
 SOCKET = "fusehsm, over the socket"
 ROUND_TRIP_TARGETS = (Target(IN_PROCESS, KERNEL, at_most=1.3), Target(SOCKET, KERNEL, at_most=2.5))
-PIECE = 128 << 10  # bytes a read(2) of the sequential reader: what cat and cp use
+PIECE = 128 << 10  # bytes of each read(2) of the sequential reader, as in cat and cp
 
 
 def event_round_trip(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity]:
-    """(a) One 4 KiB pread that makes one event.
+    """(a) Measure one pread of 4 KiB that makes one event.
 
-    Twice: wherever the scheduler puts accessor and listener, as in real use, where waking an idle core is most of the price;
-    and all on one core, where the work done is.
+    It is measured twice: on any core, as in real use, where waking an idle core is most of the cost; and with all processes on one core,
+    where the work itself is the cost.
     """
     directory = scene.files / "a"
     files = {name: make_file(directory / name / "file", 16 << 20) for name in ("c", "python", "emulated")}
@@ -50,12 +50,12 @@ def event_round_trip(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantit
 
 
 def pread_microseconds(scene: Scene, count: int, path: Path) -> float:
-    """Microseconds that one of `count` preads of 4 KiB took."""
+    """The microseconds for one pread of 4 KiB, the average of `count`."""
     return scene.measure(scene.work, "pread", str(path), str(count), "4096").microseconds
 
 
 def event_makers(scene: Scene, stage: Stage, files: dict[str, Path]) -> Iterator[tuple[str, Path]]:
-    """Everything that an event can come from, and the file to read there."""
+    """All sources of events, with the file to read at each."""
     if scene.has_kernel:
         stage.listen_in_c(files["c"])
         yield "kernel, C listener", files["c"]
@@ -74,7 +74,7 @@ def event_makers(scene: Scene, stage: Stage, files: dict[str, Path]) -> Iterator
 
 
 def unwatched_files(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity]:
-    """(b) stat, and open+read+close, of files that nobody watches, warm."""
+    """(b) Measure stat, and open+read+close, of files that are not watched, with warm caches."""
     directory = scene.files / "b"
     paths = make_tree(directory, sizes.unwatched_files, in_one_directory=100, size=4096)
     listing = scene.work / "unwatched"
@@ -84,7 +84,7 @@ def unwatched_files(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity
         for action, name in (("stat", "stat, warm"), ("open", "open+read+close, warm")):
 
             def once(root: Path, action: str = action) -> float:
-                scene.measure(root, action, str(listing))  # warms, and is not counted
+                scene.measure(root, action, str(listing))  # warms the caches, and is not counted
                 return scene.measure(root, action, str(listing)).microseconds
 
             cases = {case: partial(once, root) for case, root in roots.items()}
@@ -97,7 +97,7 @@ def unwatched_files(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity
 
 
 def sequential_read(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity]:
-    """(c) One large file from front to back."""
+    """(c) Measure reads of one large file from beginning to end."""
     directory = scene.files / "c"
     make_file(directory / "plain" / "file", sizes.sequential_bytes)
     watched = ("exact", "first-access")
@@ -127,7 +127,7 @@ def sequential_read(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity
 
 
 def listing(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity]:
-    """(d) ls -lR of a large tree."""
+    """(d) Measure ls -lR of a large tree."""
     directory = scene.files / "d"
     make_tree(directory, sizes.listed_files, in_one_directory=100, size=1)
     with Stage(scene) as stage:
@@ -146,7 +146,7 @@ def listing(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity]:
 
 
 def memory(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity]:
-    """(e) What a node costs the server: resident memory before and after a walk, a fresh mount each time."""
+    """(e) Measure the server's memory for a node: its resident memory before and after a walk, on a new mount each time."""
     directory = scene.files / "e"
     make_tree(directory, sizes.walked_files, in_one_directory=100, size=1)
     nodes = sizes.walked_files + (sizes.walked_files + 99) // 100
@@ -176,9 +176,9 @@ def cold_and_warm(
     *,
     discarded: int = 0,
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Measure everything with empty caches (root only, else that is empty) and again with what this brought in.
+    """Measure all cases with cold caches (as root only; otherwise that result is empty), and again with the caches that this has filled.
 
-    `discarded`: measurements in between that do not count. A page's second use costs more than its later ones.
+    `discarded`: the number of measurements in between that do not count. The second use of a page costs more than later ones.
     """
     cold: dict[str, list[float]] = {}
 
@@ -197,7 +197,7 @@ def cold_and_warm(
 
 
 def overlays(scene: Scene, stage: Stage, source: Path) -> dict[str, Path]:
-    """Mounts of `source` that nobody listens to: ours in both cache modes, and bindfs."""
+    """Mounts of `source` without a listener: fusehsm in both cache modes, and bindfs."""
     roots = {OURS: stage.mount(source, "--cache", "private")[0]}
     roots[OURS_SHARED] = stage.mount(source, "--cache", "shared")[0]
     if scene.has_bindfs:

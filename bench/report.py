@@ -1,4 +1,4 @@
-"""What was measured, as values, as a table and as JSON."""
+"""The results of the benchmark: as values, as a table and as JSON."""
 
 import os
 import platform
@@ -15,34 +15,46 @@ from rich.table import Table
 class Target:
     """A bound on the ratio of one case to another."""
 
+    #: The name of the case.
     case: str
+    #: The name of the case to divide by.
     versus: str
+    #: The upper bound of the ratio; None: no bound.
     at_most: float | None = None
+    #: The lower bound of the ratio; None: no bound.
     at_least: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """One thing measured in several cases, interleaved: `values[case][i]` belongs to the i-th repetition."""
+    """One measured quantity, in several cases."""
 
+    #: The letter of the part.
     part: str
+    #: The name in tables.
     name: str
+    #: The unit of the values.
     unit: str
+    #: The values of each case; `values[case][i]` is of the i-th repetition.
     values: Mapping[str, Sequence[float]]
+    #: The case to divide by; a name that is no case: no ratios.
     baseline: str
     targets: Sequence[Target] = ()
-    limits: Mapping[str, float] | None = None  # upper bounds on a case's own median
+    #: The upper bound of a case's own median, by case.
+    limits: Mapping[str, float] | None = None
 
     def ratios(self, case: str, versus: str) -> list[float]:
-        """`case` divided by `versus`, repetition by repetition: what the machine did to both cancels out."""
+        """`case` divided by `versus`, for each repetition. Disturbances of both by the machine cancel out."""
         return [mine / other for mine, other in zip(self.values[case], self.values[versus], strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether a target was met."""
+    """A target and its result."""
 
+    #: The target in words.
     text: str
+    #: The measured ratio or median.
     measured: float
     met: bool
 
@@ -50,7 +62,7 @@ class Verdict:
 def interleave(
     repetitions: int, cases: Mapping[str, Callable[[], float]], note: Callable[[str], None]
 ) -> dict[str, list[float]]:
-    """Measure every case once a repetition, each repetition beginning with another case."""
+    """Measure every case once in each repetition. Each repetition begins with another case."""
     names = list(cases)
     values: dict[str, list[float]] = {name: [] for name in names}
     for repetition in range(repetitions):
@@ -62,7 +74,7 @@ def interleave(
 
 
 def verdicts(quantity: Quantity) -> list[Verdict]:
-    """One for every target whose two cases were both measured, and for every limit."""
+    """A verdict for each target whose two cases were measured, and for each limit."""
     found = []
     for target in quantity.targets:
         if target.case not in quantity.values or target.versus not in quantity.values:
@@ -84,14 +96,14 @@ def verdicts(quantity: Quantity) -> list[Verdict]:
 
 
 def number(value: float) -> str:
-    """Three significant digits and no exponent."""
+    """The text of a number: three significant digits and no exponent."""
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def table_of(quantities: Sequence[Quantity], repetitions: int) -> Table:
-    """Medians, their spread (least to greatest) and ratios to the baseline."""
+    """A table of medians, their spread (least to greatest) and their ratios to the baseline."""
     title = f"medians of {repetitions} interleaved repetitions; Linux {platform.release()}, {os.cpu_count()} cores"
     table = Table(title=title)
     for heading in ("", "what", "case"):
@@ -113,7 +125,7 @@ def table_of(quantities: Sequence[Quantity], repetitions: int) -> Table:
 
 
 def targets_of(found: Sequence[Verdict]) -> Table:
-    """The targets and whether each is met."""
+    """A table of the targets and their results."""
     table = Table(title="targets")
     table.add_column("target")
     table.add_column("measured", justify="right")
@@ -126,7 +138,7 @@ def targets_of(found: Sequence[Verdict]) -> Table:
 def as_json(
     quantities: Sequence[Quantity], left_out: Sequence[str], repetitions: int, load: float
 ) -> dict[str, Any]:
-    """Everything, with every single value; `load` is the load average before the benchmark began."""
+    """All results with all single values, for JSON. `load` is the load average before the benchmark."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "kernel": platform.release(),

@@ -1,4 +1,4 @@
-"""(f) A resident tree that is still watched, in first-access mode: what it costs when nothing has to be fetched."""
+"""(f) A resident tree that is still watched, in first-access mode: its cost when nothing has to be fetched."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -13,14 +13,14 @@ NATIVE = "native"
 OURS = "fusehsm"
 PYFUSE3 = "fusehsm --engine pyfuse3"
 OPTIONS = ("--events", "first-access", "--cache", "private", "--handler", HANDLER)
-# Before anything counts: a file's attributes are believed for good only once it has been left alone, so one that a listener was asked about a
-# moment ago is not warm yet.
+# Rounds before the measurement. The kernel may cache a file's attributes without limit only some time after the last event of the file, so a file
+# with a recent event is not warm yet.
 ROUNDS = 3
-SETTLING = 2.0  # seconds before each
+SETTLING = 2.0  # seconds before each round
 
 
 def resident_tree(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity]:
-    """(f) stat, open+read+close, names that are missing, ls -lR and find of a warm tree, and the requests they make."""
+    """(f) Measure stat, open+read+close, lookups of missing names, ls -lR and find of a warm tree, and count their requests."""
     directory = scene.files / "f"
     paths = make_tree(directory, sizes.resident_files, in_one_directory=100, size=4096)
     lists = {"present": paths, "missing": [f"{path}.missing" for path in paths]}
@@ -58,7 +58,7 @@ def resident_tree(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity]:
         for name, (unit, action) in actions.items():
 
             def once(root: Path, action: Callable[[Path], float] = action) -> float:
-                # Not counted: a machine that reclaims idle memory (DAMON) takes pages away while the other cases are measured.
+                # Not counted: a machine that reclaims idle memory (DAMON) removes pages while the other cases are measured.
                 action(root)
                 return action(root)
 

@@ -1,9 +1,9 @@
-"""The benchmark: fusehsm beside the real kernel and bindfs, interleaved, with the project's targets.
+"""The benchmark: fusehsm, the real kernel and bindfs measured in turns, with the project's targets.
 
     python bench/run.py [--only a,b] [--quick] [--repetitions N] [--json PATH]
 
-Root is needed for the kernel's rows and for cold caches; what is left out is said at the end. Exit code 0 whether or not
-targets are met, 1 where something that was asked for could not be measured; what came out before is written all the same.
+The kernel's rows and cold caches need root. The end of the output lists what was left out. Exit code 0 also if targets are missed; 1 if a requested
+part could not be measured. The results up to then are written in any case.
 """
 
 import argparse
@@ -38,20 +38,22 @@ PARTS = {
 }
 RESULTS = Path(__file__).resolve().parent / "results"
 IMAGE = 24 << 30  # bytes; sparse
-WIDTH = 150  # columns of the tables where no terminal says how many there are
-BUSY = 0.5  # load average beyond which others' work shows in the figures
+WIDTH = 150  # columns of the tables without a terminal
+BUSY = 0.5  # load average above which other programs disturb the figures
 
 
 def arguments() -> argparse.Namespace:
-    """What the command line says."""
+    """The arguments of the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", help=f"parts to run, for instance a,c (default: all of {','.join(PARTS)})")
     parser.add_argument(
-        "--quick", action="store_true", help="small sizes: does it work, rather than how fast is it"
+        "--quick", action="store_true", help="small sizes: check that it works, without useful figures"
     )
-    parser.add_argument("--repetitions", type=int, help="how often everything is measured (default: 5)")
     parser.add_argument(
-        "--json", help="where the JSON goes; - is standard output (default: bench/results/DATE.json)"
+        "--repetitions", type=int, help="the number of measurements of each case (default: 5)"
+    )
+    parser.add_argument(
+        "--json", help="the file for the JSON; - is standard output (default: bench/results/DATE.json)"
     )
     chosen = parser.parse_args()
     chosen.parts = list(PARTS) if chosen.only is None else [part.strip() for part in chosen.only.split(",")]
@@ -70,12 +72,12 @@ def measure(scene: Scene, chosen: list[str], sizes: Sizes, note: Note) -> Iterat
 
 
 def note_of(note: Note, part: str, text: str) -> None:
-    """Say what is being measured."""
+    """Show the current measurement, with its part."""
     note(f"({part}) {text}")
 
 
 def what_is_left_out(scene: Scene, build: str, *, hsm_is_wanted: bool) -> list[str]:
-    """One line for everything that this machine or user cannot measure; `build`: why no kernel is built, or empty."""
+    """A line for each thing that this machine or user cannot measure. `build`: the reason why no kernel is built, or empty."""
     lines = [f"the build of a kernel: {build}"] if build else []
     if not scene.is_root:
         lines.append("the real kernel and cold caches: run as root")
@@ -84,17 +86,17 @@ def what_is_left_out(scene: Scene, build: str, *, hsm_is_wanted: bool) -> list[s
     if not scene.has_bindfs:
         lines.append("bindfs: not found; apt-get install bindfs")
     if hsm_is_wanted:
-        lines += [f"what is compared with {tool}: not found" for tool in hsm.missing_tools()]
+        lines += [f"the comparison with {tool}: not found" for tool in hsm.missing_tools()]
     return lines
 
 
 def main() -> int:
-    """Run the benchmark and print what came out."""
+    """Run the benchmark and print the results. Returns the exit code."""
     chosen = arguments()
     sizes = QUICK if chosen.quick else FULL
     if chosen.repetitions is not None:
         sizes = replace(sizes, repetitions=chosen.repetitions)
-    # Asked for by name, a part that cannot run is an error, and at once; as one of all it is left out.
+    # A part that cannot run is an error at once if --only names it. Otherwise it is left out.
     lacking = kernel_build.what_is_missing() if sizes.kernel_source and {"g", "k"} & set(chosen.parts) else ""
     if lacking and chosen.only is not None and "g" in chosen.parts:
         print(f"bench: part g: {lacking}", file=sys.stderr)
@@ -103,7 +105,7 @@ def main() -> int:
         chosen.parts.remove("g")
     console = Console(stderr=chosen.json == "-", width=None if sys.stdout.isatty() else WIDTH)
     load = os.getloadavg()[0]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that nothing is left behind then either
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that everything is removed after SIGTERM too
     quantities: list[Quantity] = []
     left_out: list[str] = []
     failure = ""
@@ -121,7 +123,7 @@ def main() -> int:
         print(f"bench: {failure}", file=sys.stderr)
         if not quantities:
             return 1
-        left_out.append(f"what should have come next: {failure}")
+        left_out.append(f"the rest: {failure}")
     console.print(table_of(quantities, sizes.repetitions))
     found = [verdict for quantity in quantities for verdict in verdicts(quantity)]
     if found:

@@ -1,4 +1,4 @@
-"""What the measurements stand on: an ext4 image, compiled helpers, mounts and listeners, all removed at the end."""
+"""The base of all measurements: an ext4 image, compiled helpers, mounts and listeners, all removed at the end."""
 
 import contextlib
 import json
@@ -18,47 +18,51 @@ from typing import IO, Any, Self
 
 ROOT = Path(__file__).resolve().parent.parent
 HANDLER = "bench.handlers:allow"
-PATIENCE = 1200  # seconds that one accessor may take
+PATIENCE = 1200  # seconds for one accessor
 
 Process = subprocess.Popen[bytes]
 
 
 class SceneError(Exception):
-    """Something that the benchmark needs is missing or failed; one line that says what."""
+    """A thing that the benchmark needs is missing or has failed. The message is one line with the cause."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """What bench/accessor.c measured: nanoseconds in all, operations, the median operation's nanoseconds, bytes read, and the nanoseconds
-    that one operation in a hundred exceeds."""
+    """The output of bench/accessor.c."""
 
+    #: Nanoseconds in all.
     total: int
+    #: The number of operations.
     operations: int
+    #: Nanoseconds of the median operation.
     median: int
+    #: Bytes that were read.
     size: int
+    #: Nanoseconds that one operation in a hundred exceeds.
     late: int
 
     @property
     def microseconds(self) -> float:
-        """Microseconds an operation, on average."""
+        """Microseconds for one operation, on average."""
         return self.total / self.operations / 1000
 
     @property
     def mebibytes_per_second(self) -> float:
-        """Throughput."""
+        """The throughput in MiB a second."""
         return self.size / (1 << 20) / (self.total / 1e9)
 
 
 class Scene:
-    """A place to measure in. As root its files lie on an ext4 image of their own, else in the temporary directory."""
+    """A place for measurements. As root its files lie on an ext4 image of their own, else in the temporary directory."""
 
     def __init__(self, image_size: int) -> None:
-        """`image_size`: bytes of the image, which is sparse."""
+        """`image_size`: the size of the sparse image in bytes."""
         self._image_size = image_size
         self._stack = contextlib.ExitStack()
         self.is_root = os.geteuid() == 0
         self.has_bindfs = shutil.which("bindfs") is not None
-        self.has_kernel = False  # a kernel whose ext4 makes pre-content events, and the right to listen
+        self.has_kernel = False  # whether the kernel makes pre-content events on ext4 and the user may listen
 
     def __enter__(self) -> Self:
         try:
@@ -90,7 +94,7 @@ class Scene:
         self._stack.close()
 
     def measure(self, directory: Path, *arguments: str, before: Sequence[str] = ()) -> Timing:
-        """Run bench/accessor.c, as arguments of the command `before` if there is one, with `directory` as its working directory."""
+        """Run bench/accessor.c in the working directory `directory`. If `before` is given, it is a command that runs the accessor."""
         output = run(*before, str(self.work / "accessor"), *arguments, directory=directory)
         return Timing(*map(int, output.split()))
 
@@ -101,14 +105,16 @@ class Scene:
 
     @contextlib.contextmanager
     def direct_image(self) -> Iterator[None]:
-        """Have the image's blocks in the page cache once, not a second time as the image's own content: copying those takes the place of
-        whoever is measured on a machine with few cores."""
+        """Keep the image's blocks out of the page cache a second time, as the image file's own content.
+
+        On a machine with few cores, copying them would take time from the measured processes.
+        """
         devices = (
             run("losetup", "-n", "-O", "NAME", "-j", str(self.work / "image")).split() if self.is_root else []
         )
         for switch in ("on", "off"):
             for device in devices:
-                with contextlib.suppress(SceneError):  # not every file system can
+                with contextlib.suppress(SceneError):  # not every file system supports it
                     run("losetup", f"--direct-io={switch}", device)
             if switch == "on":
                 yield
@@ -135,7 +141,7 @@ class Scene:
 
 
 class Stage:
-    """The mounts and listeners of one measurement; they end, the last one first, when it is left."""
+    """The mounts and listeners of one measurement. They end when the stage is left, the last one first."""
 
     def __init__(self, scene: Scene) -> None:
         self._scene = scene
@@ -157,7 +163,7 @@ class Stage:
         point: Path | None = None,
         **variables: str,
     ) -> tuple[Path, int]:
-        """Mount fusehsm on `source`, the command line after `prefix`; the mount point and the server's process id."""
+        """Mount `source` with fusehsm; `prefix` stands before the command. Returns the mount point and the server's process id."""
         point = point or self.new_directory()
         command = [
             *prefix,
@@ -176,7 +182,7 @@ class Stage:
         return point, daemon.pid
 
     def bindfs(self, source: Path, *options: str) -> tuple[Path, int]:
-        """Mount bindfs on `source`; the mount point and the server's process id."""
+        """Mount `source` with bindfs. Returns the mount point and the server's process id."""
         point = self.new_directory()
         daemon = self._start(["bindfs", "-f", "--no-allow-other", *options, str(source), str(point)])
         while not mounts_under(point):
@@ -186,29 +192,31 @@ class Stage:
         return point, daemon.pid
 
     def listen(self, path: Path, backend: str) -> None:
-        """Start a Python listener on the real kernel ("kernel") or on a mount of ours ("fuse")."""
+        """Start a Python listener on the real kernel ("kernel") or on a mount of fusehsm ("fuse")."""
         self._start_listener([sys.executable, "-m", "bench.listen", str(path), backend])
 
     def listen_in_c(self, path: Path, *before: str) -> None:
-        """Start bench/listener.c on one file, as arguments of the command `before` if there is one. SceneError where the kernel has no
-        pre-content events."""
+        """Start bench/listener.c on one file. If `before` is given, it is a command that runs the listener.
+
+        Raises SceneError if there are no pre-content events.
+        """
         self._start_listener([*before, str(self._scene.work / "listener"), str(path)])
 
     def mirror(self, origin: Path, root: Path, counts: Path) -> None:
-        """Start the handler of examples/mirror.py as a listener of the real kernel; at its end it writes to `counts` how many events it had."""
+        """Start the handler of examples/mirror.py as a listener of the real kernel. At its end it writes the number of its events to `counts`."""
         self._start_listener(
             [sys.executable, "-m", "bench.listen", str(root), "kernel", str(origin), str(counts)]
         )
 
     def fetch(self, store: str, path: Path, *options: str) -> None:
-        """Start `fusehsm fetch`. Its end waits until everything is on the disk."""
+        """Start `fusehsm fetch`. At its end it waits until everything is on the disk."""
         command = [sys.executable, "-m", "fusehsm", "fetch", store, str(path), *options]
         server = self._start(command, stderr=subprocess.PIPE)
         assert server.stderr is not None
         self._wait_for_ready(server, server.stderr)
 
     def status(self, point: Path) -> dict[str, Any]:
-        """What `fusehsm status` says of a mount."""
+        """The output of `fusehsm status --json` for a mount."""
         command = [sys.executable, "-m", "fusehsm", "status", "--json", str(point)]
         environment = os.environ | {"XDG_RUNTIME_DIR": str(self._scene.work)}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
@@ -216,11 +224,11 @@ class Stage:
         return dict(found)
 
     def requests(self, point: Path) -> Counter[str]:
-        """How many requests of each kind a mount has had."""
+        """The number of a mount's requests so far, by kind."""
         return Counter(self.status(point)["requests"])
 
     def new_directory(self) -> Path:
-        """For a mount point."""
+        """Make a directory for a mount point."""
         return Path(tempfile.mkdtemp(prefix="mount-", dir=self._scene.work))
 
     def _start(self, command: list[str], *, stderr: int | None = None, **variables: str) -> Process:
@@ -253,14 +261,14 @@ class Stage:
 
 
 def drain(stream: IO[bytes]) -> None:
-    """Pass on whatever else a process says, so that it never waits for us."""
-    with contextlib.suppress(ValueError, OSError):  # closed at the process's end
+    """Copy a process's further output to stderr, so that the process never waits for its reader."""
+    with contextlib.suppress(ValueError, OSError):  # end() closes the stream
         for line in stream:
             sys.stderr.write(line.decode(errors="replace"))
 
 
 def run(*arguments: str, directory: Path | None = None) -> str:
-    """A program's output; SceneError where it is missing, fails or does not end."""
+    """Run a program and return its output. Raises SceneError if it is missing, fails or does not end."""
     try:
         done = subprocess.run(
             arguments,
@@ -281,7 +289,7 @@ def run(*arguments: str, directory: Path | None = None) -> str:
 
 
 def end(process: Process) -> None:
-    """Terminate a process, kill it where that does not help, and reap it."""
+    """Terminate a process, kill it if it does not end, and reap it."""
     process.terminate()
     try:
         process.wait(timeout=60)
@@ -294,14 +302,14 @@ def end(process: Process) -> None:
 
 
 def mounts_under(directory: Path) -> list[str]:
-    """The mount points at and below `directory`, oldest first; asks the mount table, which cannot block."""
+    """The mount points at and below `directory`, oldest first. It reads the mount table, which cannot block."""
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
         points = [line.split(" ")[4] for line in table]
     return [point for point in points if point == str(directory) or point.startswith(f"{directory}/")]
 
 
 def resident_bytes(pid: int) -> int:
-    """A process's resident memory."""
+    """A process's resident memory in bytes."""
     for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) * 1024
@@ -309,7 +317,7 @@ def resident_bytes(pid: int) -> int:
 
 
 def make_tree(directory: Path, files: int, *, in_one_directory: int, size: int) -> list[str]:
-    """Make `files` files of `size` bytes; their paths relative to `directory`."""
+    """Make `files` files of `size` bytes. Returns their paths relative to `directory`."""
     content = os.urandom(size)
     paths = []
     for number in range(files):
@@ -323,7 +331,7 @@ def make_tree(directory: Path, files: int, *, in_one_directory: int, size: int) 
 
 
 def make_file(path: Path, size: int) -> Path:
-    """Make a file of random bytes."""
+    """Make a file of `size` random bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
         for start in range(0, size, 1 << 20):
@@ -333,7 +341,7 @@ def make_file(path: Path, size: int) -> Path:
 
 @contextlib.contextmanager
 def stopwatch() -> Iterator[list[float]]:
-    """A list to which the seconds that the block took are appended."""
+    """A list to which the duration of the block is appended, in seconds."""
     seconds: list[float] = []
     start = time.monotonic()
     yield seconds
@@ -342,7 +350,7 @@ def stopwatch() -> Iterator[list[float]]:
 
 @contextlib.contextmanager
 def placed_on(cores: set[int] | None) -> Iterator[None]:
-    """Everything started in the block runs on these cores only; None: on whichever the scheduler likes."""
+    """Processes that are started in the block run on these cores only; None: on all cores."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores or before)
     try:

@@ -1,4 +1,4 @@
-"""How much the benchmark does."""
+"""The sizes of the benchmark."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,20 +8,33 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much there is to do; `kernel_source`: whether a Linux kernel is built, or else a few generated files."""
+    """The sizes of all parts."""
 
+    #: Measurements of each case.
     repetitions: int
+    #: (a), (j): calls of pread(2) in a measurement.
     preads: int
+    #: (b): files.
     unwatched_files: int
+    #: (c): bytes of the file.
     sequential_bytes: int
+    #: (d): files.
     listed_files: int
+    #: (e): files.
     walked_files: int
+    #: (f): files.
     resident_files: int
+    #: (g), (k): True: build a Linux kernel; False: build a few generated files.
     kernel_source: bool
+    #: (h): accesses of each thread.
     waits: int
+    #: (i): files.
     large_tree: int
+    #: (k): bytes of the large file.
     fetched_bytes: int
+    #: (k): bytes of the program.
     executable_bytes: int
+    #: (k): number of small files.
     fetched_files: int
 
 

@@ -1,4 +1,4 @@
-"""(j) Unmodified listeners under `fusehsm run`: the same C listener on the real kernel and under it, and what starting a command costs."""
+"""(j) Unmodified listeners under `fusehsm run`: a C listener on the real kernel and under `fusehsm run`, and the cost of starting a command."""
 
 import os
 import sys
@@ -23,7 +23,7 @@ FUSEHSM_MOUNT = "fusehsm run, on a mount"
 
 
 def supervised(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity]:
-    """(j) The event of a pread, an mmap(2) and the start of a command, under `fusehsm run`."""
+    """(j) Measure the event of a pread, an mmap(2) and the start of a command, under `fusehsm run`."""
     yield from _round_trip(scene, sizes, note)
     yield from _mappings(scene, sizes, note)
     yield from _start_up(scene, sizes, note)
@@ -52,13 +52,16 @@ def _round_trip(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity]:
 
 
 def _mappings(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity]:
-    """mmap(2) and munmap(2) of one page of a file that nobody watches."""
+    """Measure mmap(2) and munmap(2) of one page of a file that is not watched."""
     directory = scene.files / "j-mapped"
     file = make_file(directory / "file", 1 << 20)
     elsewhere = make_file(scene.files / "j-elsewhere" / "file", 1 << 20)
     with Stage(scene) as stage:
         point, _ = stage.mount(directory, "--direct")
-        reachable = ("env", f"XDG_RUNTIME_DIR={scene.work}")  # where the stage's mounts have their sockets
+        reachable = (
+            "env",
+            f"XDG_RUNTIME_DIR={scene.work}",
+        )  # the directory with the control sockets of the stage's mounts
         cases = {
             NATIVE: partial(_map_microseconds, scene, (), str(elsewhere)),
             WITHOUT_MOUNT: partial(_map_microseconds, scene, (*RUN, "--"), str(elsewhere)),

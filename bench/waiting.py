@@ -1,4 +1,4 @@
-"""(h) Many accessors at once on a handler that takes its time."""
+"""(h) Many simultaneous accessors with a slow handler."""
 
 import os
 from collections.abc import Iterator
@@ -10,11 +10,11 @@ from bench.report import Quantity, Target, interleave
 from bench.scene import Scene, Stage
 from bench.sizes import Note, Sizes
 
-THREADS = 64  # as many as fusehsm.serve() lets run at once
+THREADS = 64  # the number of handlers that fusehsm.serve() runs at once
 HANDLER = "bench.handlers:slow"
 IDEAL = f"{THREADS} / {SLOWNESS * 1000:.0f} ms"
 FIRST_ACCESS = ("--events", "first-access", "--cache", "private")
-# As posted, the patches made an event of every fault. Linux 6.14 asks once for a whole mapping: nothing would wait there.
+# The patches as posted make an event for each page fault. Linux 6.14 makes one for a whole mapping, so no access would wait there.
 EVERY_FAULT = ("--events", "exact", "--abi", "patch-v2")
 CASES = {
     "reads, exact": ("pread", ("--events", "exact")),
@@ -25,7 +25,7 @@ CASES = {
 
 
 def many_waiting(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity]:
-    """(h) Throughput of 64 threads, each at pages of its own, and how long one access in a hundred waits."""
+    """(h) Measure the throughput of 64 threads, each with pages of its own, and the time that one access in a hundred exceeds."""
     directory = scene.files / "h"
     directory.mkdir()
     pages = THREADS * sizes.waits
@@ -41,7 +41,7 @@ def many_waiting(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity]:
         return timing.operations / (timing.total / 1e9)
 
     with Stage(scene) as stage:
-        # A read in first-access mode brings in what lies around it: without read-ahead every page is asked for.
+        # A read in first-access mode also brings in pages around it. Without read-ahead every page makes an event.
         points = {
             case: stage.mount(directory, "--engine", "devfuse", *options, "--handler", HANDLER)[0]
             for case, (_, options) in CASES.items()

@@ -1,4 +1,4 @@
-"""nginx on loopback, as a store."""
+"""A web server (nginx) on the loopback interface, as a store."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ from pathlib import Path
 from bench.scene import SceneError, end
 
 PATH = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
-PATIENCE = 10  # seconds until it answers
+PATIENCE = 10  # seconds until nginx must answer
 CONFIGURATION = """
 {user}
 worker_processes 1;
@@ -36,13 +36,13 @@ http {{
 
 
 def has_nginx() -> bool:
-    """Whether it is installed."""
+    """Whether nginx is installed."""
     return shutil.which("nginx", path=PATH) is not None
 
 
 @contextmanager
 def web_server(root: Path, place: Path) -> Iterator[str]:
-    """Serve `root` with directory pages; the URL. `place`: a directory for its own files. SceneError when it does not answer."""
+    """Serve `root` with directory pages; yields the URL. `place`: a new directory for nginx's own files. Raises SceneError without an answer."""
     place.mkdir()
     place.chmod(0o755)
     with socket.socket() as probe:
