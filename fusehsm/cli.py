@@ -107,7 +107,7 @@ def mount(
         typer.Option(help="exact (for each system call), first-access (for each page-cache fill) or auto."),
     ] = "auto",
     engine: Annotated[
-        str, typer.Option(help="The library that carries the FUSE requests: pyfuse3, devfuse or auto.")
+        str, typer.Option(help="The engine for FUSE requests: pyfuse3, devfuse or auto.")
     ] = "auto",
     handler: Annotated[
         str | None,
@@ -122,9 +122,7 @@ def mount(
     ] = None,
     event_timeout: Annotated[
         str | None,
-        typer.Option(
-            metavar="SECONDS[=ERRNO]", help="Deny an access without an answer by then (default: off)."
-        ),
+        typer.Option(metavar="SECONDS[=ERRNO]", help="Deny an access that waits longer (default: off)."),
     ] = None,
     allow_other: Annotated[
         bool, typer.Option("--allow-other", help="Let other users in; file modes decide their rights.")
@@ -344,7 +342,7 @@ def fetch(
     cache: Annotated[str | None, typer.Option(help="The mount's cache: private (default) or shared.")] = None,
     event_timeout: Annotated[
         str | None,
-        typer.Option(metavar="SECONDS[=ERRNO]", help="The mount denies an access without an answer by then."),
+        typer.Option(metavar="SECONDS[=ERRNO]", help="The mount denies an access that waits longer."),
     ] = None,
     direct: Annotated[
         bool, typer.Option("--direct", help="The mount keeps all files out of the page cache.")
