@@ -66,7 +66,7 @@ mkfifo "$result/input"
 exec 3<> "$result/input" # an input without an end: at the end of its input QEMU polls in a busy loop
 
 say "Linux $kernel, software emulation, at most $limit s"
-
+# /run/host in the guest is the host's root again; oldkernel-guest.sh mounts it with a cache.
 PATH=$root/.venv/bin:$PATH timeout --kill-after=10 "$limit" vng --disable-kvm --force-9p --cpus 2 --memory 4G --run "$image" --rodir /run/host=/ --rwdir "/run/result=$result" \
     --exec "bash '$root/scripts/oldkernel-guest.sh' '$root' /run/result" <&3 3<&- > "$result/console" 2>&1 &
 machine=$!
