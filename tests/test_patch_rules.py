@@ -1,7 +1,7 @@
 """The series' own rules, derived hunk by hunk from its patches: no kernel here runs them, so each row cites the hunk that says so.
 
 `hunk` is "patch number, file, function or definition" of the second posting (16 patches, August 2024), "v1" before those of the first
-(10 patches, July 2024). Numbers and layouts are written out here, and not taken from fusehsm.abi, which is what is tested.
+(10 patches, July 2024). Numbers and layouts are written out here, and not taken from fusehsm.fanotify.abi, which is what is tested.
 """
 
 import errno

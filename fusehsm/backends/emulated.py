@@ -12,7 +12,7 @@ from fusehsm.backends.base import AT_FDCWD, Group
 from fusehsm.backends.lookup import look_up
 from fusehsm.control.client import ControlConnection
 from fusehsm.control.event_stream import EventStream, Received
-from fusehsm.control.protocol import VERSION, Hello, Mark, Welcome
+from fusehsm.control.protocol import VERSION, Hello, MarkRequest, Welcome
 from fusehsm.events import Event
 from fusehsm.fanotify import rules
 from fusehsm.fanotify.abi import (
@@ -90,14 +90,14 @@ class EmulatedGroup(Group):
         """fanotify_mark(2). Additional error: EXDEV for a path that is not on this group's mount."""
         rules.check_mark(self.flags, self.dialect, flags, mask, None)
         if flags & FAN_MARK_FLUSH:
-            await self._connection.request(Mark(flags, mask, *self._mount.device, None))
+            await self._connection.request(MarkRequest(flags, mask, *self._mount.device, None))
             return
         # In a thread: the path may lead through a mount that this very event loop serves.
         found = await trio.to_thread.run_sync(look_up, flags, dirfd, path)
         try:
             rules.check_mark(self.flags, self.dialect, flags, mask, found.kind)
             try:
-                await self._connection.request(Mark(flags, mask, *found.device, found.inode))
+                await self._connection.request(MarkRequest(flags, mask, *found.device, found.inode))
             except OSError as error:
                 if error.errno != errno.EXDEV:
                     raise

@@ -85,7 +85,7 @@ class Zygote:
             self._process.kill()
 
 
-class Call:
+class PendingCall:
     """One operation of an accessor, running or finished."""
 
     def __init__(self, accessor: "Accessor", connection: Connection) -> None:
@@ -140,9 +140,9 @@ class Accessor:
             self.pid, self._pidfd = zygote.fork(theirs.fileno(), uid, gid)
         self._connection = Connection(ours.detach())
         self._signal: int | None = None
-        self._call: Call | None = None
+        self._call: PendingCall | None = None
 
-    def start(self, operation: str | Callable[..., Any], *arguments: Any) -> Call:
+    def start(self, operation: str | Callable[..., Any], *arguments: Any) -> PendingCall:
         """Start an operation without waiting for it."""
         if self._call is not None:
             assert self._call.done, "an accessor is at one call at a time"
@@ -151,11 +151,11 @@ class Accessor:
             (operation, None, None) if isinstance(operation, str) else (None, *_pack(operation))
         )
         self._connection.send((name, code, defaults, arguments))
-        self._call = Call(self, self._connection)
+        self._call = PendingCall(self, self._connection)
         return self._call
 
     def call(self, operation: str | Callable[..., Any], *arguments: Any, timeout: float = PATIENCE) -> Any:
-        """Run an operation and return its result. Raises as Call.result()."""
+        """Run an operation and return its result. Raises as PendingCall.result()."""
         return self.start(operation, *arguments).result(timeout)
 
     async def run(

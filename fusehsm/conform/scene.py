@@ -18,7 +18,7 @@ from typing import Any
 import trio
 
 from fusehsm.backends.base import Group
-from fusehsm.conform.accessor import Accessor, AccessorDied, Call, Zygote
+from fusehsm.conform.accessor import Accessor, AccessorDied, PendingCall, Zygote
 from fusehsm.conform.sides import Side
 from fusehsm.conform.stream import Did, Heard, Stream, heard, shown
 from fusehsm.fanotify.abi import (
@@ -279,11 +279,13 @@ class Scene:
         """Run an operation in an accessor and note the result. Returns it, or None if the operation failed."""
         return await self.end(self.start(operation, *arguments, by=by), what or _named(operation), by)
 
-    def start(self, operation: str | Callable[..., Any], *arguments: Any, by: Accessor | None = None) -> Call:
+    def start(
+        self, operation: str | Callable[..., Any], *arguments: Any, by: Accessor | None = None
+    ) -> PendingCall:
         """Start an operation in an accessor."""
         return (by or self.first()).start(operation, *arguments)
 
-    async def end(self, call: Call, what: str, by: Accessor | None = None) -> Any:
+    async def end(self, call: PendingCall, what: str, by: Accessor | None = None) -> Any:
         """Wait for a started operation and note the result. Returns it, or None if the operation failed."""
         return await self.note(self.part_of((by or self.first()).pid), what, call.wait)
 

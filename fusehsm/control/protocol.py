@@ -81,7 +81,7 @@ class Welcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
+class MarkRequest:
     """fanotify_mark(2) on a node that the client has looked up itself (st_dev, st_ino), on the mount or, as through an event's descriptor, on
     the backing; inode None with FAN_MARK_FLUSH."""
 
@@ -159,12 +159,12 @@ class Unlease:
     where there is none."""
 
 
-Request = Hello | Mark | Status | Release | Drop | Map | Lease | LeaseStatus | Unlease | Backing
+Request = Hello | MarkRequest | Status | Release | Drop | Map | Lease | LeaseStatus | Unlease | Backing
 _CODEC: Final[RequestCodec[Request]] = RequestCodec(
     "this server",
     {
         "hello": Hello,
-        "mark": Mark,
+        "mark": MarkRequest,
         "status": Status,
         "release": Release,
         "drop": Drop,

@@ -26,7 +26,7 @@ from fusehsm.control.protocol import (
     Lease,
     LeaseStatus,
     Map,
-    Mark,
+    MarkRequest,
     Release,
     Request,
     Status,
@@ -162,7 +162,7 @@ class _Session:
                 welcome, descriptor = self._hello(request)
                 descriptors.append(descriptor)
                 return asdict(welcome)
-            case Mark():
+            case MarkRequest():
                 await self._mark(request)
                 return {}
             case Status():
@@ -224,7 +224,7 @@ class _Session:
         if (major, minor) != self._server.device:
             raise OSError(errno.EXDEV, f"not on the fusehsm mount {self._gate.destination} of this group")
 
-    async def _mark(self, mark: Mark) -> None:
+    async def _mark(self, mark: MarkRequest) -> None:
         if self._channel is None:
             raise OSError(errno.EBADF, "no group on this connection")
         if mark.flags & FAN_MARK_FLUSH:

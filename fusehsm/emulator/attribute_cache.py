@@ -142,7 +142,7 @@ class AttributeCache:
         if kept is not None:
             del self._kept[node.id]
             # Whoever gets this answer may look at once.
-            await self._stale.drop_attributes(node)
+            await self._stale.inval_attributes(node)
 
     def notified(self, node: Node) -> None:
         """A listener has been told of an access of a node: with a descriptor of the file, through which it may change it."""

@@ -22,7 +22,7 @@ from fusehsm.emulator.page_cache import StalePages
 from fusehsm.events import STRENGTH, Access, AccessKind, Armed
 from fusehsm.fanotify.abi import FAN_ACCESS, FAN_MODIFY
 from fusehsm.fanotify.marks import Subject
-from fusehsm.linux import proc as caller
+from fusehsm.linux import proc
 from fusehsm.linux.file_io import BackingReader, Buffer
 from fusehsm.linux.ranges import RangeSet
 from fusehsm.linux.syscalls import FALLOC_FL_KEEP_SIZE
@@ -80,7 +80,7 @@ class Content:
         try:
             yield
         except OSError:
-            await (self._stale.drop_changed(node) if content else self._stale.drop_attributes(node))
+            await (self._stale.drop_changed(node) if content else self._stale.inval_attributes(node))
             raise
 
     def changed_unseen(self, node: Node) -> None:
@@ -162,13 +162,13 @@ class Content:
         """See to it that the next call that sends these bytes asks again, although they are about to be in the page cache."""
         assert explanation.passing is not None
         if not file.bypasses:
-            file.bypasses, ours = caller.bypass_page_cache(*explanation.passing, file.node.id)
+            file.bypasses, ours = proc.bypass_page_cache(*explanation.passing, file.node.id)
             if ours >= 0:
                 trio.lowlevel.start_thread_soon(lambda: os.close(ours), lambda outcome: None)
         if not file.bypasses:
             grant = file.grants.get((explanation.tid, explanation.direction))
             repeats = min(grant.repeats if grant is not None else 0, 10)
-            self._stale.drop_range_later(file.node, offset, size, _PASSING_SECONDS * 2**repeats)
+            self._stale.inval_range_later(file.node, offset, size, _PASSING_SECONDS * 2**repeats)
 
     def _notify(self, explanation: Explanation, subject: Subject, node: Node) -> None:
         """Tell of a call whose first piece has just succeeded."""
@@ -204,7 +204,7 @@ class Content:
         who: Accessor,
     ) -> None:
         waits = self._explainer.blocked_in(who, explanation.call)
-        in_call = waits is not None and waits[0].number != caller.PAGE_FAULT
+        in_call = waits is not None and waits[0].number != proc.PAGE_FAULT
         window = _SAME_CALL_SECONDS if in_call else _SAME_FAULT_SECONDS
         file.denied.pop(who.tid, None)
         file.denied[who.tid] = DeniedFill(
@@ -284,7 +284,7 @@ class Content:
     async def _before_change(self, node: Node, descriptor: int, uid: int) -> None:
         if self._overlay.before_write(node, descriptor, uid):
             # The kernel would start what is written now with the rights of its owner.
-            await self._stale.drop_attributes(node)
+            await self._stale.inval_attributes(node)
 
     async def _ask_write(
         self, file: OpenFile[Node], offset: int, size: int, tid: int, write_back: bool | None
@@ -317,7 +317,7 @@ class Content:
         self, node: Node, offset: int, length: int, flags: int, tid: int, *, writable: bool
     ) -> None:
         """Ask for a mapping at mmap(2), which FUSE does not tell of, of an open file with the `flags` of open(2). Raises OSError."""
-        pid = caller.process_of(tid)
+        pid = proc.process_of(tid)
         # Which of the node's open files it is nobody can say. Of those that fit, the accessor's own are likeliest, and one that is armed asks.
         files = [
             file
@@ -342,7 +342,7 @@ class Content:
         """Ask for a truncation to `size`, which the caller then makes. Raises OSError."""
         if self._listeners.idle:
             return
-        access = Access(AccessKind.TRUNCATE, size, 0, caller.process_of(tid), tid, writable=True)
+        access = Access(AccessKind.TRUNCATE, size, 0, proc.process_of(tid), tid, writable=True)
         # Truncation is asked by path: how the file was armed does not matter (measured on 6.18).
         await self.ask(access, self._subject_of(node), node, Armed.ALL)
 

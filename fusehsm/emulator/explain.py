@@ -11,7 +11,7 @@ import trio
 
 from fusehsm.emulator.handles import Direction, Grant, OpenFile
 from fusehsm.events import Access, AccessKind
-from fusehsm.linux import proc as caller
+from fusehsm.linux import proc
 from fusehsm.overlay.overlay import Node
 
 # How long an accessor's mmap lock may keep us from reading its mappings; seconds.
@@ -31,7 +31,7 @@ class Accessor:
     pid: int
     tid: int
     certain: bool
-    call: caller.Call | None = None
+    call: proc.SystemCall | None = None
 
     @property
     def known_tid(self) -> int:
@@ -55,7 +55,7 @@ class Explanation:
     direction: Direction
     grant: Grant | None = None
     announces: tuple[tuple[int, int], ...] = ()
-    call: caller.Call | None = None
+    call: proc.SystemCall | None = None
     fills: bool = False
     passing: tuple[int, int] | None = None
     continues: bool = False
@@ -72,7 +72,7 @@ class Explainer:
         self.device = (0, 0)
         self._size_of = size_of
         self._page_size = page_size
-        self._calls = caller.CallReader()
+        self._calls = proc.CallReader()
         self._maps_limiter = trio.CapacityLimiter(64)
 
     def close(self) -> None:
@@ -88,12 +88,12 @@ class Explainer:
         if tid:
             if not file.direct:
                 # Every request is one access then, whatever call it is part of.
-                return Accessor(caller.process_of(tid), tid, True)
+                return Accessor(proc.process_of(tid), tid, True)
             process, call = self._calls.identify(tid)
             return Accessor(process, tid, True, call)
         if not file.pid:
             # Looked up when it is first needed, as most files are opened while nobody listens.
-            file.pid = caller.process_of(file.tid)
+            file.pid = proc.process_of(file.tid)
         return Accessor(file.pid, file.tid, False)
 
     async def read(
@@ -128,14 +128,14 @@ class Explainer:
         else:
             calls = [*self._calls_of(self.accessor(file, 0))]
         for call in calls:
-            side = caller.appending(call)
-            shown = None if side is None else caller.descriptor_of(call.tid, side[0])
+            side = proc.appending(call)
+            shown = None if side is None else proc.descriptor_of(call.tid, side[0])
             if side is None or shown is None or shown.inode not in (None, file.node.id):
                 continue
             return bool(shown.flags & os.O_APPEND) if side[1] is None else side[1]
         return None
 
-    def _calls_of(self, who: Accessor) -> Iterator[caller.Call]:
+    def _calls_of(self, who: Accessor) -> Iterator[proc.SystemCall]:
         """What the threads wait in that may have made the request."""
         if who.certain:
             certain = who.call or self._calls.read(who.tid)
@@ -145,7 +145,7 @@ class Explainer:
         call = self._calls.read(who.tid)
         if call is not None:
             yield call
-        others = caller.threads_of(who.pid)
+        others = proc.threads_of(who.pid)
         if len(others) <= _MOST_THREADS:
             for tid in others:
                 if tid != who.tid and (call := self._calls.read(tid)) is not None:
@@ -159,7 +159,7 @@ class Explainer:
         direction: Direction,
         who: Accessor,
         fills: bool | None,
-    ) -> tuple[caller.Transfer | None, caller.Call | None]:
+    ) -> tuple[proc.Transfer | None, proc.SystemCall | None]:
         """The call that the request belongs to, with its range; else (None, the call of a thread that seems to be faulting)."""
         faulting = None
         for call in self._calls_of(who):
@@ -170,15 +170,13 @@ class Explainer:
                 and self._fits(file, call, transfer, offset, size)
             ):
                 return transfer, call
-            if faulting is None or (
-                call.number == caller.PAGE_FAULT and faulting.number != caller.PAGE_FAULT
-            ):
+            if faulting is None or (call.number == proc.PAGE_FAULT and faulting.number != proc.PAGE_FAULT):
                 faulting = call
         return None, faulting
 
-    async def _side_of(self, call: caller.Call, direction: Direction) -> caller.Transfer | None:
-        side = caller.reading if direction is Direction.READ else caller.writing
-        if not caller.reads_memory(call):
+    async def _side_of(self, call: proc.SystemCall, direction: Direction) -> proc.Transfer | None:
+        side = proc.reading if direction is Direction.READ else proc.writing
+        if not proc.reads_memory(call):
             return side(call)
         # The accessor's memory may be a mapping of this very mount, and its mmap lock may be held until we have answered.
         with trio.move_on_after(_MAPS_DEADLINE):
@@ -188,7 +186,7 @@ class Explainer:
         return None
 
     def _fits(
-        self, file: OpenFile[Node], call: caller.Call, transfer: caller.Transfer, offset: int, size: int
+        self, file: OpenFile[Node], call: proc.SystemCall, transfer: proc.Transfer, offset: int, size: int
     ) -> bool:
         """Whether a request can be a piece of that transfer: by its range, then by the file that the call names."""
         start, end = transfer.offset, offset + size
@@ -213,8 +211,8 @@ class Explainer:
     def _moved(
         self,
         file: OpenFile[Node],
-        call: caller.Call,
-        transfer: caller.Transfer,
+        call: proc.SystemCall,
+        transfer: proc.Transfer,
         offset: int,
         size: int,
         direction: Direction,
@@ -279,7 +277,7 @@ class Explainer:
         )
 
     @staticmethod
-    def _begins(call: caller.Call, transfer: caller.Transfer, offset: int, direction: Direction) -> bool:
+    def _begins(call: proc.SystemCall, transfer: proc.Transfer, offset: int, direction: Direction) -> bool:
         """Whether the request is the first of a call that reads past the page cache, where most such calls read through it."""
         if not transfer.paged or direction is not Direction.READ:
             return False
@@ -289,8 +287,8 @@ class Explainer:
         return descriptor is None or offset == descriptor.position
 
     def _cut(
-        self, call: caller.Call, transfer: caller.Transfer, descriptor: int, offset: int | None
-    ) -> caller.Transfer:
+        self, call: proc.SystemCall, transfer: proc.Transfer, descriptor: int, offset: int | None
+    ) -> proc.Transfer:
         """What is left of a copy that its source's end of file cuts short: the kernel's generic_copy_file_checks()."""
         source = call.opened(descriptor)
         size = None if source is None or source.inode is None else self._size_of(source.inode)
@@ -300,11 +298,11 @@ class Explainer:
         return replace(transfer, count=min(transfer.count, left)) if left > 0 else transfer
 
     @staticmethod
-    def _progress(who: Accessor, call: caller.Call) -> tuple[bool, int] | None:
+    def _progress(who: Accessor, call: proc.SystemCall) -> tuple[bool, int] | None:
         """How far the thread has come: (True, how many calls it has finished), or (False, nanoseconds it has run) where these are not
         counted; None when neither can be seen."""
-        counted = caller.is_counted(call)
-        value = caller.calls_finished(who.pid, call.tid) if counted else caller.run_time(call.tid)
+        counted = proc.is_counted(call)
+        value = proc.calls_finished(who.pid, call.tid) if counted else proc.run_time(call.tid)
         return None if value is None else (counted, value)
 
     @staticmethod
@@ -319,27 +317,27 @@ class Explainer:
         return progress[1] - grant.progress[1] < (1 if progress[0] else _COMES_BACK)
 
     def blocked_in(
-        self, who: Accessor, call: caller.Call | None = None
-    ) -> tuple[caller.Call, int | None] | None:
+        self, who: Accessor, call: proc.SystemCall | None = None
+    ) -> tuple[proc.SystemCall, int | None] | None:
         """What the accessor waits in (`call`, where that is known already), equal as long as it goes on; None when it does not wait."""
         if call is None:
             call = next(self._calls_of(who), None)
-        return None if call is None else (call, caller.calls_finished(who.pid, call.tid))
+        return None if call is None else (call, proc.calls_finished(who.pid, call.tid))
 
     async def _fault(
-        self, file: OpenFile[Node], call: caller.Call | None, offset: int, size: int, who: Accessor
+        self, file: OpenFile[Node], call: proc.SystemCall | None, offset: int, size: int, who: Accessor
     ) -> Explanation | None:
         """A page-cache fill of a direct_io file: a touched mapping, or advice; None when no mapping of the accessor explains it."""
         tid = call.tid if call is not None else who.known_tid
-        leaves = who.certain or (call is not None and call.number == caller.PAGE_FAULT)
+        leaves = who.certain or (call is not None and call.number == proc.PAGE_FAULT)
         fill = Access(AccessKind.FILL, offset, size, who.pid, tid, leaves=leaves)
-        if call is not None and caller.is_advice(call):
+        if call is not None and proc.is_advice(call):
             return Explanation((fill,), tid, Direction.READ, call=call, fills=True)
         if file.announced.covers(offset, offset + size):
             return Explanation((), tid, Direction.READ, call=call, fills=True)
         mapping = await self._mapping(file, offset, size, who)
         if mapping is None:
-            if not who.certain and (call is None or call.number != caller.PAGE_FAULT):
+            if not who.certain and (call is None or call.number != proc.PAGE_FAULT):
                 return None
             return Explanation((fill,), tid, Direction.READ, call=call, fills=True)
         writable = mapping.writable and mapping.shared
@@ -358,11 +356,11 @@ class Explainer:
 
     async def _mapping(
         self, file: OpenFile[Node], offset: int, size: int, who: Accessor
-    ) -> caller.Mapping | None:
-        mappings: list[caller.Mapping] = []
+    ) -> proc.Mapping | None:
+        mappings: list[proc.Mapping] = []
         with trio.move_on_after(_MAPS_DEADLINE):
             mappings = await trio.to_thread.run_sync(
-                caller.mappings_of,
+                proc.mappings_of,
                 who.pid,
                 self.device,
                 file.node.id,

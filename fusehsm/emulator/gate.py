@@ -36,7 +36,7 @@ from fusehsm.fanotify.abi import (
 )
 from fusehsm.fanotify.marks import Subject
 from fusehsm.fanotify.policy import EventTimeout, UnattendedPolicy
-from fusehsm.linux import proc as caller
+from fusehsm.linux import proc
 from fusehsm.overlay.overlay import AttributeChanges, Caller, Node, Overlay
 
 _FMODE_EXEC = 0x20  # open flag of execve (include/linux/fs.h); FUSE passes it on
@@ -297,7 +297,7 @@ class Gate:
         armed = self.listeners.armed(subject)
         access = Access(
             AccessKind.OPEN,
-            pid=caller.process_of(tid),
+            pid=proc.process_of(tid),
             tid=tid,
             writable=_may_write(flags),
             exec=executing,
@@ -332,12 +332,12 @@ class Gate:
         # its event as in the kernel, those of a direct_io file.
         # Not while a page of it waits for its listener, though: this open(2) would wait for that answer, and could not be killed.
         tainted = heard and node in self._stale
-        keep = not tainted and (not direct or self.attributes.is_filling(node))
+        keep_cache = not tainted and (not direct or self.attributes.is_filling(node))
         file = self._opened(node, flags, descriptor, armed, direct, access.tid, access.pid, uid)
         if self.listeners.notified:
             file.tells_closer = self.listeners.hears_notification(FAN_CLOSE, subject)
             self.content.notify(access, subject, node)
-        return file, keep
+        return file, keep_cache
 
     def _opened(
         self,
@@ -358,7 +358,7 @@ class Gate:
         """A thread has closed a descriptor of an open file. Raises OSError EBADF."""
         file = self.handles.get(handle)
         if file.tells_closer:
-            pid = caller.process_of(tid)
+            pid = proc.process_of(tid)
             # The mount itself closes what it takes from accessors to set O_DIRECT.
             if pid != self._own_pid:
                 file.closer = pid, tid
@@ -367,7 +367,7 @@ class Gate:
         """The kernel has closed an open file: the last descriptor of it is closed, and it is mapped nowhere. Raises OSError EBADF."""
         if self.listeners.notified & FAN_CLOSE:
             file = self.handles.get(handle)
-            pid, tid = file.closer or (file.pid or caller.process_of(file.tid), file.tid)
+            pid, tid = file.closer or (file.pid or proc.process_of(file.tid), file.tid)
             access = Access(AccessKind.CLOSE, pid=pid, tid=tid, writable=_may_write(file.flags))
             # While the file is still open: it may have no name any more, by which to open it for a listener.
             self.content.notify(access, self.subject(file.node), file.node)
@@ -409,9 +409,9 @@ class Gate:
         """Whether a thread that had a page filled has died of a signal, or is about to, which ends what it waits for."""
         return self.listeners.left(tid)
 
-    def unopened(self, node: Node, *, writing: bool) -> OpenFile[Node]:
+    def stateless_open(self, node: Node, *, writing: bool) -> OpenFile[Node]:
         """What stands for a node's open files where the kernel tells of no open(2): armed for everything, as nobody can say otherwise."""
-        return self.handles.standing(node, Armed.ALL, writing=writing)
+        return self.handles.stateless(node, Armed.ALL, writing=writing)
 
     # Attributes and directories
 
@@ -446,21 +446,19 @@ class Gate:
     async def open_directory(self, node: Node, tid: int) -> None:
         """Somebody opens a directory. Raises OSError when it is denied."""
         if not self.listeners.idle:
-            access = Access(AccessKind.OPEN, 0, 0, caller.process_of(tid), tid, directory=True)
+            access = Access(AccessKind.OPEN, 0, 0, proc.process_of(tid), tid, directory=True)
             await self.listeners.ask(access, self.subject(node), node, armed=Armed.ALL)
 
     def notify_of_directory(self, kind: AccessKind, node: Node, tid: int) -> None:
         """A directory has been opened, read from or closed."""
         if self.listeners.notified:
-            access = Access(kind, pid=caller.process_of(tid), tid=tid, directory=True)
+            access = Access(kind, pid=proc.process_of(tid), tid=tid, directory=True)
             self.content.notify(access, self.subject(node), node)
 
     async def read_directory(self, node: Node, position: int, tid: int) -> None:
         """Somebody reads entries of a directory, from a position on. Raises OSError when it is denied."""
         if not self.listeners.idle:
-            access = Access(
-                AccessKind.READ_DIRECTORY, position, 0, caller.process_of(tid), tid, directory=True
-            )
+            access = Access(AccessKind.READ_DIRECTORY, position, 0, proc.process_of(tid), tid, directory=True)
             await self.listeners.ask(access, self.subject(node), node, armed=Armed.ALL)
 
     def file_status(self, handle: int) -> os.stat_result:

@@ -48,12 +48,12 @@ class PendingState(enum.Enum):
 
     QUEUED = enum.auto()
     #: Read, its accessor waits for the response.
-    OUTSTANDING = enum.auto()
+    REPORTED = enum.auto()
     #: A notification or an overflow that has been read: there is nothing to answer.
     DELIVERED = enum.auto()
     ANSWERED = enum.auto()
     #: Its accessor waits no more.
-    WITHDRAWN = enum.auto()
+    CANCELLED = enum.auto()
 
 
 class Pending:
@@ -200,7 +200,7 @@ class Group:
         if self.closed:
             return None
         pending = Pending(shape, pid, tid, target, path, True, self._clock(), on_answer)
-        pending.state = PendingState.OUTSTANDING
+        pending.state = PendingState.REPORTED
         self._outstanding[pending] = None
         self._counts["queued"] += 1
         return pending
@@ -222,9 +222,9 @@ class Group:
         """
         if pending.state is PendingState.QUEUED:
             self._queue.pop(pending, None)
-        elif pending.state is not PendingState.OUTSTANDING:
+        elif pending.state is not PendingState.REPORTED:
             return
-        pending.state = PendingState.WITHDRAWN
+        pending.state = PendingState.CANCELLED
         self._counts["withdrawn"] += 1
 
     # The listener's side
@@ -274,7 +274,7 @@ class Group:
             return None
         pending = self._queue.popitem(last=False)[0]
         if pending.permission:
-            pending.state = PendingState.OUTSTANDING
+            pending.state = PendingState.REPORTED
             self._outstanding[pending] = None
         else:
             pending.state = PendingState.DELIVERED
@@ -300,7 +300,7 @@ class Group:
 
     def _finish(self, pending: Pending, error: int) -> None:
         del self._outstanding[pending]
-        if pending.state is PendingState.WITHDRAWN:
+        if pending.state is PendingState.CANCELLED:
             return
         pending.state = PendingState.ANSWERED
         pending.errno = error
@@ -409,7 +409,7 @@ class Group:
         allows them, here the caller decides. Their ``on_answer`` is not called. Closing twice gives an empty list.
         """
         self.closed = True
-        unanswered = [pending for pending in self._outstanding if pending.state is PendingState.OUTSTANDING]
+        unanswered = [pending for pending in self._outstanding if pending.state is PendingState.REPORTED]
         unanswered += [pending for pending in self._queue if pending.permission]
         self._outstanding.clear()
         self._by_fd.clear()

@@ -89,7 +89,7 @@ class OpenFile(Generic[NodeT]):
     known_descriptor: tuple[int, int] | None = None
     descriptor: int | None = None
     users: int = 0
-    standing: bool = False
+    stateless: bool = False
     released: bool = False
     bypasses: bool = False
     tells_closer: bool = False
@@ -175,20 +175,20 @@ class HandleTable(Generic[NodeT]):
         self._close_idle()
         return file
 
-    def standing(self, node: NodeT, armed: object, *, writing: bool) -> OpenFile[NodeT]:
+    def stateless(self, node: NodeT, armed: object, *, writing: bool) -> OpenFile[NodeT]:
         """The one that stands for all open files of a node whose openings nobody tells us of, for reading or for writing; its backing
         file is opened on demand, and it goes with that or with its node."""
         file = self._standing.get((node, writing))
         if file is None:
             flags = os.O_WRONLY if writing else os.O_RDONLY
-            file = OpenFile(self._next_handle, node, flags, armed, False, 0, 0, 0, standing=True)
+            file = OpenFile(self._next_handle, node, flags, armed, False, 0, 0, 0, stateless=True)
             self._next_handle += 1
             self._stand(file)
         return file
 
     def stand_by(self, file: OpenFile[NodeT]) -> None:
         """Let an open file, which nobody will release, stand for its node from now on."""
-        file.standing = True
+        file.stateless = True
         self._stand(file)
 
     def _stand(self, file: OpenFile[NodeT]) -> None:
@@ -202,7 +202,7 @@ class HandleTable(Generic[NodeT]):
     def forget(self, node: NodeT) -> None:
         """The kernel has forgotten a node: nothing needs to stand for it."""
         for file in self.of_node(node):
-            if file.standing:
+            if file.stateless:
                 self.release(file.handle)
 
     def get(self, handle: int) -> OpenFile[NodeT]:
@@ -226,7 +226,7 @@ class HandleTable(Generic[NodeT]):
         siblings.remove(file)
         if not siblings:
             del self._of_node[file.node]
-        if file.standing:
+        if file.stateless:
             for writing in _uses(file):
                 if self._standing.get((file.node, writing)) is file:
                     del self._standing[file.node, writing]
@@ -239,10 +239,10 @@ class HandleTable(Generic[NodeT]):
     def backing(self, file: OpenFile[NodeT]) -> "_InUse[NodeT]":
         """`with` it: the descriptor of its backing file, kept open inside the block. Raises OSError when it cannot be opened again."""
         if file.descriptor is None:
-            if file.released and not file.standing:
+            if file.released and not file.stateless:
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
             file.descriptor = self._open_backing(file.node, file.flags & ~_ONCE_ONLY)
-            if file.standing:
+            if file.stateless:
                 # It may have gone while somebody waited for a listener.
                 self._stand(file)
             self._recent[file.handle] = file
@@ -265,7 +265,7 @@ class HandleTable(Generic[NodeT]):
             file.descriptor = None
             del self._recent[handle]
             excess -= 1
-            if file.standing:
+            if file.stateless:
                 self.release(handle)
 
     def close(self) -> None:

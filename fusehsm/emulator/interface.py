@@ -19,7 +19,7 @@ class Nodes(Protocol):
         """The node of a file of the backing, None if it is not known."""
 
 
-class Lessor(Protocol):
+class LeaseInterface(Protocol):
     """What leases a mount's files (emulator/leases.py)."""
 
     async def grant(self, node: Any, /) -> tuple[Any, int]:
@@ -44,7 +44,7 @@ class GateFace(Protocol):
         """Its nodes."""
 
     @property
-    def lessor(self) -> Lessor:
+    def lessor(self) -> LeaseInterface:
         """What leases its files."""
 
     def add_group(self, group: Group) -> None:

@@ -18,8 +18,7 @@ import trio
 
 from fusehsm.emulator.handles import HandleTable
 from fusehsm.emulator.waiting import KillWatch
-from fusehsm.linux import proc as caller
-from fusehsm.linux import syscalls
+from fusehsm.linux import proc, syscalls
 from fusehsm.overlay.overlay import Node, Overlay
 
 # The kernel tells of a close(2) a moment after it: how often, and after how many seconds, to look again whether a file is still open.
@@ -150,7 +149,7 @@ def _let_go(waiter: _LeaseWaiter[NodeT], number: int) -> None:
 
 def _let_die(waiter: _LeaseWaiter[NodeT]) -> bool:
     """End the wait of an accessor that is being killed; whether it is."""
-    if not waiter.tid or not caller.is_being_killed(waiter.tid):
+    if not waiter.tid or not proc.is_being_killed(waiter.tid):
         return False
     _let_go(waiter, errno.EINTR)
     return True
@@ -170,7 +169,7 @@ class Lessor:
         drop_attributes_soon: Callable[[Node], None],
         forget: Callable[[int, int], object],
     ) -> None:
-        self.sees_opens = True
+        self.stateful_open = True
         """Whether the kernel tells of every open(2): the engine's to say."""
         self._overlay = overlay
         self._handles = handles
@@ -189,7 +188,7 @@ class Lessor:
         """
         if not node.is_regular:
             raise OSError(errno.EINVAL, "only regular files can be leased")
-        if not self.sees_opens:
+        if not self.stateful_open:
             raise OSError(
                 errno.EOPNOTSUPP,
                 "first-access mode with a private cache cannot tell whether a file is open; mount with --events exact",

@@ -23,7 +23,7 @@ from fusehsm.events import (
 from fusehsm.fanotify.abi import FAN_ACCESS_PERM, FAN_OPEN_PERM, Dialect, mask_names
 from fusehsm.fanotify.marks import MarkTable, Subject
 from fusehsm.fanotify.policy import EventTimeout, Unattended, UnattendedPolicy
-from fusehsm.linux import proc as caller
+from fusehsm.linux import proc
 
 PRE_CONTENT = 2  # Group.priority of FAN_CLASS_PRE_CONTENT
 # What an accessor that dies leaves at once, whoever is still at work for it: an open(2) must not be left open.
@@ -34,7 +34,7 @@ _WRITING = frozenset((AccessKind.WRITE, AccessKind.TRUNCATE, AccessKind.FALLOCAT
 def _let_die(waiter: Waiter) -> bool:
     """End the wait of an accessor that is being killed, or that has died and left a page locked, and say whether it is."""
     tid = waiter.access.tid
-    if not tid or not (caller.is_being_killed(tid) or (waiter.access.leaves and caller.is_gone(tid))):
+    if not tid or not (proc.is_being_killed(tid) or (waiter.access.leaves and proc.is_gone(tid))):
         return False
     waiter.settle(errno.EINTR)
     return True
@@ -417,7 +417,7 @@ class Listeners:
 
         Anything else does not end them (measured on 6.18: fanotify's wait is not interruptible).
         """
-        if not caller.is_being_killed(tid):
+        if not proc.is_being_killed(tid):
             return False
         for waiter in list(self._waiters.values()):
             if waiter.access.tid == tid:
@@ -428,7 +428,7 @@ class Listeners:
         """Whether a thread that had a page filled is to die, or has died already; its waits end with EINTR then."""
         if self.interrupted(tid):
             return True
-        if not tid or not caller.is_gone(tid):
+        if not tid or not proc.is_gone(tid):
             return False
         for waiter in list(self._waiters.values()):
             if waiter.access.tid == tid and waiter.access.leaves:

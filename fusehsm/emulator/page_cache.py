@@ -38,14 +38,14 @@ Tell = Callable[[OSError | None], None]
 class CacheControl(Protocol):
     """What an engine offers to keep the kernel's caches honest. All raise OSError; ENOENT when the kernel knows no such node."""
 
-    def drop_pages(self, node_id: int) -> None:
+    def inval_inode(self, node_id: int) -> None:
         """Drop the cached pages and attributes of a node. Blocks while a fill of it is unanswered."""
 
-    def drop_attributes(self, node_id: int) -> None:
+    def inval_attributes(self, node_id: int) -> None:
         """Drop the cached attributes of a node. Blocks while the kernel frees it, which may wait for a fill of it."""
 
-    def drop_range(self, node_id: int, offset: int, size: int) -> None:
-        """Drop the cached pages of a range in bytes (`size` 0: to the end), and the attributes. Blocks like drop_pages."""
+    def inval_range(self, node_id: int, offset: int, size: int) -> None:
+        """Drop the cached pages of a range in bytes (`size` 0: to the end), and the attributes. Blocks like inval_inode."""
 
     def set_page_exact(self, exact: bool) -> None:
         """Whether the kernel should read ahead of a page fault; best effort."""
@@ -120,7 +120,7 @@ class StalePages:
         cache = self.cache
         if cache is None or not self._tainted:
             return
-        self._begin([partial(cache.drop_pages, node_id) for node_id in self._tainted_and_heard()])
+        self._begin([partial(cache.inval_inode, node_id) for node_id in self._tainted_and_heard()])
 
     async def drop_heard_but(self, written: Node, start: int, end: int) -> None:
         """As drop_heard_soon(); returns when the pages have gone, or after a moment. Not waited for are those of `written` from byte `start`
@@ -132,17 +132,17 @@ class StalePages:
         drops: list[Drop] = []
         for node_id in self._tainted_and_heard():
             if node_id != written.id or first == beyond:
-                drops.append(partial(cache.drop_pages, node_id))
+                drops.append(partial(cache.inval_inode, node_id))
                 continue
             if first:
-                drops.append(partial(cache.drop_range, node_id, 0, first))
-            drops.append(partial(cache.drop_range, node_id, beyond, 0))
-            self._begin([partial(cache.drop_range, node_id, first, beyond - first)])
+                drops.append(partial(cache.inval_range, node_id, 0, first))
+            drops.append(partial(cache.inval_range, node_id, beyond, 0))
+            self._begin([partial(cache.inval_range, node_id, first, beyond - first)])
         # What has been written is written: a failure is logged, and no reason to deny it.
         with suppress(OSError):
             await self._dropped(drops, _MOMENT)
 
-    def drop_range_later(self, node: Node, offset: int, size: int, delay: float) -> None:
+    def inval_range_later(self, node: Node, offset: int, size: int, delay: float) -> None:
         """Drop a node's cached pages of a range that is about to be answered, not before so many seconds have passed."""
         cache = self.cache
         if cache is None:
@@ -150,7 +150,7 @@ class StalePages:
 
         def drop() -> None:
             time.sleep(delay)
-            _ignore_unknown(cache.drop_range, node.id, offset, size)
+            _ignore_unknown(cache.inval_range, node.id, offset, size)
 
         trio.lowlevel.start_thread_soon(drop, lambda outcome: None)
 
@@ -158,23 +158,23 @@ class StalePages:
         """Drop all that the kernel has cached of a node, as it is not what the kernel was told; returns when that has gone, or after a moment."""
         if self.cache is not None:
             with suppress(OSError):
-                await self._dropped([partial(self.cache.drop_pages, node.id)], _MOMENT)
+                await self._dropped([partial(self.cache.inval_inode, node.id)], _MOMENT)
 
     def drop_changed_soon(self, node: Node, offset: int = 0, size: int = 0) -> None:
         """Begin to drop what the kernel has cached of a node, but pages beyond that range in bytes (`size` 0: to the end); waits for nothing."""
         if self.cache is not None:
-            self._begin([partial(self.cache.drop_range, node.id, offset, size)])
+            self._begin([partial(self.cache.inval_range, node.id, offset, size)])
 
     def drop_attributes_soon(self, node: Node) -> None:
         """Begin to drop a node's cached attributes; waits for nothing."""
         if self.cache is not None:
-            self._begin([partial(self.cache.drop_attributes, node.id)])
+            self._begin([partial(self.cache.inval_attributes, node.id)])
 
-    async def drop_attributes(self, node: Node) -> None:
+    async def inval_attributes(self, node: Node) -> None:
         """Drop a node's cached attributes; returns when they have gone or after a moment."""
         if self.cache is not None:
             with suppress(OSError):
-                await self._dropped([partial(self.cache.drop_attributes, node.id)], _MOMENT)
+                await self._dropped([partial(self.cache.inval_attributes, node.id)], _MOMENT)
 
     async def drop_all_of(self, node: Node) -> None:
         """Drop all of a node's cached pages, however they got there; returns when they have gone.
@@ -186,7 +186,7 @@ class StalePages:
         cache = self.cache
         if cache is None:
             return
-        if not await self._dropped([partial(cache.drop_pages, node.id)], _DROP_DEADLINE):
+        if not await self._dropped([partial(cache.inval_inode, node.id)], _DROP_DEADLINE):
             raise OSError(errno.EBUSY, "a page of the file waits for its listener; it is dropped after that")
 
     def _is_heard(self, node: Node) -> bool:
@@ -206,11 +206,11 @@ class StalePages:
         if cache is None:
             return
 
-        def drop_attributes() -> None:
+        def inval_attributes() -> None:
             for node_id in attributes:
-                _ignore_unknown(cache.drop_attributes, node_id)
+                _ignore_unknown(cache.inval_attributes, node_id)
 
-        drops: list[Drop] = [drop_attributes, *(partial(cache.drop_pages, node_id) for node_id in pages)]
+        drops: list[Drop] = [inval_attributes, *(partial(cache.inval_inode, node_id) for node_id in pages)]
         await self._dropped(drops, _DROP_DEADLINE)
 
     async def _dropped(self, drops: list[Drop], seconds: float) -> bool:

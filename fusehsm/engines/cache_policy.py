@@ -44,7 +44,7 @@ class CachePolicy:
             return status.st_blocks
         return int(self._gate.watches(node))
 
-    def keeps_pages(self, file: OpenFile[Node]) -> bool:
+    def keep_cache(self, file: OpenFile[Node]) -> bool:
         """Whether the kernel's pages of a file that is being opened may stay: it is as it was at the last open. To be asked at every one.
 
         At the first there are no pages. To drop them then, or while one of them waits for its listener, would wait for those that another

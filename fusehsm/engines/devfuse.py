@@ -73,10 +73,10 @@ class DevFuse:
         self._policy = CachePolicy(gate, private=private)
         # Where every access of content comes through the page cache, openings tell nothing that matters: after one ENOSYS the kernel opens
         # and closes by itself. A backing that others change must be looked at when it is opened, though.
-        self._tells_opens = gate.exact or not private or gate.default_dialect.open_event
-        gate.lessor.sees_opens = self._tells_opens
+        self._stateful_open = gate.exact or not private or gate.default_dialect.open_event
+        gate.lessor.stateful_open = self._stateful_open
         self._operations = Operations(
-            gate, self._policy, tells_opens=self._tells_opens, forget_name=self._forget_name
+            gate, self._policy, stateful_open=self._stateful_open, inval_entry=self._inval_entry
         )
         self._answers = {
             **self._operations.table(),
@@ -284,7 +284,7 @@ class DevFuse:
             wanted |= Init.CACHE_SYMLINKS
         else:
             wanted |= Init.AUTO_INVAL_DATA
-        if self._tells_opens:
+        if self._stateful_open:
             # Otherwise O_TRUNC would be lost with the OPEN that is not sent.
             wanted |= Init.ATOMIC_O_TRUNC
         if self._gate.exact:
@@ -329,7 +329,7 @@ class DevFuse:
             self._send(protocol.failure(unique, errno.EINTR))
         return True
 
-    def _forget_name(self, parent_id: int, name: bytes) -> None:
+    def _inval_entry(self, parent_id: int, name: bytes) -> None:
         # The kernel holds the directory's lock until the request is answered that brought us here.
         message = protocol.invalidate_entry(parent_id, name)
         descriptor = self._device
@@ -348,13 +348,13 @@ class KernelCaches:
         self._descriptor = descriptor
         self._read_ahead = ReadAhead(device)
 
-    def drop_pages(self, node_id: int) -> None:
+    def inval_inode(self, node_id: int) -> None:
         os.write(self._descriptor, protocol.invalidate_inode(node_id, 0, 0))
 
-    def drop_range(self, node_id: int, offset: int, size: int) -> None:
+    def inval_range(self, node_id: int, offset: int, size: int) -> None:
         os.write(self._descriptor, protocol.invalidate_inode(node_id, offset, size))
 
-    def drop_attributes(self, node_id: int) -> None:
+    def inval_attributes(self, node_id: int) -> None:
         os.write(self._descriptor, protocol.invalidate_inode(node_id, -1, 0))
 
     def set_page_exact(self, exact: bool) -> None:

@@ -73,9 +73,9 @@ class Filesystem:
         flags: int,
         mode: int,
         caller: Caller,
-        forget_name: Callable[[int, bytes], None],
+        inval_entry: Callable[[int, bytes], None],
     ) -> tuple[OpenFile[Node], bool, Found]:
-        """Make and open a file; also says whether the kernel's pages of it may stay. `forget_name` makes the kernel forget what it knows
+        """Make and open a file; also says whether the kernel's pages of it may stay. `inval_entry` makes the kernel forget what it knows
         of a name, and must not wait for it."""
         parent = self._overlay.node(parent_id)
         if self._opens_new_files and self._gate.may_deny_new(parent):
@@ -84,14 +84,14 @@ class Filesystem:
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
         node, status, descriptor = self._overlay.create(parent, name, flags, mode, caller)
         try:
-            file, keep = await self._gate.created(node, flags, descriptor, caller.pid, caller.uid)
+            file, keep_cache = await self._gate.created(node, flags, descriptor, caller.pid, caller.uid)
         except BaseException:
             # The kernel never hears of the node, so nothing will forget it; nor may it go on believing that there is no such name. It holds
             # the directory's lock until we have answered.
             self._overlay.forget(node, 1)
-            forget_name(parent_id, name)
+            inval_entry(parent_id, name)
             raise
-        return file, keep, (node, status)
+        return file, keep_cache, (node, status)
 
     def getxattr(self, node_id: int, name: bytes) -> bytes:
         """Value of an extended attribute."""

@@ -34,11 +34,16 @@ _RWF_DSYNC, _RWF_SYNC = 0x2, 0x4  # pwritev2(2)
 
 
 class Operations:
-    """One mount's. `tells_opens`: whether the kernel shall send OPEN and OPENDIR; `forget_name` makes it forget a name in a directory,
+    """One mount's. `stateful_open`: whether the kernel shall send OPEN and OPENDIR; `inval_entry` makes it forget a name in a directory,
     without waiting for it."""
 
     def __init__(
-        self, gate: Gate, policy: CachePolicy, *, tells_opens: bool, forget_name: Callable[[int, bytes], None]
+        self,
+        gate: Gate,
+        policy: CachePolicy,
+        *,
+        stateful_open: bool,
+        inval_entry: Callable[[int, bytes], None],
     ) -> None:
         self._gate = gate
         self._overlay = gate.overlay
@@ -46,10 +51,10 @@ class Operations:
         self._handles = gate.handles
         self._policy = policy
         self._filesystem = Filesystem(gate)
-        self._tells_opens = tells_opens
-        self._forget_name = forget_name
+        self._stateful_open = stateful_open
+        self._inval_entry = inval_entry
         self._streams: OrderedDict[int, DirectoryStream] = OrderedDict()
-        self._makes_by_opening = tells_opens or os.geteuid() != 0
+        self._makes_by_opening = stateful_open or os.geteuid() != 0
         self.negotiated = Init(0)
         #: Whether the kernel tells who closes what (FLUSH), if only of the files for which it is to (Linux 5.16).
         self.tells_closers = False
@@ -251,15 +256,15 @@ class Operations:
     def _file(self, node_id: int, handle: int, *, writing: bool) -> OpenFile[Node]:
         if handle:
             return self._handles.get(handle)
-        return self._gate.unopened(self._overlay.node(node_id), writing=writing)
+        return self._gate.stateless_open(self._overlay.node(node_id), writing=writing)
 
-    def _opened(self, file: OpenFile[Node], *, keep: bool) -> bytes:
+    def _opened(self, file: OpenFile[Node], *, keep_cache: bool) -> bytes:
         flags = 0
         if file.direct:
             flags |= protocol.FOPEN_DIRECT_IO | protocol.FOPEN_PARALLEL_DIRECT_WRITES
         elif self._policy.appends_past_cache(file):
             flags |= protocol.FOPEN_DIRECT_IO
-        if self._policy.keeps_pages(file) and keep:
+        if self._policy.keep_cache(file) and keep_cache:
             flags |= protocol.FOPEN_KEEP_CACHE
         if self.tells_closers and not file.tells_closer:
             # Nothing to learn from a close(2). What a mapping has written is then written back at munmap(2) or msync(2), not at close(2).
@@ -267,26 +272,26 @@ class Operations:
         return protocol.OPEN_OUT.pack(file.handle, flags, 0)
 
     async def open(self, request: Request) -> bytes:
-        if not self._tells_opens and self.negotiated & Init.NO_OPEN_SUPPORT:
+        if not self._stateful_open and self.negotiated & Init.NO_OPEN_SUPPORT:
             raise _no_such_call()
         flags, _ = protocol.OPEN_IN.unpack_from(request.body)
         node = self._overlay.node(request.node_id)
-        file, keep = await self._gate.open(node, flags, request.pid, request.uid)
-        return self._opened(file, keep=keep)
+        file, keep_cache = await self._gate.open(node, flags, request.pid, request.uid)
+        return self._opened(file, keep_cache=keep_cache)
 
     async def create(self, request: Request) -> bytes:
         flags, mode, umask, _ = protocol.CREATE_IN.unpack_from(request.body)
         (name,) = protocol.names_in(request.body, protocol.CREATE_IN.size, 1)
         if not self._makes_by_opening:
             raise _no_such_call()
-        file, keep, found = await self._filesystem.create(
-            request.node_id, name, flags, mode, self._caller(request, umask), self._forget_name
+        file, keep_cache, found = await self._filesystem.create(
+            request.node_id, name, flags, mode, self._caller(request, umask), self._inval_entry
         )
-        return self._entry(found) + self._made(file, keep=keep)
+        return self._entry(found) + self._made(file, keep_cache=keep_cache)
 
-    def _made(self, file: OpenFile[Node], *, keep: bool) -> bytes:
-        if self._tells_opens:
-            return self._opened(file, keep=keep)
+    def _made(self, file: OpenFile[Node], *, keep_cache: bool) -> bytes:
+        if self._stateful_open:
+            return self._opened(file, keep_cache=keep_cache)
         # Old kernels never send the RELEASE of such a file, once OPEN has been answered ENOSYS.
         self._handles.stand_by(file)
         return protocol.OPEN_OUT.pack(0, protocol.FOPEN_KEEP_CACHE, 0)
@@ -297,13 +302,13 @@ class Operations:
         parent = self._overlay.node(request.node_id)
         node, status, descriptor = self._overlay.create_unnamed(parent, flags, mode, caller)
         try:
-            file, keep = await self._gate.created(
+            file, keep_cache = await self._gate.created(
                 node, flags, descriptor, caller.pid, caller.uid, unnamed=True
             )
         except BaseException:
             self._gate.forget(node.id, 1)
             raise
-        return self._entry((node, status)) + self._made(file, keep=keep)
+        return self._entry((node, status)) + self._made(file, keep_cache=keep_cache)
 
     def read(self, request: Request) -> Answer:
         handle, offset, size, flags, _, _, _ = protocol.READ_IN.unpack_from(request.body)
@@ -387,7 +392,7 @@ class Operations:
     # Directories
 
     async def opendir(self, request: Request) -> bytes:
-        if not self._tells_opens and self.negotiated & Init.NO_OPENDIR_SUPPORT:
+        if not self._stateful_open and self.negotiated & Init.NO_OPENDIR_SUPPORT:
             raise _no_such_call()
         return protocol.OPEN_OUT.pack(await self._filesystem.opendir(request.node_id, request.pid), 0, 0)
 

@@ -194,25 +194,25 @@ class Operations(pyfuse3.Operations):
 
     # Files
 
-    def _file_info(self, file: OpenFile[Node], *, keep: bool) -> FileInfo:
-        keep = self._policy.keeps_pages(file) and keep
+    def _file_info(self, file: OpenFile[Node], *, keep_cache: bool) -> FileInfo:
+        keep_cache = self._policy.keep_cache(file) and keep_cache
         direct = file.direct or self._policy.appends_past_cache(file)
-        return FileInfo(fh=file.handle, direct_io=direct, keep_cache=keep)
+        return FileInfo(fh=file.handle, direct_io=direct, keep_cache=keep_cache)
 
     @_errors_to_fuse
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         node = self._overlay.node(inode)
-        file, keep = await self._gate.open(node, flags, ctx.pid, ctx.uid)
-        return self._file_info(file, keep=keep)
+        file, keep_cache = await self._gate.open(node, flags, ctx.pid, ctx.uid)
+        return self._file_info(file, keep_cache=keep_cache)
 
     @_errors_to_fuse
     async def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
-        file, keep, found = await self._filesystem.create(
-            parent_inode, name, flags, mode, self._caller(ctx), _forget_name
+        file, keep_cache, found = await self._filesystem.create(
+            parent_inode, name, flags, mode, self._caller(ctx), _inval_entry
         )
-        return self._file_info(file, keep=keep), self._attributes(*found)
+        return self._file_info(file, keep_cache=keep_cache), self._attributes(*found)
 
     @_errors_to_fuse
     async def read(self, fh: int, off: int, size: int) -> Buffer:  # type: ignore[override]
@@ -309,7 +309,7 @@ class Operations(pyfuse3.Operations):
         self._overlay.removexattr(self._overlay.node(inode), name)
 
 
-def _forget_name(parent_id: int, name: bytes) -> None:
+def _inval_entry(parent_id: int, name: bytes) -> None:
     pyfuse3.invalidate_entry_async(parent_id, name, ignore_enoent=True)
 
 
@@ -319,14 +319,14 @@ class KernelCaches:
     def __init__(self, device: tuple[int, int]) -> None:
         self._read_ahead = ReadAhead(device)
 
-    def drop_pages(self, node_id: int) -> None:
+    def inval_inode(self, node_id: int) -> None:
         pyfuse3.invalidate_inode(node_id)
 
-    def drop_range(self, node_id: int, offset: int, size: int) -> None:
+    def inval_range(self, node_id: int, offset: int, size: int) -> None:
         # pyfuse3 knows no ranges.
         pyfuse3.invalidate_inode(node_id)
 
-    def drop_attributes(self, node_id: int) -> None:
+    def inval_attributes(self, node_id: int) -> None:
         pyfuse3.invalidate_inode(node_id, attr_only=True)
 
     def set_page_exact(self, exact: bool) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from fusehsm.linux import syscalls
 
-PAGE_FAULT = -1  # Call.number of a thread that is blocked outside any system call
+PAGE_FAULT = -1  # SystemCall.number of a thread that is blocked outside any system call
 _MEMORY_POINTER = struct.Struct("=q")
 _IOVEC = struct.Struct("=QQ")
 _IOV_MAX = 1024
@@ -60,7 +60,7 @@ _HERE = _NUMBERS.get(platform.machine())
 
 
 @dataclass(slots=True)
-class Call:
+class SystemCall:
     """The system call that a thread is blocked in, as it was read for one request; equal as long as it is the same call (`stack_pointer`
     included).
 
@@ -215,7 +215,7 @@ class CallReader:
         self._descriptors: OrderedDict[int, int] = OrderedDict()
         self._processes: dict[int, int] = {}
 
-    def identify(self, tid: int) -> tuple[int, Call | None]:
+    def identify(self, tid: int) -> tuple[int, SystemCall | None]:
         """The process of a thread that waits for an answer, and read()."""
         call = self.read(tid, _FALLING_ASLEEP)
         process = self._processes.get(tid)
@@ -226,7 +226,7 @@ class CallReader:
                 self._processes[tid] = process
         return process, call
 
-    def read(self, tid: int, patience: int = 0) -> Call | None:
+    def read(self, tid: int, patience: int = 0) -> SystemCall | None:
         """The call that `tid` is blocked in; None when it runs (for longer than so many nanoseconds), is gone, or may not be looked at."""
         descriptor = self._descriptors.get(tid)
         if descriptor is None:
@@ -252,9 +252,9 @@ class CallReader:
             return None
         if len(words) == 9:
             numbers = [int(word, 16) for word in words[1:]]
-            return Call(tid, int(words[0]), tuple(numbers[:6]), numbers[6], numbers[7])
+            return SystemCall(tid, int(words[0]), tuple(numbers[:6]), numbers[6], numbers[7])
         if len(words) == 3:
-            return Call(tid, PAGE_FAULT, (), int(words[1], 16), int(words[2], 16))
+            return SystemCall(tid, PAGE_FAULT, (), int(words[1], 16), int(words[2], 16))
         return None
 
     def _drop(self, tid: int) -> None:
@@ -300,19 +300,19 @@ def _pointed_offset(tid: int, pointer: int) -> tuple[bool, int | None]:
     return (False, None) if data is None else (True, _MEMORY_POINTER.unpack(data)[0])
 
 
-def _pointed(call: Call, descriptor: int, pointer: int, count: int) -> Transfer | None:
+def _pointed(call: SystemCall, descriptor: int, pointer: int, count: int) -> Transfer | None:
     known, offset = _pointed_offset(call.tid, pointer)
     return Transfer(descriptor, offset, count, paged=True) if known else None
 
 
-def _vectored(call: Call, offset: int | None, flags: int = 0) -> Transfer | None:
+def _vectored(call: SystemCall, offset: int | None, flags: int = 0) -> Transfer | None:
     descriptor, address, entries = call.arguments[:3]
     count = _vector_count(call.tid, address, entries)
     appends = bool(flags & _RWF_APPEND)
     return None if count is None else Transfer(descriptor, offset, count, paged=False, appends=appends)
 
 
-def _copied(call: Call, *, target: bool) -> Transfer | None:
+def _copied(call: SystemCall, *, target: bool) -> Transfer | None:
     """One side of copy_file_range(2)."""
     source, source_pointer, destination, destination_pointer, count = call.arguments[:5]
     known, offset = _pointed_offset(call.tid, source_pointer)
@@ -325,7 +325,7 @@ def _copied(call: Call, *, target: bool) -> Transfer | None:
     return Transfer(source, offset, count, paged=True, source=whence) if known else None
 
 
-def _plain(call: Call, numbers: tuple[int, int, int, int, int]) -> Transfer | None:
+def _plain(call: SystemCall, numbers: tuple[int, int, int, int, int]) -> Transfer | None:
     """The transfer of read(2), pread(2), readv(2), preadv(2), preadv2(2), or of their writing twins, given as `numbers`."""
     scalar, scalar_at, vector, vector_at, vector_at_flags = numbers
     number, arguments = call.number, call.arguments
@@ -343,7 +343,7 @@ def _plain(call: Call, numbers: tuple[int, int, int, int, int]) -> Transfer | No
     return None
 
 
-def reading(call: Call) -> Transfer | None:
+def reading(call: SystemCall) -> Transfer | None:
     """The file range that `call` reads, or None when it is not a call that reads a file.
 
     May read the accessor's memory (vectors, pointed-to offsets), never its files.
@@ -360,7 +360,7 @@ def reading(call: Call) -> Transfer | None:
     return _plain(call, (here.read, here.pread64, here.readv, here.preadv, here.preadv2))
 
 
-def reads_memory(call: Call) -> bool:
+def reads_memory(call: SystemCall) -> bool:
     """Whether reading() or writing() has to look into the accessor's memory for that call, which can block as mappings_of() can."""
     here = _HERE
     if here is None:
@@ -371,7 +371,7 @@ def reads_memory(call: Call) -> bool:
     return number in (here.readv, here.preadv, here.preadv2, here.writev, here.pwritev, here.pwritev2)
 
 
-def writing(call: Call) -> Transfer | None:
+def writing(call: SystemCall) -> Transfer | None:
     """The file range that `call` writes, or None when it is not a call that writes a file."""
     if _HERE is None or call.number == PAGE_FAULT:
         return None
@@ -385,7 +385,7 @@ def writing(call: Call) -> Transfer | None:
     return _plain(call, (here.write, here.pwrite64, here.writev, here.pwritev, here.pwritev2))
 
 
-def appending(call: Call) -> tuple[int, bool | None] | None:
+def appending(call: SystemCall) -> tuple[int, bool | None] | None:
     """The descriptor by which `call` writes, and whether at the end of the file: None where the open file decides. None for other calls."""
     here = _HERE
     if here is None or call.number == PAGE_FAULT:
@@ -397,12 +397,12 @@ def appending(call: Call) -> tuple[int, bool | None] | None:
     return (arguments[0], None) if writes else None
 
 
-def is_counted(call: Call) -> bool:
+def is_counted(call: SystemCall) -> bool:
     """Whether calls_finished() counts `call` when it returns."""
     return _HERE is not None and call.number != _HERE.splice
 
 
-def is_advice(call: Call) -> bool:
+def is_advice(call: SystemCall) -> bool:
     """Whether `call` only asks the kernel to read ahead: posix_fadvise(2), readahead(2)."""
     return _HERE is not None and call.number in (_HERE.fadvise64, _HERE.readahead)
 

@@ -31,7 +31,7 @@ from fusehsm.supervisor.delivery import Reading
 from fusehsm.supervisor.groups import Leaving, SupervisedGroup
 from fusehsm.supervisor.lookup import find, of_this_process
 from fusehsm.supervisor.mappings import Mappings
-from fusehsm.supervisor.notifier import Call, CallIsOver, Notifier
+from fusehsm.supervisor.notifier import CallIsOver, Notifier, TrappedCall
 from fusehsm.supervisor.numbers import Architecture
 from fusehsm.supervisor.parked import ParkedCalls
 from fusehsm.supervisor.readiness import Bell, Closings
@@ -80,7 +80,7 @@ class Calls:
         self._lock = threading.Lock()
         # From looking for a free number to its use.
         self._numbering = threading.Lock()
-        on_groups: list[tuple[int | None, Callable[[Call, SupervisedGroup], int]]] = [
+        on_groups: list[tuple[int | None, Callable[[TrappedCall, SupervisedGroup], int]]] = [
             (architecture.write, self._write),
             (architecture.writev, self._writev),
             (architecture.pwritev2, self._pwritev2),
@@ -109,7 +109,7 @@ class Calls:
         for group in groups:
             group.close()
 
-    def answer(self, call: Call, *, may_wait: bool = True) -> None:
+    def answer(self, call: TrappedCall, *, may_wait: bool = True) -> None:
         """Do a call and answer it; never raises. `may_wait`: if not, what would have to wait for others fails with ENOMEM."""
         try:
             if call.number == self._architecture.mmap:
@@ -143,7 +143,7 @@ class Calls:
         with contextlib.suppress(CallIsOver, OSError):  # nobody is there to hear it
             respond()
 
-    def _group(self, call: Call) -> SupervisedGroup:
+    def _group(self, call: TrappedCall) -> SupervisedGroup:
         """The group that the call's first argument is. Raises _GoOn where it is none."""
         name = tasks.pipe_of(call.tid, call.signed(0))
         group = None if name is None else self._groups.get(name)
@@ -153,7 +153,7 @@ class Calls:
 
     # Groups
 
-    def _fanotify_init(self, call: Call) -> int:
+    def _fanotify_init(self, call: TrappedCall) -> int:
         flags, event_f_flags = call.unsigned(0), call.unsigned(1)
         if flags & (FAN_REPORT_FID_BITS | FAN_REPORT_MNT):
             raise _GoOn  # they have no permission events, and the kernel's own notify on our mounts as on any other
@@ -183,7 +183,7 @@ class Calls:
         self._watch(group)
         return number
 
-    def _is_privileged(self, call: Call, capability: int) -> bool:
+    def _is_privileged(self, call: TrappedCall, capability: int) -> bool:
         """Whether the caller has what the kernel would ask for. An ordinary user is root over the mounts that he has made; who was root and is
         so no more would get at root's files through us."""
         return os.geteuid() != 0 or tasks.capabilities_of(call.tid).has(capability)
@@ -206,7 +206,7 @@ class Calls:
 
     def _place(
         self,
-        call: Call,
+        call: TrappedCall,
         group: SupervisedGroup,
         *,
         close_on_exec: bool,
@@ -228,7 +228,7 @@ class Calls:
             self._notifier.check(call)
             return self._notifier.add_descriptor(call, reading, close_on_exec=close_on_exec, number=number)
 
-    def _fanotify_mark(self, call: Call, group: SupervisedGroup, *, may_wait: bool) -> int:
+    def _fanotify_mark(self, call: TrappedCall, group: SupervisedGroup, *, may_wait: bool) -> int:
         if not may_wait:
             raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
         _, _, mask, _, address, *_ = call.arguments
@@ -246,7 +246,7 @@ class Calls:
 
     # Reading and writing
 
-    def _read(self, call: Call, group: SupervisedGroup, *, may_wait: bool) -> None:
+    def _read(self, call: TrappedCall, group: SupervisedGroup, *, may_wait: bool) -> None:
         reading = Reading(self._notifier, self._parked, call, group, may_wait)
         try:
             parts = self._reads[call.number](call)
@@ -259,36 +259,36 @@ class Calls:
         reading.settle()
 
     @staticmethod
-    def _read_parts(call: Call) -> list[tuple[int, int]]:
+    def _read_parts(call: TrappedCall) -> list[tuple[int, int]]:
         return [(call.arguments[1], min(call.arguments[2], _MOST_BYTES))]
 
-    def _preadv2_parts(self, call: Call) -> list[tuple[int, int]]:
+    def _preadv2_parts(self, call: TrappedCall) -> list[tuple[int, int]]:
         self._check_position(call)
         return self._parts(call)
 
-    def _parts(self, call: Call) -> list[tuple[int, int]]:
+    def _parts(self, call: TrappedCall) -> list[tuple[int, int]]:
         parts = memory.read_vector(call.tid, call.arguments[1], call.arguments[2])
         self._notifier.check(call)
         return parts
 
     @staticmethod
-    def _check_position(call: Call) -> None:
+    def _check_position(call: TrappedCall) -> None:
         if call.arguments[3] != _NO_POSITION:
             raise OSError(errno.ESPIPE, os.strerror(errno.ESPIPE))
         if call.unsigned(5):
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
-    def _write(self, call: Call, group: SupervisedGroup) -> int:
+    def _write(self, call: TrappedCall, group: SupervisedGroup) -> int:
         return self._respond(call, group, [(call.arguments[1], call.arguments[2])])
 
-    def _writev(self, call: Call, group: SupervisedGroup) -> int:
+    def _writev(self, call: TrappedCall, group: SupervisedGroup) -> int:
         return self._respond(call, group, self._parts(call))
 
-    def _pwritev2(self, call: Call, group: SupervisedGroup) -> int:
+    def _pwritev2(self, call: TrappedCall, group: SupervisedGroup) -> int:
         self._check_position(call)
         return self._respond(call, group, self._parts(call))
 
-    def _respond(self, call: Call, group: SupervisedGroup, parts: list[tuple[int, int]]) -> int:
+    def _respond(self, call: TrappedCall, group: SupervisedGroup, parts: list[tuple[int, int]]) -> int:
         if not _size(parts) and call.number != self._architecture.write:
             return 0
         total = 0
@@ -304,7 +304,7 @@ class Calls:
                 break
         return total
 
-    def _response(self, call: Call, address: int, size: int) -> bytes:
+    def _response(self, call: TrappedCall, address: int, size: int) -> bytes:
         """The bytes of a response; of what follows it only as many as matter."""
         try:
             data = memory.read(call.tid, address, min(size, RESPONSE_LENGTH))
@@ -317,14 +317,14 @@ class Calls:
         return data
 
     @staticmethod
-    def _lseek(call: Call, group: SupervisedGroup) -> int:
+    def _lseek(call: TrappedCall, group: SupervisedGroup) -> int:
         if call.unsigned(2) > _SEEK_MAX:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         return 0
 
     # Descriptors
 
-    def _ioctl(self, call: Call, group: SupervisedGroup) -> int:
+    def _ioctl(self, call: TrappedCall, group: SupervisedGroup) -> int:
         request, address = call.unsigned(1), call.arguments[2]
         if request == termios.FIONREAD:
             self._notifier.check(call)
@@ -335,7 +335,7 @@ class Calls:
             return 0
         raise _GoOn
 
-    def _fcntl(self, call: Call, group: SupervisedGroup) -> int:
+    def _fcntl(self, call: TrappedCall, group: SupervisedGroup) -> int:
         command, argument = call.unsigned(1), call.unsigned(2)
         if command == fcntl.F_GETFL:
             return os.O_RDWR | (os.O_NONBLOCK if group.nonblocking else 0)
@@ -352,20 +352,20 @@ class Calls:
             )  # what the process holds is a pipe, but it should not know
         raise _GoOn
 
-    def _dup(self, call: Call, group: SupervisedGroup) -> int:
+    def _dup(self, call: TrappedCall, group: SupervisedGroup) -> int:
         return self._place(call, group, close_on_exec=False)
 
-    def _dup2(self, call: Call, group: SupervisedGroup) -> int:
+    def _dup2(self, call: TrappedCall, group: SupervisedGroup) -> int:
         if call.signed(0) == call.signed(1):
             raise _GoOn
         return self._duplicate_to(call, group, close_on_exec=False)
 
-    def _dup3(self, call: Call, group: SupervisedGroup) -> int:
+    def _dup3(self, call: TrappedCall, group: SupervisedGroup) -> int:
         if call.signed(0) == call.signed(1) or call.unsigned(2) & ~os.O_CLOEXEC:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         return self._duplicate_to(call, group, close_on_exec=bool(call.unsigned(2) & os.O_CLOEXEC))
 
-    def _duplicate_to(self, call: Call, group: SupervisedGroup, *, close_on_exec: bool) -> int:
+    def _duplicate_to(self, call: TrappedCall, group: SupervisedGroup, *, close_on_exec: bool) -> int:
         number = call.signed(1)
         if number not in self._descriptors:
             lowest, highest = self._descriptors[0], self._descriptors[-1]
@@ -380,10 +380,10 @@ class Calls:
         return self._place(call, group, close_on_exec=close_on_exec, number=number)
 
 
-def _refuse_with(number: int) -> Callable[[Call, SupervisedGroup], int]:
+def _refuse_with(number: int) -> Callable[[TrappedCall, SupervisedGroup], int]:
     """What the kernel does to a pipe, and to no group."""
 
-    def refuse(call: Call, group: SupervisedGroup) -> int:
+    def refuse(call: TrappedCall, group: SupervisedGroup) -> int:
         raise OSError(number, os.strerror(number))
 
     return refuse

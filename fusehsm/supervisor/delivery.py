@@ -18,7 +18,7 @@ from fusehsm.fanotify.abi import (
 )
 from fusehsm.supervisor import memory
 from fusehsm.supervisor.groups import Source, SupervisedGroup
-from fusehsm.supervisor.notifier import Call, CallIsOver, Notifier
+from fusehsm.supervisor.notifier import CallIsOver, Notifier, TrappedCall
 from fusehsm.supervisor.parked import Parked, ParkedCalls
 
 _INT: Final = struct.Struct("=i")
@@ -31,7 +31,7 @@ class Reading:
 
     notifier: Notifier
     parked: ParkedCalls
-    call: Call
+    call: TrappedCall
     group: SupervisedGroup
     may_wait: bool
     _taken: list[tuple[Source, Received, int]] = field(default_factory=list)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fusehsm.backends.lookup import FoundObject
 from fusehsm.control.blocking_client import BlockingConnection
 from fusehsm.control.event_stream import EventStream, Received
-from fusehsm.control.protocol import VERSION, Hello, Mark
+from fusehsm.control.protocol import VERSION, Hello, MarkRequest
 from fusehsm.fanotify import rules
 from fusehsm.fanotify.abi import (
     FAN_CLASS_CONTENT,
@@ -113,12 +113,12 @@ class SupervisedGroup:
             raise OSError(errno.EPERM, os.strerror(errno.EPERM))
         if flags & FAN_MARK_FLUSH:
             for source in list(self._sources):
-                self._request(source, Mark(flags, mask, *source.mount.device, None))
+                self._request(source, MarkRequest(flags, mask, *source.mount.device, None))
             return
         found = look_up()
         try:
             mount = _mount_of(found.device)
-            message = Mark(flags, mask, *found.device, found.inode)
+            message = MarkRequest(flags, mask, *found.device, found.inode)
             if mount is None and not self._marked_on_backing(message):
                 raise self._elsewhere(flags, mask, found)
             if mount is not None:
@@ -127,7 +127,7 @@ class SupervisedGroup:
         finally:
             os.close(found.descriptor)
 
-    def _marked_on_backing(self, mark: Mark) -> bool:
+    def _marked_on_backing(self, mark: MarkRequest) -> bool:
         """Whether it is a file of a mount that the mark names by its backing, as through an event's descriptor; if so the mark is made."""
         for source in list(self._sources):
             try:
@@ -146,7 +146,7 @@ class SupervisedGroup:
                 f"a mark with {old:#x}, FAN_PRE_ACCESS in patch-v2 and patch-v1 only: say which it is, with --abi patch-v2 or --abi patch-v1",
             )
 
-    def _request(self, source: Source, mark: Mark) -> None:
+    def _request(self, source: Source, mark: MarkRequest) -> None:
         try:
             source.connection.request(mark)
         except OSError as error:

@@ -10,8 +10,7 @@ from contextlib import ExitStack
 from typing import Final
 
 from fusehsm.backends.lookup import FoundObject, found, look_up
-from fusehsm.linux import proc as caller
-from fusehsm.linux import syscalls
+from fusehsm.linux import proc, syscalls
 from fusehsm.linux.syscalls import AT_FDCWD
 from fusehsm.supervisor import tasks
 from fusehsm.supervisor.notifier import CallIsOver
@@ -26,7 +25,7 @@ _NOTHING: Final = re.compile(rb"/(?:\.?/)+")  # "//" and "/./" lead nowhere
 def of_this_process(path: bytes, tid: int) -> bytes:
     """The path with /proc/self, /proc/thread-self and /dev/fd in it as they are to that thread: to us they would be ourselves. (A symbolic
     link of another name that leads there is not noticed.)"""
-    process = b"/proc/%d" % caller.process_of(tid)
+    process = b"/proc/%d" % proc.process_of(tid)
     path = _NOTHING.sub(b"/", path)
     for ours, theirs in (
         (b"/proc/self", process),
@@ -78,7 +77,7 @@ def find(architecture: Architecture, tid: int, flags: int, dirfd: int, path: byt
 
 def _descriptor(tid: int, dirfd: int) -> int:
     """Of our own, of what the thread's is open on."""
-    descriptor = None if dirfd < 0 else caller.descriptor_of(tid, dirfd)
+    descriptor = None if dirfd < 0 else proc.descriptor_of(tid, dirfd)
     if descriptor is None or descriptor.flags & os.O_PATH:
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))
     return os.open(f"/proc/{tid}/fd/{dirfd}", os.O_PATH | os.O_CLOEXEC)

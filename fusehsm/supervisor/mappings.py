@@ -14,10 +14,10 @@ from typing import Final
 
 from fusehsm.control.blocking_client import BlockingConnection
 from fusehsm.control.protocol import Map
-from fusehsm.linux import proc as caller
+from fusehsm.linux import proc
 from fusehsm.linux.mountinfo import Mount
 from fusehsm.supervisor import tasks
-from fusehsm.supervisor.notifier import Call, CallIsOver
+from fusehsm.supervisor.notifier import CallIsOver, TrappedCall
 from fusehsm.supervisor.parked import Parked, ParkedCalls
 
 _PROT_WRITE: Final = mmap.PROT_WRITE
@@ -36,12 +36,12 @@ class Mappings:
         self._servers: dict[tuple[int, int], _Server] = {}
         self._lock = threading.Lock()
 
-    def ask(self, call: Call, *, may_wait: bool = True) -> None:
+    def ask(self, call: TrappedCall, *, may_wait: bool = True) -> None:
         """Ask for an mmap(2), if it is one that makes an event; it may go on when this returns: where it may not wait, to be asked for when it
         is touched. Raises OSError with the denial's errno, CallIsOver."""
         _, length, protection, flags, _, offset = call.arguments
         number = call.signed(4)
-        opened = caller.descriptor_of(call.tid, number) if number >= 0 else None
+        opened = proc.descriptor_of(call.tid, number) if number >= 0 else None
         if opened is None or opened.flags & os.O_PATH or offset % mmap.PAGESIZE:
             return  # it fails before anybody is asked
         mount = self._mounts.get(call.tid, opened.mount_id)
@@ -58,7 +58,7 @@ class Mappings:
             if error.errno not in _CANNOT_TELL:
                 raise
 
-    def _request(self, call: Call, mount: Mount, request: Map) -> None:
+    def _request(self, call: TrappedCall, mount: Mount, request: Map) -> None:
         with self._lock:
             server = self._servers.setdefault(mount.device, _Server(mount))
         over = False

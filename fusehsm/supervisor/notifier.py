@@ -31,7 +31,7 @@ class CallIsOver(Exception):
     """The call has ended without us: its thread was killed, or (before Linux 5.19) a signal has interrupted it."""
 
 
-class Call(NamedTuple):
+class TrappedCall(NamedTuple):
     """A system call whose thread `tid` waits for our answer; `arguments` as unsigned 64-bit numbers."""
 
     id: int
@@ -57,7 +57,7 @@ class Notifier:
         with contextlib.suppress(OSError):  # Linux 6.6: whoever is answered runs at once, on this CPU
             fcntl.ioctl(descriptor, _SET_FLAGS, _SYNC_WAKE_UP)
 
-    def receive(self) -> Call:
+    def receive(self) -> TrappedCall:
         """The next call; waits for it. Raises Ended."""
         while True:
             buffer = bytearray(_NOTIFICATION.size)
@@ -71,7 +71,7 @@ class Notifier:
                     raise Ended from None
                 continue
             number, tid, _, call, _, _, *arguments = _NOTIFICATION.unpack(buffer)
-            return Call(number, tid, call, tuple(arguments))
+            return TrappedCall(number, tid, call, tuple(arguments))
 
     def has_ended(self) -> bool:
         """Whether nobody runs under the filter any more."""
@@ -79,7 +79,7 @@ class Notifier:
         poll.register(self._descriptor, 0)
         return any(events & select.POLLHUP for _, events in poll.poll(0))
 
-    def is_valid(self, call: Call) -> bool:
+    def is_valid(self, call: TrappedCall) -> bool:
         """Whether the call still waits: if so, `tid` was still its thread's a moment ago."""
         try:
             fcntl.ioctl(self._descriptor, _IS_VALID, _ID.pack(call.id))
@@ -87,24 +87,24 @@ class Notifier:
             return False
         return True
 
-    def check(self, call: Call) -> None:
+    def check(self, call: TrappedCall) -> None:
         """Raises CallIsOver if the call does not wait any more."""
         if not self.is_valid(call):
             raise CallIsOver
 
-    def succeed(self, call: Call, value: int) -> None:
+    def succeed(self, call: TrappedCall, value: int) -> None:
         """Have the call return `value`. Raises CallIsOver."""
         self._respond(call, value, 0, 0)
 
-    def fail(self, call: Call, number: int) -> None:
+    def fail(self, call: TrappedCall, number: int) -> None:
         """Have the call fail with that errno. Raises CallIsOver."""
         self._respond(call, 0, -number, 0)
 
-    def go_on(self, call: Call) -> None:
+    def go_on(self, call: TrappedCall) -> None:
         """Let the kernel do the call. Raises CallIsOver."""
         self._respond(call, 0, 0, _CONTINUE)
 
-    def _respond(self, call: Call, value: int, error: int, flags: int) -> None:
+    def _respond(self, call: TrappedCall, value: int, error: int, flags: int) -> None:
         try:
             fcntl.ioctl(self._descriptor, _SEND, _RESPONSE.pack(call.id, value, error, flags))
         except OSError as failure:
@@ -113,7 +113,7 @@ class Notifier:
             raise CallIsOver from None
 
     def add_descriptor(
-        self, call: Call, descriptor: int, *, close_on_exec: bool, number: int | None = None
+        self, call: TrappedCall, descriptor: int, *, close_on_exec: bool, number: int | None = None
     ) -> int:
         """Give the call's process a copy of a descriptor of ours: at `number`, in place of what is there, or at the lowest that is free,
         which is returned. Raises OSError EMFILE when it may have no more, CallIsOver."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from fusehsm.supervisor import tasks
-from fusehsm.supervisor.notifier import Call, Notifier
+from fusehsm.supervisor.notifier import Notifier, TrappedCall
 
 #: The kernel's own, for a call that is to be made again, or end with EINTR, as the handler was set up (SA_RESTART). It never reaches a
 #: program, as long as a signal really waits for its thread.
@@ -35,7 +35,7 @@ class Parked:
     with, or None when it is over. `interruptible`: whether signals end it. `seen`: at how many looks in a row a signal of its process waited;
     `was_quiet`: whether at one there was none."""
 
-    call: Call
+    call: TrappedCall
     end: Callable[[int | None], None]
     interruptible: bool
     since: float = field(default_factory=time.monotonic)

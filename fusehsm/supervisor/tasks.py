@@ -4,8 +4,7 @@ import os
 import re
 from dataclasses import dataclass
 
-from fusehsm.linux import mountinfo
-from fusehsm.linux import proc as caller
+from fusehsm.linux import mountinfo, proc
 
 _FIELD = re.compile(rb"^([A-Za-z_]+):[ \t]*(.*)$", re.MULTILINE)
 _SIGNAL_FIELDS = (b"SigPnd", b"ShdPnd", b"SigBlk")
@@ -67,13 +66,13 @@ def signals_of(tid: int) -> Signals | None:
 
 def is_stopping(process: int) -> bool:
     """Whether some thread of a process has been stopped by a signal."""
-    return any((_status(tid) or {}).get(b"State", b"").startswith(b"T") for tid in caller.threads_of(process))
+    return any((_status(tid) or {}).get(b"State", b"").startswith(b"T") for tid in proc.threads_of(process))
 
 
 def takers_of_shared_signals(process: int) -> list[int]:
     """The threads of a process that may be given a signal that waits for it."""
     takers = []
-    for tid in caller.threads_of(process):
+    for tid in proc.threads_of(process):
         fields = _status(tid)
         if fields is not None and not fields[b"State"].startswith((b"Z", b"X")):
             shared, blocked = (int(fields[name], 16) for name in (b"ShdPnd", b"SigBlk"))

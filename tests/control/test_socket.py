@@ -25,7 +25,7 @@ from fusehsm.conform.accessor import Accessor
 from fusehsm.control import protocol
 from fusehsm.control import socket as control_socket
 from fusehsm.control.client import request
-from fusehsm.control.protocol import Hello, Mark, Release, Request, Status
+from fusehsm.control.protocol import Hello, MarkRequest, Release, Request, Status
 from fusehsm.daemon import control_server as server
 from fusehsm.daemon.control_server import MOST_CONNECTIONS, MOST_GROUPS
 from fusehsm.events import Event
@@ -82,7 +82,7 @@ class RawClient:
         """A group with an inode mark on that file."""
         self.ask(HELLO)
         inode = os.stat(path).st_ino
-        self.ask(Mark(FAN_MARK_ADD, P, *self.mount.device, inode))
+        self.ask(MarkRequest(FAN_MARK_ADD, P, *self.mount.device, inode))
 
     def event(self) -> tuple[int, str]:
         """The number and path of the next event; its descriptor is closed."""
@@ -213,19 +213,19 @@ def test_a_wrong_mark_is_refused(client: RawClient, stub: Path) -> None:
     device = client.mount.device
     inode = stub.stat().st_ino
 
-    def refused(mark: Mark) -> int | None:
+    def refused(mark: MarkRequest) -> int | None:
         with pytest.raises(OSError) as failed:
             client.ask(mark)
         return failed.value.errno
 
-    good = Mark(FAN_MARK_ADD, P, *device, inode)
+    good = MarkRequest(FAN_MARK_ADD, P, *device, inode)
     assert refused(good) == errno.EBADF  # no group yet
     client.ask(HELLO)
-    assert refused(Mark(FAN_MARK_ADD, P, device[0], device[1] + 1, inode)) == errno.EXDEV
-    assert refused(Mark(FAN_MARK_ADD, P, *device, inode + 10_000)) == errno.ESTALE
-    assert refused(Mark(FAN_MARK_ADD, P, *device, None)) == errno.EINVAL
-    assert refused(Mark(FAN_MARK_ADD | 2, P, *device, inode)) == errno.EINVAL
-    assert refused(Mark(FAN_MARK_ADD, (1 << 64) - 1, *device, inode)) == errno.EINVAL
+    assert refused(MarkRequest(FAN_MARK_ADD, P, device[0], device[1] + 1, inode)) == errno.EXDEV
+    assert refused(MarkRequest(FAN_MARK_ADD, P, *device, inode + 10_000)) == errno.ESTALE
+    assert refused(MarkRequest(FAN_MARK_ADD, P, *device, None)) == errno.EINVAL
+    assert refused(MarkRequest(FAN_MARK_ADD | 2, P, *device, inode)) == errno.EINVAL
+    assert refused(MarkRequest(FAN_MARK_ADD, (1 << 64) - 1, *device, inode)) == errno.EINVAL
     client.ask(good)
 
 
@@ -674,7 +674,7 @@ def test_users_have_directories_of_their_own(monkeypatch: pytest.MonkeyPatch) ->
             st.none() | st.text(max_size=20),
         ),
         st.builds(
-            Mark,
+            MarkRequest,
             st.integers(0, (1 << 32) - 1),
             st.integers(0, (1 << 64) - 1),
             st.integers(0, 4095),

@@ -30,7 +30,7 @@ GONE = (errno.ENOTCONN, errno.ECONNABORTED, errno.EIO)
 HANDLERS = """
 import asyncio, os, sys
 import trio
-import fusehsm.content, fusehsm.overlay
+import fusehsm.emulator.content, fusehsm.overlay.overlay
 
 class Own(BaseException): pass
 

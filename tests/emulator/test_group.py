@@ -200,7 +200,7 @@ def test_take_and_answer() -> None:
     for name, pending in (("first", first), ("second", second)):
         pending.on_answer = lambda pending, name=name: answered.append((name, pending.errno))
     assert group.take() is first
-    assert (first.state, second.state) == (PendingState.OUTSTANDING, PendingState.QUEUED)
+    assert (first.state, second.state) == (PendingState.REPORTED, PendingState.QUEUED)
     assert group.take() is second
     assert group.take() is None
     group.answer(second, errno.EIO)
@@ -246,7 +246,7 @@ def test_withdrawn_events_are_not_called_back() -> None:
     assert group.take() is outstanding
     group.withdraw(outstanding)
     group.answer(outstanding, errno.EIO)
-    assert queued.state is outstanding.state is PendingState.WITHDRAWN
+    assert queued.state is outstanding.state is PendingState.CANCELLED
     assert error_of(group.answer, outstanding, 0) == errno.ENOENT
     group.take()
     group.answer(answered, errno.EIO)
@@ -419,7 +419,7 @@ class AnyOrder(RuleBasedStateMachine):
     def answer(self, pending: Pending | None, error: int) -> None:
         if pending is None:
             return
-        withdrawn = pending.state is PendingState.WITHDRAWN
+        withdrawn = pending.state is PendingState.CANCELLED
         self.group.answer(pending, error)
         self.waiting.remove(pending)
         assert self.answers.get(pending) == (None if withdrawn else error)
@@ -432,7 +432,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         unanswered = self.group.close()
-        wanted = [pending for pending in self.waiting if pending.state is PendingState.OUTSTANDING]
+        wanted = [pending for pending in self.waiting if pending.state is PendingState.REPORTED]
         assert set(unanswered) == {*wanted, *self.expected}
         assert len(unanswered) == len(wanted) + len(self.expected)
 

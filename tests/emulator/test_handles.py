@@ -101,8 +101,8 @@ def test_a_file_released_in_use_is_closed_afterwards(table: HandleTable[Path], t
 
 def test_what_stands_for_a_node_goes_with_it(table: HandleTable[Path], tmp_path: Path) -> None:
     (path,) = files(tmp_path, 1)
-    reading, writing = (table.standing(path, None, writing=way) for way in (False, True))
-    assert table.standing(path, None, writing=False) is reading
+    reading, writing = (table.stateless(path, None, writing=way) for way in (False, True))
+    assert table.stateless(path, None, writing=False) is reading
     assert content(table, reading) == b"0"
     with table.backing(writing) as descriptor:
         os.pwrite(descriptor, b"new", 0)

@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from fusehsm.backends.opening import DEFAULT_FLAGS, open_group
-from fusehsm.conform.accessor import Accessor, Call
+from fusehsm.conform.accessor import Accessor, PendingCall
 from fusehsm.fanotify.abi import FAN_ACCESS_PERM, FAN_CLASS_CONTENT, FAN_CLOEXEC, FAN_MARK_ADD, LINUX_6_14
 from tests.conftest import MakeAccessor, MakeMount
 from tests.emulator.test_unattended import SIZE, stub_in, waiting
@@ -41,7 +41,7 @@ async def touch_marks(listener: Listener, path: str) -> None:
     await listener.group.mark(FAN_MARK_ADD, FAN_ACCESS_PERM, path=path)
 
 
-async def is_parked(mount: Mount, call: Call) -> bool:
+async def is_parked(mount: Mount, call: PendingCall) -> bool:
     (waiter,) = await waiting(mount, 1)
     return waiter["group"] is None and not call.done
 

@@ -16,7 +16,7 @@ import trio
 
 from fusehsm.backends.emulated import EmulatedGroup
 from fusehsm.backends.opening import DEFAULT_EVENT_F_FLAGS, DEFAULT_FLAGS, open_group
-from fusehsm.conform.accessor import Accessor, Call
+from fusehsm.conform.accessor import Accessor, PendingCall
 from fusehsm.conform.ext4 import ext4_image
 from fusehsm.control.socket import connect
 from fusehsm.fanotify.abi import (
@@ -58,7 +58,7 @@ def error_of(call: Callable[[], Any]) -> int:
     return caught.value.errno
 
 
-async def error_in(call: Call) -> int:
+async def error_in(call: PendingCall) -> int:
     with pytest.raises(OSError) as caught:
         await call.wait()
     assert caught.value.errno is not None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fusehsm.conform.accessor import Accessor, Call
+from fusehsm.conform.accessor import Accessor, PendingCall
 from tests.conftest import MakeAccessor
 from tests.support import leftovers
 from tests.support.kernel_and_mount import Failed
@@ -72,12 +72,12 @@ def kill_hostile(world: RunWorld) -> None:
             leftovers.kill(pid)
 
 
-def start_read(world: RunWorld, accessor: Accessor) -> Call:
+def start_read(world: RunWorld, accessor: Accessor) -> PendingCall:
     """An access that the hostile program is asked about."""
     return accessor.start("pread_path", str(world.place / "many-0"), 10, 0)
 
 
-def came_back(call: Call) -> object:
+def came_back(call: PendingCall) -> object:
     """What an access returned, or the errno of its failure."""
     try:
         return call.result(STEP)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from fusehsm.conform.accessor import PATIENCE, Accessor, AccessorDied, Call
+from fusehsm.conform.accessor import PATIENCE, Accessor, AccessorDied, PendingCall
 from fusehsm.fanotify.abi import (
     FAN_ACCESS_PERM,
     FAN_ALLOW,
@@ -107,7 +107,7 @@ def allow_until(done: Callable[[], bool], *groups: KernelGroup) -> list[list[Raw
 class KernelReading:
     """A process that waits in pread(2)."""
 
-    def __init__(self, accessor: Accessor, call: Call, tid: int) -> None:
+    def __init__(self, accessor: Accessor, call: PendingCall, tid: int) -> None:
         self.pid, self.tid = accessor.pid, tid
         self._accessor, self._call = accessor, call
 

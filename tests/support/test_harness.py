@@ -181,7 +181,7 @@ def test_a_session_that_hangs_in_the_kernel_is_killed(tmp_path: Path, kernel_eve
     done = session(
         tmp_path,
         "import os\n"
-        "from fusehsm import syscalls\n"
+        "from fusehsm.linux import syscalls\n"
         "from tests import harness\n"
         "def test_it(ext4):\n"
         "    group = syscalls.fanotify_init(8, os.O_RDONLY)\n"

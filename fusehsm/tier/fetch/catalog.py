@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fusehsm.text import shown
 from fusehsm.tier.stores.base import Kind, Rights, Store, StoreChanged, StoreError
-from fusehsm.tier.stubs.mark import Mark, digest
+from fusehsm.tier.stubs.mark import StubMark, digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Catalog:
         self._paths: dict[bytes, str] | None = None
         self._lock = threading.Lock()
 
-    def origin(self, mark: Mark, path: str) -> Origin:
+    def origin(self, mark: StubMark, path: str) -> Origin:
         """What the stub at `path` (below the destination) was made of, as its mark says.
 
         A stub that has been renamed or linked is found by the store's list, which is asked for once. Raises StoreChanged when the file is gone,
@@ -41,7 +41,7 @@ class Catalog:
         except (FileNotFoundError, NotADirectoryError):
             raise self._gone(path) from None
 
-    def version(self, mark: Mark, path: str) -> str:
+    def version(self, mark: StubMark, path: str) -> str:
         """The version to read of the store's file at `path`: the one that the mark names. Raises as origin(), and StoreChanged for another one."""
         try:
             version = self._store.version(path)
@@ -51,7 +51,9 @@ class Catalog:
             raise self._changed(path)
         return version
 
-    def version_and_range(self, mark: Mark, path: str, offset: int, length: int) -> tuple[str, bytes | None]:
+    def version_and_range(
+        self, mark: StubMark, path: str, offset: int, length: int
+    ) -> tuple[str, bytes | None]:
         """The same, together with a range of it where the store has both for one request: a first read of a small file is then the only one."""
         try:
             found = self._store.read_if(path, offset, length, lambda version: digest(version) == mark.version)
@@ -67,7 +69,7 @@ class Catalog:
         why = f"has changed in {self._store.name} since its stub was made; remove the stub and populate again"
         return StoreChanged(errno.EIO, why, path)
 
-    def _renamed(self, mark: Mark, path: str) -> str:
+    def _renamed(self, mark: StubMark, path: str) -> str:
         with self._lock:
             if self._paths is None:
                 self._paths = {

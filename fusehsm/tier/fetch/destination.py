@@ -21,7 +21,7 @@ from fusehsm.linux.subprocesses import own_command, own_environment
 from fusehsm.mount import unmount
 from fusehsm.text import shown
 from fusehsm.tier.fetch.errors import in_a_line
-from fusehsm.tier.populate.lock import alone
+from fusehsm.tier.populate.lock import locked
 
 _REFUSING: Final = (
     "what is not here is refused there; start fetch again, which takes it over, or `fusehsm umount {}`"
@@ -63,7 +63,7 @@ def destination(path: str, backend: str, mount_arguments: Sequence[str]) -> Iter
                 errno.EINVAL, f"lies on a mount of fusehsm; serve its mount point {mount.mount_point}", path
             )
         taken_over = id_of(mount)
-        with _root_below(mount) as root_fd, alone(root_fd, path):
+        with _root_below(mount) as root_fd, locked(root_fd, path):
             with _explained(path):
                 yield Destination(path, root_fd, "fuse")
             if mount.source == path:
@@ -71,7 +71,7 @@ def destination(path: str, backend: str, mount_arguments: Sequence[str]) -> Iter
         return
     root_fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with alone(root_fd, path):
+        with locked(root_fd, path):
             if backend == "kernel" or (backend == "auto" and _kernel_can(path)):
                 kernel_can_watch(path)
                 is_whole = mount.mount_point == path and mount.root == "/"

@@ -167,7 +167,7 @@ class Evictor:
                     await self._group.mark(_ADD, served.ignored, fd)
                 else:
                     await self._unignore(served, fd)
-                freed = await trio.to_thread.run_sync(file.empty, fd, partial(os.fsync, fd))
+                freed = await trio.to_thread.run_sync(file.punch, fd, partial(os.fsync, fd))
                 if self._place.backend == "kernel":
                     await self._unignore(served, fd)
                 served.origin = served.version = None

@@ -29,10 +29,10 @@ from fusehsm.fanotify.abi import (
 from fusehsm.linux.file_io import SharedDescriptor
 from fusehsm.tier.fetch.catalog import Catalog, Origin, below, where
 from fusehsm.tier.fetch.readahead import Streams
-from fusehsm.tier.fetch.retry import Allowance, BackOff
+from fusehsm.tier.fetch.retry import BackOff, RateLimiter
 from fusehsm.tier.fetch.suspicion import suspicion
 from fusehsm.tier.stores.base import Store, StoreChanged, shorter
-from fusehsm.tier.stubs.extents import runs
+from fusehsm.tier.stubs.extents import extents_of
 from fusehsm.tier.stubs.identity import Key, key_of
 from fusehsm.tier.stubs.stub import InDoubt, StubFile
 
@@ -168,7 +168,7 @@ class Fetcher:
         self.place = place
         self._nursery = nursery
         self._touched = touched
-        self._allowance = Allowance(policy.rate)
+        self._allowance = RateLimiter(policy.rate)
         self._threads = trio.CapacityLimiter(policy.connections)
         self._prefetches = trio.CapacityLimiter(max(policy.connections // 2, 1))
         self._own_pid = os.getpid()
@@ -221,7 +221,7 @@ class Fetcher:
             return
         # A clone of a whole file is announced as the empty range at 0.
         end = min(event.offset + event.count or file.limit, file.limit)
-        await self.bring(served, event.fd, event.offset, end)
+        await self.recall(served, event.fd, event.offset, end)
         if file.is_complete:
             served.idle_events += 1
             if served.idle_events > self.policy.ignore_after:
@@ -258,7 +258,7 @@ class Fetcher:
 
     # Content
 
-    async def bring(self, served: Served, fd: int, offset: int, end: int) -> None:
+    async def recall(self, served: Served, fd: int, offset: int, end: int) -> None:
         """Return when [offset, end) is here. Raises OSError with what to refuse an access with."""
         file = served.file
         assert file is not None
@@ -306,7 +306,7 @@ class Fetcher:
         file = served.file
         assert file is not None
         most = max(self.policy.span // file.block_size, 1)
-        for first, end in runs([block for block in missing if block not in served.fills], most):
+        for first, end in extents_of([block for block in missing if block not in served.fills], most):
             fill = _Fill(first, end, is_prefetch=is_prefetch)
             try:
                 own_fd = os.dup(fd)

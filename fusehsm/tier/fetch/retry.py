@@ -22,7 +22,7 @@ class BackOff:
         return seconds
 
 
-class Allowance:
+class RateLimiter:
     """A rate: so many bytes a second, of which up to a second's may be saved up. `rate` None: without limit."""
 
     def __init__(self, rate: int | None) -> None:

@@ -17,7 +17,7 @@ from typing import Final
 from fusehsm.linux.mountinfo import mount_of
 from fusehsm.text import shown
 from fusehsm.tier.populate.create import NO_UNNAMED_FILES, UNFINISHED, Outcome, Planter
-from fusehsm.tier.populate.lock import alone
+from fusehsm.tier.populate.lock import locked
 from fusehsm.tier.stores.base import Entry, Kind, Store, StoreError
 from fusehsm.tier.stores.open import expect_apart, open_store
 from fusehsm.tier.stubs import mark as stub_mark
@@ -139,7 +139,7 @@ def _destination(options: PopulateOptions, store: Store) -> Iterator[int | None]
             yield fd
             return
         _try_file_system(fd, path)
-        with alone(fd, path):
+        with locked(fd, path):
             yield fd
     finally:
         os.close(fd)

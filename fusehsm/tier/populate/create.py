@@ -24,7 +24,7 @@ from fusehsm.overlay.attributes import path_of
 from fusehsm.tier.populate.ownership import Ownership
 from fusehsm.tier.stores.base import Entry, Kind, StoreError
 from fusehsm.tier.stubs import mark as stub_mark
-from fusehsm.tier.stubs.mark import Mark, is_all_hole
+from fusehsm.tier.stubs.mark import StubMark, is_all_hole
 
 UNFINISHED: Final = ".fusehsm-unfinished"
 """The one name that is ours in every directory: what is being made where a file cannot be made without a name."""
@@ -347,7 +347,7 @@ class Planter:
         assert entry.size is not None
         os.truncate(path_of(fd), entry.size)
         _set_time(entry, fd)
-        Mark.of(fd, entry.path, entry.version).write(fd)
+        StubMark.of(fd, entry.path, entry.version).write(fd)
         self._ownership.apply(entry, fd, default_mode)
 
     def _existing(self, level: _Level, name: str, entry: Entry, status: os.stat_result) -> Outcome:
@@ -363,7 +363,7 @@ class Planter:
             empty = is_all_hole(file.fd)
             if not mark.describes(file.fd, os.fstat(file.fd)) or (mark.is_pending and not empty):
                 raise Refusal("was a stub and has been changed since; remove or rename it")
-            wanted = Mark.of(file.fd, entry.path, entry.version)
+            wanted = StubMark.of(file.fd, entry.path, entry.version)
             if not empty:
                 if (mark.path, mark.version) == (wanted.path, wanted.version):
                     return Outcome.KEPT

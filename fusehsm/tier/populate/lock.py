@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def alone(root_fd: int, path: str) -> Iterator[None]:
+def locked(root_fd: int, path: str) -> Iterator[None]:
     """Be the only one who makes or fills stubs below a directory (flock(2)). Raises OSError EBUSY if somebody else is."""
     lock = os.open(f"/proc/self/fd/{root_fd}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

@@ -25,7 +25,7 @@ def _seek(fd: int, start: int, whence: int, end: int) -> int:
         return end
 
 
-def runs(numbers: Sequence[int], most: int | None = None) -> Iterator[tuple[int, int]]:
+def extents_of(numbers: Sequence[int], most: int | None = None) -> Iterator[tuple[int, int]]:
     """Ascending numbers as ranges [first, end), of at most `most` numbers each if that is given."""
     first = end = -1
     for number in numbers:

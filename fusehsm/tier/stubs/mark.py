@@ -49,7 +49,7 @@ class Flags(IntFlag):
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
+class StubMark:
     """`size` in bytes, `mtime_ns` in nanoseconds since 1970; `path` and `version` are digests (12 bytes)."""
 
     inode: int
@@ -108,7 +108,7 @@ class Mark:
         )
 
 
-def read(fd: int) -> Mark | None:
+def read(fd: int) -> StubMark | None:
     """The mark on a file that is open for reading; None where there is none, or one that this version does not understand."""
     try:
         value = os.getxattr(fd, NAME)
@@ -119,7 +119,7 @@ def read(fd: int) -> Mark | None:
     if len(value) != _LAYOUT.size or value[0] != _FORMAT:
         return None
     _, flags, _, number, inode, size, mtime_ns, path, version = _LAYOUT.unpack(value)
-    return Mark(inode, number, size, mtime_ns, path, version, Flags(flags))
+    return StubMark(inode, number, size, mtime_ns, path, version, Flags(flags))
 
 
 def digest(text: str) -> bytes:

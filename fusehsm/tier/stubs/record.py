@@ -25,7 +25,7 @@ from enum import IntFlag
 from hashlib import blake2b
 from typing import Final
 
-from fusehsm.tier.stubs.mark import Mark
+from fusehsm.tier.stubs.mark import StubMark
 
 NAME: Final = "user.fusehsm.resident"
 SETTLING: Final = 20_000_000  # nanoseconds; the kernel's coarse clock has ticks of up to 10 ms
@@ -109,7 +109,7 @@ def block_size_for(size: int, wanted: int) -> int:
     return wanted
 
 
-def digest_of(mark: Mark) -> bytes:
+def digest_of(mark: StubMark) -> bytes:
     """What binds a record to a mark: a stub that was planted anew has none of the old one's content."""
     fields = (mark.inode, mark.generation, mark.size, mark.mtime_ns, mark.path, mark.version)
     return blake2b(repr(fields).encode(), digest_size=8).digest()
@@ -154,7 +154,7 @@ class Record:
         os.setxattr(fd, NAME, head + self.bits)
 
 
-def read(fd: int, mark: Mark) -> Record | None:
+def read(fd: int, mark: StubMark) -> Record | None:
     """The record on a file with that mark; None where there is none, it belongs to another mark or format, or it tells something impossible.
 
     The file's owner may have written it, so no number of it is used before it has been looked at.

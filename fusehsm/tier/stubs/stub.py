@@ -25,8 +25,8 @@ from typing import Self
 from fusehsm.linux import syscalls
 from fusehsm.tier.stubs import mark as stub_mark
 from fusehsm.tier.stubs import record as residency
-from fusehsm.tier.stubs.extents import holes, runs
-from fusehsm.tier.stubs.mark import Mark
+from fusehsm.tier.stubs.extents import extents_of, holes
+from fusehsm.tier.stubs.mark import StubMark
 from fusehsm.tier.stubs.record import Blocks, Flags, Record, block_size_for, digest_of
 from fusehsm.tier.stubs.residue import Residue, doubtful, forget_clean_pages, residue, unfilled
 from fusehsm.tier.stubs.writer import may_have_grown_to, write_without_growing
@@ -72,7 +72,9 @@ class StubFile:
         "used_ns",
     )
 
-    def __init__(self, mark: Mark, status: os.stat_result, path: str, place: bytes, block_size: int) -> None:
+    def __init__(
+        self, mark: StubMark, status: os.stat_result, path: str, place: bytes, block_size: int
+    ) -> None:
         self.mark = mark
         self.path = path
         self.block_size = block_size
@@ -172,7 +174,7 @@ class StubFile:
         blocks = self.missing(0, self.limit) if self.missing(offset, end) else []
         return any(
             start < end and offset < stop
-            for first, last in runs(blocks)
+            for first, last in extents_of(blocks)
             for start, stop in doubtful(fd, first * self.block_size, min(last * self.block_size, self.limit))
         )
 
@@ -327,7 +329,7 @@ class StubFile:
                 self._is_open = False
                 self._write_record(fd)
 
-    def empty(self, fd: int, sync: Callable[[], None]) -> int:
+    def punch(self, fd: int, sync: Callable[[], None]) -> int:
         """Take the content away; `fd` belongs to someone who knows that nobody else has the file open (a lease). Returns how many bytes became free.
 
         `sync` brings the record to the disk, before anything is taken away that it would tell of. Raises OSError EBUSY with the reason if it is not

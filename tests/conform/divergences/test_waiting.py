@@ -12,7 +12,7 @@ import trio
 
 from fusehsm.backends.emulated import EmulatedGroup
 from fusehsm.backends.opening import open_group
-from fusehsm.conform.accessor import Accessor, Call
+from fusehsm.conform.accessor import Accessor, PendingCall
 from fusehsm.daemon.control_server import MOST_GROUPS
 from fusehsm.fanotify.abi import FAN_CLASS_PRE_CONTENT
 from fusehsm.linux.mountinfo import mount_of
@@ -36,7 +36,9 @@ async def test_writers_of_one_file(kernel: Side, exact: Side, make_accessor: Mak
             assert [await call.wait() for call in calls] == [3, 3]
 
 
-async def one_after_the_other(listener: Listener, accessors: list[Accessor], calls: list[Call]) -> None:
+async def one_after_the_other(
+    listener: Listener, accessors: list[Accessor], calls: list[PendingCall]
+) -> None:
     """Of two, the other's request can only come when the first one's event has been answered."""
     await listener.wait_for(1)
     waiting, done = sorted(

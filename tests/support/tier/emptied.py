@@ -29,7 +29,7 @@ def main() -> None:
         os.fsync(fd)
 
     sys.addaudithook(count)
-    file.empty(fd, sync)
+    file.punch(fd, sync)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 
 from fusehsm.tier.stores.base import Kind, Rights
 from fusehsm.tier.stores.open import open_store
-from fusehsm.tier.stubs.mark import Mark
+from fusehsm.tier.stubs.mark import StubMark
 from tests.support import harness
 from tests.support.harness import NOBODY
 from tests.support.requirements import require_root
@@ -71,7 +71,7 @@ def forge(path: Path, store: str | Path, name: str) -> None:
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             os.ftruncate(fd, len(SECRET))
-            Mark.of(fd, name, version).write(fd)
+            StubMark.of(fd, name, version).write(fd)
         finally:
             os.close(fd)
 

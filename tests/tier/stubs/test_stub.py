@@ -16,7 +16,7 @@ from fusehsm.linux import syscalls
 from fusehsm.tier.stubs import mark as stub_mark
 from fusehsm.tier.stubs import record as residency
 from fusehsm.tier.stubs.identity import place_of
-from fusehsm.tier.stubs.mark import Mark
+from fusehsm.tier.stubs.mark import StubMark
 from fusehsm.tier.stubs.record import Flags
 from fusehsm.tier.stubs.stub import InDoubt, StubFile
 from fusehsm.tier.stubs.writer import may_have_grown_to, write_without_growing
@@ -262,7 +262,7 @@ def test_a_record_that_tells_something_impossible_is_none(stub: Stub, change: di
 def test_a_record_of_more_blocks_than_are_kept_is_none(places: Callable[[str], Path]) -> None:
     with open(places("stub") / "file", "w+b") as file:
         file.truncate(1 << 40)
-        mark = Mark.of(file.fileno(), "file", None)
+        mark = StubMark.of(file.fileno(), "file", None)
         mark.write(file.fileno())
         digest = residency.digest_of(mark)
         for block_size, is_record in ((1 << 26, True), (1 << 25, False)):
