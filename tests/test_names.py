@@ -23,6 +23,7 @@ TARGET = re.compile(r"`make ([a-z]\w*)")
 WORKLOAD = re.compile(
     rf"(?<![\w/-])(?:{'|'.join({workload.family for workload in WORKLOADS})})/[\w@,*-]+(?<!,)"
 )
+SETTING = re.compile(r"\bFUSEHSM_\w+")
 COMMENT = re.compile(r"(?:^|\s)# (.*)", re.MULTILINE)
 # Names that stand for others, and files that are made when they are needed.
 PLACEHOLDER = re.compile(r"\b[A-Z]{3,}\b")
@@ -132,6 +133,15 @@ def test_workloads() -> None:
     documents = [name for name in files() if name.endswith(".md")]
     found = ((file, name) for file in documents for name in WORKLOAD.findall(files()[file]))
     assert missing((file, name) for file, name in found if not is_among(name, keys)) == []
+
+
+def test_settings() -> None:
+    """What a script sets for the tests is read by them."""
+    python = "".join(text for name, text in files().items() if name.endswith(".py"))
+    found = (
+        (file, name) for file in files() if file.endswith(".sh") for name in SETTING.findall(files()[file])
+    )
+    assert missing((file, name) for file, name in found if f'"{name}"' not in python) == []
 
 
 def test_targets_of_make() -> None:

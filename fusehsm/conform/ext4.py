@@ -56,7 +56,10 @@ def ext4_image(path: Path | str, size_mb: int = 64) -> Iterator[Path]:
 
 def _unmount(mount_point: Path, image: Path) -> None:
     """Unmount the image, if it is what is mounted there: mount(8) may have failed, or have run out of time at its very end."""
-    descriptor = os.open(mount_point, os.O_PATH | os.O_CLOEXEC)
+    try:
+        descriptor = os.open(mount_point, os.O_PATH | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
     try:
         mount = mount_of_descriptor(descriptor)
         if mount.mount_point != str(mount_point.resolve()) or _image_of(mount.source) != image.resolve():

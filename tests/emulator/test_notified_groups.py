@@ -31,7 +31,8 @@ from fusehsm.fanotify.abi import (
 )
 from fusehsm.linux.proc import CallReader, reading
 from tests.conftest import MakeAccessor
-from tests.support.async_listener import HOLD, PATIENCE
+from tests.support.async_listener import HOLD
+from tests.support.harness import PATIENCE
 from tests.support.kernel_and_mount import (
     ACCESS_PERM,
     CONTENT,

@@ -42,8 +42,7 @@ from fusehsm.fanotify.abi import (
 )
 from fusehsm.linux.mountinfo import mount_of
 from tests.conftest import MakeAccessor
-from tests.support.async_listener import PATIENCE
-from tests.support.harness import fusehsm
+from tests.support.harness import PATIENCE, fusehsm
 from tests.support.kernel_and_mount import (
     CONTENT,
     OPEN_PERM,

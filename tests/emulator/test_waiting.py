@@ -14,8 +14,8 @@ from fusehsm.conform.accessor import Accessor, AccessorDied
 from fusehsm.conform.workloads.denying import map_and_touch
 from fusehsm.events import Event
 from tests.conftest import MakeAccessor, MakeMount
-from tests.support.async_listener import HOLD, PATIENCE
-from tests.support.harness import NOBODY
+from tests.support.async_listener import HOLD
+from tests.support.harness import NOBODY, PATIENCE
 from tests.support.kernel_and_mount import (
     CONTENT,
     EVERYTHING,

@@ -25,10 +25,10 @@ from fusehsm.fanotify.abi import (
 )
 from fusehsm.linux.mountinfo import mount_of
 from tests.conftest import MakeAccessor, MakeMount
-from tests.support.async_listener import HOLD, PATIENCE
+from tests.support.async_listener import HOLD
 from tests.support.devfuse_acts import KEEP_SIZE, PUNCH_HOLE, act, fallocate_open
 from tests.support.devfuse_cached import described, expected_read_only, make_many
-from tests.support.harness import NOBODY, Mount, fuse_device_for_everybody
+from tests.support.harness import NOBODY, PATIENCE, Mount, fuse_device_for_everybody
 from tests.support.kernel_and_devfuse import ENGINE
 from tests.support.kernel_and_devfuse import engine as engine
 from tests.support.kernel_and_mount import (

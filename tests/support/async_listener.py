@@ -14,8 +14,8 @@ from fusehsm.backends.base import Group
 from fusehsm.backends.opening import open_group
 from fusehsm.events import Event
 from fusehsm.fanotify.abi import mask_names
+from tests.support.harness import PATIENCE
 
-PATIENCE = 60.0  # seconds after which a listener is given up on; no test waits for it to pass
 HOLD = -1  # what `answer` returns for an event to be answered later, by release()
 
 Answer = Callable[[Event], int]

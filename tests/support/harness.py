@@ -30,7 +30,8 @@ from tests.support.requirements import require, require_fuse, require_root
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = (sys.executable, "-m", "fusehsm")
-PATIENCE = 60.0  # seconds that a command may take before it is given up on; no test waits for it to pass
+# Seconds that a command may take before it is given up on; no test waits for it to pass.
+PATIENCE = float(os.environ.get("FUSEHSM_TESTS_PATIENCE", "60"))
 NOBODY = 65534
 SESSION = uuid.uuid4().hex
 os.environ[leftovers.MARK] = SESSION  # inherited by every process that this session starts, daemons included

@@ -20,7 +20,7 @@ from fusehsm.fanotify.abi import (
     decode_events,
     mask_names,
 )
-from tests.support.async_listener import PATIENCE
+from tests.support.harness import PATIENCE
 from tests.support.kernel_and_mount import (
     Mark,
     World,
