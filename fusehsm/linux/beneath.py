@@ -1,4 +1,4 @@
-"""Opening what lies below a directory, by its relative path, without following any symbolic link and so without leaving the directory."""
+"""Opens files below a directory by relative path. No symbolic link is followed, so a path never leaves the directory."""
 
 import errno
 import os
@@ -13,7 +13,10 @@ _PATH_LIMIT: Final = 4095  # bytes; PATH_MAX counts the final NUL
 
 
 def components(path: str) -> list[str]:
-    """The names in a relative path. Raises ValueError, which says why, for one that no directory entry can have or that leads elsewhere."""
+    """Split a relative path into its names.
+
+    Raises ValueError with the cause, for a name that no directory entry can have and for a path that leads elsewhere.
+    """
     if path.startswith("/"):
         raise ValueError("an absolute path")
     if "\0" in path:
@@ -28,19 +31,19 @@ def components(path: str) -> list[str]:
 
 
 def open_beneath(root_fd: int, path: str, flags: int) -> int:
-    """open(2) of `path` below `root_fd` (close-on-exec, nothing is followed). ELOOP or ENOTDIR at a symbolic link, EXDEV at "..".
+    """open(2) of `path` below `root_fd`, with O_CLOEXEC; no symbolic link is followed.
 
-    The path is one that components() accepts.
+    `path` is one that components() accepts. Raises OSError ELOOP or ENOTDIR at a symbolic link, EXDEV at "..".
     """
     flags |= os.O_NOFOLLOW | os.O_CLOEXEC
     names = os.fsencode(path).split(b"/")
     try:
         return walk(root_fd, names, flags)
     except OSError as error:
-        # Old kernels lack openat2(2), old container filters forbid it; a real EPERM comes again below.
+        # Old kernels lack openat2(2), old container filters forbid it (EPERM). A real EPERM comes again below.
         if error.errno not in (errno.ENOSYS, errno.EPERM):
             raise
-    components(path)  # nothing else keeps ".." from leading out
+    components(path)  # without openat2(2) only this check keeps ".." from leading out
     return walk(root_fd, names, flags, openat2=False)
 
 
@@ -52,10 +55,10 @@ def walk(
     openat2: bool = True,
     recover: Callable[[OSError, int], None] | None = None,
 ) -> int:
-    """open(2) of what lies at the end of `names` below the directory `base`; nothing on the way is followed.
+    """open(2) of the file at the end of `names` below the directory `base`; no symbolic link on the way is followed.
 
-    With openat2(2) in pieces of at most PATH_MAX, without it name by name. `recover` is told an error and the directory it came from: it
-    raises the error, or returns when opening is to be tried again.
+    openat2(2) opens pieces of at most PATH_MAX; without it each name is opened by itself. `recover` gets an error and the directory where it
+    occurred: it raises the error, or returns to have the open repeated.
     """
     directory, ours = base, False
     try:
@@ -88,7 +91,7 @@ def _open(
 
 
 def _names_at_once(names: Sequence[bytes]) -> int:
-    """How many of the names fit into one path, one at least."""
+    """The number of names that fit into one path, at least one."""
     length = -1
     for count, name in enumerate(names):
         length += 1 + len(name)

@@ -1,4 +1,4 @@
-"""File descriptors and threads: reading without stopping the event loop, and a descriptor that an abandoned thread still uses."""
+"""Reads and synchronises files without stopping the event loop, and shares descriptors with threads that trio may abandon."""
 
 import errno
 import os
@@ -12,13 +12,16 @@ _THREADS = 64
 
 
 class BackingReader:
-    """Reads at once what the page cache has, and in threads what a disk has to bring."""
+    """Reads pages of the page cache at once, and starts a thread only for a read that waits for a disk."""
 
     def __init__(self) -> None:
         self._limiter = trio.CapacityLimiter(_THREADS)
 
     async def read(self, descriptor: int, offset: int, size: int) -> Buffer:
-        """Up to `size` bytes at `offset`, fewer only at the end of the file. The descriptor must stay open meanwhile. Raises OSError."""
+        """Read up to `size` bytes at `offset`, fewer only at the end of the file.
+
+        The descriptor must stay open until the read returns. Raises OSError.
+        """
         data = _read_cached(descriptor, size, offset)
         if data is None:
             data = await trio.to_thread.run_sync(_read_all, descriptor, size, offset, limiter=self._limiter)
@@ -32,7 +35,7 @@ class BackingReader:
 
 
 def _read_cached(descriptor: int, size: int, offset: int) -> Buffer | None:
-    """What is read when all of it is in the page cache already (RWF_NOWAIT, preadv2(2)); None when reading would wait for a disk."""
+    """Read if all of the range is in the page cache (RWF_NOWAIT, preadv2(2)); None if the read would wait for a disk."""
     buffer = bytearray(size)
     try:
         count = os.preadv(descriptor, [buffer], offset, os.RWF_NOWAIT)
@@ -58,9 +61,9 @@ def _read_all(descriptor: int, size: int, offset: int) -> bytes:
 
 
 class SharedDescriptor:
-    """A descriptor that a task shares with a thread, which trio may abandon: the last holder closes it.
+    """A descriptor that a task shares with a thread. trio may abandon the thread, so the last holder closes the descriptor.
 
-    The maker is the first holder. The thread takes hold when it begins to run, which may be after the task was cancelled.
+    The maker is the first holder. The thread becomes a holder when it begins to run, possibly after the task was cancelled.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -69,7 +72,7 @@ class SharedDescriptor:
         self._lock = threading.Lock()
 
     def hold(self) -> bool:
-        """One holder more; False when the descriptor is closed already."""
+        """Add a holder; False if the descriptor is closed already."""
         with self._lock:
             if not self._holders:
                 return False
@@ -77,7 +80,7 @@ class SharedDescriptor:
             return True
 
     def release(self) -> None:
-        """One holder fewer. Raises OSError as close(2) for the last one; does nothing after close()."""
+        """Remove a holder; the last one closes the descriptor. Raises OSError as close(2) does. After close() it does nothing."""
         with self._lock:
             if not self._holders:
                 return
@@ -87,7 +90,10 @@ class SharedDescriptor:
             os.close(self.number)
 
     def close(self) -> None:
-        """Close it at once: no other holder uses it any more, each may still release it. For a thread, as close(2) may wait for a disk."""
+        """Close the descriptor at once; no other holder may use it any more, but each may still call release().
+
+        Call it in a thread, because close(2) may wait for a disk.
+        """
         with self._lock:
             held, self._holders = self._holders, 0
         if held:

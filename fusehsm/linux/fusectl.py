@@ -1,4 +1,4 @@
-"""The FUSE control filesystem: settings of a connection that only the kernel's own files can change."""
+"""Changes the settings of a FUSE connection that only the FUSE control filesystem offers."""
 
 import logging
 import os
@@ -9,13 +9,14 @@ from fusehsm.linux import syscalls
 log = logging.getLogger(__name__)
 
 CONNECTIONS = "/sys/fs/fuse/connections"
-MOST_BACKGROUND = 65535  # the largest that the kernel stores
+MOST_BACKGROUND = 65535  # the largest value that the kernel stores
 
 
 def raise_background_limit(device: tuple[int, int]) -> None:
-    """Let any number of page-cache fills wait at once: with the kernel's default of 12, twelve that wait for a listener would stop all others.
+    """Raise the number of page-cache READs that may wait at once to 65,535.
 
-    Needs root, or the control filesystem mounted and the kernel's leave; best effort.
+    The kernel's default is 12 (docs/facts.md, section 14): twelve READs that wait for a listener would stop all others. Needs root, or a
+    mounted control filesystem that this user may write. A failure is logged, not raised.
     """
     connection = device[0] << 20 | device[1]
     for directory in _control_directories():
@@ -36,7 +37,7 @@ def raise_background_limit(device: tuple[int, int]) -> None:
 
 
 def _control_directories() -> "list[int]":
-    """Descriptors of the control filesystem's root: where it is mounted, else a private instance without a mount point."""
+    """Descriptors of the control filesystem's root: of the mounted one, then of a private instance without a mount point."""
     found = []
     with suppress(OSError):
         found.append(os.open(CONNECTIONS, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))

@@ -1,4 +1,4 @@
-"""What is mounted where: /proc/self/mountinfo (proc_pid_mountinfo(5)) read into values."""
+"""Reads the list of mounts: /proc/self/mountinfo (proc_pid_mountinfo(5)) as values."""
 
 import errno
 import os
@@ -11,7 +11,7 @@ from typing import Final
 from fusehsm.linux import syscalls
 from fusehsm.linux.proc import descriptor_of
 
-FILESYSTEM_TYPE = "fuse.fusehsm"  # how our own mounts call themselves there
+FILESYSTEM_TYPE = "fuse.fusehsm"  # the type of fusehsm's own mounts in mountinfo
 
 _OCTAL = re.compile(r"\\([0-7]{3})")
 _PACKED: Final = struct.Struct("=QQ")
@@ -19,19 +19,20 @@ _PACKED: Final = struct.Struct("=QQ")
 
 @dataclass(frozen=True, slots=True)
 class MountId:
-    """Which mount something is. `number`: mountinfo's; the kernel gives it to the next mount as soon as this one is gone. `unique`: no other mount
-    gets it until the next boot; None where it cannot be had: before Linux 6.8, and for mounts that other users keep for themselves."""
+    """The identity of a mount."""
 
+    #: mountinfo's number. The kernel gives it to the next mount as soon as this one is gone.
     number: int
+    #: A number that no other mount gets until the next boot. None before Linux 6.8, and for another user's mount without allow_other.
     unique: int | None
 
     def pack(self) -> bytes:
-        """For another process."""
+        """The id as bytes, for another process."""
         return _PACKED.pack(self.number, self.unique or 0)
 
     @classmethod
     def unpack(cls, packed: bytes) -> "MountId | None":
-        """What another process has packed; None where that is nothing."""
+        """The id from pack()'s bytes; None for bytes of another length."""
         if len(packed) != _PACKED.size:
             return None
         number, unique = _PACKED.unpack(packed)
@@ -40,22 +41,28 @@ class MountId:
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """One line of mountinfo. Paths are str with undecodable bytes as surrogates (os.fsdecode), as in all of Python's os."""
+    """One line of mountinfo. Paths are str; undecodable bytes are surrogates (os.fsdecode), as everywhere in Python's os."""
 
+    #: mountinfo's number of this mount.
     mount_id: int
-    device: tuple[
-        int, int
-    ]  # major, minor of its files' st_dev (not on btrfs, which gives every subvolume one of its own)
-    root: str  # the directory of the filesystem that forms this mount's root
+    #: (major, minor) of its files' st_dev. (On btrfs each subvolume has an st_dev of its own.)
+    device: tuple[int, int]
+    #: The directory of the filesystem that is this mount's root.
+    root: str
+    #: The path where it is mounted.
     mount_point: str
+    #: The filesystem's type, with its subtype ("fuse.fusehsm").
     filesystem_type: str
+    #: The source, as mount(2) got it.
     source: str
-    owner_uid: int  # the user who mounted it, where the filesystem tells (FUSE's user_id=); else 0
-    parent_id: int = 0  # of the mount that it is mounted on
+    #: The user who mounted it, if the filesystem tells it (FUSE's user_id=); else 0.
+    owner_uid: int
+    #: The number of the mount that it is mounted on.
+    parent_id: int = 0
 
     @classmethod
     def parse(cls, line: str) -> "Mount":
-        """One line of the file."""
+        """Parse one line of mountinfo."""
         before, after = line.rstrip("\n").split(" - ", 1)
         mount_id, parent, device, root, mount_point = before.split(" ")[:5]
         filesystem_type, source, options = [*after.split(" "), "", ""][:3]
@@ -78,16 +85,16 @@ class Mount:
 
 
 def read_mounts(process: int | str = "self") -> Iterator[Mount]:
-    """Every mount of a process's mount namespace, by default this one's, in the file's order (a later line may hide an earlier one)."""
+    """All mounts in a process's mount namespace (default: this process), in the file's order. A later line may hide an earlier one."""
     with open(f"/proc/{process}/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
         for line in lines:
             yield Mount.parse(line)
 
 
 def mount_of(path: str | bytes | os.PathLike[str]) -> Mount:
-    """The mount that `path` (symbolic links followed) lies on.
+    """The mount of `path`; symbolic links are followed.
 
-    Raises OSError as open(2) does; ENOTCONN for a FUSE mount whose server is gone. May wait as long as the filesystem's server does.
+    Raises OSError as open(2) does, ENOTCONN for a FUSE mount whose server is gone. May wait for the filesystem's server.
     """
     descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
@@ -97,7 +104,7 @@ def mount_of(path: str | bytes | os.PathLike[str]) -> Mount:
 
 
 def mount_of_descriptor(descriptor: int) -> Mount:
-    """The mount that an open file lies on. Raises FileNotFoundError where that is none of this namespace (a pipe, a memfd)."""
+    """The mount of an open file. Raises FileNotFoundError if that mount is not in this namespace (a pipe, a memfd)."""
     mount_id = _number_of(descriptor)
     for mount in read_mounts():
         if mount.mount_id == mount_id:
@@ -106,7 +113,7 @@ def mount_of_descriptor(descriptor: int) -> Mount:
 
 
 def id_of_descriptor(descriptor: int) -> MountId:
-    """The mount that an open file lies on. Asks no server."""
+    """The id of the mount of an open file. Sends no request to a filesystem's server."""
     try:
         unique = syscalls.unique_mount_id(descriptor)
     except PermissionError:  # another user's mount without allow_other
@@ -115,7 +122,10 @@ def id_of_descriptor(descriptor: int) -> MountId:
 
 
 def id_at(mount_point: str) -> MountId:
-    """The mount on top at a real path. Asks no server but those of the directories above. Raises OSError as open(2) does."""
+    """The id of the topmost mount at a real path. Raises OSError as open(2) does.
+
+    Sends requests only to the servers of the directories above.
+    """
     descriptor = os.open(mount_point, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         return id_of_descriptor(descriptor)
@@ -124,16 +134,16 @@ def id_at(mount_point: str) -> MountId:
 
 
 def id_of(mount: Mount) -> MountId:
-    """A mount that has just been read from the list; without its unique number where another mount covers it."""
+    """The id of a mount that was just read from the list. It lacks the unique number if another mount covers this one."""
     try:
         found = id_at(mount.mount_point)
-    except OSError:  # below a mount whose server is gone
+    except OSError:  # the path is below a mount whose server is gone
         return MountId(mount.mount_id, None)
     return found if found.number == mount.mount_id else MountId(mount.mount_id, None)
 
 
 def mounts_on(number: int) -> list[Mount]:
-    """What is mounted on the mount of that number: inside it, or covering it as a whole."""
+    """The mounts on the mount with that number: those inside it, and those that cover all of it."""
     return [mount for mount in read_mounts() if mount.parent_id == number and mount.mount_id != number]
 
 

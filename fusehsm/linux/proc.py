@@ -1,10 +1,11 @@
-"""Who is accessing, and in which system call: what /proc/<tid>/ says about a thread that waits for us.
+"""Tells the accessor and its system call from /proc/<tid>/, while its thread waits for an answer.
 
 FUSE tells a server the range of a request, not of the system call behind it: large transfers arrive in pieces, sendfile(2) arrives as
-whole pages, O_APPEND arrives at the end of the file. While the request is unanswered the accessor's thread is blocked in that system
-call, so /proc/<tid>/syscall (proc(5)) still holds its number and arguments. Everything here returns None where /proc does not tell:
-the thread is gone, is running, or may not be looked at (Yama, another user's process); the caller then falls back to the request's own
-range.
+whole pages, O_APPEND arrives at the end of the file (docs/facts.md, section 11). While the request is unanswered, the accessor's thread is
+blocked in that system call. So /proc/<tid>/syscall (proc(5)) still holds its number and arguments.
+
+Every function returns None if /proc does not tell: the thread is gone, is running, or may not be looked at (Yama, another user's process).
+The caller then uses the request's own range.
 """
 
 import fcntl
@@ -23,11 +24,11 @@ PAGE_FAULT = -1  # SystemCall.number of a thread that is blocked outside any sys
 _MEMORY_POINTER = struct.Struct("=q")
 _IOVEC = struct.Struct("=QQ")
 _IOV_MAX = 1024
-# import_iovec() cuts a vector's sum to this before anybody is asked; a plain buffer is cut later (measured on 6.18).
+# import_iovec() cuts a vector's sum to this before the event; a plain buffer is cut after it (docs/facts.md, section 9).
 _MAX_RW_COUNT = 0x7FFFFFFF & -mmap.PAGESIZE
 _RWF_APPEND, _RWF_NOAPPEND = 0x10, 0x20
 _SIGKILL_BIT = 1 << 8
-# Signals whose default action ends the process (signal(7)): everything but the ones that are ignored, stop or continue by default.
+# Signals whose default action does not end the process (signal(7)): it ignores the signal, stops or continues.
 _NOT_FATAL_BY_DEFAULT = sum(1 << (number - 1) for number in (17, 18, 19, 20, 21, 22, 23, 28))
 
 
@@ -61,21 +62,26 @@ _HERE = _NUMBERS.get(platform.machine())
 
 @dataclass(slots=True)
 class SystemCall:
-    """The system call that a thread is blocked in, as it was read for one request; equal as long as it is the same call (`stack_pointer`
-    included).
+    """The system call that a thread is blocked in, as read for one request.
 
-    `number` is PAGE_FAULT when the thread is blocked outside a system call; it then has no arguments.
+    Two values are equal as long as the thread is in the same call: the stack pointer is compared, too.
     """
 
+    #: The thread.
     tid: int
+    #: The call's number; PAGE_FAULT if the thread is blocked outside any system call, and then there are no arguments.
     number: int
+    #: The six arguments, as registers.
     arguments: tuple[int, ...]
+    #: The thread's stack pointer.
     stack_pointer: int
+    #: The thread's program counter.
     program_counter: int
+    #: The answers of opened().
     _opened: "dict[int, Descriptor | None]" = field(default_factory=dict, compare=False, repr=False)
 
     def opened(self, descriptor: int) -> "Descriptor | None":
-        """What an open file of the thread is (descriptor_of()); looked at once."""
+        """The state of the thread's open file of that number (descriptor_of()), read once for this call."""
         if descriptor not in self._opened:
             self._opened[descriptor] = descriptor_of(self.tid, descriptor)
         return self._opened[descriptor]
@@ -83,40 +89,49 @@ class SystemCall:
 
 @dataclass(slots=True)
 class Transfer:
-    """One side of a call that moves bytes from or to a file.
+    """One side of a call that moves bytes from or to a file."""
 
-    `offset` in bytes, None when the call uses the file position; `count` in bytes; `paged` when the kernel serves it through the page
-    cache whatever the open file says (sendfile, splice, copy_file_range); `appends` when this one call writes at the end of the file
-    (RWF_APPEND); `source` is the side (descriptor, offset) whose end of file cuts `count` (copy_file_range).
-    """
-
+    #: The thread's descriptor of the file.
     descriptor: int
+    #: Bytes; None if the call uses the file position.
     offset: int | None
+    #: Bytes.
     count: int
+    #: The kernel serves the call through the page cache, whatever the open file's flags are (sendfile, splice, copy_file_range).
     paged: bool
+    #: This one call writes at the end of the file (RWF_APPEND).
     appends: bool = False
+    #: The (descriptor, offset) of the source, whose end of file cuts `count` (copy_file_range).
     source: tuple[int, int | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Descriptor:
-    """What /proc/<tid>/fdinfo says of an open file: `position` in bytes, `flags` of open(2), `mount_id` of the mount that the file lies on,
-    `inode` there (None before Linux 5.14)."""
+    """An open file as /proc/<tid>/fdinfo shows it."""
 
+    #: The file position in bytes.
     position: int
+    #: The flags of open(2).
     flags: int
+    #: The mount that the file is on.
     mount_id: int
+    #: The inode number on that mount; None before Linux 5.14.
     inode: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class Mapping:
-    """A mapped file range of a process: addresses, and the file's `offset` and `length` in bytes."""
+    """A mapped range of a file in a process."""
 
+    #: The address of the first byte.
     start: int
+    #: The offset in the file, bytes.
     offset: int
+    #: Bytes.
     length: int
+    #: The process may write to it.
     writable: bool
+    #: It is MAP_SHARED.
     shared: bool
 
 
@@ -142,14 +157,14 @@ def _status_field(text: bytes, name: bytes, base: int) -> int | None:
 
 
 def process_of(tid: int) -> int:
-    """The process id (thread group id) of a thread; the thread's own id when it cannot be told any more."""
+    """The process id (thread group id) of a thread; the thread's own id if /proc does not tell any more."""
     text = _read_proc(f"/proc/{tid}/status")
     process = _status_field(text, b"Tgid", 10) if text else None
     return process if process is not None else tid
 
 
 def threads_of(pid: int) -> list[int]:
-    """The threads of a process; empty when it is gone."""
+    """The threads of a process; empty if the process is gone."""
     try:
         return [int(name) for name in os.listdir(f"/proc/{pid}/task")]
     except OSError:
@@ -157,10 +172,10 @@ def threads_of(pid: int) -> list[int]:
 
 
 def is_being_killed(tid: int) -> bool:
-    """Whether a fatal signal is pending on a thread: it waits for our answer only to die.
+    """Whether a fatal signal is pending on a thread, which then waits for an answer only to die.
 
-    A signal that the process handles does not count: a thread that waits for fanotify's answer goes on waiting then (facts measured on
-    6.18), and so does one that waits for FUSE.
+    A signal that the process handles does not count: a thread that waits for fanotify's or FUSE's answer goes on waiting then
+    (docs/facts.md, section 8).
     """
     text = _read_proc(f"/proc/{tid}/status")
     if not text:
@@ -177,7 +192,7 @@ def is_being_killed(tid: int) -> bool:
 
 
 def is_gone(tid: int) -> bool:
-    """Whether a thread has ended. One that may not be looked at has not."""
+    """Whether a thread has ended. False for a thread that this process may not look at."""
     try:
         os.kill(tid, 0)
     except ProcessLookupError:
@@ -189,7 +204,7 @@ def is_gone(tid: int) -> bool:
 
 
 def calls_finished(pid: int, tid: int) -> int | None:
-    """How many reading and writing calls a thread has finished: tells a call that goes on from the same call made again."""
+    """The number of read and write calls that a thread has finished. It tells one long call from the same call made again."""
     text = _read_proc(f"/proc/{pid}/task/{tid}/io")
     reads = _status_field(text, b"syscr", 10) if text else None
     writes = _status_field(text, b"syscw", 10) if text else None
@@ -197,18 +212,18 @@ def calls_finished(pid: int, tid: int) -> int | None:
 
 
 def run_time(tid: int) -> int | None:
-    """Nanoseconds for which a thread that is blocked now has run; None where the kernel does not tell."""
+    """The run time in nanoseconds of a thread that is blocked now; None if the kernel does not tell."""
     text = _read_proc(f"/proc/{tid}/schedstat")
     return int(text.split(None, 1)[0]) if text else None
 
 
-# A request can be read a moment before its thread has fallen asleep.
+# A request can reach the server a moment before its thread has fallen asleep.
 _RUNS = [b"running"]
 _FALLING_ASLEEP = 200_000  # nanoseconds
 
 
 class CallReader:
-    """Reads /proc/<tid>/syscall, keeping up to `limit` of those files open: reopening costs more than reading."""
+    """Reads /proc/<tid>/syscall. Keeps up to `limit` of those files open, because to open one costs more than to read it."""
 
     def __init__(self, limit: int = 64) -> None:
         self._limit = limit
@@ -216,18 +231,21 @@ class CallReader:
         self._processes: dict[int, int] = {}
 
     def identify(self, tid: int) -> tuple[int, SystemCall | None]:
-        """The process of a thread that waits for an answer, and read()."""
+        """The process of a thread that waits for an answer, and the call as read() tells it."""
         call = self.read(tid, _FALLING_ASLEEP)
         process = self._processes.get(tid)
         if process is None:
             process = process_of(tid)
             if tid in self._descriptors:
-                # It is this thread for as long as its file can be read.
+                # The thread id belongs to this thread for as long as its file can be read.
                 self._processes[tid] = process
         return process, call
 
     def read(self, tid: int, patience: int = 0) -> SystemCall | None:
-        """The call that `tid` is blocked in; None when it runs (for longer than so many nanoseconds), is gone, or may not be looked at."""
+        """The call that `tid` is blocked in.
+
+        None if the thread still runs after `patience` nanoseconds, is gone, or may not be looked at.
+        """
         descriptor = self._descriptors.get(tid)
         if descriptor is None:
             try:
@@ -247,7 +265,7 @@ class CallReader:
                     os.sched_yield()
                     words = os.pread(descriptor, 256, 0).split()
         except OSError:
-            # The thread has died (its number may be another's already), or has become somebody else's by execve.
+            # The thread has died (another may have its id now), or belongs to another user since an execve.
             self._drop(tid)
             return None
         if len(words) == 9:
@@ -262,7 +280,7 @@ class CallReader:
         os.close(self._descriptors.pop(tid))
 
     def close(self) -> None:
-        """Close every file kept open."""
+        """Close all files kept open."""
         for tid in list(self._descriptors):
             self._drop(tid)
 
@@ -293,7 +311,7 @@ def _signed(value: int) -> int:
 
 
 def _pointed_offset(tid: int, pointer: int) -> tuple[bool, int | None]:
-    """(known, offset) of an `off_t *` argument: a null pointer means the file position."""
+    """(known, offset) of an `off_t *` argument. A null pointer means the file position."""
     if pointer == 0:
         return True, None
     data = _memory(tid, pointer, _MEMORY_POINTER.size)
@@ -326,7 +344,7 @@ def _copied(call: SystemCall, *, target: bool) -> Transfer | None:
 
 
 def _plain(call: SystemCall, numbers: tuple[int, int, int, int, int]) -> Transfer | None:
-    """The transfer of read(2), pread(2), readv(2), preadv(2), preadv2(2), or of their writing twins, given as `numbers`."""
+    """The transfer of read(2), pread(2), readv(2), preadv(2), preadv2(2), or of the matching write calls. `numbers`: those five calls."""
     scalar, scalar_at, vector, vector_at, vector_at_flags = numbers
     number, arguments = call.number, call.arguments
     if number == scalar:
@@ -344,7 +362,7 @@ def _plain(call: SystemCall, numbers: tuple[int, int, int, int, int]) -> Transfe
 
 
 def reading(call: SystemCall) -> Transfer | None:
-    """The file range that `call` reads, or None when it is not a call that reads a file.
+    """The file range that `call` reads; None if it is not a call that reads a file.
 
     May read the accessor's memory (vectors, pointed-to offsets), never its files.
     """
@@ -361,7 +379,7 @@ def reading(call: SystemCall) -> Transfer | None:
 
 
 def reads_memory(call: SystemCall) -> bool:
-    """Whether reading() or writing() has to look into the accessor's memory for that call, which can block as mappings_of() can."""
+    """Whether reading() or writing() must read the accessor's memory for that call. That can block, as mappings_of() can."""
     here = _HERE
     if here is None:
         return False
@@ -372,7 +390,7 @@ def reads_memory(call: SystemCall) -> bool:
 
 
 def writing(call: SystemCall) -> Transfer | None:
-    """The file range that `call` writes, or None when it is not a call that writes a file."""
+    """The file range that `call` writes; None if it is not a call that writes a file."""
     if _HERE is None or call.number == PAGE_FAULT:
         return None
     here, arguments = _HERE, call.arguments
@@ -386,7 +404,7 @@ def writing(call: SystemCall) -> Transfer | None:
 
 
 def appending(call: SystemCall) -> tuple[int, bool | None] | None:
-    """The descriptor by which `call` writes, and whether at the end of the file: None where the open file decides. None for other calls."""
+    """(descriptor, at the end) of a call that writes; None for other calls. `at the end` is None if the open file's flags decide."""
     here = _HERE
     if here is None or call.number == PAGE_FAULT:
         return None
@@ -408,7 +426,7 @@ def is_advice(call: SystemCall) -> bool:
 
 
 def descriptor_of(tid: int, descriptor: int) -> Descriptor | None:
-    """What a thread has open by that number; None where it is closed. The inode number tells whether it is the file that a request names."""
+    """The state of a thread's descriptor; None if it is closed. The inode number tells whether it is the file of a request."""
     text = _read_proc(f"/proc/{tid}/fdinfo/{descriptor}")
     if not text:
         return None
@@ -424,11 +442,12 @@ def descriptor_of(tid: int, descriptor: int) -> Descriptor | None:
 
 
 def bypass_page_cache(pid: int, descriptor: int, inode: int) -> tuple[bool, int]:
-    """Make sendfile(2), splice(2) and copy_file_range(2) read a process's open file, of that inode number, past the page cache from now on.
+    """Make sendfile(2), splice(2) and copy_file_range(2) read an open file of a process past the page cache from now on.
 
-    They do so for a file with O_DIRECT (do_splice_read() of Linux 6.5 and later), which on a file with FOPEN_DIRECT_IO changes nothing
-    else. Needs pidfd_getfd(2) (Linux 5.6) and the right to trace that process. Returns whether that could be done, and a descriptor (or -1)
-    for the caller to close, which asks the file's own server (FLUSH): off the event loop.
+    `inode`: the file's inode number. The function sets O_DIRECT, which makes those calls do so (do_splice_read(), Linux 6.5 and later);
+    on a file with FOPEN_DIRECT_IO it changes nothing else. It needs pidfd_getfd(2) (Linux 5.6) and the right to trace the process.
+
+    Returns (done, descriptor or -1). The caller closes the descriptor off the event loop, because close(2) sends FLUSH to the file's server.
     """
     try:
         process = os.pidfd_open(pid)
@@ -451,9 +470,9 @@ def bypass_page_cache(pid: int, descriptor: int, inode: int) -> tuple[bool, int]
 
 
 def mappings_of(pid: int, device: tuple[int, int], inode: int) -> list[Mapping]:
-    """The mappings of one file in a process, by the (major, minor) and inode number that the kernel shows for it.
+    """The mappings of one file in a process. `device` (major, minor) and `inode` are the numbers that the kernel shows for the file.
 
-    Can block while the accessor holds its mmap lock: call it off the event loop and with a deadline.
+    Can block while the accessor holds its mmap lock: call it off the event loop, with a deadline.
     """
     wanted = f"{device[0]:02x}:{device[1]:02x} {inode}".encode()
     found = []

@@ -1,4 +1,4 @@
-"""Sets of byte ranges."""
+"""Keeps sets of byte ranges."""
 
 from bisect import bisect_left, bisect_right
 
@@ -13,7 +13,7 @@ class RangeSet:
         self._ends: list[int] = []
 
     def add(self, start: int, end: int) -> None:
-        """Add [start, end); an empty range adds nothing."""
+        """Add [start, end). An empty range adds nothing."""
         if start >= end:
             return
         first = bisect_left(self._ends, start)
@@ -25,14 +25,14 @@ class RangeSet:
         self._ends[first:last] = [end]
 
     def covers(self, start: int, end: int) -> bool:
-        """Whether every byte of [start, end) is in the set; an empty range always is."""
+        """Whether every byte of [start, end) is in the set. True for an empty range."""
         if start >= end:
             return True
         index = bisect_right(self._starts, start) - 1
         return index >= 0 and self._ends[index] >= end
 
     def gaps(self, start: int, end: int) -> list[tuple[int, int]]:
-        """The parts of [start, end) that are not in the set, ascending."""
+        """The parts of [start, end) that are not in the set, in ascending order."""
         found = []
         index = bisect_right(self._ends, start)
         while start < end:
@@ -46,7 +46,7 @@ class RangeSet:
         return found
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Remove all ranges."""
         self._starts.clear()
         self._ends.clear()
 

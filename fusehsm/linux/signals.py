@@ -1,6 +1,6 @@
-"""Signals that ask this process for its end: they become an exception, and at some moments they must wait.
+"""Turns signals that ask this process to end into an exception, and delays them where they must wait.
 
-trio is imported only inside functions: a program that starts processes without it starts faster.
+trio is imported only inside functions: a program that starts processes without trio starts faster.
 """
 
 import signal
@@ -16,10 +16,10 @@ _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Let the handlers of what asks for the end run after the body, not in it.
+    """Run the handlers of SIGINT, SIGTERM and SIGHUP after the body, not in it.
 
-    For starting processes: a handler that raises while Popen has forked and not returned yet loses the child, and what it does goes on unseen.
-    Not by the signal mask, which the child would inherit. Handlers run in the main thread alone, so elsewhere there is nothing to hold.
+    For the start of processes: if a handler raises after Popen has forked and before it returns, nothing knows the child any more. A signal
+    mask will not do, because the child would inherit it. Handlers run in the main thread only, so in another thread this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -40,9 +40,9 @@ def signals_held() -> Iterator[None]:
 
 @contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Block every signal in this thread. A thread that is started in the body inherits that: what comes to the process never goes to it.
+    """Block every signal in this thread. A thread that the body starts inherits the mask, so no signal of the process goes to it.
 
-    Otherwise the kernel may choose it, also where the main thread has blocked a signal to wait for it, and the process dies.
+    Without this the kernel may deliver the signal to that thread, even if the main thread has blocked it to wait for it, and the process dies.
     """
     kept = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
@@ -52,7 +52,7 @@ def signals_blocked() -> Iterator[None]:
 
 
 class Interrupted(BaseException):
-    """Somebody wants this process to end; `number` is the signal."""
+    """A signal asks this process to end; `number` is the signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -60,9 +60,9 @@ class Interrupted(BaseException):
 
 
 class Interruption:
-    """For a program that has mounts and loop devices to give back, and must not end in the middle of that.
+    """For a program that must give back its mounts and loop devices, and must not end in the middle of that.
 
-    The first signal counts. Those after it do nothing: what is given back then must be given back to the end.
+    The first signal counts. Later signals do nothing, so that the program gives everything back.
     """
 
     def __init__(self) -> None:
@@ -71,12 +71,12 @@ class Interruption:
         self._wake: Callable[[], object] | None = None
 
     def check(self) -> None:
-        """Raise Interrupted if a signal came while watch() had not begun yet, or did not any more."""
+        """Raise Interrupted if a signal came before watch() began or after it ended."""
         if self._number:
             raise Interrupted(self._number)
 
     async def watch(self) -> None:
-        """Raise Interrupted when a signal comes: inside a trio.run() the handler must not."""
+        """Raise Interrupted when a signal comes. Inside trio.run() the handler itself must not raise."""
         import trio
 
         news = trio.Event()
@@ -90,11 +90,11 @@ class Interruption:
         self.check()
 
     def ignore(self) -> None:
-        """Let signals do nothing from now on."""
+        """Ignore signals from now on."""
         self._deaf = True
 
     def handle(self, number: int, _frame: FrameType | None) -> None:
-        """A signal handler."""
+        """The signal handler."""
         if self._number or self._deaf:
             return
         self._number = number
@@ -107,7 +107,7 @@ class Interruption:
 
 @contextmanager
 def interruptible() -> Iterator[Interruption]:
-    """Raise Interrupted where a signal comes in the body, but for a signal that is ignored, as nohup(1) has it."""
+    """Raise Interrupted when a signal comes in the body. A signal that is ignored on entry stays ignored, as nohup(1) wants it."""
     import trio  # noqa: F401 (so that the handler finds it imported)
 
     interruption = Interruption()

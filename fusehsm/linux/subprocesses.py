@@ -1,4 +1,4 @@
-"""How to start this very fusehsm in another process."""
+"""Makes the command and the environment that start this same fusehsm in another process."""
 
 import os
 import sys
@@ -9,12 +9,15 @@ _PACKAGES = str(Path(__file__).resolve().parents[2])
 
 
 def own_command(*arguments: str) -> list[str]:
-    """The words of a command. Modules are not looked for in the working directory, which may be anybody's, or be about to be mounted."""
+    """The words of a command. Python does not search the working directory for modules (-P).
+
+    Another user may own that directory, or it is about to be mounted.
+    """
     return [sys.executable, "-P", "-m", "fusehsm", *arguments]
 
 
 def own_environment() -> Mapping[str, str]:
-    """The environment that own_command() wants: from a checkout that is not installed it would not be found otherwise."""
+    """The environment for own_command(). It names this package's directory, so that a checkout which is not installed is found, too."""
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, (_PACKAGES, os.environ.get("PYTHONPATH")))),

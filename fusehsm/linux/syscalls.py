@@ -1,11 +1,11 @@
-"""System calls that Python's os module lacks: one small function each, raising OSError with the kernel's errno.
+"""Wraps the system calls that Python's os module lacks. Each function is small and raises OSError with the kernel's errno.
 
-This is where libc is opened. (supervisor/launch.py opens it again, because it is run by its path with the standard library alone; and so do
-the programs of conform/, which make system calls for their own sake.)
+libc is opened here. (supervisor/launch.py opens it again, because it runs by its path with the standard library alone. So do the programs
+of conform/, which test system calls.)
 
-Everything here works on file descriptors and bytes; nothing is remembered between calls except whether the
-running kernel has a call at all, which the callers keep. Foreign calls that only touch kernel memory go through
-PyDLL (no release of the interpreter lock: it costs more than the call), those that may wait for a disk through CDLL.
+The functions take file descriptors and bytes and keep nothing between calls. The callers keep whether the kernel has a call at all. Calls
+that only touch kernel memory go through PyDLL: to release the interpreter lock costs more than the call. Calls that may wait for a disk go
+through CDLL.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _STATX_BTIME: Final = 0x800
 _STATX_BTIME_OFFSET: Final = 0x50
 _STATX_MNT_ID_UNIQUE: Final = 0x4000
 _STATX_MNT_ID_OFFSET: Final = 0x90
-# The same numbers on every architecture (include/uapi/asm-generic/unistd.h).
+# These numbers are the same on every architecture (include/uapi/asm-generic/unistd.h).
 _SYS_FSOPEN: Final = 430
 _SYS_FSCONFIG: Final = 431
 _SYS_FSMOUNT: Final = 432
@@ -140,7 +140,7 @@ def _check(result: int, path: bytes | None = None) -> int:
 
 
 def openat2(dir_fd: int, path: bytes, flags: int, resolve: int) -> int:
-    """Open `path` under `dir_fd` with openat2(2) and return the descriptor. ENOSYS before Linux 5.6."""
+    """openat2(2): open `path` below `dir_fd` and return the descriptor. Raises OSError ENOSYS before Linux 5.6."""
     how = struct.pack("=QQQ", flags, 0, resolve)
     fd: int = _syscall(_SYS_OPENAT2, dir_fd, path, how, ctypes.c_size_t(len(how)))
     if fd < 0:
@@ -149,7 +149,7 @@ def openat2(dir_fd: int, path: bytes, flags: int, resolve: int) -> int:
 
 
 def have_openat2() -> bool:
-    """Is openat2(2) there? Old kernels say ENOSYS, old container seccomp filters EPERM."""
+    """Whether openat2(2) works. Old kernels answer ENOSYS, old seccomp filters of containers EPERM."""
     try:
         os.close(openat2(AT_FDCWD, b"/", os.O_PATH | os.O_CLOEXEC, 0))
     except OSError:
@@ -164,8 +164,11 @@ def rename(old_dir_fd: int, old: bytes, new_dir_fd: int, new: bytes, flags: int)
 
 
 def set_times(path: bytes | int, atime_ns: int | None, mtime_ns: int | None, *, now: int) -> None:
-    """utimensat(2) on a path that is followed, or on a descriptor. Times in nanoseconds since 1970; None leaves
-    a time alone, the value `now` asks the kernel for its own present time (which needs write permission only)."""
+    """utimensat(2) on a path, which is followed, or on a descriptor.
+
+    Times are nanoseconds since 1970. None leaves a time alone. The value `now` asks for the kernel's present time, which needs write
+    permission only.
+    """
     times = b"".join(_timespec(value, now) for value in (atime_ns, mtime_ns))
     fd, name = (path, None) if isinstance(path, int) else (AT_FDCWD, path)
     if _utimensat(fd, name, times, 0) < 0:
@@ -181,14 +184,16 @@ def _timespec(value: int | None, now: int) -> bytes:
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
-    """fallocate(2); `mode` 0 or FALLOC_FL_*, offset and length in bytes."""
+    """fallocate(2). `mode` is 0 or FALLOC_FL_*; `offset` and `length` are bytes."""
     if _fallocate(fd, mode, offset, length) < 0:
         raise _error()
 
 
 def copy(source: int, source_offset: int, target: int, target_offset: int, length: int) -> int:
-    """copy_file_range(2), where the filesystem has it, else by reading and writing; returns how many bytes were copied, fewer than
-    `length` (all in bytes) at the source's end or after a MiB."""
+    """copy_file_range(2) if the filesystem has it, else read and write. Returns the number of bytes copied.
+
+    It is less than `length` (bytes) at the source's end, or after a MiB.
+    """
     try:
         return os.copy_file_range(source, target, length, source_offset, target_offset)
     except OSError as error:
@@ -199,7 +204,7 @@ def copy(source: int, source_offset: int, target: int, target_offset: int, lengt
 
 
 def may_read(descriptor: int) -> bool:
-    """Whether the calling thread, by its effective rights, may read what a descriptor (O_PATH will do) is open on."""
+    """Whether the calling thread, with its effective rights, may read the descriptor's file. An O_PATH descriptor will do."""
     if _syscall(_SYS_FACCESSAT2, descriptor, b"", os.R_OK, _AT_EACCESS | _AT_EMPTY_PATH) == 0:
         return True
     if ctypes.get_errno() in (errno.ENOSYS, errno.EINVAL):
@@ -208,7 +213,7 @@ def may_read(descriptor: int) -> bool:
 
 
 def birth_time(dir_fd: int, name: bytes) -> bytes | None:
-    """The creation time of `name` (not followed) as statx(2)'s 12 bytes; None where the filesystem keeps none."""
+    """The creation time of `name` (not followed) as statx(2)'s 12 bytes; None if the filesystem keeps none."""
     buffer = ctypes.create_string_buffer(256)
     if _statx(dir_fd, name, _AT_SYMLINK_NOFOLLOW | _AT_EMPTY_PATH, _STATX_BTIME, buffer) < 0:
         raise _error(name)
@@ -219,8 +224,10 @@ def birth_time(dir_fd: int, name: bytes) -> bytes | None:
 
 
 def unique_mount_id(fd: int) -> int | None:
-    """The number of the mount that `fd` was opened on, which no other mount gets until the next boot; None before Linux 6.8. Asks no
-    server of the file system."""
+    """The unique number of the mount that `fd` was opened on; None before Linux 6.8.
+
+    No other mount gets it until the next boot. Sends no request to the filesystem's server.
+    """
     buffer = ctypes.create_string_buffer(256)
     if _statx(fd, b"", _AT_EMPTY_PATH | _AT_STATX_DONT_SYNC, _STATX_MNT_ID_UNIQUE, buffer) < 0:
         raise _error()
@@ -232,16 +239,15 @@ def unique_mount_id(fd: int) -> int | None:
 
 
 def syncfs(fd: int) -> None:
-    """syncfs(2): bring everything of the file system that `fd` is on to its disk."""
+    """syncfs(2): write all of the filesystem that `fd` is on to its disk."""
     if _libc.syncfs(fd) < 0:
         raise _error()
 
 
 class FileHandles:
-    """name_to_handle_at(2) with one buffer for all calls (so: one thread at a time).
+    """name_to_handle_at(2) with one buffer for all calls, so for one thread at a time.
 
-    The size field of the buffer is left at what the last call needed, which saves filling it in; a filesystem
-    that needs more says EOVERFLOW and how much.
+    The buffer's size field keeps the last call's size, which saves a write. A filesystem that needs more answers EOVERFLOW and tells the size.
     """
 
     _LARGEST: Final = 128  # MAX_HANDLE_SZ
@@ -255,9 +261,9 @@ class FileHandles:
         self._bytes = memoryview(self._buffer).cast("B")
 
     def read(self, dir_fd: int, name: bytes) -> memoryview:
-        """Type and bytes of `name`'s handle, valid until the next call; `name` is not followed, b"" is dir_fd itself.
+        """The type and the bytes of `name`'s handle, valid until the next call. `name` is not followed; b"" is `dir_fd` itself.
 
-        EOPNOTSUPP where the filesystem has no handles. No privilege is needed.
+        Raises OSError EOPNOTSUPP if the filesystem has no handles. Needs no privilege.
         """
         flags = 0 if name else _AT_EMPTY_PATH
         if _name_to_handle_at(dir_fd, name, self._address, self._mount_id_address, flags) < 0:
@@ -274,9 +280,9 @@ _DIRENT: Final = struct.Struct("=QqHB")  # d_ino, d_off, d_reclen, d_type; the n
 
 
 def directory_entries(fd: int, buffer: ctypes.Array[ctypes.c_char]) -> list[tuple[bytes, int, int, int]]:
-    """getdents64(2): the next entries as (name, S_IFMT bits or 0, inode number, offset of the entry after).
+    """getdents64(2): the next entries as (name, S_IFMT bits or 0, inode number, offset of the next entry).
 
-    An empty list at the end of the directory.
+    The list is empty at the end of the directory.
     """
     length: int = _getdents64(fd, buffer, len(buffer))
     if length < 0:
@@ -294,16 +300,16 @@ def directory_entries(fd: int, buffer: ctypes.Array[ctypes.c_char]) -> list[tupl
 
 # Leases (F_SETLEASE, fcntl(2))
 
-# As /proc/PID/fdinfo has it (proc_pid_fdinfo(5)); as long as the holder may still end it in time, it is BREAKING.
+# A broken lease in /proc/PID/fdinfo (proc_pid_fdinfo(5)). While the holder may still end it in time, the line says BREAKING.
 _DOWNGRADED = re.compile(r"LEASE\s+ACTIVE\s+READ\b")
 
 
 def is_open_for_writing(fd: int) -> bool:
-    """Whether the file of `fd`, which is open for reading only, is open for writing or mapped writable anywhere.
+    """Whether the file of `fd` is open for writing, or mapped writable, anywhere. `fd` itself is open for reading only.
 
-    The kernel grants a read lease only where it is not (fcntl(2)); the file's owner or CAP_LEASE may ask. Raises OSError where it cannot be told.
+    The kernel grants a read lease only if it is not (fcntl(2)). The file's owner or CAP_LEASE may ask. Raises OSError if the answer is unknown.
     """
-    # Who opens the file while the lease stands makes a signal for us; this one is ignored where nobody handles it, SIGIO would kill.
+    # A process that opens the file while the lease stands makes a signal for us. SIGURG is ignored by default; SIGIO would kill us.
     fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
     try:
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
@@ -314,25 +320,25 @@ def is_open_for_writing(fd: int) -> bool:
 
 
 def take_lease(descriptor: int) -> None:
-    """F_WRLCK on an open file: nobody else has it open or mapped, and who opens it from now on waits, for fs.lease-break-time at most.
+    """Take a write lease (F_WRLCK) on an open file: no other process has it open or mapped.
 
-    Raises BlockingIOError (EAGAIN) when somebody has it open, EACCES for who is neither its owner nor has CAP_LEASE, EINVAL where the
-    filesystem has no leases.
+    A process that opens it later waits, for fs.lease-break-time at most (docs/facts.md, section 17). Raises BlockingIOError (EAGAIN) if the file
+    is open elsewhere, OSError EACCES if the caller is not its owner and lacks CAP_LEASE, EINVAL if the filesystem has no leases.
     """
-    # As above. Once the lease has set an owner of the file, that is taken away, and there is no signal.
+    # As above. The lease makes this process the file's owner for signals; without an owner there is no signal.
     fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
     fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
     fcntl.fcntl(descriptor, fcntl.F_SETOWN, 0)
 
 
 def lease_is_wanted(descriptor: int) -> bool:
-    """Whether somebody waits for the lease to end, or has waited for so long that the kernel has broken it."""
+    """Whether a process waits for the lease to end, or has waited so long that the kernel has broken it."""
     return fcntl.fcntl(descriptor, fcntl.F_GETLEASE) != fcntl.F_WRLCK
 
 
 def give_lease_back(descriptor: int) -> bool:
-    """End the lease; False when the kernel had broken it."""
-    # One that somebody wanted to read for too long is a read lease then, and there still.
+    """End the lease; False if the kernel has broken it."""
+    # If a reader waited for too long, the kernel has turned the write lease into a read lease, which is still there.
     with open(f"/proc/self/fdinfo/{descriptor}", encoding="ascii") as lines:
         if any(_DOWNGRADED.search(line) for line in lines):
             return False
@@ -344,7 +350,7 @@ def give_lease_back(descriptor: int) -> bool:
 
 
 def lease_break_seconds() -> float:
-    """For how long somebody may be kept waiting by a lease (/proc/sys/fs/lease-break-time, proc_sys_fs(5)); 45 where nobody tells."""
+    """The longest wait for a lease in seconds (/proc/sys/fs/lease-break-time, proc_sys_fs(5)); 45 if the file cannot be read."""
     try:
         with open("/proc/sys/fs/lease-break-time", encoding="ascii") as setting:
             return float(setting.read())
@@ -356,7 +362,7 @@ def lease_break_seconds() -> float:
 
 
 def map_page(fd: int) -> int:
-    """mmap(2) of a file's first page, which nobody may touch; its address. (Python's own mmap keeps a descriptor.)"""
+    """mmap(2) of a file's first page without any access (PROT_NONE); returns the address. (Python's mmap keeps a descriptor.)"""
     address: int | None = _mmap(None, PAGE_SIZE, 0, mmap.MAP_SHARED, fd, 0)  # 0: PROT_NONE
     if address is None or address == ctypes.c_void_p(-1).value:
         raise _error()
@@ -364,15 +370,17 @@ def map_page(fd: int) -> int:
 
 
 def unmap_page(address: int) -> None:
-    """munmap(2) of what map_page() has mapped."""
+    """munmap(2) of map_page()'s page."""
     if _munmap(address, PAGE_SIZE) < 0:
         raise _error()
 
 
 @contextmanager
 def mapped_for_reading(fd: int, offset: int, length: int) -> Iterator[int]:
-    """mmap(2) of whole pages of a file, private; its address. The range, in bytes, may reach beyond the file (Python's own mmap refuses that),
-    where touching it is SIGBUS."""
+    """mmap(2) of whole pages of a file, private; yields the address.
+
+    `offset` and `length` are bytes. The range may reach beyond the end of the file, where a touch is SIGBUS. (Python's mmap refuses that.)
+    """
     address: int | None = _mmap(None, length, mmap.PROT_READ, mmap.MAP_PRIVATE, fd, offset)
     if address is None or address == ctypes.c_void_p(-1).value:
         raise _error()
@@ -383,7 +391,7 @@ def mapped_for_reading(fd: int, offset: int, length: int) -> Iterator[int]:
 
 
 def filesystem_type(fd: int) -> int:
-    """f_type of fstatfs(2)."""
+    """The f_type of fstatfs(2)."""
     buffer = ctypes.create_string_buffer(256)
     if _fstatfs(fd, buffer) < 0:
         raise _error()
@@ -395,12 +403,12 @@ def filesystem_type(fd: int) -> int:
 
 
 def fanotify_init(flags: int, event_f_flags: int) -> int:
-    """fanotify_init(2): the new group's descriptor."""
+    """fanotify_init(2); returns the new group's descriptor."""
     return _check(_fanotify_init(flags, event_f_flags))
 
 
 def fanotify_mark(fd: int, flags: int, mask: int, dirfd: int = AT_FDCWD, path: bytes | None = None) -> None:
-    """fanotify_mark(2); `path` None means what `dirfd` refers to."""
+    """fanotify_mark(2). `path` None marks the object of `dirfd`."""
     _check(_fanotify_mark(fd, flags, mask, dirfd, path), path)
 
 
@@ -417,7 +425,7 @@ def umount2(target: bytes, flags: int) -> None:
 
 
 def new_filesystem(filesystem_type: bytes) -> int:
-    """fsopen(2) and fsmount(2): a descriptor of the root of a new file system of that type, which is mounted nowhere."""
+    """fsopen(2) and fsmount(2): a descriptor of the root of a new filesystem of that type, which is not mounted anywhere."""
     context = _check(_syscall(_SYS_FSOPEN, filesystem_type, _FSOPEN_CLOEXEC))
     try:
         _check(_syscall(_SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0))
@@ -435,7 +443,7 @@ def prctl(option: int, value: int) -> None:
 
 
 def system_call(number: int, *arguments: object) -> int:
-    """A system call by its number, for this thread alone where libc's own function would change every thread."""
+    """A system call by its number. It affects this thread alone, where libc's function would change every thread."""
     return _check(_syscall(number, *arguments))
 
 
@@ -450,7 +458,7 @@ def setns(fd: int, kind: int) -> None:
 
 
 def pidfd_getfd(pidfd: int, descriptor: int) -> int:
-    """pidfd_getfd(2): a duplicate of another process's descriptor. ENOSYS before Linux 5.6."""
+    """pidfd_getfd(2): a duplicate of another process's descriptor. Raises OSError ENOSYS before Linux 5.6."""
     return _check(_syscall(_SYS_PIDFD_GETFD, pidfd, descriptor, 0))
 
 
@@ -458,7 +466,7 @@ _VECTOR: Final = struct.Struct("=QQ")  # struct iovec
 
 
 def read_memory(tid: int, address: int, size: int) -> bytes:
-    """process_vm_readv(2): up to `size` bytes at an address of the process of that thread."""
+    """process_vm_readv(2): up to `size` bytes at an address in the process of that thread."""
     buffer = ctypes.create_string_buffer(size)
     here, there = _VECTOR.pack(ctypes.addressof(buffer), size), _VECTOR.pack(address, size)
     done = _check(_process_vm_readv(tid, here, 1, there, 1, 0))
@@ -466,7 +474,7 @@ def read_memory(tid: int, address: int, size: int) -> bytes:
 
 
 def write_memory(tid: int, address: int, data: bytes | bytearray) -> int:
-    """process_vm_writev(2): put bytes at an address of the process of that thread; how many have been put there."""
+    """process_vm_writev(2): write bytes at an address in the process of that thread; returns the number of bytes written."""
     buffer = (ctypes.c_char * len(data)).from_buffer_copy(data)
     here, there = _VECTOR.pack(ctypes.addressof(buffer), len(data)), _VECTOR.pack(address, len(data))
     return _check(_process_vm_writev(tid, here, 1, there, 1, 0))
@@ -474,11 +482,10 @@ def write_memory(tid: int, address: int, data: bytes | bytearray) -> int:
 
 @contextmanager
 def filesystem_identity(uid: int, gid: int) -> Iterator[None]:
-    """Make filesystem objects as `uid` and `gid`, in this thread only, keeping every capability (credentials(7)).
+    """Create filesystem objects as `uid` and `gid`, in this thread only, with all capabilities kept (credentials(7)).
 
-    setfsuid(2) away from 0 drops the filesystem capabilities from the effective set; they are put back at once,
-    so that permission checks stay the server's own (the accessor's were made by his kernel, with his groups).
-    PermissionError where the process may not change its ids.
+    setfsuid(2) away from 0 drops the filesystem capabilities from the effective set. They are restored at once, so that permission checks stay
+    the server's own: the kernel has checked the accessor already, with its groups. Raises PermissionError if the process may not change its ids.
     """
     header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
     capabilities = ctypes.create_string_buffer(24)
@@ -487,7 +494,7 @@ def filesystem_identity(uid: int, gid: int) -> Iterator[None]:
     old_gid = _setfsgid(gid)
     old_uid = _setfsuid(uid)
     try:
-        # setfsuid tells failure only by a second call's answer; -1 changes nothing.
+        # setfsuid(2) does not report a failure. A second call with -1 changes nothing and returns the present id.
         if (
             _setfsuid(0xFFFFFFFF) != ctypes.c_int(uid).value
             or _setfsgid(0xFFFFFFFF) != ctypes.c_int(gid).value
@@ -499,6 +506,6 @@ def filesystem_identity(uid: int, gid: int) -> Iterator[None]:
     finally:
         _setfsuid(ctypes.c_uint32(old_uid).value)
         _setfsgid(ctypes.c_uint32(old_gid).value)
-        # Back at fsuid 0 the kernel raises the filesystem capabilities again from the permitted set; one that was
-        # not effective before must not stay.
+        # Back at fsuid 0 the kernel raises the filesystem capabilities again from the permitted set. A capability that
+        # was not effective before must not stay.
         _capset(header, capabilities)

@@ -1,7 +1,7 @@
-"""Walking a tree of any depth: without recursion, with few descriptors, and not without end.
+"""Walks a tree of any depth: without recursion, with few descriptors, and with a limit.
 
-Whoever may make directories may nest them as deep as they like. A descriptor for each level would use up all that a process may have, and a function
-call for each level ends in RecursionError.
+A user may nest directories to any depth. One descriptor a level would use up the process's limit, and one function call a level would end in
+RecursionError.
 """
 
 import errno
@@ -26,23 +26,27 @@ Identity = tuple[int, int]  # device, inode
 
 @dataclass(slots=True)
 class Level:
-    """A directory on the way down. `path`: below the root. `names`: what is in it and has not been seen, the next one last. `fd` -1: it is closed
-    until the walk comes back to it."""
+    """A directory on the way down."""
 
+    #: Its path below the root.
     path: str
+    #: A descriptor for reading; -1 while it is closed, until the walk comes back.
     fd: int
+    #: Device and inode.
     identity: Identity
+    #: The names in it that the walk has not seen yet; the next one is last.
     names: list[str]
 
     def path_of(self, name: str) -> str:
-        """The path of what has that name in it."""
+        """The path of the entry `name` in this directory."""
         return f"{self.path}/{name}" if self.path else name
 
 
 class Descent:
-    """Where a walk is: the directories from the root down. `left_out` hears of each that cannot be found again on the way back, as it has been moved.
+    """The state of a walk: the directories from the root down.
 
-    Raises OSError where the root cannot be listed. close() must be called.
+    `left_out` gets an error for each directory that the walk cannot find again on the way back, because it was moved. Raises OSError if the root
+    cannot be listed. The caller must call close().
     """
 
     def __init__(self, root_fd: int, left_out: Callable[[OSError], None]) -> None:
@@ -53,12 +57,14 @@ class Descent:
 
     @property
     def here(self) -> Level | None:
-        """The innermost directory, which is open; None when the walk is over."""
+        """The innermost directory, which is open; None at the end of the walk."""
         return self._levels[-1] if self._levels else None
 
     def enter(self, name: str, fd: int | None = None) -> Level:
-        """Go down to a directory in the innermost one. `fd`: a descriptor of it for reading, which is owned from now on. Raises OSError where it
-        cannot be listed, ENAMETOOLONG where it lies too deep."""
+        """Go down to a directory in the innermost one. `fd`: a descriptor of it for reading; the walk owns it from now on.
+
+        Raises OSError if the directory cannot be listed, ENAMETOOLONG if its path has more than LONGEST_PATH bytes.
+        """
         above = self._levels[-1]
         path = above.path_of(name)
         try:
@@ -72,7 +78,7 @@ class Descent:
                 os.close(fd)
             raise
         self._append(path, fd)
-        # The root stays: it is what all others can be found from.
+        # The root stays open: all other directories can be found from it.
         if len(self._levels) > MOST_OPEN + 1:
             parked = self._levels[-MOST_OPEN - 1]
             os.close(parked.fd)
@@ -94,7 +100,7 @@ class Descent:
             os.close(left.fd)
 
     def close(self) -> None:
-        """Close all that is open; closing twice does nothing."""
+        """Close all descriptors. A second call does nothing."""
         while self._levels:
             level = self._levels.pop()
             if level.fd >= 0:
@@ -110,9 +116,9 @@ class Descent:
 
 
 def directories(root_fd: int, left_out: Callable[[OSError], None]) -> Iterator[tuple[int, list[str]]]:
-    """A descriptor of every directory of a tree, the root included, and the names of what is in it and is no directory. The descriptor is the walk's.
+    """Every directory of a tree, the root included: its descriptor, which the walk owns, and the names in it that are not directories.
 
-    `left_out` hears of those that cannot be listed. Raises OSError where the root cannot be listed.
+    `left_out` gets an error for each directory that cannot be listed. Raises OSError if the root cannot be listed.
     """
     descent = Descent(root_fd, left_out)
     try:
@@ -138,7 +144,7 @@ def directories(root_fd: int, left_out: Callable[[OSError], None]) -> Iterator[t
 
 
 def _keep_directories(level: Level) -> list[str]:
-    """Leave only directories in a level's names; the others."""
+    """Keep only directories in a level's names; returns the other names."""
     with os.scandir(level.fd) as entries:
         inner = {entry.name for entry in entries if entry.is_dir(follow_symlinks=False)}
     others = [name for name in level.names if name not in inner]
@@ -147,15 +153,15 @@ def _keep_directories(level: Level) -> list[str]:
 
 
 def identity_of(fd: int) -> Identity:
-    """Which directory it is."""
+    """The device and inode of a directory."""
     status = os.fstat(fd)
     return status.st_dev, status.st_ino
 
 
 def reopened(root_fd: int, path: str, identity: Identity, inner_fd: int | None) -> int:
-    """A descriptor for reading of the directory that was at `path` below `root_fd`. `inner_fd`: of a directory that was in it, if there is one.
+    """A descriptor for reading of the directory that was at `path` below `root_fd`. `inner_fd`: a directory that was in it, or None.
 
-    Raises OSError ESTALE where it is in neither place any more.
+    Raises OSError ESTALE if it is found neither above `inner_fd` nor at `path`.
     """
     by_path = partial(open_beneath, root_fd, path, LIST)
     ways = [by_path] if inner_fd is None else [partial(os.open, "..", LIST, dir_fd=inner_fd), by_path]
