@@ -1,1 +1,1 @@
-"""The control socket of a mount: its language, and the ends of it that server and clients share."""
+"""The control socket of a mount: its protocol, and the code for each end that server and clients share."""

@@ -1,4 +1,4 @@
-"""Serving a control socket's connections: those of the right users, not too many at once, each by itself."""
+"""Serves the connections of a control socket: only those of allowed users, a limited number at once, each in a task of its own."""
 
 import logging
 import socket
@@ -9,9 +9,7 @@ import trio
 
 from fusehsm.control.socket import Peer, peer_of
 
-_SHORTAGE: Final = (
-    0.1  # seconds to wait when no connection can be accepted, for want of descriptors as a rule
-)
+_SHORTAGE: Final = 0.1  # seconds to wait after a failed accept(2), as a rule for want of descriptors
 
 _log = logging.getLogger(__name__)
 
@@ -22,8 +20,11 @@ async def serve_connections(
     most: int,
     serve: Callable[[socket.socket, Peer], Awaitable[None]],
 ) -> NoReturn:
-    """Call `serve(connection, peer)` in a task of its own for every connection of a process of these users, at most `most` at once; all others are
-    closed. The connection, non-blocking, is closed when it returns; what it raises costs this client its connection, and nobody else anything."""
+    """Call `serve(connection, peer)` in a task of its own for each connection from one of these users, at most `most` at once.
+
+    All other connections are closed. The connection is non-blocking and is closed when `serve` returns. An exception of `serve` ends only its own
+    connection.
+    """
     connections = 0
 
     async def serve_one(connection: socket.socket, peer: Peer) -> None:

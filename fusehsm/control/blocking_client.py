@@ -1,4 +1,4 @@
-"""A client's end of the control socket for threads, which wait in it, and need no event loop."""
+"""The client's end of the control socket for threads: calls block, and no event loop is needed."""
 
 import contextlib
 import errno
@@ -15,17 +15,19 @@ _FINISH = 2.0  # seconds
 
 
 class BlockingConnection:
-    """A connection to the server of a mount; requests go one after the other, whoever makes them."""
+    """A connection to the server of a mount. Several threads may use it; their requests go one after the other."""
 
     def __init__(self, mount: Mount) -> None:
-        """Connect. Raises OSError with one line, ENOTCONN where nobody serves the mount."""
+        """Connect. Raises OSError with one line, ENOTCONN if no server serves the mount."""
         self._socket = control_socket.connect(mount)
         self._destination = mount.mount_point
         self._turn = threading.Lock()
 
     def request(self, request: Request, descriptors: Sequence[int] = ()) -> tuple[dict[str, Any], int | None]:
-        """The result of a request, which `descriptors` go along with, and the descriptor that came with it, if any. Raises the OSError that
-        the server answers with, and ENOTCONN when the mount is gone or hang_up() was called."""
+        """Send a request, with `descriptors`, and wait. Returns the result and the descriptor that came with it, or None.
+
+        Raises the OSError of the server's answer, and OSError ENOTCONN if the mount is gone or hang_up() was called.
+        """
         with self._turn, control_socket.Reply(self._socket) as reply:
             try:
                 socket.send_fds(self._socket, [encode_request(request)], descriptors)
@@ -36,17 +38,17 @@ class BlockingConnection:
                 raise self.gone() from None
 
     def gone(self) -> OSError:
-        """What to raise when the server does not answer any more."""
+        """The error to raise when the server does not answer any more."""
         return OSError(errno.ENOTCONN, f"{self._destination}: the mount is gone")
 
     def hang_up(self) -> None:
-        """Have the request that waits, in another thread, fail, and every later one."""
-        with contextlib.suppress(OSError):  # the server was quicker
+        """Make the request that waits in another thread fail, and every later one."""
+        with contextlib.suppress(OSError):  # the server hung up first
             self._socket.shutdown(socket.SHUT_RDWR)
 
     @property
     def is_alive(self) -> bool:
-        """Whether the server has not hung up; while no request is waiting."""
+        """Whether the server has not hung up. Only valid while no request waits."""
         try:
             self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -56,12 +58,12 @@ class BlockingConnection:
         return False
 
     def finish(self) -> None:
-        """Tell the server that this is all, and wait until it has put everything away: what a group owed is settled then."""
-        with contextlib.suppress(OSError):  # it is gone, or does not answer
+        """End the connection and wait, for 2 seconds at most, until the server has cleaned up. The group's waiting events are settled then."""
+        with contextlib.suppress(OSError):  # the server is gone, or does not answer
             self._socket.shutdown(socket.SHUT_WR)
             self._socket.settimeout(_FINISH)
             self._socket.recv(1)
 
     def close(self) -> None:
-        """Close; no request may be waiting."""
+        """Close the socket. No request may be waiting."""
         self._socket.close()

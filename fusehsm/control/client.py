@@ -1,4 +1,4 @@
-"""A client's end of the control socket: requests and their replies."""
+"""The client's end of the control socket for trio tasks: requests and their replies."""
 
 import contextlib
 import errno
@@ -13,7 +13,7 @@ from fusehsm.linux.mountinfo import Mount
 
 
 class ControlConnection:
-    """A connection to the server of a mount. Requests go one after the other, whoever makes them."""
+    """A connection to the server of a mount. Several tasks may use it; their requests go one after the other."""
 
     def __init__(self, connection: socket.socket, destination: str) -> None:
         connection.setblocking(False)
@@ -23,13 +23,16 @@ class ControlConnection:
 
     @classmethod
     async def open(cls, mount: Mount) -> "ControlConnection":
-        """Connect to the mount's server. Raises OSError with one line, ENOTCONN where there is none."""
-        # In a thread: connect(2) waits while the server's backlog is full, and that server may live in this event loop.
+        """Connect to the mount's server. Raises OSError with one line, ENOTCONN if there is no server."""
+        # In a thread: connect(2) waits while the server's backlog is full, and this event loop may run that server.
         return cls(await trio.to_thread.run_sync(control_socket.connect, mount), mount.mount_point)
 
     async def request(self, request: Request) -> tuple[dict[str, Any], int | None]:
-        """The result of a request and the descriptor that came with it, if any. Raises the OSError that the server answers with, and
-        ENOTCONN when the mount is gone. When it is cancelled the connection is closed: nobody could tell whose reply comes next."""
+        """Send a request and wait. Returns the result and the descriptor that came with it, or None.
+
+        Raises the OSError of the server's answer, and OSError ENOTCONN if the mount is gone. A cancelled request closes the connection, because the
+        next reply could not be matched to a request.
+        """
         async with self._turn:
             with control_socket.Reply(self._socket) as reply:
                 complete = False
@@ -45,11 +48,11 @@ class ControlConnection:
                         self.close()
 
     def gone(self) -> OSError:
-        """What to raise when the server does not answer any more."""
+        """The error to raise when the server does not answer any more."""
         return OSError(errno.ENOTCONN, f"{self._destination}: the mount is gone")
 
     def close(self) -> None:
-        """Close; closing twice does nothing."""
+        """Close the socket. A second call does nothing."""
         if self._socket.fileno() >= 0 and trio.lowlevel.in_trio_run():
             trio.lowlevel.notify_closing(self._socket)
         self._socket.close()
@@ -77,7 +80,7 @@ class ControlConnection:
 
 
 async def request(mount: Mount, message: Request) -> dict[str, Any]:
-    """One request on a connection of its own (status, release). Raises OSError with one line."""
+    """Send one request (status, release) on a connection of its own. Raises OSError with one line."""
     connection = await ControlConnection.open(mount)
     try:
         result, _ = await connection.request(message)

@@ -1,7 +1,6 @@
-"""The event socket of a group on a fusehsm mount (control/protocol.py): events as they come, by the server's numbers.
+"""Reads the event socket of a group on a fusehsm mount (control/protocol.py). Events have the server's numbers here.
 
-What fanotify makes of them, descriptors' numbers that events are answered by, is for whoever hands them on: emulated.py, and the supervisor
-of unmodified programs.
+fanotify answers an event by its descriptor's number. The callers translate: backends/emulated.py, and the supervisor of unmodified programs.
 """
 
 import contextlib
@@ -41,32 +40,37 @@ _MASK = struct.Struct("=Q")
 _DESCRIPTORS = socket.CMSG_SPACE(2 * _INT.size)  # the file and the pidfd
 
 
-@dataclass(slots=True)  # not frozen: one is made for every event, and that doubles the price
+@dataclass(slots=True)  # not frozen: one is made for each event, and frozen doubles the cost
 class Received:
-    """An event that has left the socket: its bytes with this process's descriptors in them, the server's number, the accessor's path."""
+    """An event that has left the socket."""
 
+    #: fanotify's bytes, with this process's descriptors in them.
     data: bytearray
+    #: The server's number of the event.
     number: int
+    #: The event descriptor; negative if there is none.
     fd: int
+    #: The event's mask.
     mask: int
+    #: The path that the accessor used.
     path: bytes
 
     @property
     def pidfd(self) -> int:
-        """The descriptor in its pidfd record; negative where there is none."""
+        """The descriptor in the event's pidfd record; negative if there is none."""
         return int(_INT.unpack_from(self.data, EVENT_PIDFD_OFFSET)[0]) if has_pidfd(self.data) else FAN_NOFD
 
     def close(self) -> None:
-        """Close its descriptors."""
+        """Close the event's descriptors."""
         for descriptor in (self.fd, self.pidfd):
             if descriptor >= 0:
                 os.close(descriptor)
 
 
 class EventStream:
-    """One group's event socket. Nothing here waits for the server; not to be used by two threads at once.
+    """One group's event socket. No method waits for the server. Two threads must not use it at once.
 
-    `flags` of fanotify_init(2); `close_on_exec`: of the descriptors that events bring; `gone` makes what is raised when the mount is gone.
+    `flags`: those of fanotify_init(2). `gone` makes the error to raise when the mount is gone. `close_on_exec`: set on the descriptors of events.
     """
 
     def __init__(
@@ -90,18 +94,20 @@ class EventStream:
         self._merged = 0
 
     def take_merged(self) -> int:
-        """How many events have gone into others since this was last asked."""
+        """The number of events that were merged into others since the last call."""
         merged, self._merged = self._merged, 0
         return merged
 
     @property
     def buffered(self) -> int:
-        """How many events have left the socket and not been taken."""
+        """The number of events that have left the socket and were not taken."""
         return len(self._buffered)
 
     def take(self) -> Received | None:
-        """The next event, None when there is none. Raises the errno of an event that came without its descriptor (denied already), and
-        ENOTCONN when the mount is gone."""
+        """The next event; None if there is none.
+
+        Raises the OSError of an event that came without its descriptor (it is denied already), and OSError ENOTCONN if the mount is gone.
+        """
         if not self._buffered:
             received = self._receive()
             if received is None or not received.mask & NOTIFICATION_EVENTS:
@@ -113,7 +119,7 @@ class EventStream:
 
     @property
     def waits(self) -> bool:
-        """Whether take() would find something."""
+        """Whether take() would find something: an event, or the end of the mount."""
         if self._buffered:
             return True
         try:
@@ -122,28 +128,28 @@ class EventStream:
             return False
 
     def put_back(self, received: Received) -> None:
-        """Let an event that was taken be the next one again."""
+        """Put an event back that was taken, as the next one."""
         self._buffered.appendleft(received)
 
     def receive_all(self) -> None:
-        """Receive what waits, and merge equal notifications as the kernel does (emulator/group.py): they travel ahead of being read."""
-        with contextlib.suppress(OSError):  # a lost connection is told when nothing is left
+        """Receive all events that wait. Merge equal notifications as the kernel does (emulator/group.py): events travel ahead of the reads."""
+        with contextlib.suppress(OSError):  # a lost connection is reported when no event is left
             while (received := self._receive()) is not None:
                 if not (received.mask & NOTIFICATION_EVENTS and self._merge(received)):
                     self._buffered.append(received)
 
     def delivered(self, received: Received) -> None:
-        """An event has been read: the server may send another."""
+        """Note that the listener has read an event, so that the server may send another."""
         self._count_as_read()
         if has_pidfd(received.data):
             self._check_pidfd(received)
 
     def answer(self, number: int, error: int) -> None:
-        """Allow (0) or deny (an errno) the event that the server knows by that number. Raises OSError ENOTCONN when the mount is gone."""
+        """Allow (`error` 0) or deny (an errno) the event with the server's number `number`. Raises OSError ENOTCONN if the mount is gone."""
         self._send(encode_feedback(ANSWER, number, error))
 
     def close(self) -> None:
-        """Close the socket and the descriptors of what has not been taken; closing twice does nothing."""
+        """Close the socket and the descriptors of all events that were not taken. A second call does nothing."""
         self.socket.close()
         for received in self._buffered:
             received.close()
@@ -190,8 +196,10 @@ class EventStream:
         return Received(data, number, fd, mask, path)
 
     def _without_descriptor(self, data: bytearray, number: int, mask: int, path: bytes) -> Received:
-        """This process has no room for another descriptor: recvmsg(2) threw it away. As in the kernel, the access is denied with EPERM
-        and read() fails, or with FAN_REPORT_FD_ERROR the event tells of it."""
+        """Handle an event whose descriptor recvmsg(2) threw away, because this process has no room for another.
+
+        As in the kernel, the access is denied with EPERM and read() fails; with FAN_REPORT_FD_ERROR the event carries the error.
+        """
         if mask & self._permission_events:
             self._send(encode_feedback(ANSWER, number, errno.EPERM))
         if not self._tells_errors:
@@ -203,7 +211,7 @@ class EventStream:
         return Received(data, number, -errno.EMFILE, mask, path)
 
     def _check_pidfd(self, received: Received) -> None:
-        """The process may have gone since the event was sent: the kernel looks when it is read."""
+        """Check that the process still exists: the kernel makes the pidfd when the event is read, and the event was sent earlier."""
         (pidfd,) = _INT.unpack_from(received.data, EVENT_PIDFD_OFFSET)
         if pidfd < 0:
             return
@@ -219,7 +227,7 @@ class EventStream:
     def _count_as_read(self) -> None:
         self._read_since_credit += 1
         if self._read_since_credit >= CREDIT // 2:
-            with contextlib.suppress(OSError):  # the next read tells
+            with contextlib.suppress(OSError):  # the next read reports it
                 self._send(encode_feedback(MORE_CREDIT, 0, self._read_since_credit))
             self._read_since_credit = 0
 
@@ -229,7 +237,7 @@ class EventStream:
                 self.socket.send(message)
                 return
             except BlockingIOError:
-                # The server's loop never waits for a client, so this ends; write(2) to a real group does not wait either.
+                # The server's loop never waits for a client, so this wait ends. write(2) to a real group does not wait either.
                 writable = select.poll()
                 writable.register(self.socket, select.POLLOUT)
                 writable.poll()
@@ -238,7 +246,7 @@ class EventStream:
 
 
 def _are_of_one(first: Received, second: Received) -> bool:
-    """Whether two are notifications of the same file by the same name, and of the same process."""
+    """Whether two events are notifications of the same file by the same name, and of the same process."""
     if first.path != second.path or not first.mask & NOTIFICATION_EVENTS:
         return False
     if (
@@ -248,5 +256,5 @@ def _are_of_one(first: Received, second: Received) -> bool:
         return False
     if first.fd < 0 or second.fd < 0:
         return first.fd == second.fd
-    # What is replaced by another file keeps its name.
+    # Two files can have had the same name, one after the other.
     return os.path.sameopenfile(first.fd, second.fd)

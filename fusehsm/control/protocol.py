@@ -1,10 +1,10 @@
-"""The language of the control socket (SOCK_SEQPACKET): what other processes and a mount say to each other.
+"""Defines the messages of the control socket (SOCK_SEQPACKET) between a mount and other processes.
 
-A connection carries requests and their replies, as JSON, one at a time. The reply to a hello brings the event socket along, which carries
-nothing but events one way and feedback (answers and credit) the other, so that it is readable exactly when events wait.
+A connection carries requests and their replies as JSON, one at a time. The reply to a hello brings the event socket. That socket carries only
+events one way and feedback (answers and credit) the other way, so it is readable exactly when events wait.
 
-An event travels as fanotify's own bytes, its file's descriptor beside it as SCM_RIGHTS; the record's fd field holds the server's number of
-the event, by which it is answered, until the receiver puts the descriptor's number there. The accessor's path follows the record, unless
+An event travels as fanotify's own bytes, with its file's descriptor beside it (SCM_RIGHTS). The record's fd field holds the server's number of
+the event, by which it is answered, until the receiver writes the descriptor's number there. The accessor's path follows the record, unless
 it is longer than LARGEST_PATH.
 """
 
@@ -17,7 +17,7 @@ from typing import Any, Final
 from fusehsm.control.requests import RequestCodec
 
 VERSION: Final = 1
-CREDIT: Final = 64  # events that may lie unread in a client's event socket
+CREDIT: Final = 64  # the number of unread events that a client's event socket may hold
 
 LARGEST_REQUEST: Final = 16 * 1024  # bytes
 LARGEST_REPLY_PART: Final = 32 * 1024
@@ -31,19 +31,19 @@ FEEDBACK_SIZE: Final = _FEEDBACK.size
 _EVENT_LENGTH = struct.Struct("=I")
 
 
-# What a client says on the event socket: ANSWER (event number, errno or 0) or MORE_CREDIT (0, number of events read meanwhile). Plain
-# numbers, because every event comes by here.
+# A client's messages on the event socket: ANSWER (event number, errno or 0) or MORE_CREDIT (0, number of events read meanwhile). They are
+# plain numbers, because every event takes this way.
 ANSWER: Final = 1
 MORE_CREDIT: Final = 2
 
 
 def encode_feedback(kind: int, event_number: int, value: int) -> bytes:
-    """One message on the event socket, client to server."""
+    """One message on the event socket, from client to server."""
     return _FEEDBACK.pack(kind, event_number, value)
 
 
 def decode_feedback(data: bytes) -> tuple[int, int, int]:
-    """The reverse; ValueError for what is no feedback."""
+    """Decode encode_feedback()'s message into (kind, event number, value). Raises ValueError for other bytes."""
     try:
         kind, event_number, value = _FEEDBACK.unpack(data)
     except struct.error:
@@ -54,109 +54,130 @@ def decode_feedback(data: bytes) -> tuple[int, int, int]:
 
 
 def event_message_split(message: bytearray | bytes) -> int:
-    """Where in a message the event ends and the path begins."""
+    """The offset in a message, in bytes, where the event ends and the path begins."""
     (length,) = _EVENT_LENGTH.unpack_from(message)
     return int(length)
 
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """Make a group: fanotify_init(2)'s flags, and a dialect's name or None for the mount's. Answered with Welcome and the event socket.
+    """Make a group. The answer is Welcome and the event socket.
 
-    A pipe's writing end that comes along is a doorbell: after every event that has been sent a byte is written there.
+    A pipe's write end that comes along is a doorbell: the server writes a byte to it after every event that it has sent.
     """
 
+    #: The version of this protocol.
     version: int
+    #: fanotify_init(2)'s flags.
     flags: int
+    #: fanotify_init(2)'s event_f_flags.
     event_f_flags: int
+    #: The name of the group's dialect; None for the mount's.
     dialect: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """The reply to Hello: the group's dialect, and the mount point that its paths begin with."""
+    """The reply to Hello."""
 
+    #: The name of the group's dialect.
     dialect: str
+    #: The mount point, with which the group's paths begin.
     destination: str
 
 
 @dataclass(frozen=True, slots=True)
 class MarkRequest:
-    """fanotify_mark(2) on a node that the client has looked up itself (st_dev, st_ino), on the mount or, as through an event's descriptor, on
-    the backing; inode None with FAN_MARK_FLUSH."""
+    """fanotify_mark(2) on a node that the client has looked up itself, on the mount, or on the backing through an event descriptor."""
 
+    #: fanotify_mark(2)'s flags.
     flags: int
+    #: fanotify_mark(2)'s mask.
     mask: int
+    #: The node's st_dev, with `minor`.
     major: int
     minor: int
+    #: The node's st_ino; None with FAN_MARK_FLUSH.
     inode: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What the mount and its listeners are doing; answered with gate.status()."""
+    """Tell the state of the mount and its listeners. The answer is gate.status()."""
 
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """Let go what --unattended hold has parked; answered with {"released": count}."""
+    """Let all accesses go on that --unattended hold has parked. The answer is {"released": count}."""
 
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """Drop what the kernel has cached of a node that the client has looked up itself (st_dev, st_ino)."""
+    """Drop the kernel's cached pages of a node that the client has looked up itself."""
 
+    #: The node's st_dev, with `minor`.
     major: int
     minor: int
+    #: The node's st_ino.
     inode: int
 
 
 @dataclass(frozen=True, slots=True)
 class Map:
-    """mmap(2) of an open file whose accessor (thread `tid`) waits meanwhile; answered when its event is, with the denial's errno.
+    """mmap(2) of an open file, whose accessor waits meanwhile. The reply comes when the event is answered; a denial is its errno."""
 
-    The node as the client has looked it up (st_dev, st_ino); `offset` and `length` in bytes as in the call, `flags` of the open file,
-    `writable`: a shared and writable mapping.
-    """
-
+    #: The node's st_dev as the client has looked it up, with `minor`.
     major: int
     minor: int
+    #: The node's st_ino.
     inode: int
+    #: The call's offset, bytes.
     offset: int
+    #: The call's length, bytes.
     length: int
+    #: The open file's flags.
     flags: int
+    #: The accessor's thread.
     tid: int
+    #: The mapping is shared and writable.
     writable: int
 
 
 @dataclass(frozen=True, slots=True)
 class Backing:
-    """A descriptor of the backing's root directory, which a mount in place has covered; it comes with the reply."""
+    """Send a descriptor of the backing's root directory, which a mount in place covers. It comes with the reply."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """Lease a file that the client has looked up itself (st_dev, st_ino), as fcntl(2) does with F_SETLEASE and F_WRLCK: nobody has it open
-    or mapped, and who opens or truncates it waits. Answered with a descriptor of its content on the backing, once nothing of it is cached.
+    """Lease a file that the client has looked up itself, as fcntl(2) does with F_SETLEASE and F_WRLCK: no process has it open or mapped.
 
-    EAGAIN while somebody has it open, EINVAL where it is no regular file, EBUSY for a second one on a connection. It ends with Unlease or with
-    the connection, and is broken when somebody has waited for fs.lease-break-time.
+    A process that opens or truncates it waits. The answer is a descriptor of the file on the backing, sent when none of its pages is cached any
+    more. EAGAIN if the file is open, EINVAL if it is no regular file, EBUSY for a second lease on a connection. The lease ends with Unlease or
+    with the connection. It is broken when a process has waited for fs.lease-break-time.
     """
 
+    #: The file's st_dev, with `minor`.
     major: int
     minor: int
+    #: The file's st_ino.
     inode: int
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseStatus:
-    """Whether somebody waits for this connection's lease to end, or has until it was broken: {"wanted": bool}. EBADF where there is none."""
+    """Tell whether a process waits for this connection's lease to end, or has waited until it was broken: {"wanted": bool}.
+
+    EBADF if there is no lease.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class Unlease:
-    """Give this connection's lease back: what is cached by then is dropped, and who waits goes on. ETIMEDOUT when it was broken, EBADF
-    where there is none."""
+    """Give this connection's lease back. The pages that are cached by then are dropped, and waiting processes go on.
+
+    ETIMEDOUT if the lease was broken, EBADF if there is none.
+    """
 
 
 Request = Hello | MarkRequest | Status | Release | Drop | Map | Lease | LeaseStatus | Unlease | Backing
@@ -181,12 +202,12 @@ decode_request: Final = _CODEC.decode
 
 
 def encode_result(result: dict[str, Any]) -> list[bytes]:
-    """The messages that make up a reply to a request that succeeded."""
+    """The messages of a reply to a request that succeeded."""
     return _parts({"result": result})
 
 
 def encode_failure(error: OSError) -> list[bytes]:
-    """The messages that make up a reply to a request that failed."""
+    """The messages of a reply to a request that failed."""
     return _parts({"errno": error.errno or errno.EIO, "message": error.strerror or str(error)})
 
 
@@ -197,14 +218,14 @@ def _parts(reply: dict[str, Any]) -> list[bytes]:
 
 
 def is_last_part(part: bytes) -> bool:
-    """Whether a reply is complete with this message. ValueError for what is no part of a reply."""
+    """Whether a reply is complete with this message. Raises ValueError for a message that is not part of a reply."""
     if part[:1] not in (_MORE, _LAST):
         raise ValueError("not a part of a reply")
     return part[:1] == _LAST
 
 
 def decode_reply(parts: list[bytes]) -> dict[str, Any]:
-    """A reply's result; raises the OSError that it tells of, ValueError for rubbish."""
+    """A reply's result. Raises the OSError that the reply carries, ValueError for other bytes."""
     reply = json.loads(b"".join(part[1:] for part in parts))
     match reply:
         case {"errno": int(number), "message": str(message)}:

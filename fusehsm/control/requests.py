@@ -1,4 +1,4 @@
-"""Requests as JSON: what a server that anybody may write to makes of a message. Each server has its own kinds of requests."""
+"""Checks and decodes requests in JSON, for servers that any process may write to. Each server has its own kinds of requests."""
 
 import dataclasses
 import json
@@ -10,13 +10,13 @@ RequestT = TypeVar("RequestT")
 
 
 class RequestCodec(Generic[RequestT]):
-    """The kinds of requests that one server knows: dataclasses, by the names that they have in a message.
+    """The kinds of requests of one server: dataclasses, by the names that they have in a message.
 
     A field is a str, int, bool or float, or one of these or None. Numbers are from 0 to `largest`.
     """
 
     def __init__(self, server: str, kinds: Mapping[str, type[RequestT]], *, largest: int) -> None:
-        """`server` names the server for those whose request it refuses."""
+        """`server` is the server's name in the errors for a refused request."""
         self._server = server
         self._kinds = dict(kinds)
         self._names = {kind: name for name, kind in kinds.items()}
@@ -24,12 +24,12 @@ class RequestCodec(Generic[RequestT]):
         self._largest = largest
 
     def encode(self, request: RequestT) -> bytes:
-        """A request's message."""
+        """The message for a request."""
         fields = {name: getattr(request, name) for name in self._types[type(request)]}
         return json.dumps({"request": self._names[type(request)], **fields}).encode()
 
     def decode(self, data: bytes) -> RequestT:
-        """The reverse; ValueError, in words for its sender, for anything that encode() does not make."""
+        """The request in a message. Raises ValueError, in words for the sender, for all that encode() does not make."""
         try:
             fields = json.loads(data)
         except (ValueError, RecursionError):
@@ -52,11 +52,11 @@ class RequestCodec(Generic[RequestT]):
 
 
 def _field_types(kind: type[Any]) -> dict[str, frozenset[type]]:
-    """What json.loads() may make of each field."""
+    """The types that json.loads() may return for each field."""
     types = {}
     for field in dataclasses.fields(kind):
         accepted = set(typing.get_args(field.type) or (field.type,))
         if float in accepted:
-            accepted.add(int)  # JSON tells no difference
+            accepted.add(int)  # JSON does not distinguish them
         types[field.name] = frozenset(accepted)
     return types

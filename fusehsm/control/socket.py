@@ -1,7 +1,7 @@
-"""Where a mount and the processes that talk to it meet: a socket named after the mount's device number, in a directory of its owner's.
+"""Makes and finds the socket where a mount's server meets its clients. It is named after the mount's device number, in a directory of its owner.
 
-A server of something else than a mount meets others there, too, by another name (listening_as, connect_to). Reply is what both kinds of
-clients (client.py, blocking_client.py) do with what a server sends.
+Other servers use it, too, by another name (listening_as, connect_to). Reply is the common part of both clients (client.py,
+blocking_client.py): it receives a server's reply.
 """
 
 import contextlib
@@ -23,17 +23,20 @@ from fusehsm.linux.mountinfo import Mount
 
 _BACKLOG = 128
 _DESCRIPTOR = struct.Struct("=i")
-_DESCRIPTORS = socket.CMSG_SPACE(_DESCRIPTOR.size)  # a reply brings one at most
+_DESCRIPTORS = socket.CMSG_SPACE(_DESCRIPTOR.size)  # a reply brings one descriptor at most
 _CREDENTIALS = struct.Struct("=iII")
 _SOCKET_NAME = re.compile(r"\d+:\d+(:\d+)?")
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """Who is at the other end of a socket, as it was when they connected (SO_PEERCRED, unix(7))."""
+    """The process at the other end of a socket, as it was when it connected (SO_PEERCRED, unix(7))."""
 
+    #: Process id.
     pid: int
+    #: Effective user id.
     uid: int
+    #: Effective group id.
     gid: int
 
 
@@ -45,15 +48,17 @@ def peer_of(connection: socket.socket) -> Peer:
 
 
 def rights(descriptors: Sequence[int]) -> list[tuple[int, int, bytes]]:
-    """The ancillary data of sendmsg(2) that sends these descriptors along (SCM_RIGHTS, unix(7))."""
+    """The ancillary data for sendmsg(2) that sends these descriptors (SCM_RIGHTS, unix(7))."""
     if not descriptors:
         return []
     return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"={len(descriptors)}i", *descriptors))]
 
 
 class Reply:
-    """A reply on its way: the parts that have come, and the descriptor that one of them brings. `with` it: at the end the descriptor is
-    closed, unless result() has handed it out."""
+    """A reply on its way: the parts that have come, and the descriptor that one of them brings.
+
+    Use it with `with`: the end of the block closes the descriptor, unless result() has handed it out.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
@@ -61,14 +66,16 @@ class Reply:
         self._descriptor: int | None = None
 
     def receive(self) -> bool:
-        """Receive one part; whether it is the last. Raises ConnectionError when the server has hung up, ValueError for what is no part, and
-        BlockingIOError."""
+        """Receive one part; returns whether it is the last.
+
+        Raises ConnectionError if the server has hung up, ValueError for a message that is not part of a reply, BlockingIOError if none has come.
+        """
         part, ancillary, _, _ = self._connection.recvmsg(
             LARGEST_REPLY_PART + 1, _DESCRIPTORS, socket.MSG_CMSG_CLOEXEC
         )
         for _level, _type, data in ancillary:
             for (descriptor,) in _DESCRIPTOR.iter_unpack(data):
-                self._close_descriptor()  # one more than a reply has
+                self._close_descriptor()  # a reply has one at most
                 self._descriptor = descriptor
         if not part:
             raise ConnectionResetError
@@ -76,8 +83,10 @@ class Reply:
         return is_last_part(part)
 
     def result(self) -> tuple[dict[str, Any], int | None]:
-        """The result, and the descriptor, if any, which is the caller's now. Raises the OSError that the server answers with, ValueError for
-        rubbish."""
+        """The result, and the descriptor or None, which the caller owns now.
+
+        Raises the OSError of the server's answer, ValueError for other bytes.
+        """
         result = decode_reply(self._parts)
         descriptor, self._descriptor = self._descriptor, None
         return result, descriptor
@@ -97,7 +106,7 @@ class Reply:
 
 
 def directories(uid: int) -> list[str]:
-    """Where the sockets of that user's mounts may be, the preferred place first."""
+    """The directories where the sockets of that user's mounts may be, the preferred one first."""
     places = [f"/run/user/{uid}/fusehsm"]
     own = os.environ.get("XDG_RUNTIME_DIR", "")
     if uid == os.getuid() and own.startswith("/"):
@@ -105,18 +114,17 @@ def directories(uid: int) -> list[str]:
     if uid == 0:
         places.insert(0, "/run/fusehsm")
     else:
-        # For users without a session of their own (su, cron, containers): their XDG directory is not there.
+        # For users without a session of their own (su, cron, containers), who have no XDG directory.
         places.append(f"/tmp/fusehsm-{uid}")
     return list(dict.fromkeys(places))
 
 
 @contextmanager
 def listening(device: tuple[int, int], places: Sequence[str] | None = None) -> Iterator[socket.socket]:
-    """A listening, non-blocking socket for the mount of that device number; its name is gone afterwards. `places` are the directories
-    to try, by default those of this user.
+    """A listening, non-blocking socket for the mount of that device number; its name is removed afterwards.
 
-    A name that is already there is stale, because a device number belongs to one mount at a time: it is replaced. Raises OSError with
-    one line when there is no place for it.
+    `places`: the directories to try (default: those of this user). A name that is there already is stale and is replaced, because a device number
+    belongs to one mount at a time. Raises OSError with one line if there is no place for the socket.
     """
     with listening_as(_name(device), places) as listener:
         yield listener
@@ -124,7 +132,7 @@ def listening(device: tuple[int, int], places: Sequence[str] | None = None) -> I
 
 @contextmanager
 def listening_as(name: str, places: Sequence[str] | None = None) -> Iterator[socket.socket]:
-    """The same by a name, numbers with colons in between, that nobody else uses who is still there."""
+    """The same for a name: numbers with colons in between. No other running server may use it."""
     directory = _open_own_directory(directories(os.getuid()) if places is None else places)
     try:
         _sweep(directory)
@@ -132,7 +140,7 @@ def listening_as(name: str, places: Sequence[str] | None = None) -> Iterator[soc
             socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
         )
         with listener:
-            # Under another name until it listens: a client that finds a socket must be able to connect to it.
+            # It has another name until it listens: a client that finds a socket must be able to connect to it.
             unborn = f".{name}.{os.getpid()}"
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(unborn, dir_fd=directory)
@@ -152,10 +160,10 @@ def listening_as(name: str, places: Sequence[str] | None = None) -> Iterator[soc
 
 
 def connect(mount: Mount, places: Sequence[str] | None = None) -> socket.socket:
-    """A connection to the server of a mount; blocks while the server has too many to accept. `places` are the directories to try, by
-    default those of the mount's owner.
+    """A connection to the server of a mount. Blocks while the server's backlog is full.
 
-    Raises OSError with one line: ENOTCONN where nobody serves the mount, EACCES where its sockets are out of this user's reach.
+    `places`: the directories to try (default: those of the mount's owner). Raises OSError with one line: ENOTCONN if no server serves the mount,
+    EACCES if this user cannot reach its socket.
     """
     if places is None:
         places = directories(mount.owner_uid)
@@ -193,7 +201,7 @@ def connect(mount: Mount, places: Sequence[str] | None = None) -> socket.socket:
 
 
 def connect_to(name: str, owners: Sequence[int]) -> socket.socket | None:
-    """A connection to whom one of these users lets serve by that name; None where nobody does. Blocks as connect() does."""
+    """A connection to the server of that name that runs for one of these users; None if there is none. Blocks as connect() does."""
     for owner in dict.fromkeys(owners):
         for place in directories(owner):
             try:
@@ -244,7 +252,7 @@ def _open_own_directory(places: Sequence[str]) -> int:
 
 
 def _open_directory(place: str, owners: set[int]) -> int:
-    """A descriptor of a directory that nobody but its owner can have put anything into."""
+    """A descriptor of a directory into which only its owner can have put anything."""
     directory = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     status = os.fstat(directory)
     if status.st_uid not in owners or stat.S_IMODE(status.st_mode) & 0o077:
@@ -254,7 +262,7 @@ def _open_directory(place: str, owners: set[int]) -> int:
 
 
 def sweep() -> None:
-    """Unlink this user's sockets that nobody listens on any more: a server that was killed could not."""
+    """Unlink this user's sockets that no server listens on any more; a server that was killed could not do it."""
     for place in directories(os.getuid()):
         with contextlib.suppress(OSError):
             directory = _open_directory(place, {os.getuid()})
@@ -265,7 +273,7 @@ def sweep() -> None:
 
 
 def _sweep(directory: int) -> None:
-    """Unlink the sockets that nobody listens on any more."""
+    """Unlink the sockets in a directory that no server listens on any more."""
     with _locked(directory):
         for name in os.listdir(directory):
             if _SOCKET_NAME.fullmatch(name):
@@ -275,12 +283,12 @@ def _sweep(directory: int) -> None:
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(name, dir_fd=directory)
                 except OSError:
-                    pass  # busy, or gone meanwhile
+                    pass  # the server is busy, or the socket is gone meanwhile
 
 
 @contextmanager
 def _locked(directory: int) -> Iterator[None]:
-    """Keep others from giving a name to another socket between a look at it and its removal."""
+    """Lock a directory, so that no name gets another socket between the check of a socket and its removal."""
     fcntl.flock(directory, fcntl.LOCK_EX)
     try:
         yield
