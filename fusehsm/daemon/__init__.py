@@ -1,1 +1,1 @@
-"""The process of a mount: its options, its control server, its handler, and starting it as a child."""
+"""The process of a mount: its options, its control server, its handler, and its start as a child process."""

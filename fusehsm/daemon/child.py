@@ -1,4 +1,4 @@
-"""Mounts for as long as the process that wants them lives: `fusehsm mount --foreground` as a child."""
+"""Starts `fusehsm mount --foreground` as a child, so that the mount lives as long as the process that needs it."""
 
 import os
 import signal
@@ -16,15 +16,17 @@ from fusehsm.linux.mountinfo import Mount, MountId, read_mounts
 from fusehsm.linux.signals import signals_blocked, signals_held
 from fusehsm.linux.subprocesses import own_command, own_environment
 
-_PATIENCE = 30.0  # seconds for a daemon to go
-_LONGEST_MESSAGE = 64  # bytes; of the daemon, with the number of its mount
+_PATIENCE = 30.0  # seconds for a daemon to end
+_LONGEST_MESSAGE = 64  # bytes of the daemon's message with the number of its mount
 
 
 @dataclass(frozen=True, slots=True)
 class ForegroundMount:
-    """A mount that is ready: its server, and the thread that reads what it says, which ends with it."""
+    """A mount that is ready."""
 
+    #: The mount's server.
     daemon: "subprocess.Popen[str]"
+    #: The thread that reads the server's output; it ends with the server.
     reader: threading.Thread
 
 
@@ -36,11 +38,12 @@ def _complain(line: str) -> None:
 def foreground_mount(
     source: str, destination: str, *options: str, hear: Callable[[str], None] = _complain
 ) -> Iterator[ForegroundMount]:
-    """`fusehsm mount` of one directory at another, which other users may use where root mounts it; unmounted at the end whatever happened.
-    What its server says from now on goes to `hear`, a line at a time, in another thread.
+    """Run `fusehsm mount` of one directory at another, and unmount it at the end in every case.
 
-    It ends, too, when this process is killed: it holds the other end of a socket (PR_SET_PDEATHSIG does not outlast a change of setfsuid(2), as
-    servers of file systems make it). Raises OSError with what the command said if the mount does not come up.
+    Other users may use the mount if root mounts it. `hear` gets each later line of the server's output, in another thread.
+
+    The mount also ends when this process is killed, because this process holds the other end of a socket. (PR_SET_PDEATHSIG does not survive
+    setfsuid(2), which filesystem servers call.) Raises OSError with the command's output if the mount does not come up.
     """
     lifeline, held = socket.socketpair()
     command = own_command("mount", "--foreground", "--lifeline", str(lifeline.fileno()))
@@ -89,7 +92,7 @@ def _pass_on(daemon: "subprocess.Popen[str]", hear: Callable[[str], None]) -> No
 
 
 def _end(daemon: "subprocess.Popen[str]", held: socket.socket, destination: str) -> None:
-    """Let the daemon unmount, as a service manager would. If that takes too long, kill it; of one that was killed, unmount what it had mounted."""
+    """Let the daemon unmount, as a service manager would. Kill it if that takes too long. Unmount the mount of a daemon that was killed."""
     daemon.send_signal(signal.SIGTERM)
     with suppress(subprocess.TimeoutExpired):
         daemon.wait(_PATIENCE)
@@ -99,17 +102,17 @@ def _end(daemon: "subprocess.Popen[str]", held: socket.socket, destination: str)
     if daemon.returncode >= 0:
         return
     held.setblocking(False)
-    with suppress(OSError):  # it has told nothing, or its mount is gone already
+    with suppress(OSError):  # the daemon has sent no number, or its mount is gone already
         left = MountId.unpack(held.recv(_LONGEST_MESSAGE))
         if left is not None:
             _unmount_dead(destination, left)
 
 
 def _unmount_dead(destination: str, left: MountId) -> None:
-    """Unmount what a daemon that is dead by now has left."""
+    """Unmount the mount of a daemon that is dead by now."""
     for mount in read_mounts():
         if mount.mount_id == left.number and _is_served(mount):
-            return  # another's, with the same number (before Linux 6.8)
+            return  # another mount with the same number (before Linux 6.8)
     absolute = os.path.abspath(destination)
     point = os.path.join(os.path.realpath(os.path.dirname(absolute)), os.path.basename(absolute))
     unmount(point, left, lazily=True)

@@ -1,7 +1,7 @@
-"""The mount's end of the control socket: groups for other processes.
+"""The mount's end of the control socket: makes groups for other processes.
 
-Whatever a client does (rubbish, floods, never reading, dying half-way), it is answered with an error or disconnected, and nobody else
-waits for it: every send is non-blocking, every client is read a bounded number of messages at a time.
+A client can send rubbish, flood, never read, or die half-way. It then gets an error or is disconnected, and no other client waits for it:
+every send is non-blocking, and each turn reads a bounded number of messages from one client.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ from fusehsm.emulator.group import Group
 from fusehsm.emulator.interface import GateFace
 from fusehsm.fanotify.abi import DIALECTS, FAN_MARK_FLUSH
 
-MOST_GROUPS: Final = 128  # as fs.fanotify.max_user_groups
+MOST_GROUPS: Final = 128  # the default of fs.fanotify.max_user_groups
 MOST_CONNECTIONS: Final = 256
 
 _log = logging.getLogger(__name__)
@@ -52,10 +52,9 @@ async def serve_control(
     places: Sequence[str] | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve the control socket of the mount with that (major, minor) until cancelled; started once clients can connect. `places` are the
-    directories to try for it, by default those of this user.
+    """Serve the control socket of the mount with that (major, minor) until cancelled; started when clients can connect.
 
-    Raises OSError with one line when there is no place for the socket.
+    `places`: the directories to try (default: those of this user). Raises OSError with one line if there is no place for the socket.
     """
     with control_socket.listening(device, places) as listener:
         task_status.started()
@@ -63,7 +62,7 @@ async def serve_control(
 
 
 class _Server:
-    """What the sessions of one mount share."""
+    """The state that all sessions of one mount share."""
 
     def __init__(self, gate: GateFace, device: tuple[int, int]) -> None:
         self.gate = gate
@@ -71,7 +70,7 @@ class _Server:
         self.groups = 0
 
     async def serve(self, connection: socket.socket, peer: Peer) -> None:
-        """Until the client goes, or breaks the protocol."""
+        """Serve a client until it hangs up or breaks the protocol."""
         session = _Session(self, connection, peer.pid)
         try:
             await session.run()
@@ -80,7 +79,7 @@ class _Server:
 
 
 class _Session:
-    """One client: its requests, and its group once it has said hello."""
+    """One client: its requests, and its group after its hello."""
 
     def __init__(self, server: _Server, connection: socket.socket, pid: int) -> None:
         self._server = server
@@ -92,7 +91,7 @@ class _Session:
         self._lease: Any = None
 
     async def run(self) -> None:
-        """Serve until the client goes, which either of its sockets may tell, or breaks the protocol."""
+        """Serve until the client hangs up, on either of its sockets, or breaks the protocol."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             with contextlib.suppress(ConnectionError):
@@ -134,12 +133,14 @@ class _Session:
                     os.close(descriptor)
 
     def _receive(self) -> bytes:
-        """One request. What comes with a hello is the doorbell: opened anew, because whoever sent it shares the flags of what was sent,
-        and could have us wait for room in the pipe."""
+        """Receive one request. A descriptor that comes with a hello is the doorbell.
+
+        It is opened anew: the sender shares the flags of its descriptor, and could make this process wait for room in the pipe.
+        """
         message, descriptors, _, _ = socket.recv_fds(self._connection, protocol.LARGEST_REQUEST + 1, 1)
         for descriptor in descriptors:
             if self._doorbell is None and stat.S_ISFIFO(os.fstat(descriptor).st_mode):
-                with contextlib.suppress(OSError):  # nobody holds the other end any more
+                with contextlib.suppress(OSError):  # no process holds the other end any more
                     self._doorbell = os.open(
                         f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC
                     )
@@ -232,7 +233,7 @@ class _Session:
             return
         if mark.inode is None:
             raise OSError(errno.EINVAL, "a mark needs an inode")
-        # What an event's descriptor leads to, by which listeners like to mark, is the file on the backing.
+        # Listeners like to mark through an event descriptor, which is open on the backing's file.
         node = self._gate.overlay.node_of_backing(mark.major, mark.minor, mark.inode)
         if node is None:
             self._check_device(mark.major, mark.minor)
@@ -251,7 +252,7 @@ class _Session:
         return self._lease
 
     async def _map(self, request: Map) -> None:
-        """Ask for a mapping, as long as the client waits: it hangs up when the accessor is killed, of which nobody else tells us."""
+        """Ask for a mapping while the client waits. A client hangs up when its accessor is killed; nothing else tells the mount of that."""
         node = self._gate.overlay.node(request.inode)
         denial: OSError | None = None
         async with trio.open_nursery() as nursery:
@@ -273,5 +274,5 @@ class _Session:
 
     async def _cancel_when_gone(self, scope: trio.CancelScope) -> None:
         await trio.lowlevel.wait_readable(self._connection)
-        # A client that sends the next request before it has the answer to this one breaks the protocol.
+        # A client that sends its next request before the answer to this one breaks the protocol.
         scope.cancel()

@@ -1,10 +1,10 @@
-"""A handler in the mount's own process that touches its own mount from the event loop: it would wait for itself, for ever.
+"""Keeps a handler in the mount's process from waiting for ever: an access to its own mount from the event loop would wait for itself.
 
-What it does from another thread is answered, and content is refused there with EDEADLK (emulator/listeners.py). From the event loop's own thread
-nothing can be answered while it waits, so two things stand between that and a hang. `refuse_calls` makes Python's own calls that name a
-path under the mount fail with EDEADLK before they reach the kernel: open(), listdir(), rename() and all others that raise auditing events
-(sys.addaudithook). stat() and some others raise none: for those `Watchdog`, a thread, sees the event loop wait for a FUSE answer that
-cannot come, names the line of code in the log, and ends the mount by closing its /dev/fuse: every waiting accessor then gets an error.
+Accesses from another thread are answered, and content is refused there with EDEADLK (emulator/listeners.py). While the event loop's own thread
+waits, nothing can be answered. Two things prevent a hang. `refuse_calls` makes Python's own calls that name a path under the mount fail with
+EDEADLK before they reach the kernel: open(), listdir(), rename() and all others that raise auditing events (sys.addaudithook). stat() and some
+others raise none. For those there is `Watchdog`, a thread: it sees the event loop wait for a FUSE answer that cannot come, logs the line of
+code, and closes /dev/fuse. That ends the mount, and every waiting accessor gets an error.
 """
 
 import errno
@@ -22,9 +22,11 @@ from typing import Final, Self
 
 log = logging.getLogger(__name__)
 
-_INTERVAL: Final = 0.5  # seconds between two looks of the watchdog
-_PATIENCE: Final = 6  # looks in a row at one and the same wait
-_FUSE_WAIT: Final = "request_wait_answer"  # fs/fuse/dev.c: where the kernel waits for the answer to a request
+_INTERVAL: Final = 0.5  # seconds between two checks of the watchdog
+_PATIENCE: Final = 6  # consecutive checks that find the same wait
+_FUSE_WAIT: Final = (
+    "request_wait_answer"  # fs/fuse/dev.c: the function that waits for the answer to a request
+)
 _OURS: Final = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _LIBRARY: Final = sysconfig.get_path("stdlib") + os.sep
 _PACKAGES: Final = tuple(
@@ -33,10 +35,10 @@ _PACKAGES: Final = tuple(
 
 
 def refuse_calls(destination: str, thread: int) -> Callable[[], None]:
-    """From now on calls of that thread (threading.get_ident()) that name an absolute path under the mount raise OSError EDEADLK, until the
-    function that this returns is called.
+    """Make calls of one thread that name an absolute path under the mount raise OSError EDEADLK.
 
-    By name only: looking where a symbolic link leads would ask the mount. An auditing hook stays as long as the process.
+    `thread` is its threading.get_ident(). The returned function ends this. Only the name counts: to resolve a symbolic link would send requests to
+    the mount. The auditing hook stays for the life of the process.
     """
     refusing = True
 
@@ -70,10 +72,10 @@ def refuse_calls(destination: str, thread: int) -> Callable[[], None]:
 
 
 class Watchdog:
-    """Ends the mount when its event loop waits for itself; to be made in the event loop's thread, and started by `with`.
+    """Ends the mount when its event loop waits for itself. Make it in the event loop's thread; `with` starts it.
 
-    It must be the handler that waits, not the server for its backing (which may be FUSE too, and slow), and a request must wait unread at
-    our own /dev/fuse.
+    It acts only if the handler waits, not the server for its backing (which may be slow, or FUSE too), and only if a request waits unread at this
+    process's /dev/fuse.
     """
 
     def __init__(self) -> None:
@@ -113,7 +115,7 @@ class Watchdog:
                 return
 
     def _look(self) -> tuple[str, int] | None:
-        """What the event loop waits in, equal as long as it goes on; None unless it waits for FUSE."""
+        """The wait that the event loop is in, equal as long as that wait goes on; None unless it waits for FUSE."""
         place = f"/proc/self/task/{self._tid}"
         try:
             with open(f"{place}/wchan", encoding="ascii") as file:
@@ -128,7 +130,7 @@ class Watchdog:
         return call, switches
 
     def _culprit(self) -> str | None:
-        """The lines of code that wait; None when they are ours."""
+        """The lines of code that wait; None if they are fusehsm's."""
         frame = sys._current_frames().get(self._thread)
         stack = traceback.extract_stack(frame)
         for call in reversed(stack):
@@ -142,7 +144,7 @@ class Watchdog:
 
 
 def _connections() -> list[int]:
-    """Our descriptors of /dev/fuse."""
+    """This process's descriptors of /dev/fuse."""
     found = []
     for name in os.listdir("/proc/self/fd"):
         with suppress(OSError):
@@ -159,7 +161,7 @@ def _requests_wait() -> bool:
 
 
 def _end_connection() -> None:
-    """Let go of /dev/fuse: the kernel then fails every request. Its numbers stay taken, because libfuse will close them."""
+    """Close /dev/fuse, so that the kernel fails every request. The numbers stay in use, because libfuse will close them."""
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     for descriptor in _connections():
         os.dup2(null, descriptor, inheritable=False)

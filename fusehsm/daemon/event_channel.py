@@ -1,4 +1,4 @@
-"""A group's events on their way to its client, and the answers back: the server's end of the event socket (control/protocol.py)."""
+"""The server's end of the event socket (control/protocol.py): sends a group's events to its client and takes the answers."""
 
 import contextlib
 import errno
@@ -15,7 +15,7 @@ from fusehsm.emulator.group import Group, Pending
 from fusehsm.emulator.interface import GateFace
 from fusehsm.fanotify.abi import FAN_CLASS_PRE_CONTENT
 
-_FEEDBACK_AT_ONCE = 64  # messages read from one client before others get their turn
+_FEEDBACK_AT_ONCE = 64  # messages that are read from one client before other clients get their turn
 _IN_FLIGHT_SHORTAGE = (
     0.01  # seconds to wait when too many descriptors are on their way to clients (ETOOMANYREFS, unix(7))
 )
@@ -23,7 +23,7 @@ _LARGEST_NUMBER = 0x7FFF_FFFF
 
 
 class EventChannel:
-    """Carries a group's events to its client and the answers back."""
+    """Sends a group's events to its client and takes the answers."""
 
     def __init__(
         self,
@@ -40,19 +40,19 @@ class EventChannel:
         self._socket = channel
         self._credit = CREDIT
         self._numbers = _numbers()
-        self._waiting: dict[int, Pending] = {}  # permission events by the number that the client answers with
+        self._waiting: dict[int, Pending] = {}  # permission events, by the number in the client's answer
         self._errnos = (
             {0, *group.dialect.deny_errnos} if group.flags & FAN_CLASS_PRE_CONTENT else {0, errno.EPERM}
         )
         self._stuck: tuple[list[bytes], list[int]] | None = (
-            None  # the message, and its descriptors, that found no room
+            None  # the message, and its descriptors, that the socket had no room for
         )
         self._is_stuck = trio.Event()
         self._open = True
         group.on_readable = self.push
 
     def push(self) -> None:
-        """Send what is queued, as far as credit and room reach. Never blocks."""
+        """Send the queued events, as far as the credit and the socket's room allow. Never blocks."""
         while self._credit and self._stuck is None and self._open:
             pending = self.group.take()
             if pending is None:
@@ -60,14 +60,14 @@ class EventChannel:
             try:
                 prepared = self._prepare(pending)
             except OSError:
-                continue  # its file cannot be opened: it has been denied, and the client hears nothing of it
+                continue  # its file cannot be opened: the access is denied, and the client gets no event
             self._credit -= 1
             if not self._transmit(*prepared):
                 self._stuck = prepared
                 self._is_stuck.set()
 
     def _prepare(self, pending: Pending) -> tuple[list[bytes], list[int]]:
-        """The message of an event and its descriptors. Raises OSError where Group.open_file() does."""
+        """The message of an event and its descriptors. Raises OSError as Group.open_file() does."""
         descriptors: list[int] = []
         fd = self.group.open_file(pending, self._open_file)
         if fd >= 0:
@@ -86,7 +86,7 @@ class EventChannel:
         return self._gate.open_event_fd(self.group, pending)
 
     def _transmit(self, buffers: list[bytes], descriptors: list[int]) -> bool:
-        """Send a message and close our copies of its descriptors; False when there is no room for it now."""
+        """Send a message and close our copies of its descriptors; False if there is no room for it now."""
         try:
             self._socket.sendmsg(buffers, control_socket.rights(descriptors))
         except BlockingIOError:
@@ -94,19 +94,21 @@ class EventChannel:
         except OSError as error:
             if error.errno == errno.ETOOMANYREFS:
                 return False
-            # The client has gone, or reads no more: then it owes an answer to nothing.
+            # The client has gone, or reads no more. Then it owes no answer.
             self._open = False
             self._disconnect()
         else:
             if self._doorbell is not None:
-                with contextlib.suppress(OSError):  # full, which is loud enough, or nobody hears it any more
+                with contextlib.suppress(
+                    OSError
+                ):  # the pipe is full, which wakes the reader too, or has no reader any more
                     os.write(self._doorbell, b"!")
         for descriptor in descriptors:
             os.close(descriptor)
         return True
 
     async def send_the_stuck(self) -> None:
-        """Wait for room whenever a message found none."""
+        """Send each message that found no room, as soon as there is room."""
         while True:
             await self._is_stuck.wait()
             self._is_stuck = trio.Event()
@@ -120,7 +122,7 @@ class EventChannel:
             self.push()
 
     async def listen(self) -> None:
-        """Take answers and credit until the client goes or breaks the protocol."""
+        """Take answers and credit until the client hangs up or breaks the protocol."""
         while True:
             await trio.lowlevel.wait_readable(self._socket)
             for _ in range(_FEEDBACK_AT_ONCE):
@@ -131,7 +133,7 @@ class EventChannel:
                 if not message or not self._take(message):
                     return
                 if not self._waiting:
-                    break  # most likely no more is to come, and to ask in vain costs
+                    break  # most likely no more will come, and a read in vain costs time
 
     def _take(self, message: bytes) -> bool:
         try:
@@ -142,14 +144,14 @@ class EventChannel:
             self._credit = min(CREDIT, self._credit + value)
             self.push()
         elif value in self._errnos:
-            # Anything else has not passed the client's own checks: as for a bad write(2), the event goes on waiting.
+            # Any other answer has not passed the client's own checks. As after a bad write(2), the event goes on waiting.
             pending = self._waiting.pop(number, None)
             if pending is not None and not self.group.closed:
                 self.group.answer(pending, value)
         return True
 
     def close(self) -> None:
-        """Take the answers that the client has given, then let it go: what it did next does not take them back."""
+        """Take the answers that the client has given, then end the group. Later acts of the client do not take an answer back."""
         self._open = False
         self.group.on_readable = None
         self._take_the_rest()
@@ -160,15 +162,15 @@ class EventChannel:
         self._socket.close()
 
     def _take_the_rest(self) -> None:
-        """Take what lies in the socket."""
+        """Take all messages that are in the socket."""
         with contextlib.suppress(OSError):
-            # A client that goes on writing would keep us here.
+            # Otherwise a client that goes on writing would keep this loop running.
             self._socket.shutdown(socket.SHUT_RDWR)
         while True:
             try:
                 message = self._socket.recv(protocol.FEEDBACK_SIZE + 1)
             except ConnectionResetError:
-                continue  # the client had events to read when it closed; this is said once, before what it has written
+                continue  # the client closed with unread events: the socket reports this once, before the client's messages
             except OSError:
                 return
             if not message or not self._take(message):
@@ -180,6 +182,6 @@ def _open_process(pending: Pending) -> int:
 
 
 def _numbers() -> Iterator[int]:
-    """Numbers for events: positive, and not used again before two thousand million others."""
+    """Numbers for events. They are positive, and each is used again only after 2,000 million others."""
     while True:
         yield from range(1, _LARGEST_NUMBER)

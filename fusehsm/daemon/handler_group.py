@@ -1,4 +1,4 @@
-"""A group in the mount's own process, for its handler: no socket, no bytes, the mount's own event loop."""
+"""A group in the mount's own process, for its handler. It needs no socket and no bytes, and uses the mount's event loop."""
 
 import errno
 import os
@@ -42,12 +42,12 @@ async def serve_in_process(
     limit: int = 64,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve the whole mount with a handler, in the mount's default dialect, until cancelled; started once every access is asked."""
+    """Serve the whole mount with a handler, in the mount's default dialect, until cancelled; started when every access makes an event."""
     async with open_in_process(gate) as group_:
         # This group and its handler live as long as the mount, so no task that handles an event can outlive them.
         group_.takes_offers = True
         task_status.started()
-        # Nor may the handler end the mount: what is beneath would be read as it is.
+        # Nor may the handler end the mount: the files beneath would then be read as they are, stubs as zeros.
         await serve(group_, handler, limit=limit, exits=False)
 
 
@@ -60,8 +60,10 @@ async def open_in_process(
     flags: int = _FLAGS,
     event_f_flags: int = _EVENT_F_FLAGS,
 ) -> AsyncIterator["InProcessGroup"]:
-    """A group whose one mark covers the whole mount. `mask` is an int, or names without FAN_, or None for all pre-content events of the
-    dialect, which defaults to the mount's."""
+    """A group with one mark, which covers the whole mount.
+
+    `mask` is an int, or names without FAN_, or None for all pre-content events of the dialect. `dialect` defaults to the mount's.
+    """
     async with InProcessGroup(gate, flags, event_f_flags, dialect or gate.default_dialect) as group_:
         if mask is not None and not isinstance(mask, int):
             mask = parse_mask(mask, group_.dialect)
@@ -70,31 +72,31 @@ async def open_in_process(
 
 
 class InProcessGroup(Group):
-    """A group of the gate in this process. For the gate's own event loop only."""
+    """A group of the gate in this process. Use it in the gate's own event loop only."""
 
     def __init__(self, gate: GateFace, flags: int, event_f_flags: int, dialect: Dialect) -> None:
         super().__init__(flags | FAN_NONBLOCK, event_f_flags, dialect)
         self._gate = gate
         self._group = group.Group(self.flags, event_f_flags, dialect)
-        self._paths: dict[int, bytes] = {}  # of what has been read as bytes
+        self._paths: dict[int, bytes] = {}  # by descriptor, of the events that were read as bytes
         self._readers = trio.lowlevel.ParkingLot()
         self._eventfd: int | None = None
         self._closed = False
-        #: Whether whoever serves the group may handle events in the tasks of their accessors' requests.
+        #: The server of the group may handle events in the tasks of their accessors' requests.
         self.takes_offers = False
         self._group.listener_pid = os.getpid()
         self._group.on_readable = self._wake
         gate.add_group(self._group)
 
     def fileno(self) -> int:
-        """An eventfd, made at the first call."""
+        """The eventfd, made at the first call."""
         if self._eventfd is None:
             self._eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             self._show_readable()
         return self._eventfd
 
     async def mark_whole_mount(self, mask: int | None) -> None:
-        """Mark the mount for `mask`, or for all pre-content events."""
+        """Mark the mount for `mask`; None means all pre-content events."""
         root = self._gate.overlay.node(_ROOT_NODE)
         flags = FAN_MARK_ADD | FAN_MARK_MOUNT
         await self._gate.mark(self._group, flags, self.dialect.pre_access if mask is None else mask, root)
@@ -110,7 +112,7 @@ class InProcessGroup(Group):
         if flags & FAN_MARK_FLUSH:
             await self._gate.mark(self._group, flags, mask, None)
             return
-        # In threads: it is this event loop that answers what they ask the mount.
+        # In threads: these calls send the mount requests, which this event loop answers.
         found = await trio.to_thread.run_sync(look_up, flags, dirfd, path)
         try:
             own = (await trio.to_thread.run_sync(os.stat, self._gate.destination)).st_dev
@@ -121,7 +123,7 @@ class InProcessGroup(Group):
                 )
             await self._gate.mark(self._group, flags, mask, self._gate.overlay.node(found.inode))
         finally:
-            # In a thread too: close(2) of a mount's file may send it a request.
+            # In a thread, too: close(2) of a mount's file may send the mount a request.
             await trio.to_thread.run_sync(os.close, found.descriptor)
 
     def read(self, size: int) -> bytes:
@@ -157,7 +159,7 @@ class InProcessGroup(Group):
         return [self._event(pending)]
 
     def _event(self, pending: Pending) -> Event:
-        """The event's value. Raises OSError where Group.open_file() does."""
+        """The event as a value. Raises OSError as Group.open_file() does."""
         fd = self._group.open_file(pending, self._open)
         self._group.delivered(pending, fd)
         shape = pending.shape

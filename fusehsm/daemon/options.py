@@ -1,4 +1,4 @@
-"""What a user asks of `fusehsm mount`, checked: everything that can be wrong is said before anything is mounted."""
+"""Checks the options of `fusehsm mount` and reports every error before anything is mounted."""
 
 from __future__ import annotations
 
@@ -25,46 +25,69 @@ CACHES = ("private", "shared")
 
 
 class MountError(Exception):
-    """One line for the user: thing: cause; mend."""
+    """An error of one line for the user: thing, cause, fix."""
 
 
 @dataclass(frozen=True, slots=True)
 class MountOptions:
-    """The command line of `fusehsm mount`; None where the user said nothing."""
+    """The command line of `fusehsm mount`; None for an option that was not given."""
 
+    #: SRC as given.
     source: str
+    #: DST as given.
     destination: str
+    #: Serve in this process; do not become a daemon.
     foreground: bool = False
+    #: Further FUSE mount options; each word may hold several, with commas.
     options: tuple[str, ...] = ()
+    #: The name of the default dialect.
     abi: str = "linux-6.14"
+    #: One of EVENT_MODES.
     events: str = "auto"
+    #: One of the engines, or "auto".
     engine: str = "auto"
+    #: MODULE:CALLABLE.
     handler: str | None = None
+    #: The answer to accesses while no pre-content group is there, as text.
     unattended: str | None = None
+    #: The longest wait for an answer, as text.
     event_timeout: str | None = None
+    #: Other users may use the mount.
     allow_other: bool = False
+    #: One of CACHES.
     cache: str | None = None
+    #: The path of the log.
     log_file: str | None = None
+    #: Keep files out of the page cache also while no mark watches them.
     direct: bool = False
+    #: The descriptor of a socket: the mount ends when no process holds its other end any more.
     lifeline: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the options mean on this machine, checked."""
+    """The checked options, as they apply on this machine."""
 
+    #: The real path of SRC.
     source: str
+    #: The real path of DST.
     destination: str
+    #: Make one event for each system call (--events exact).
     exact: bool
+    #: The backing changes only through the mount (--cache private).
     private: bool
+    #: The handler to run in the mount's process.
     handler: Handler | None
+    #: The answer to accesses while no pre-content group is there.
     unattended: UnattendedPolicy
+    #: The longest wait for an answer; None for no limit.
     event_timeout: EventTimeout | None
+    #: All mount options for FUSE.
     fuse_options: frozenset[str]
 
 
 def checked(options: MountOptions) -> Plan:
-    """The plan. Raises MountError for what this machine lacks, ValueError for bad usage; each is one line."""
+    """Check the options. Raises MountError for what this machine lacks, ValueError for bad usage; each is one line."""
     if options.abi not in DIALECTS:
         raise ValueError(f"--abi {options.abi}: not a dialect; choose {', '.join(DIALECTS)}")
     for name, value, choices in (
@@ -94,11 +117,11 @@ def checked(options: MountOptions) -> Plan:
 
 
 def directories(source: str, destination: str) -> tuple[str, str]:
-    """The real paths of SRC and DST. Raises MountError for what cannot be overlaid."""
+    """The real paths of SRC and DST. Raises MountError for directories that cannot be overlaid."""
     for what, path in (("SRC", source), ("DST", destination)):
         try:
             is_directory = stat.S_ISDIR(os.stat(path).st_mode)
-            os.statvfs(path)  # a dead mount's attributes may be cached, this is not
+            os.statvfs(path)  # a dead mount's attributes may be cached; statvfs(2) is not
         except FileNotFoundError:
             raise MountError(f"{path}: {what} does not exist; create it with mkdir -p") from None
         except OSError as error:
@@ -113,7 +136,7 @@ def directories(source: str, destination: str) -> tuple[str, str]:
         raise MountError(f"{source}: {os.strerror(errno.EACCES)}; SRC must be a directory you may read")
     real_source, real_destination = os.path.realpath(source), os.path.realpath(destination)
     if real_destination == "/":
-        # Unmounting it would unmount everything.
+        # To unmount it would unmount everything.
         raise MountError(f"{destination}: DST must not be the root directory; use a directory below it")
     for mount_ in mountinfo.read_mounts():
         if mount_.is_fusehsm and mount_.mount_point == real_destination:
@@ -149,7 +172,7 @@ def _check_fuse(options: MountOptions) -> None:
 
 
 def _check_rights(options: MountOptions) -> None:
-    """What an ordinary user needs beside the device."""
+    """Check the further needs of an ordinary user: fusermount3, write permission, user_allow_other. Raises MountError."""
     if not any(os.access(os.path.join(folder, "fusermount3"), os.X_OK) for folder in os.get_exec_path()):
         raise MountError("fusermount3: not found; install the package fuse3")
     if not os.access(options.destination, os.W_OK):
@@ -171,7 +194,7 @@ def _user_allow_other() -> bool:
 
 
 def _fuse_options(options: MountOptions, source: str) -> frozenset[str]:
-    # A comma would end the option, and pyfuse3 takes ASCII only: such a source is not shown in the list of mounts.
+    # A comma would end the option, and pyfuse3 takes ASCII only. Another source shows as "fusehsm" in the list of mounts.
     shown = source if source.isascii() and not set(source) & set(",\\") else "fusehsm"
     given = {word for option in options.options for word in option.split(",") if word}
     chosen = given | {"default_permissions", "subtype=fusehsm"}
