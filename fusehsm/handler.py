@@ -1,7 +1,7 @@
-"""The handler API: one function called for every access, allowing it by returning and denying it by raising OSError.
+"""The handler API: calls one function for every access. The function allows the access by returning and denies it by raising OSError.
 
-How an event costs little: whichever worker finds an event handles it itself, in the same task, and only when the handler first suspends
-is another worker woken (or made) to watch the group meanwhile. A handler that never suspends thus costs no task switch at all.
+An event costs little: the worker that finds an event also handles it, in the same task. Another worker is woken (or made) to watch the group
+only when the handler first suspends. A handler that never suspends costs no task switch at all.
 """
 
 import errno
@@ -27,22 +27,22 @@ _EXITS = (SystemExit, KeyboardInterrupt)
 
 _log = logging.getLogger(__name__)
 
-# What read() raises when the group is of no more use. Every other errno tells of one event whose file could not be opened, which the
-# group has denied already.
+# The errnos of read() after which the group is of no more use. Every other errno is about one event whose file could not be opened. The
+# group has denied that event already.
 GROUP_IS_GONE = frozenset((errno.EBADF, errno.EINVAL, errno.ENOTCONN))
 
 
 async def serve(group: Group, handler: Handler, *, limit: int = 64, exits: bool = True) -> None:
     """Call `handler(event)` for every event of `group`, at most `limit` at once, until cancelled.
 
-    A coroutine function runs as a task, anything else in a thread. Returning allows the access. Raising OSError with one of the errnos
-    that fanotify can deny with (EPERM, EIO, EAGAIN, EBUSY, ETXTBSY, ENOSPC, EDQUOT) denies with it; every other exception denies with
-    EIO and is logged. SystemExit and KeyboardInterrupt deny with EIO and are raised on, unless `exits` is false: they are failures of the
-    handler then, like others. The event's descriptor belongs to serve, which closes it when the handler is done. Events that want no answer
-    are handed over too; what the handler makes of them counts for nothing.
+    A coroutine function runs as a task, any other function in a thread. A return allows the access. An OSError with an errno that fanotify can
+    deny with (EPERM, EIO, EAGAIN, EBUSY, ETXTBSY, ENOSPC, EDQUOT) denies the access with it. Every other exception denies with EIO and is
+    logged. SystemExit and KeyboardInterrupt deny with EIO and are raised on, unless `exits` is false: then they are failures of the handler,
+    like others. serve owns the event's descriptor and closes it when the handler has finished. The handler also gets events that want no
+    answer; its result has no effect on them.
 
-    Cancelling denies with EIO what has been read and not answered. A thread cannot be cancelled: it is left to end by itself, and its
-    descriptor stays open until then. Raises OSError when the group is closed or its mount is gone, ValueError for a limit below 1.
+    A cancellation denies with EIO the events that were read and not answered. A thread cannot be cancelled: it goes on until it ends by itself,
+    and its descriptor stays open until then. Raises OSError if the group is closed or its mount is gone, ValueError for a limit below 1.
     """
     if limit < 1:
         raise ValueError(f"limit={limit}: at least one handler must be allowed to run")
@@ -76,7 +76,7 @@ class _Server:
         self._workers = 0
         self._turn = ReadingTurn(self.start_worker)
         self._taken: deque[Event] = deque()
-        self.failure: OSError | None = None  # why the group is of no more use
+        self.failure: OSError | None = None  # the reason why the group is of no more use
 
     def start_worker(self) -> None:
         if self._workers < self._limit:
@@ -105,7 +105,7 @@ class _Server:
                 await self._group.wait_readable()
                 self._taken.extend(self._group.take_events())
             except BlockingIOError:
-                pass  # another reader of the group had it, or its accessor was killed
+                pass  # another reader of the group took it, or its accessor was killed
             except trio.ClosedResourceError:
                 await self._end(OSError(errno.EBADF, "the group is closed"))
             except OSError as error:
@@ -124,7 +124,7 @@ class _Server:
         await self._handle_noting(event, self._turn.pass_on)
 
     async def handle_offered(self, event: Event) -> None:
-        """Handle an event of which the group has told nobody, in the task that waits for its answer."""
+        """Handle an event that the group offers without a read, in the task that waits for its answer."""
         await self._handle_noting(event, None)
 
     async def _handle_noting(self, event: Event, note: Callable[[], None] | None) -> None:
@@ -159,7 +159,7 @@ class _Server:
 
         def call() -> tuple[Awaitable[None] | None]:
             if not descriptor.hold():
-                return (None,)  # cancelled before this thread came to run
+                return (None,)  # cancelled before this thread began to run
             try:
                 return (self._handler(event),)  # in a tuple: trio refuses a thread that returns a coroutine
             finally:
@@ -180,7 +180,7 @@ class _Server:
             self._finish(event, error, descriptor.release)
 
     def _ends_with(self, exception: BaseException) -> bool:
-        """Whether what came out of a handler ends the serving, too: its event is denied before."""
+        """Whether a handler's exception ends serve(), too. Its event is denied before."""
         if is_cancellation(exception):
             return True
         if isinstance(exception, BaseExceptionGroup):
@@ -190,9 +190,9 @@ class _Server:
     def _finish(self, event: Event, error: int, close: Callable[[], None] | None = None) -> None:
         """Close the event's descriptor, then answer.
 
-        In this order because an accessor that executes the file gets ETXTBSY while a writable descriptor is left (measured on 6.18), and
-        because close(2) may be what tells that the content did not reach its disk. Nothing is read from the group in between, so the
-        number cannot name another event yet.
+        The order has two reasons. An accessor that executes the file gets ETXTBSY while a writable descriptor is left (docs/facts.md, section 17).
+        And close(2) may report that the content did not reach its disk. No event is read from the group in between, so the number cannot name
+        another event yet.
         """
         try:
             if close is None:
@@ -200,7 +200,7 @@ class _Server:
             else:
                 close()
         except OSError as failure:
-            # EBADF: the handler has closed it, which is not its business but harms nobody.
+            # EBADF: the handler has closed it. It should not, but that does no harm.
             if failure.errno != errno.EBADF and not error:
                 error = _errno_of(failure, event)
         if not event.mask & self._group.permission_events:
@@ -208,7 +208,7 @@ class _Server:
         try:
             self._group.answer(event, error)
         except OSError as failure:
-            if failure.errno not in GROUP_IS_GONE:  # which the next read tells
+            if failure.errno not in GROUP_IS_GONE:  # the next read reports that
                 _log.warning("%s: the answer was not taken: %s", event.path, failure.strerror)
 
 
@@ -217,10 +217,10 @@ def _is_coroutine_function(handler: Handler) -> bool:
 
 
 def _errno_of(exception: BaseException, event: Event) -> int:
-    """What to deny with for what a handler raised; logs all that is not a plain denial."""
+    """The errno to deny with after a handler's exception. Logs every exception that is not a plain denial."""
     cause = exception
     while isinstance(cause, BaseExceptionGroup) and len(cause.exceptions) == 1:
-        cause = cause.exceptions[0]  # a nursery inside the handler wraps what its one task raised
+        cause = cause.exceptions[0]  # a nursery inside the handler wraps the exception of its one task
     if isinstance(cause, OSError) and cause.errno in event.dialect.deny_errnos:
         return cause.errno
     consequence = ", so the access is denied with EIO" if event.mask & event.dialect.permission else ""
@@ -229,7 +229,7 @@ def _errno_of(exception: BaseException, event: Event) -> int:
 
 
 def report_unopened(number: int) -> None:
-    """Log that an event's file could not be opened for the listener, with that errno, and its access was denied."""
+    """Log that an access was denied because its event's file could not be opened for the listener. `number`: the errno."""
     _log.warning("an access was denied: its file cannot be opened for the listener: %s", os.strerror(number))
 
 

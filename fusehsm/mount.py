@@ -1,4 +1,4 @@
-"""A mount's life: options, checks, mounting, serving, signals, daemonising, unmounting."""
+"""Runs a mount from start to end: logging, mounting, serving, signals, the daemon, unmounting."""
 
 from __future__ import annotations
 
@@ -34,14 +34,17 @@ log = logging.getLogger(__name__)
 _READY = b"ready\n"
 _SYSLOG = "/dev/log"
 _START_DEADLINE = 60.0  # seconds until the mount must answer
-_END_DEADLINE = 30.0  # seconds for the daemon to end after unmounting
-_INNER_PATIENCE = 5.0  # seconds for what is mounted inside to go before the mount itself
+_END_DEADLINE = 30.0  # seconds until the daemon must have ended after unmounting
+_INNER_PATIENCE = 5.0  # seconds for the mounts inside this mount to go before it does
 _INNER_INTERVAL = 0.02  # seconds
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def mount(options: MountOptions) -> int:
-    """Mount; returns the exit code when the mount has ended (foreground) or answers (daemon). Raises MountError, ValueError for bad usage."""
+    """Mount. Returns the exit code: in the foreground when the mount has ended, as a daemon when it answers.
+
+    Raises MountError, and ValueError for bad usage.
+    """
     plan = checked(options)
     if plan.exact and not maps_direct_files_shared(options.engine):
         print(
@@ -56,7 +59,7 @@ def mount(options: MountOptions) -> int:
 
 
 def _start_logging(options: MountOptions) -> None:
-    """Where the server's words go: to --log-file, else in the foreground to stderr, and as a daemon to the system's log."""
+    """Log to --log-file, else in the foreground to stderr, as a daemon to the system's log."""
     handler: logging.Handler
     if options.log_file is not None:
         try:
@@ -119,12 +122,12 @@ def _wait_for_start(reader: int, child: int) -> bytes:
 
 
 def _run_daemon(options: MountOptions, plan: Plan, writer: int) -> None:
-    """The daemon's whole life; never returns."""
+    """Run the daemon for its whole life; never returns."""
     code = 1
     waited_for = True
 
     def tell(message: bytes) -> None:
-        """Say how the start went, once: nobody waits afterwards, and the number is another file's."""
+        """Send the result of the start, once. Later no process waits for it, and the number names another file."""
         nonlocal waited_for
         if waited_for:
             waited_for = False
@@ -153,8 +156,8 @@ def _run_daemon(options: MountOptions, plan: Plan, writer: int) -> None:
 
 
 def _serve(options: MountOptions, plan: Plan, ready: Callable[[], None]) -> None:
-    """Mount and serve until unmounted. Raises MountError when it cannot be mounted."""
-    # These three are used once it is mounted: see _import_from_elsewhere.
+    """Mount and serve until unmounted. Raises MountError if it cannot be mounted."""
+    # These three are used after the mount is made: see _import_from_elsewhere.
     import fusehsm.daemon.control_server
     import fusehsm.daemon.deadlock
     import fusehsm.daemon.handler_group  # noqa: F401
@@ -190,7 +193,7 @@ def _serve(options: MountOptions, plan: Plan, ready: Callable[[], None]) -> None
     unmount = True
 
     def stands() -> None:
-        # From now on nothing unmounts it but what is meant to: if this server fails, nobody may read the stubs that are beneath.
+        # From now on only an intended end unmounts it. If this server fails, no process may read the stubs that are beneath.
         nonlocal unmount
         unmount = False
         ready()
@@ -199,7 +202,7 @@ def _serve(options: MountOptions, plan: Plan, ready: Callable[[], None]) -> None
         ours = _mounted_at(plan.destination)
         ours_id = mountinfo.id_of(ours)
         if options.lifeline is not None:
-            with suppress(OSError):  # nobody holds its other end any more
+            with suppress(OSError):  # no process holds its other end any more
                 os.write(options.lifeline, ours_id.pack())
         gate.mounted(ours.device, engine.caches(ours.device))
         gate.requests = engine.requests
@@ -218,8 +221,10 @@ def _serve(options: MountOptions, plan: Plan, ready: Callable[[], None]) -> None
 
 
 def _import_from_elsewhere(destination: str) -> None:
-    """Look for modules no more in what is about to be mounted: an import would wait for this very process. `python -m` puts the working
-    directory first."""
+    """Remove the mount point from Python's search path for modules: an import there would wait for this process itself.
+
+    `python -m` puts the working directory first.
+    """
     inside = os.path.join(destination, "")
     sys.path[:] = [
         place for place in sys.path if not os.path.join(os.path.realpath(place), "").startswith(inside)
@@ -227,8 +232,10 @@ def _import_from_elsewhere(destination: str) -> None:
 
 
 def _note_signals() -> list[int]:
-    """From now on ending signals do not end this process but are listed: one that comes while the mount is being made, or a second one while
-    it is being unmounted (timeout(1) sends two), would leave a mount that nobody serves."""
+    """Make ending signals be listed from now on, instead of ending this process.
+
+    Otherwise a signal during the mounting, or a second one during the unmounting (timeout(1) sends two), would leave a mount without a server.
+    """
     noted: list[int] = []
     for number in _ENDING:
         signal.signal(number, lambda got, frame: noted.append(got))
@@ -244,8 +251,10 @@ def _run(
     noted: list[int],
     lifeline: int | None,
 ) -> bool:
-    """The event loop; returns whether somebody has asked for its end: else the filesystem has been unmounted, or its connection was ended from
-    outside. Ends when it can if signals have been `noted` before, and when nobody holds the other end of the socket `lifeline` any more."""
+    """Run the event loop. Returns True if its end was asked for; False if the filesystem was unmounted or its connection was ended from outside.
+
+    The end is asked for by a signal, also one `noted` before, or when no process holds the other end of the socket `lifeline` any more.
+    """
     import trio
 
     from fusehsm.daemon.control_server import serve_control
@@ -267,7 +276,7 @@ def _run(
 
     async def stop_when_asked() -> None:
         await ending.wait()
-        # Whoever has mounted something inside needs this mount to get there and unmount it: as does the daemon of a nested --mount, which is
+        # A process that has mounted something inside needs this mount to get there and unmount it. So does the daemon of a nested --mount, which is
         # asked to end at the same time.
         with trio.move_on_after(_INNER_PATIENCE):
             while mountinfo.mounts_on(ours.mount_id):  # noqa: ASYNC110 (trio cannot wait for POLLPRI)
@@ -275,7 +284,7 @@ def _run(
         engine.stop()
 
     async def announce() -> None:
-        # Nobody answers it any more once the engine has stopped.
+        # After the engine has stopped, nothing answers this call any more.
         await trio.to_thread.run_sync(os.statvfs, plan.destination, abandon_on_cancel=True)
         ready()
         if noted:
@@ -304,7 +313,7 @@ def _run(
             with Watchdog() as watchdog:
                 ended = trio.run(main)
         finally:
-            allow_calls()  # unmounting names the mount
+            allow_calls()  # to unmount is a call that names the mount
         if watchdog.has_ended_it:
             raise MountError(
                 f"{plan.destination}: the handler waited for its own mount; have it use a thread (trio.to_thread.run_sync)"
@@ -320,7 +329,7 @@ def _run(
 
 
 def _raise_open_limit() -> int:
-    """Let this process hold as many descriptors as it may; returns that number."""
+    """Raise this process's soft limit of descriptors to its hard limit; returns the limit in effect."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard == resource.RLIM_INFINITY:
         hard = 1 << 20
@@ -331,7 +340,7 @@ def _raise_open_limit() -> int:
 
 
 def _mounted_at(destination: str) -> mountinfo.Mount:
-    """What was mounted last on `destination`; asks nobody, least of all the mount."""
+    """The mount that was made last on `destination`. Sends no request to any server, least of all to this mount's."""
     found = [m for m in mountinfo.read_mounts() if m.mount_point == destination and m.is_fusehsm]
     if not found:
         raise MountError(f"{destination}: mounted, but not in /proc/self/mountinfo; see fusehsm doctor")
@@ -342,12 +351,12 @@ def _mounted_at(destination: str) -> mountinfo.Mount:
 
 
 def _stands(ours: mountinfo.Mount) -> bool:
-    """Whether that mount is still in this namespace."""
+    """Whether that mount is still in this mount namespace."""
     return any(m.mount_id == ours.mount_id and m.device == ours.device for m in mountinfo.read_mounts())
 
 
 def _give_back(ours: mountinfo.Mount, ours_id: mountinfo.MountId) -> None:
-    """Unmount what this process has mounted, if it is there; nothing that others have mounted goes with it."""
+    """Unmount this process's mount, if it is there. Mounts of others are left alone."""
     point = ours.mount_point
     try:
         fuse_mount.unmount(point, ours_id, lazily=True)
@@ -361,13 +370,13 @@ def _give_back(ours: mountinfo.Mount, ours_id: mountinfo.MountId) -> None:
 
 
 def unmount(path: str, wanted: mountinfo.MountId | None = None) -> None:
-    """Unmount a fusehsm mount, `wanted` if that is given and no other, and wait for its daemon. Raises MountError."""
+    """Unmount a fusehsm mount and wait for its daemon. `wanted`: unmount only this one. Raises MountError."""
     mount_ = _find(path)
     found = mountinfo.id_of(mount_)
     if wanted not in (None, found):
         raise MountError(f"{path}: another mount has come in its place; fusehsm status shows it")
     daemon = _daemon_pid(mount_)
-    # Nobody serves a mount whose daemon was killed: what is still open there only gets errors, and must not keep the mount.
+    # A killed daemon leaves a mount without a server: its open files only get errors, and must not keep the mount.
     _unmount(path, mount_.mount_point, found, lazily=daemon is None)
     if daemon is not None:
         _wait_for_end(daemon, path)
@@ -384,7 +393,7 @@ def _daemon_pid(mount_: mountinfo.Mount) -> int | None:
 
 
 def _find(path: str) -> mountinfo.Mount:
-    # Not realpath: it would ask the mount itself, which may not answer.
+    # Not realpath(): it would send the mount a request, which may never be answered.
     absolute = os.path.abspath(path)
     resolved = os.path.join(os.path.realpath(os.path.dirname(absolute)), os.path.basename(absolute))
     found = [m for m in mountinfo.read_mounts() if m.mount_point in (absolute, resolved) and m.is_fusehsm]

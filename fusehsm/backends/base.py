@@ -1,7 +1,7 @@
-"""The face of a fanotify group, whoever carries its events: what listeners, the handler API and the supervisor are written against.
+"""Defines the interface of a fanotify group for every source of events. Listeners, the handler API and the supervisor use it.
 
-Two levels. `mark`, `read`, `write` are fanotify's own calls with the kernel's byte layouts and errors. `take_events` and `answer` are the
-same thing in values; a backend that has no bytes to begin with (daemon/handler_group.py) overrides them and saves the detour.
+It has two levels. `mark`, `read` and `write` are fanotify's own calls, with the kernel's byte layouts and errors. `take_events` and `answer`
+do the same with values. A backend that has no bytes (daemon/handler_group.py) overrides them and saves the conversion.
 """
 
 import abc
@@ -30,9 +30,9 @@ __all__ = ["AT_FDCWD", "Group"]
 
 
 class Group(abc.ABC):
-    """An open fanotify group. Nothing here ever blocks the calling thread: read() raises BlockingIOError on an empty queue.
+    """An open fanotify group. No method blocks the calling thread: read() raises BlockingIOError on an empty queue.
 
-    Attributes: `flags` and `event_f_flags` as given to fanotify_init(2) (with FAN_NONBLOCK), `dialect` of its masks and events.
+    Attributes: `flags` and `event_f_flags` of fanotify_init(2) (with FAN_NONBLOCK), `dialect` of the group's masks and events.
     """
 
     def __init__(self, flags: int, event_f_flags: int, dialect: Dialect) -> None:
@@ -45,41 +45,43 @@ class Group(abc.ABC):
 
     @abc.abstractmethod
     def fileno(self) -> int:
-        """One descriptor that polls readable exactly when read() would not raise BlockingIOError."""
+        """A descriptor that polls readable exactly when read() would not raise BlockingIOError."""
 
     @abc.abstractmethod
     async def mark(
         self, flags: int, mask: int, dirfd: int = AT_FDCWD, path: str | bytes | None = None
     ) -> None:
-        """fanotify_mark(2). Raises OSError with the kernel's errno; marks stand when it returns."""
+        """fanotify_mark(2). The mark is in effect when it returns. Raises OSError with the kernel's errno."""
 
     @abc.abstractmethod
     def read(self, size: int) -> bytes:
-        """read(2): as many whole events as fit into `size` bytes, each with a descriptor of its own that is now the caller's.
+        """read(2): as many whole events as fit into `size` bytes. Each has a descriptor of its own, which the caller owns.
 
-        Raises BlockingIOError when nothing is queued; OSError EINVAL when the first event does not fit; the errno of opening the first
-        event's file when that failed (its accessor was denied with EPERM); ENOTCONN when the emulated mount is gone.
+        Raises BlockingIOError if the queue is empty. Raises OSError EINVAL if the first event does not fit; the errno of open(2) if the first
+        event's file cannot be opened (its accessor was denied with EPERM); ENOTCONN if the emulated mount is gone.
         """
 
     @abc.abstractmethod
     def write(self, data: bytes) -> int:
-        """write(2) of one response; the number of bytes taken. Raises OSError EINVAL or ENOENT as the kernel does."""
+        """write(2) of one response; returns the number of bytes taken. Raises OSError EINVAL or ENOENT as the kernel does."""
 
     @abc.abstractmethod
     def event_path(self, raw_event: RawEvent) -> str:
-        """The accessor's path of an event that read() returned and that is not answered yet; never raises."""
+        """The accessor's path of an event that read() returned and that is not answered yet. Raises nothing."""
 
     @abc.abstractmethod
     async def wait_readable(self) -> None:
-        """Return when read() would not raise BlockingIOError; a checkpoint. One task at a time. Raises trio.ClosedResourceError when the
-        group is closed, also meanwhile."""
+        """Return when read() would not raise BlockingIOError; a checkpoint. One task at a time.
+
+        Raises trio.ClosedResourceError if the group is closed, before or during the wait.
+        """
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Close the group: its marks go, and what it has not answered is allowed (fanotify(7)). Closing twice does nothing."""
+        """Close the group: its marks go, and its unanswered events are allowed (fanotify(7)). A second call does nothing."""
 
     def take_events(self) -> list[Event]:
-        """The next event as a value (two, where two short ones are queued); raises what read() raises."""
+        """The next event as a value (two, if two short ones are queued). Raises the errors of read()."""
         events = []
         for raw in decode_events(self.dialect, self.read(self._largest_event)):
             if raw.pidfd is not None and raw.pidfd >= 0:
@@ -91,7 +93,7 @@ class Group(abc.ABC):
     def answer(self, event: Event, error: int) -> None:
         """Allow an event's access (`error` 0) or deny it with one of the dialect's errnos. Raises OSError as write() does.
 
-        A group below FAN_CLASS_PRE_CONTENT cannot name an errno: whatever it denies fails with EPERM.
+        A group below FAN_CLASS_PRE_CONTENT cannot name an errno: an access that it denies fails with EPERM.
         """
         if not error:
             response = FAN_ALLOW
@@ -102,10 +104,10 @@ class Group(abc.ABC):
         self.write(encode_response(event.fd, response))
 
     def offer(self, handle: Callable[[Event], Coroutine[Any, Any, None]]) -> None:  # noqa: B027
-        """Offer to handle events, answers included, in the task of whoever makes them; a group may take that up or not."""
+        """Offer to handle events, answers included, in the task that makes them. A group need not use the offer."""
 
     def checked_errno(self, error: int) -> int:
-        """What answering with `error` makes the access fail with. Raises OSError EINVAL where write() of that response would."""
+        """The errno with which the access fails after the answer `error`. Raises OSError EINVAL if write() of that response would."""
         if error and not self._denies_with_errno:
             return errno.EPERM
         if error and error not in self.dialect.deny_errnos:

@@ -1,4 +1,4 @@
-"""Making a mount forget cached content, for a listener that has taken content away behind the kernel's back."""
+"""Drops a mount's cached pages of a file, for a listener that has punched out content behind the kernel's back."""
 
 import os
 
@@ -11,12 +11,12 @@ from fusehsm.linux.mountinfo import Mount, mount_of_descriptor
 
 
 async def drop(path: str | bytes | os.PathLike[str]) -> None:
-    """Drop what the kernel has cached of a file on a fusehsm mount, so that its next access makes an event again.
+    """Drop the kernel's cached pages of a file on a fusehsm mount, so that its next access makes an event again.
 
-    To be called after content was punched out of the file (FALLOC_FL_PUNCH_HOLE) through an event's descriptor or on the backing, when no
-    mark changes that the mount would notice by itself. Waits until the pages have gone. On any other filesystem it does nothing: there the
-    page cache is the file's own. Raises OSError as open(2) does, ENOTCONN when the mount's server is gone, and EBUSY when a page of the file
-    waits for its listener for more than a second.
+    Call it after content was punched out of the file (FALLOC_FL_PUNCH_HOLE) through an event descriptor or on the backing, and no mark
+    changes that the mount would notice by itself. It waits until the pages are gone. On any other filesystem it does nothing, because the page
+    cache there is the file's own. Raises OSError as open(2) does, ENOTCONN if the mount's server is gone, EBUSY if a page of the file waits for
+    its listener for more than a second.
     """
     found, mount = await trio.to_thread.run_sync(_find, os.fspath(path))
     try:
@@ -28,7 +28,7 @@ async def drop(path: str | bytes | os.PathLike[str]) -> None:
         finally:
             connection.close()
     finally:
-        # In a thread: close(2) of a mount's file may send it a request.
+        # In a thread: close(2) of a mount's file may send the mount a request.
         await trio.to_thread.run_sync(os.close, found.descriptor)
 
 

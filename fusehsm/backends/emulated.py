@@ -1,4 +1,4 @@
-"""A group of a fusehsm mount, from any process, over the mount's control socket (control/protocol.py)."""
+"""A group of a fusehsm mount for any process, over the mount's control socket (control/protocol.py)."""
 
 import errno
 import os
@@ -32,7 +32,7 @@ _ENCODING_ERRORS = sys.getfilesystemencodeerrors()
 
 
 class EmulatedGroup(Group):
-    """A group of a fusehsm mount. Made by connect(); read() and write() never wait for the server."""
+    """A group of a fusehsm mount; connect() makes it. read() and write() never wait for the server."""
 
     def __init__(
         self,
@@ -49,7 +49,9 @@ class EmulatedGroup(Group):
         self._stream = EventStream(
             events, flags, self.dialect, connection.gone, close_on_exec=bool(event_f_flags & os.O_CLOEXEC)
         )
-        self._unanswered: rules.UnansweredEvents[int] = rules.UnansweredEvents()  # by the server's numbers
+        self._unanswered: rules.UnansweredEvents[int] = (
+            rules.UnansweredEvents()
+        )  # values: the server's numbers
         self._paths: dict[int, bytes] = {}
         self._poll: _Pollable | None = None
 
@@ -57,10 +59,10 @@ class EmulatedGroup(Group):
     async def connect(
         cls, mount: Mount, flags: int, event_f_flags: int, dialect: Dialect | None = None
     ) -> "EmulatedGroup":
-        """A new group of that mount, in the mount's own dialect unless one is given.
+        """Make a group of that mount. `dialect` defaults to the mount's.
 
-        Raises OSError: EINVAL as fanotify_init(2), ENOTCONN where nobody serves the mount, EACCES for other users, EMFILE beyond the
-        number of groups that a mount carries.
+        Raises OSError EINVAL as fanotify_init(2), ENOTCONN if no server serves the mount, EACCES for other users, EMFILE beyond the number of
+        groups that a mount carries.
         """
         flags |= FAN_NONBLOCK
         rules.check_init(flags, event_f_flags)
@@ -78,7 +80,7 @@ class EmulatedGroup(Group):
             raise
 
     def fileno(self) -> int:
-        """An epoll descriptor; readable as long as read() finds something, also what it has not taken of what it had received."""
+        """An epoll descriptor. It is readable while read() would find an event, in the socket or among those received already."""
         if self._poll is None:
             self._poll = _Pollable(self._stream.socket)
             self._poll.set_buffered(bool(self._stream.buffered))
@@ -92,7 +94,7 @@ class EmulatedGroup(Group):
         if flags & FAN_MARK_FLUSH:
             await self._connection.request(MarkRequest(flags, mask, *self._mount.device, None))
             return
-        # In a thread: the path may lead through a mount that this very event loop serves.
+        # In a thread: the path may lead through a mount that this same event loop serves.
         found = await trio.to_thread.run_sync(look_up, flags, dirfd, path)
         try:
             rules.check_mark(self.flags, self.dialect, flags, mask, found.kind)
@@ -114,7 +116,7 @@ class EmulatedGroup(Group):
                 received = self._stream.take()
             except OSError:
                 if taken:
-                    break  # told by the next read, or a single event's trouble, which the kernel drops silently here
+                    break  # the next read reports it; or it concerns one event, and then the kernel reports nothing here
                 raise
             if received is None:
                 break
@@ -140,7 +142,7 @@ class EmulatedGroup(Group):
         return response.length
 
     def take_events(self) -> list[Event]:
-        # The short way, for the usual case, to what the base class makes of read().
+        # A shorter way to the base class's result, for the usual case.
         if self._stream.buffered or self.flags & FAN_REPORT_PIDFD:
             return super().take_events()
         received = self._stream.take()
@@ -196,7 +198,7 @@ class EmulatedGroup(Group):
 
 
 class _Pollable:
-    """One descriptor over two sources: what waits in the socket, and what has been received and not been read."""
+    """One descriptor for two sources: events that wait in the socket, and events that were received and not read."""
 
     def __init__(self, events: socket.socket) -> None:
         self._buffered = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)

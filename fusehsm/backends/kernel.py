@@ -1,4 +1,4 @@
-"""The real thing: a group of the running kernel (fanotify_init(2), fanotify_mark(2))."""
+"""A group of the running kernel (fanotify_init(2), fanotify_mark(2))."""
 
 import os
 
@@ -10,10 +10,10 @@ from fusehsm.linux import syscalls
 
 
 class KernelGroup(Group):
-    """A group of the running kernel; FAN_NONBLOCK is always added, because a task must not block its event loop.
+    """A group of the running kernel. FAN_NONBLOCK is always added, because a task must not block its event loop.
 
-    `dialect` is what that kernel speaks: it decides how events are read, not what the kernel does.
-    Raises OSError as fanotify_init(2): EPERM without CAP_SYS_ADMIN, EMFILE beyond fs.fanotify.max_user_groups.
+    `dialect` is the kernel's: it decides how events are read, not the kernel's behaviour. Raises OSError as fanotify_init(2): EPERM without
+    CAP_SYS_ADMIN, EMFILE beyond fs.fanotify.max_user_groups.
     """
 
     def __init__(self, flags: int, event_f_flags: int, dialect: Dialect = LINUX_6_14) -> None:
@@ -21,7 +21,7 @@ class KernelGroup(Group):
         self._fd = syscalls.fanotify_init(self.flags, event_f_flags)
 
     def fileno(self) -> int:
-        """The group's descriptor; -1 once closed."""
+        """The group's descriptor; -1 after close()."""
         return self._fd
 
     async def mark(
@@ -30,7 +30,7 @@ class KernelGroup(Group):
         if path is None:
             syscalls.fanotify_mark(self._fd, flags, mask, dirfd)
             return
-        # Looking the path up may wait for a filesystem's server, which may live in this very event loop.
+        # In a thread: to look the path up may wait for a filesystem's server, which may run in this same event loop.
         await trio.to_thread.run_sync(syscalls.fanotify_mark, self._fd, flags, mask, dirfd, os.fsencode(path))
 
     def read(self, size: int) -> bytes:
@@ -40,7 +40,7 @@ class KernelGroup(Group):
         return os.write(self._fd, data)
 
     def event_path(self, raw_event: RawEvent) -> str:
-        """The path in the accessor's mount, " (deleted)" appended when it has none left; the link itself where it is too long to tell."""
+        """The path in the accessor's mount, with " (deleted)" if the file has no name left; the /proc link itself if the path is too long."""
         link = f"/proc/self/fd/{raw_event.fd}"
         try:
             return os.readlink(link)

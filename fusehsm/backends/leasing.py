@@ -1,4 +1,4 @@
-"""Having a file to oneself for a moment, to take its content away: nobody has it open or mapped, and whoever opens it meanwhile waits."""
+"""Leases a file in order to take its content away: no process has it open or mapped, and a process that opens it waits."""
 
 import abc
 import errno
@@ -16,48 +16,52 @@ from fusehsm.fanotify.rules import ObjectKind
 from fusehsm.linux import syscalls
 from fusehsm.linux.mountinfo import Mount, mount_of_descriptor
 
-# How long the end of a lease may take when its holder is being cancelled, or has failed; seconds.
+# The longest wait, in seconds, for the end of a lease whose holder is cancelled or has failed.
 _MOMENT = 2.0
 
 
 class LeasedFile(abc.ABC):
-    """A file that is leased. `descriptor`, for reading and writing, is its content's: closed when the lease ends."""
+    """A leased file. `descriptor` reads and writes its content, and is closed when the lease ends."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
 
     @abc.abstractmethod
     async def is_wanted(self) -> bool:
-        """Whether somebody waits for the lease to end, or has waited for so long that it was broken: to be asked before punching, where
-        other work came first. Raises OSError ENOTCONN when the mount is gone."""
+        """Whether a process waits for the lease to end, or has waited so long that the lease was broken.
+
+        Ask before a punch that follows other work. Raises OSError ENOTCONN if the mount is gone.
+        """
 
     @abc.abstractmethod
     async def _end(self) -> None:
-        """Close the descriptor and give the lease back. Raises OSError ETIMEDOUT when it was broken."""
+        """Close the descriptor and give the lease back. Raises OSError ETIMEDOUT if the lease was broken."""
 
 
 @asynccontextmanager
 async def leased(path: str | bytes | os.PathLike[str] | int) -> AsyncIterator[LeasedFile]:
-    """Lease a regular file: inside the block nobody has it open, mapped or running, and whoever opens or truncates it waits until the end.
+    """Lease a regular file: inside the block no process has it open, mapped or running, and one that opens or truncates it waits for the end.
 
         async with fusehsm.leased(path) as file:
             ...                                     # is it still as the store has it?
             punch_hole(file.descriptor, 0, size)    # fallocate(2), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 
-    `path` (symbolic links are followed) may be a descriptor; one that is more than O_PATH keeps the file open, and the lease from being
-    granted. Raises BlockingIOError (EAGAIN) while anybody has the file open or leased, EINVAL where it is no regular file; on a fusehsm mount
-    EOPNOTSUPP where the kernel opens files by itself (--events first-access with --cache private), elsewhere EACCES for who is neither the
-    file's owner nor has CAP_LEASE; else as open(2) for reading and writing.
+    `path` (symbolic links are followed) may be a descriptor. A descriptor without O_PATH keeps the file open, and then no lease is granted.
 
-    Hold it for as short as possible: when somebody has waited for /proc/sys/fs/lease-break-time (45 seconds) the lease is broken, and he goes
-    on. The end of the block then raises OSError ETIMEDOUT, unless the block has raised something itself. A holder that dies has given it back.
+    Raises BlockingIOError (EAGAIN) while the file is open or leased, OSError EINVAL if it is no regular file. On a fusehsm mount: EOPNOTSUPP if
+    the kernel opens files by itself (--events first-access with --cache private). Elsewhere: EACCES if the caller is not the file's owner and
+    lacks CAP_LEASE. Else as open(2) for reading and writing.
 
-    On a fusehsm mount `file.descriptor` is open on the backing, so what is done through it makes no events; pages and attributes that the
-    kernel has cached are dropped at the beginning and at the end. On any other filesystem it is the leased one (F_SETLEASE with F_WRLCK,
-    fcntl(2)) on the file itself, and fallocate(2), read(2) or write(2) of it make a PRE_ACCESS event like any other, also for a group of the
-    caller's own. No such event can be answered: reading it opens the file, which waits for the lease to break, or fails the call with EPERM
-    where event_f_flags have O_NONBLOCK (measured on 6.18). So set an ignore mark on the file first (FAN_MARK_IGNORED_MASK and
-    FAN_MARK_IGNORED_SURV_MODIFY), which does no harm on a mount either, and take it away again.
+    Keep the block short. When a process has waited for /proc/sys/fs/lease-break-time (45 seconds) the kernel or the mount breaks the lease, and
+    the process goes on. The end of the block then raises OSError ETIMEDOUT, unless the block itself has raised an error. The lease of a holder
+    that dies ends.
+
+    On a fusehsm mount `file.descriptor` is open on the backing, so its use makes no events. The kernel's cached pages and attributes are dropped
+    at the beginning and at the end. On any other filesystem `file.descriptor` is open on the leased file itself (F_SETLEASE with F_WRLCK,
+    fcntl(2)), and fallocate(2), read(2) or write(2) of it make a PRE_ACCESS event, also for a group of the caller's own. No such event can be
+    answered: to read it opens the file, which waits for the lease to break, or fails the call with EPERM if event_f_flags has O_NONBLOCK
+    (docs/facts.md, section 17). So set an ignore mark on the file first (FAN_MARK_IGNORED_MASK and FAN_MARK_IGNORED_SURV_MODIFY), and remove it
+    afterwards. It does no harm on a mount.
     """
     target = path if isinstance(path, int) else os.fspath(path)
     found, mount = await trio.to_thread.run_sync(_find, target)
@@ -73,7 +77,7 @@ async def leased(path: str | bytes | os.PathLike[str] | int) -> AsyncIterator[Le
             raise
         await file._end()
     finally:
-        # In a thread: close(2) of a mount's file may send it a request.
+        # In a thread: close(2) of a mount's file may send the mount a request.
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(os.close, found.descriptor)
 
@@ -97,7 +101,7 @@ class _OnMount(LeasedFile):
         return bool(result.get("wanted"))
 
     async def _end(self) -> None:
-        # First: for who leases the file next it would be open.
+        # First close it: otherwise the file is open, and the next holder gets no lease.
         os.close(self.descriptor)
         try:
             await self._connection.request(Unlease())
@@ -130,11 +134,11 @@ class _OfKernel(LeasedFile):
 
 
 async def _lease_of_kernel(found: FoundObject) -> LeasedFile:
-    # In a thread: a listener may have to be asked for this open(2), or a network to answer.
+    # In a thread: this open(2) may wait for a listener's answer, or for a network.
     descriptor = await trio.to_thread.run_sync(partial(_open, found.descriptor))
     try:
         os.set_blocking(descriptor, True)
-        # Not in a thread: nothing else of this event loop comes between the grant and what the caller does first.
+        # Not in a thread: no other task of this event loop runs between the grant and the caller's first step.
         syscalls.take_lease(descriptor)
     except BaseException:
         os.close(descriptor)
@@ -144,7 +148,7 @@ async def _lease_of_kernel(found: FoundObject) -> LeasedFile:
 
 def _open(found: int) -> int:
     try:
-        # Not to wait for somebody else's lease.
+        # O_NONBLOCK: do not wait for another holder's lease.
         return os.open(f"/proc/self/fd/{found}", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         if error.errno == errno.ETXTBSY:

@@ -1,4 +1,4 @@
-"""Finding what fanotify_mark(2) is to mark, in the caller's own terms: its root, working directory, descriptors and rights."""
+"""Finds the object that fanotify_mark(2) is to mark, with the caller's own root, working directory, descriptors and rights."""
 
 import errno
 import fcntl
@@ -13,16 +13,20 @@ from fusehsm.linux import syscalls
 
 @dataclass(frozen=True, slots=True)
 class FoundObject:
-    """What is to be marked. `descriptor` keeps its node alive until the mark stands; whoever asked closes it."""
+    """The object to mark."""
 
+    #: Keeps the node alive until the mark is in effect; the caller of look_up() closes it.
     descriptor: int
+    #: (major, minor) of st_dev.
     device: tuple[int, int]
+    #: st_ino.
     inode: int
+    #: The kind of the object.
     kind: ObjectKind
 
 
 def look_up(flags: int, dirfd: int, path: str | bytes | None) -> FoundObject:
-    """What `dirfd` and `path` lead to, errno for errno as the kernel's fanotify_find_path() (measured on 6.18).
+    """The object of `dirfd` and `path`. Raises OSError with the errnos of the kernel's fanotify_find_path().
 
     Blocks as long as the filesystems on the way do.
     """
@@ -32,7 +36,7 @@ def look_up(flags: int, dirfd: int, path: str | bytes | None) -> FoundObject:
 
 
 def found(flags: int, descriptor: int) -> FoundObject:
-    """What a descriptor is open on, which is owned from now on; the checks that are made of it. Raises OSError."""
+    """The object of a descriptor, which it owns from now on. Makes the kernel's checks of the object. Raises OSError."""
     try:
         status = os.fstat(descriptor)
         if flags & FAN_MARK_ONLYDIR and not stat.S_ISDIR(status.st_mode):
@@ -47,7 +51,7 @@ def found(flags: int, descriptor: int) -> FoundObject:
 
 
 def _duplicate(dirfd: int) -> int:
-    # An O_PATH descriptor is refused here, as fget() does; so is AT_FDCWD.
+    # An O_PATH descriptor is refused here, as fget() refuses it; so is AT_FDCWD.
     if dirfd < 0 or fcntl.fcntl(dirfd, fcntl.F_GETFL) & os.O_PATH:
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))
     return fcntl.fcntl(dirfd, fcntl.F_DUPFD_CLOEXEC, 0)

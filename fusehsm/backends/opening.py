@@ -1,4 +1,4 @@
-"""open_group: a group that watches a path, on whichever backend can make events there."""
+"""open_group(): opens a group that watches a path, on a backend that can make events there."""
 
 import contextlib
 import errno
@@ -35,12 +35,12 @@ from fusehsm.linux.mountinfo import Mount, mount_of, mount_of_descriptor, read_m
 
 log = logging.getLogger(__name__)
 
-# A full queue lets accesses through unasked, so the default queue is unlimited: no stub may be read as zeros.
+# A full queue allows accesses unasked. So the default queue is unlimited: no stub may be read as zeros.
 DEFAULT_FLAGS = FAN_CLASS_PRE_CONTENT | FAN_CLOEXEC | FAN_UNLIMITED_QUEUE | FAN_UNLIMITED_MARKS
 DEFAULT_EVENT_F_FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_LARGEFILE
 
 BACKENDS = ("auto", "kernel", "fuse")
-# What `mark` may say, and the fanotify_mark(2) flags and additional mask bits it means.
+# The values of `mark`, each with its fanotify_mark(2) flags and additional mask bits.
 MARKS = {
     "inode": (0, 0),
     "children": (0, FAN_EVENT_ON_CHILD),
@@ -48,16 +48,19 @@ MARKS = {
     "filesystem": (FAN_MARK_FILESYSTEM, 0),
 }
 
-# The bits that mean different things in different dialects.
+# The bits whose meaning depends on the dialect.
 _PRE_BITS = functools.reduce(operator.or_, (dialect.pre_content for dialect in DIALECTS.values()))
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """What is to be watched: its path without symbolic links, and the mount it lies on."""
+    """The object to watch."""
 
+    #: Without symbolic links.
     path: str
+    #: The mount that it is on.
     mount: Mount
+    #: It is a directory.
     directory: bool
 
 
@@ -77,16 +80,16 @@ async def open_group(
     event_f_flags: int = DEFAULT_EVENT_F_FLAGS,
     mark: str = "mount",
 ) -> AsyncIterator[Group]:
-    """A group with one mark on `path`; closed, and what was mounted for it undone, at the end of the `async with`.
+    """A group with one mark on `path`. The end of the `async with` closes the group and removes a mount that was made for it.
 
     `mask` is an int, or names without FAN_ ("PRE_ACCESS", "OPEN_PERM"), or None for the dialect's pre-content events (through a
-    directory: PRE_ACCESS). `backend` is "fuse" (a mount of fusehsm's, from any process), "kernel", or "auto": "fuse" where `path` lies on such
-    a mount, else "kernel" where it can watch that path. `dialect` defaults to the mount's. `flags` and `event_f_flags` are those of
+    directory: PRE_ACCESS). `backend` is "fuse" (a mount of fusehsm, from any process), "kernel", or "auto": "fuse" if `path` is on such
+    a mount, else "kernel" if it can watch that path. `dialect` defaults to the mount's. `flags` and `event_f_flags` are those of
     fanotify_init(2); FAN_NONBLOCK is always added. `mark` is "inode", "children" (of a directory), "mount" or "filesystem".
 
     With "mount" on the real kernel, a directory that is not a mount point is first bind-mounted on itself, so that the mark covers that
-    tree and never a whole root filesystem. Processes that stand inside that directory already, or hold it open, keep seeing it without
-    the bind mount and are not watched: use "filesystem" to watch those too.
+    tree and never a whole root filesystem. A process that has that directory as its working directory already, or holds it open, still sees
+    it without the bind mount and is not watched: use "filesystem" to watch such processes too.
 
     Raises OSError with one line that says what is missing and how to get it, ValueError for a word that is not among the choices.
     """
@@ -108,7 +111,7 @@ async def open_group(
             group = await EmulatedGroup.connect(place.mount, flags, event_f_flags, dialect)
         else:
             group = await _open_kernel_group(place, mark, dialect, flags, event_f_flags, undo)
-        # Closed before the bind mount goes: until then every access below it is still asked.
+        # Close it before the bind mount goes: until then every access below the directory makes an event.
         undo.callback(group.close)
         mark_flags, mask_bits = MARKS[mark]
         wanted = _mask(mask, group.dialect, chosen=dialect is not None, directory=place.directory)
@@ -117,7 +120,7 @@ async def open_group(
 
 
 def dialect_by_name(name: str) -> Dialect:
-    """The dialect of that name; raises ValueError with one line that lists them."""
+    """The dialect of that name. Raises ValueError with one line that lists the names."""
     try:
         return DIALECTS[name]
     except KeyError:
@@ -125,7 +128,7 @@ def dialect_by_name(name: str) -> Dialect:
 
 
 def kernel_can_watch(path: str) -> None:
-    """Return if a FAN_PRE_ACCESS mark on `path` works on this kernel; raise OSError that says in one line why it does not."""
+    """Return if a FAN_PRE_ACCESS mark on `path` works on this kernel. Else raise OSError with the cause in one line."""
     try:
         descriptor = syscalls.fanotify_init(
             FAN_CLASS_PRE_CONTENT | FAN_CLOEXEC | FAN_NONBLOCK, os.O_RDONLY | os.O_CLOEXEC
@@ -170,13 +173,13 @@ async def _open_kernel_group(
 
 @contextmanager
 def _bound_on_itself(target: str) -> Iterator[None]:
-    """Bind-mount a directory (or file) on itself. Mounts below it are bound along, or they would disappear from it."""
+    """Bind-mount a directory or file on itself. Mounts below it are bound, too, because it would hide them."""
     path = os.fsencode(target)
     try:
         syscalls.mount(path, path, None, syscalls.MS_BIND | syscalls.MS_REC)
     except OSError as error:
         raise OSError(error.errno, f"{target}: cannot be bind-mounted on itself: {error.strerror}") from None
-    # By descriptor: the path may lead to another mount by the time this one has to go.
+    # By descriptor: the path may lead to another mount when this one is removed.
     descriptor = os.open(target, os.O_PATH | os.O_CLOEXEC)
     try:
         bound = mount_of_descriptor(descriptor).mount_id
@@ -190,20 +193,20 @@ def _bound_on_itself(target: str) -> Iterator[None]:
 
 
 def _unbind(target: str, descriptor: int, strangers: set[int]) -> None:
-    """Unmount the bind mount and the copies of mounts that came with it."""
+    """Unmount the bind mount and the copies of mounts that came with it. `strangers`: mounts that others have made in it."""
     if strangers:
-        # They would be unmounted, too. Without the group the bind mount is as if it were not there.
+        # Those mounts would go, too. Without the group the bind mount has no effect.
         log.warning("%s: left bind-mounted on itself, because others have mounted something in it", target)
         return
     path = b"/proc/self/fd/%d" % descriptor
-    with contextlib.suppress(OSError):  # somebody else has unmounted it already
-        # Where mounts are shared (as systemd makes them), the originals would be unmounted with their copies.
+    with contextlib.suppress(OSError):  # another process has unmounted it already
+        # Where mounts are shared (systemd makes them so), the originals would be unmounted with their copies.
         syscalls.mount(b"none", path, None, syscalls.MS_PRIVATE | syscalls.MS_REC)
         syscalls.umount2(path, syscalls.MNT_DETACH)
 
 
 def _tree_of(root: int) -> set[int]:
-    """The numbers of a mount and of all below it."""
+    """The numbers of a mount and of all mounts below it."""
     found = {root}
     mounts = list(read_mounts())
     while more := {m.mount_id for m in mounts if m.parent_id in found} - found:

@@ -151,7 +151,7 @@ class EventChannel:
         return True
 
     def close(self) -> None:
-        """Take the answers that the client has given, then end the group. Later acts of the client do not take an answer back."""
+        """Take the answers that the client has given, then close the socket. Later acts of the client do not take an answer back."""
         self._open = False
         self.group.on_readable = None
         self._take_the_rest()
