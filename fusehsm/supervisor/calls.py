@@ -1,6 +1,6 @@
-"""What each system call does that the filter has us answer, errno for errno as on a group of the kernel's own.
+"""Does each system call that the filter hands over, with the errnos that a group of the kernel would give.
 
-A descriptor with a reserved number need not be a group's: what is something else goes on in the kernel.
+A descriptor with a reserved number need not be a group's. A call on a descriptor of another kind goes on in the kernel.
 """
 
 import contextlib
@@ -36,16 +36,16 @@ from fusehsm.supervisor.numbers import Architecture
 from fusehsm.supervisor.parked import ParkedCalls
 from fusehsm.supervisor.readiness import Bell, Closings
 
-MOST_GROUPS: Final = 128  # as fs.fanotify.max_user_groups
+MOST_GROUPS: Final = 128  # the default of fs.fanotify.max_user_groups
 
 _INT: Final = struct.Struct("=i")
 _CAP_SYS_ADMIN: Final = 21  # linux/capability.h
 _CAP_AUDIT_WRITE: Final = 29
 _PATH_MAX: Final = 4096
 _MOST_BYTES: Final = 0x7FFF_F000  # MAX_RW_COUNT
-_LARGEST_RESPONSE: Final = 4096  # what is longer is wrong whatever follows
+_LARGEST_RESPONSE: Final = 4096  # a longer response is wrong, whatever its further bytes are
 _SEEK_MAX: Final = 4
-_NO_POSITION: Final = 0xFFFF_FFFF_FFFF_FFFF  # preadv2(2) as readv(2)
+_NO_POSITION: Final = 0xFFFF_FFFF_FFFF_FFFF  # preadv2(2) without an offset, as readv(2)
 
 _F_SETPIPE_SZ: Final = 1031  # linux/fcntl.h
 _F_GETPIPE_SZ: Final = 1032
@@ -54,11 +54,11 @@ _log = logging.getLogger(__name__)
 
 
 class _GoOn(Exception):
-    """The kernel is to do the call."""
+    """Raised to let the kernel do the call."""
 
 
 class Calls:
-    """Answers calls; may be used by any number of threads at once. `dialect` None: nobody has said. `descriptors`: the reserved numbers."""
+    """Answers calls. Any number of threads may use it at once. `dialect`: None if none was chosen. `descriptors`: the reserved numbers."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class Calls:
         self._closings = Closings()
         self._groups: dict[str, SupervisedGroup] = {}
         self._lock = threading.Lock()
-        # From looking for a free number to its use.
+        # Held from the search for a free number until its use.
         self._numbering = threading.Lock()
         on_groups: list[tuple[int | None, Callable[[TrappedCall, SupervisedGroup], int]]] = [
             (architecture.write, self._write),
@@ -103,14 +103,14 @@ class Calls:
         }
 
     def close(self) -> None:
-        """Close every group: what waits for an answer is let pass before the mounts go."""
+        """Close every group. Accesses that wait for an answer are allowed before the mounts go."""
         with self._lock:
             groups = list(self._groups.values())
         for group in groups:
             group.close()
 
     def answer(self, call: TrappedCall, *, may_wait: bool = True) -> None:
-        """Do a call and answer it; never raises. `may_wait`: if not, what would have to wait for others fails with ENOMEM."""
+        """Do a call and answer it. Raises nothing. With `may_wait` false, a call that would have to wait for others fails with ENOMEM."""
         try:
             if call.number == self._architecture.mmap:
                 self._mappings.ask(call, may_wait=may_wait)
@@ -134,17 +134,17 @@ class Calls:
             number = error.errno or errno.EIO
             self._finish(lambda: self._notifier.fail(call, number))
         except Exception:
-            # A mistake of ours costs this call, and nothing else.
+            # A bug in the supervisor fails this call, and nothing else.
             _log.exception("system call %d of thread %d failed", call.number, call.tid)
             self._finish(lambda: self._notifier.fail(call, errno.EIO))
 
     @staticmethod
     def _finish(respond: Callable[[], None]) -> None:
-        with contextlib.suppress(CallIsOver, OSError):  # nobody is there to hear it
+        with contextlib.suppress(CallIsOver, OSError):  # the caller is gone
             respond()
 
     def _group(self, call: TrappedCall) -> SupervisedGroup:
-        """The group that the call's first argument is. Raises _GoOn where it is none."""
+        """The group of the call's first argument. Raises _GoOn if that is not a group."""
         name = tasks.pipe_of(call.tid, call.signed(0))
         group = None if name is None else self._groups.get(name)
         if group is None:
@@ -156,7 +156,7 @@ class Calls:
     def _fanotify_init(self, call: TrappedCall) -> int:
         flags, event_f_flags = call.unsigned(0), call.unsigned(1)
         if flags & (FAN_REPORT_FID_BITS | FAN_REPORT_MNT):
-            raise _GoOn  # they have no permission events, and the kernel's own notify on our mounts as on any other
+            raise _GoOn  # such groups have no permission events, and the kernel's own notify on fusehsm mounts as on any other
         if not self._is_privileged(call, _CAP_SYS_ADMIN) or (
             flags & FAN_ENABLE_AUDIT and not self._is_privileged(call, _CAP_AUDIT_WRITE)
         ):
@@ -184,15 +184,18 @@ class Calls:
         return number
 
     def _is_privileged(self, call: TrappedCall, capability: int) -> bool:
-        """Whether the caller has what the kernel would ask for. An ordinary user is root over the mounts that he has made; who was root and is
-        so no more would get at root's files through us."""
+        """Whether the caller has the capability that the kernel would ask for.
+
+        An ordinary user counts as root over its own mounts. With a supervisor of root the caller's capabilities count: otherwise a process that has
+        given up root would reach root's files through it.
+        """
         return os.geteuid() != 0 or tasks.capabilities_of(call.tid).has(capability)
 
     def _watch(self, group: SupervisedGroup) -> None:
         self._closings.watch(group.bell, lambda: self._ask_to_leave(group))
 
     def _ask_to_leave(self, group: SupervisedGroup) -> None:
-        """Nobody holds the group any more, or did not a moment ago."""
+        """End the group if no process holds it. Called when that was so a moment ago."""
         leaving = group.leave()
         if leaving is Leaving.OVER:
             self._forget(group)
@@ -213,13 +216,13 @@ class Calls:
         number: int | None = None,
         lowest: int = 0,
     ) -> int:
-        """Give the process a descriptor of a group: at `number`, else at a free one of the reserved, from `lowest` on. Raises OSError EMFILE."""
+        """Give the process a descriptor of a group: at `number`, else at a free reserved number from `lowest` on. Raises OSError EMFILE."""
         with group.bell.reading_end() as reading, self._numbering:
             if number is None:
                 free = (
                     number
                     for number in (reversed(self._descriptors) if not lowest else self._descriptors)
-                    # From the top: the kernel itself gives the lowest to whoever opens files meanwhile.
+                    # From the top: the kernel gives the lowest number to a thread that opens a file meanwhile.
                     if number >= lowest and not tasks.is_open(call.tid, number)
                 )
                 number = next(free, None)
@@ -250,7 +253,7 @@ class Calls:
         reading = Reading(self._notifier, self._parked, call, group, may_wait)
         try:
             parts = self._reads[call.number](call)
-            # Of several parts that are all empty the kernel does not even ask the group.
+            # If all parts are empty, the kernel does not even ask the group.
             total = reading.into(parts) if call.number == self._architecture.read or _size(parts) else 0
             self._notifier.succeed(call, total)
         except CallIsOver:
@@ -305,7 +308,7 @@ class Calls:
         return total
 
     def _response(self, call: TrappedCall, address: int, size: int) -> bytes:
-        """The bytes of a response; of what follows it only as many as matter."""
+        """The bytes of a response, and of any further bytes only as many as matter."""
         try:
             data = memory.read(call.tid, address, min(size, RESPONSE_LENGTH))
             if len(data) == RESPONSE_LENGTH and decode_response(data)[1] & FAN_INFO:
@@ -349,7 +352,7 @@ class Calls:
         if command in (_F_SETPIPE_SZ, _F_GETPIPE_SZ):
             raise OSError(
                 errno.EBADF, os.strerror(errno.EBADF)
-            )  # what the process holds is a pipe, but it should not know
+            )  # the process holds a pipe, but it should not know
         raise _GoOn
 
     def _dup(self, call: TrappedCall, group: SupervisedGroup) -> int:
@@ -381,7 +384,7 @@ class Calls:
 
 
 def _refuse_with(number: int) -> Callable[[TrappedCall, SupervisedGroup], int]:
-    """What the kernel does to a pipe, and to no group."""
+    """A function that refuses, with that errno, calls that the kernel does on a pipe and not on a group."""
 
     def refuse(call: TrappedCall, group: SupervisedGroup) -> int:
         raise OSError(number, os.strerror(number))

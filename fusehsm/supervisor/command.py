@@ -1,4 +1,4 @@
-"""`fusehsm run`: the mounts, the command under the filter, signals on their way, the exit code."""
+"""Runs `fusehsm run`: makes the mounts, runs the command under the filter, passes signals on, returns the exit code."""
 
 import errno
 import logging
@@ -38,11 +38,11 @@ from fusehsm.supervisor.numbers import (
 )
 from fusehsm.supervisor.workers import Workers
 
-NOT_FOUND, NOT_EXECUTABLE = 127, 126  # as shells say it
+NOT_FOUND, NOT_EXECUTABLE = 127, 126  # the exit codes of shells
 
 _OLDEST_KERNEL: Final = (5, 9)
 _FEWEST_DESCRIPTORS: Final = 2 * RESERVED_DESCRIPTORS
-_FROM_TERMINAL: Final = 0x80  # SI_KERNEL: the terminal has sent it to the command as well
+_FROM_TERMINAL: Final = 0x80  # SI_KERNEL: the terminal has sent the signal to the command as well
 _PASSED_ON: Final = (
     signal.SIGINT,
     signal.SIGQUIT,
@@ -65,21 +65,29 @@ _MENDS: Final = {
 class RunOptions:
     """The command line of `fusehsm run`."""
 
+    #: The program and its arguments.
     command: tuple[str, ...]
+    #: The directories to overlay in place.
     mounts: tuple[str, ...] = ()
+    #: The command's dialect; None if the user chose none.
     abi: str | None = None
+    #: The mounts' mode of events.
     events: str = "auto"
+    #: Leave the mounts in place at the end.
     keep: bool = False
+    #: The command is not a listener; its mmap(2) makes the event at once.
     accessor: bool = False
 
 
 class RunError(OSError):
-    """One line for the user: thing: cause; mend."""
+    """An error of one line for the user: thing, cause, fix."""
 
 
 def run(options: RunOptions) -> NoReturn:
-    """Run the command and end as it does: with its exit code, or by the signal that has killed it. Raises OSError with one line, ValueError
-    for bad usage."""
+    """Run the command and end as it does: with its exit code, or by the signal that killed it.
+
+    Raises OSError with one line, ValueError for bad usage.
+    """
     if options.abi is not None and options.abi not in DIALECTS:
         raise ValueError(f"--abi {options.abi}: not a dialect; choose {', '.join(DIALECTS)}")
     if options.events not in EVENT_MODES:
@@ -90,7 +98,7 @@ def run(options: RunOptions) -> NoReturn:
     check_kernel(os.uname().release)
     logging.basicConfig(level=logging.WARNING, format="fusehsm run: %(message)s")
     directory = os.getcwd()
-    # The first signal that asks for the end before there is a command ends this process, in good order; others do not disturb that.
+    # The first ending signal that comes before the command starts ends this process in good order. Later ones do not disturb that.
     with interruptible():
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         try:
@@ -99,17 +107,20 @@ def run(options: RunOptions) -> NoReturn:
             sys.stderr.flush()
             if code < 0:
                 _die_of(-code)
-            # Threads that still wait for calls, or for what somebody else's file system owes them, are not to be waited for.
+            # Do not wait for threads that still wait for calls, or for another file system's server.
             os._exit(code)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _run_with_mounts(options: RunOptions, machine: Architecture, directory: str) -> int:
-    """The exit code, negative for a signal; nothing is mounted any more that is not to be kept. Signals that are passed on stay blocked."""
+    """Make the mounts and run the command. Returns the exit code, negative for a signal. Signals that are passed on stay blocked.
+
+    At the end all mounts are gone that are not to be kept.
+    """
     try:
         with ExitStack() as mounts:
-            # One after the other: a directory may lie in another.
+            # One after the other, because one directory may lie in another.
             for place in dict.fromkeys(map(os.path.realpath, options.mounts)):
                 _mount(mounts, place, options)
             if options.keep:
@@ -120,7 +131,7 @@ def _run_with_mounts(options: RunOptions, machine: Architecture, directory: str)
 
 
 def check_kernel(release: str) -> None:
-    """Raises RunError for a kernel, by its release as uname(2) has it, that cannot do this."""
+    """Check a kernel by its release, as uname(2) gives it. Raises RunError if that kernel cannot do this."""
     version = tuple(int(number) for number in re.findall(r"\d+", release)[:2])
     if version < _OLDEST_KERNEL:
         raise RunError(
@@ -134,7 +145,7 @@ def _mount(mounts: ExitStack, place: str, options: RunOptions) -> None:
         mounts.enter_context(foreground_mount(place, place, *arguments))
         return
     arguments += ["--allow-other"] if os.geteuid() == 0 else []
-    # In a session of its own: Ctrl-C is for us, who then unmount it.
+    # In a session of its own: Ctrl-C comes to this process, which then unmounts it.
     with signals_held():
         done = subprocess.run(
             own_command("mount", *arguments, place, place),
@@ -145,7 +156,7 @@ def _mount(mounts: ExitStack, place: str, options: RunOptions) -> None:
             text=True,
         )
         if done.returncode == 0:
-            # Until the command begins: where another cannot be mounted, none is kept.
+            # Until the command begins: if another directory cannot be mounted, no mount is kept.
             mounts.callback(_unmount, place, mountinfo.id_at(place))
     if done.returncode:
         raise RunError(done.stderr.strip().removeprefix("fusehsm: "))
@@ -157,7 +168,7 @@ def _unmount(place: str, mount_id: mountinfo.MountId) -> None:
 
 
 def _die_of(number: int) -> None:
-    """End as the command has, so that whoever waits for us sees the same; without a core of our own."""
+    """End by the command's signal, so that a waiting parent sees the same. Leaves no core file of this process."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
     if number != signal.SIGKILL:
@@ -182,13 +193,13 @@ class _Run:
         self._reserved = range(end - RESERVED_DESCRIPTORS, end)
 
     def run(self) -> int:
-        """The exit code, negative for a signal."""
-        with suppress(OSError, ValueError):  # events bring descriptors, of all groups together
+        """Run it. Returns the exit code, negative for a signal."""
+        with suppress(OSError, ValueError):  # events of all groups together bring many descriptors
             resource.setrlimit(resource.RLIMIT_NOFILE, (self._descriptors[1], self._descriptors[1]))
         if os.geteuid() != 0:
-            # Where Yama guards ptrace(2), and so a process's memory, it lets only ancestors pass: what the command leaves behind stays ours.
+            # If Yama guards ptrace(2), and so a process's memory, only ancestors may read it. So orphans of the command become our children.
             prctl(PR_SET_CHILD_SUBREAPER, 1)
-        # They stay blocked when the command has ended: then there is nobody to pass them on to, and what is mounted has to go.
+        # They stay blocked after the command's end: no process is left to pass them on to, and the mounts must go.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (*_PASSED_ON, *_JOB_CONTROL, signal.SIGCHLD))
         return self._run(blocked)
 
@@ -196,7 +207,7 @@ class _Run:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours:
             with theirs:
-                # What was left open for the command stays open.
+                # A descriptor that was left open for the command stays open.
                 os.set_inheritable(theirs.fileno(), True)
                 launcher = Path(__file__).with_name("launch.py")
                 command = [sys.executable, "-I", "-S", str(launcher), str(theirs.fileno())]
@@ -226,7 +237,7 @@ class _Run:
         )
         return {
             "command": list(self._options.command),
-            # By its name: if it lies on a mount, what was open before is underneath.
+            # By its name: if the directory lies on a mount, a descriptor from before is underneath the mount.
             "directory": self._directory,
             "program": program,
             "seccomp": self._machine.seccomp,
@@ -247,7 +258,7 @@ class _Run:
         return calls
 
     def _failed(self, message: bytes) -> int:
-        """The command has not been started. Returns its exit code, or raises RunError."""
+        """Handle a command that was not started. Returns its exit code, or raises RunError."""
         if not message:
             raise RunError("fusehsm run: the command was killed before it began")
         name, number = FAILURE.unpack(message)
@@ -266,7 +277,7 @@ class _Run:
         return NOT_FOUND if number == errno.ENOENT else NOT_EXECUTABLE
 
     def _wait(self, child: "subprocess.Popen[bytes]") -> int:
-        """Until the command has ended."""
+        """Wait until the command has ended. Returns its exit code."""
         watched = {*_PASSED_ON, *_JOB_CONTROL, signal.SIGCHLD}
         while (code := self._look_at(child)) is None:
             got = signal.sigwaitinfo(watched)
@@ -279,7 +290,7 @@ class _Run:
         return code
 
     def _look_at(self, child: "subprocess.Popen[bytes]") -> int | None:
-        """The command's exit code once it has ended; if the terminal has stopped it, stop with it."""
+        """The command's exit code if it has ended, else None. If the terminal has stopped the command, stop this process, too."""
         with suppress(ChildProcessError):
             self._stop_with(os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOHANG))
         return child.poll()
@@ -290,7 +301,10 @@ class _Run:
             os.kill(os.getpid(), signal.SIGSTOP)
 
     def _continue(self, child: "subprocess.Popen[bytes]") -> None:
-        """Pass SIGCONT on, unless the command has had it, as from a shell's fg: it may have been stopped again since, and is to stay so."""
+        """Pass SIGCONT on, unless the command has had it, as from a shell's fg.
+
+        The command may have been stopped again since then, and is to stay stopped.
+        """
         with suppress(ChildProcessError):
             change = os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WCONTINUED | os.WNOHANG)
             if change is None:
@@ -300,7 +314,7 @@ class _Run:
 
     @staticmethod
     def _reap_strays(child: "subprocess.Popen[bytes]") -> None:
-        """What the command has left behind has become ours (PR_SET_CHILD_SUBREAPER)."""
+        """Wait for dead orphans of the command, which are children of this process (PR_SET_CHILD_SUBREAPER)."""
         if os.geteuid() == 0:
             return
         with suppress(OSError, ValueError):
@@ -312,5 +326,5 @@ class _Run:
 
 
 def _is_stray(pid: int) -> bool:
-    """Not one of our own, the servers of the mounts, which lead their sessions."""
+    """Whether a child is an orphan of the command. The servers of the mounts are not: each leads its own session."""
     return os.getsid(pid) != pid

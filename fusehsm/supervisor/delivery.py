@@ -1,4 +1,4 @@
-"""Events into a process of the command: their bytes into its memory, their descriptors into its table."""
+"""Delivers events to a process of the command: their bytes into its memory, their descriptors into its table."""
 
 import contextlib
 import errno
@@ -26,20 +26,28 @@ _INT: Final = struct.Struct("=i")
 
 @dataclass(slots=True)
 class Reading:
-    """One read(2) of a group by a thread of the command. Nothing that it has taken counts before settle(): a call that is over has read
-    nothing, and undo() gives it back."""
+    """One read(2) of a group by a thread of the command.
 
+    The events that it has taken count only after settle(). A call that is over has read nothing, and undo() gives the events back.
+    """
+
+    #: Where the call came from.
     notifier: Notifier
+    #: The calls that wait.
     parked: ParkedCalls
+    #: The call.
     call: TrappedCall
+    #: The group that is read.
     group: SupervisedGroup
+    #: Whether the call may wait for events.
     may_wait: bool
+    #: Each event that was taken, with its mount and its descriptor's number in the process.
     _taken: list[tuple[Source, Received, int]] = field(default_factory=list)
 
     def into(self, parts: list[tuple[int, int]]) -> int:
-        """Read into the (address, size) parts of a buffer; the number of bytes. Raises OSError as read(2) does, CallIsOver.
+        """Read into the (address, size) parts of a buffer; returns the number of bytes. Raises OSError as read(2) does, CallIsOver.
 
-        A part is gone on from only when it has been filled to its last byte (measured on 6.18).
+        The next part is used only if the one before is filled to its last byte (docs/facts.md, section 7).
         """
         total = 0
         for address, size in parts:
@@ -56,7 +64,7 @@ class Reading:
 
     def _fill(self, address: int, size: int) -> int:
         if (address + size) >> 63:
-            # The kernel looks at the pointer first; a bad one in the program's own half is found out only with an event at hand.
+            # The kernel checks the pointer first. It finds a bad one in the program's own half only when it has an event.
             raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
         filled = 0
         while True:
@@ -86,7 +94,7 @@ class Reading:
                 return filled
 
     def _wait(self) -> None:
-        """Until events wait, or there may be some. Raises CallIsOver, OSError for a signal."""
+        """Wait until there may be events. Raises CallIsOver, OSError for a signal."""
         wake = self.parked.wake()
         verdict: list[int | None] = []
 
@@ -115,7 +123,7 @@ class Reading:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
 
     def _deliver(self, source: Source, received: Received, address: int) -> None:
-        """Raises OSError: EFAULT, EMFILE; the event has been denied then."""
+        """Deliver one event. Raises OSError EFAULT or EMFILE, and then the event has been denied."""
         try:
             number = self._hand_over(received, address)
         except CallIsOver:
@@ -132,12 +140,12 @@ class Reading:
         self._taken.append((source, received, number))
 
     def _hand_over(self, received: Received, address: int) -> int:
-        """Put an event into the process; the descriptor's number there, or the error that stands in its place."""
+        """Put an event into the process. Returns its descriptor's number there, or the error that stands in its place."""
         tid = self.call.tid
         data = bytearray(received.data)
         pidfd = received.pidfd
         if received.fd >= 0:
-            # First without descriptors: nobody could take them back if the memory is not there.
+            # First without descriptors: if the memory is not there, they could not be taken back.
             _INT.pack_into(data, EVENT_FD_OFFSET, FAN_NOFD)
         if pidfd >= 0:
             _INT.pack_into(data, EVENT_PIDFD_OFFSET, FAN_NOFD)
@@ -163,13 +171,13 @@ class Reading:
             return -(error.errno or errno.EMFILE)
 
     def settle(self) -> None:
-        """The call has returned what was read."""
+        """Note that the call has returned what was read."""
         for _, received, _ in self._taken:
             received.close()
         self._taken.clear()
 
     def undo(self) -> None:
-        """The call is over, and has returned nothing."""
+        """Give the events back: the call is over, and has returned nothing."""
         for source, received, number in reversed(self._taken):
             with contextlib.suppress(OSError):
                 self.group.take_back(source, received, number)

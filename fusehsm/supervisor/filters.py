@@ -1,6 +1,6 @@
-"""The filter that a command runs under: which of its system calls are ours to answer (seccomp(2), bpf(4)).
+"""Makes the filter of a command: the system calls that the supervisor answers (seccomp(2), bpf(4)).
 
-Everything else goes on untouched and at full speed: a call on a descriptor is ours only if its number is a reserved one.
+Every other call goes on untouched and at full speed. A call on a descriptor comes to the supervisor only if its number is a reserved one.
 """
 
 import mmap
@@ -24,11 +24,11 @@ _ARGUMENTS: Final = 16
 
 _Line = tuple[
     int, int, str | None, str | None
-]  # operation, operand, where to when it holds, and when not (None: the next line)
+]  # operation, operand, the target if it holds, and if not (None: the next line)
 
 
 def for_listeners(architecture: Architecture, lowest: int, end: int) -> bytes:
-    """fanotify_init(2), mmap(2) of files, and what is done to the descriptors from `lowest` to before `end`."""
+    """The filter for fanotify_init(2), mmap(2) of files, and calls on descriptors from `lowest` to before `end`."""
     on_descriptors = [
         architecture.read,
         architecture.readv,
@@ -63,14 +63,14 @@ def for_listeners(architecture: Architecture, lowest: int, end: int) -> bytes:
 
 
 def for_accessors(architecture: Architecture) -> bytes:
-    """mmap(2) of files alone."""
+    """The filter for mmap(2) of files alone."""
     return _assemble(
         [*_this_architecture(architecture), (_IF_EQUAL, architecture.mmap, "mapping", "go on"), *_of_files()]
     )
 
 
 def _this_architecture(architecture: Architecture) -> list[_Line]:
-    # Another one's calls (a 32-bit program) have other numbers, and are let be.
+    # Calls of another architecture (a 32-bit program) have other numbers, and go on.
     return [
         (_LOAD, _ARCHITECTURE, None, None),
         (_IF_EQUAL, architecture.audit, None, "go on"),
@@ -87,7 +87,7 @@ def _of_files() -> list[str | _Line]:
 
 
 def _assemble(lines: Sequence[str | _Line]) -> bytes:
-    """The program; a str is the name of the place where it stands."""
+    """Assemble the program. A str in `lines` is a label for its place."""
     lines = [
         *lines,
         "go on",

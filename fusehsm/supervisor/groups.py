@@ -1,4 +1,4 @@
-"""A fanotify group as the processes of the command share it: events of every mount that it has marks on, one set of descriptors' numbers."""
+"""A fanotify group as the processes of the command share it: the events of all mounts on which it has marks, with one set of descriptor numbers."""
 
 import contextlib
 import enum
@@ -38,10 +38,13 @@ _log = logging.getLogger(__name__)
 
 
 class Leaving(enum.Enum):
-    """What comes of the last descriptor's end: the group is over, it stays after all, or that is to be asked again."""
+    """The result of the end of the last descriptor."""
 
+    #: The group is over.
     OVER = enum.auto()
+    #: The group stays after all.
     STAYS = enum.auto()
+    #: Ask again later.
     LATER = enum.auto()
 
 
@@ -49,27 +52,30 @@ class Leaving(enum.Enum):
 class Source:
     """One mount's events for a group."""
 
+    #: The mount.
     mount: Mount
+    #: For marks.
     connection: BlockingConnection
+    #: The events of the mount's own group.
     stream: EventStream
 
     def close(self) -> None:
-        """Its marks go, and what it has not answered is let pass."""
+        """Remove its marks on the mount, and allow its unanswered events."""
         self.connection.hang_up()
         self.stream.close()
 
     def finish(self) -> None:
-        """close(), and wait until that is so."""
+        """close(), and wait until it has taken effect."""
         self.stream.close()
         self.connection.finish()
         self.connection.hang_up()
 
 
 class SupervisedGroup:
-    """May be used by any number of threads at once. Nothing here touches the memory of the command; mark() alone waits for others
-    for long.
+    """A group of the command. Any number of threads may use it at once.
 
-    `nonblocking` is O_NONBLOCK; `dialect` None: nobody has said, so it is what mainline speaks, and what may mean something else is refused.
+    No method touches the command's memory. Only mark() may wait for others for long. `nonblocking` is O_NONBLOCK. `dialect` None: none was chosen;
+    the group then speaks mainline's dialect and refuses masks that have another meaning in another dialect.
     """
 
     def __init__(
@@ -92,21 +98,23 @@ class SupervisedGroup:
         self._lock = threading.Lock()
         self._connecting = threading.Lock()
         self._sources: list[Source] = []
-        # By the descriptor's number in the command; the event's own number is its server's.
+        # By the descriptor's number in the command. The event's own number is its server's.
         self._unanswered: rules.UnansweredEvents[tuple[Source, int]] = rules.UnansweredEvents()
         self._readers: dict[int, None] = {}
         self._users = 0
         self._left = False
         self._closed = False
-        self._settled = threading.Event()  # once closed: nothing is owed to anybody any more
+        self._settled = threading.Event()  # set when, after the close, no event waits for an answer any more
 
     # Marks
 
     def mark(
         self, flags: int, mask: int, look_up: Callable[[], FoundObject], *, privileged: Callable[[], bool]
     ) -> None:
-        """fanotify_mark(2), what it is about to be found by `look_up`; `privileged`: whether the caller may mark more than single files.
-        Raises OSError as the kernel does; of what is on no mount of ours what this kernel says."""
+        """fanotify_mark(2). `look_up` finds the object. `privileged`: the caller may mark more than single files.
+
+        Raises OSError as the kernel does; for an object on no fusehsm mount, the errno of this kernel.
+        """
         self._check_dialect(mask)
         rules.check_mark(self.flags, self.dialect, flags, mask, None)
         if flags & FAN_MARK_TYPE_MASK != FAN_MARK_INODE and not privileged():
@@ -128,7 +136,7 @@ class SupervisedGroup:
             os.close(found.descriptor)
 
     def _marked_on_backing(self, mark: MarkRequest) -> bool:
-        """Whether it is a file of a mount that the mark names by its backing, as through an event's descriptor; if so the mark is made."""
+        """Make the mark if it names a file of a mount by its backing, as through an event descriptor. Returns whether it does."""
         for source in list(self._sources):
             try:
                 self._request(source, mark)
@@ -152,7 +160,7 @@ class SupervisedGroup:
         except OSError as error:
             if error.errno != errno.ENOTCONN:
                 raise
-            # A file system that is unmounted takes its marks along.
+            # When a file system is unmounted, its marks go, too.
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
 
     def _source(self, mount: Mount, flags: int) -> Source:
@@ -196,7 +204,7 @@ class SupervisedGroup:
         return Source(mount, connection, stream)
 
     def _elsewhere(self, flags: int, mask: int, found: FoundObject) -> OSError:
-        """What this kernel says to the mark."""
+        """The error of this kernel for the mark."""
         try:
             probe = syscalls.fanotify_init(
                 self.flags & (FAN_CLASS_PRE_CONTENT | FAN_CLASS_CONTENT), os.O_RDONLY | os.O_CLOEXEC
@@ -205,7 +213,7 @@ class SupervisedGroup:
             return error
         try:
             path = os.fsencode(f"/proc/self/fd/{found.descriptor}")
-            # Nothing must come between: whoever opens what is marked waits for this very thread.
+            # Nothing may come between these calls: an accessor of the marked object waits for this same thread.
             syscalls.fanotify_mark(probe, flags & ~FAN_MARK_DONT_FOLLOW, mask, path=path)
         except OSError as error:
             return error
@@ -220,9 +228,9 @@ class SupervisedGroup:
     # Events
 
     def take(self, size: int) -> tuple[Source, Received]:
-        """The next event, which must not be longer than `size` bytes.
+        """The next event, of at most `size` bytes.
 
-        Raises BlockingIOError when there is none, OSError EINVAL when it does not fit (it stays), and the errno of an event that came
+        Raises BlockingIOError if there is none, OSError EINVAL if it does not fit (it stays), and the errno of an event that came
         without its descriptor.
         """
         with self._lock:
@@ -243,7 +251,7 @@ class SupervisedGroup:
                     raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
                 source.stream.delivered(received)
                 self.bell.take(1 + source.stream.take_merged())
-                # The next event is another mount's, if that has one.
+                # The next event comes from another mount, if that has one.
                 self._sources.append(self._sources.pop(self._sources.index(source)))
                 self._wake_for_buffered()
                 return source, received
@@ -251,18 +259,18 @@ class SupervisedGroup:
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
     def _drop(self, source: Source) -> None:
-        """The mount is gone, and nobody waits there any more. Who has read an event of it answers all the same: see respond()."""
+        """Remove a mount that is gone; no accessor waits there any more. A listener may still answer an event of it: see respond()."""
         self._sources.remove(source)
         source.close()
 
     def handed_over(self, source: Source, received: Received, number: int) -> None:
-        """A process is about to read the event with that descriptor."""
+        """Note that a process is about to read the event, with that descriptor number."""
         if received.mask & self.dialect.permission:
             with self._lock:
                 self._unanswered.add(number, (source, received.number))
 
     def take_back(self, source: Source, received: Received, number: int) -> None:
-        """The process has not read it: somebody else will."""
+        """Queue an event again that the process has not read, for another reader."""
         with self._lock:
             self._unanswered.remove(number, (source, received.number))
             if self._closed or source not in self._sources:
@@ -273,26 +281,29 @@ class SupervisedGroup:
                 self._wake_for_buffered()
 
     def refuse(self, source: Source, received: Received) -> None:
-        """Nobody can be told of the event: deny it with EPERM, as the kernel does."""
+        """Deny an event with EPERM because no process can be told of it, as the kernel does."""
         if received.mask & self.dialect.permission:
             with self._lock, contextlib.suppress(OSError):
                 source.stream.answer(received.number, errno.EPERM)
 
     def respond(self, data: bytes) -> int:
-        """write(2) of one response; the bytes taken. Raises OSError EINVAL or ENOENT as the kernel does."""
+        """write(2) of one response; returns the bytes taken. Raises OSError EINVAL or ENOENT as the kernel does."""
         response = rules.parse_response(data, self.flags, self.dialect)
         if response.probe:
             return response.length
         with self._lock:
             source, number = self._unanswered.take(response.fd)
-            # If the mount is gone: the kernel, too, takes an answer that nobody waits for.
+            # The mount may be gone. The kernel, too, takes an answer that no accessor waits for.
             with contextlib.suppress(OSError):
                 source.stream.answer(number, response.decision_errno)
         return response.length
 
     @property
     def queued_bytes(self) -> int:
-        """What ioctl(FIONREAD) says: 24 bytes an event, whatever its real length; of each mount at most as many as may lie in a socket."""
+        """The answer to ioctl(FIONREAD): 24 bytes an event, whatever its length (docs/facts.md, section 7).
+
+        Of each mount it counts at most as many events as a socket may hold.
+        """
         with self._lock:
             for source in self._sources:
                 source.stream.receive_all()
@@ -303,12 +314,14 @@ class SupervisedGroup:
     def _something_waits(self) -> bool:
         return any(source.stream.waits for source in self._sources)
 
-    # Those who use it, and the end
+    # Users, and the end
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """`with` it: a call on the group goes on, which keeps it although its last descriptor is closed, as in the kernel. Raises OSError
-        EBADF when it is over."""
+        """Keep the group during a call, even if its last descriptor is closed meanwhile, as in the kernel. Use it with `with`.
+
+        Raises OSError EBADF if the group is over.
+        """
         with self._lock:
             if self._closed:
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
@@ -325,8 +338,10 @@ class SupervisedGroup:
                 self._on_left()
 
     def leave(self) -> Leaving:
-        """The last descriptor is said to be closed. A call that goes on keeps the group (`on_left` is called at its end), and may have made
-        another descriptor of it."""
+        """End the group, because its last descriptor is reported closed, unless it is still in use.
+
+        A running call keeps the group (`on_left` is called at its end), and may have made another descriptor of it.
+        """
         with self._lock:
             if self._users:
                 self._left = True
@@ -339,7 +354,7 @@ class SupervisedGroup:
         return Leaving.OVER
 
     def begin_waiting(self, wake: int) -> list[int]:
-        """A thread waits for events, which eventfd(2) `wake` tells to look again: the descriptors that are readable when there are some."""
+        """Register a thread that waits for events. The eventfd(2) `wake` tells it to look again. Returns descriptors that events make readable."""
         with self._lock:
             self._readers[wake] = None
             if self._closed:
@@ -348,12 +363,12 @@ class SupervisedGroup:
             return [source.stream.socket.fileno() for source in self._sources]
 
     def end_waiting(self, wake: int) -> None:
-        """It waits no more."""
+        """Unregister a thread that waits no more."""
         with self._lock:
             self._readers.pop(wake, None)
 
     def _wake_for_buffered(self) -> None:
-        """What has left a socket and waits for a reader makes no socket readable."""
+        """Wake the readers for events that have left a socket: those make no socket readable."""
         if any(source.stream.buffered for source in self._sources):
             self._wake_readers()
 
@@ -363,15 +378,18 @@ class SupervisedGroup:
 
     @property
     def closed(self) -> bool:
-        """Whether it is over."""
+        """Whether the group is over."""
         return self._closed
 
     def close(self) -> None:
-        """Its marks go, and what it has not answered is let pass (fanotify(7)), whoever still holds it. Closing twice does nothing."""
+        """Close the group, even if a process still holds it: its marks go, its unanswered events are allowed (fanotify(7)).
+
+        A second call only waits for the first.
+        """
         with self._lock:
             closing = self._closed
             sources = self._end()
-        if closing:  # another thread is at it
+        if closing:  # another thread closes it already
             self._settled.wait()
         else:
             self._finish(sources)
@@ -395,6 +413,6 @@ def _mount_of(device: tuple[int, int]) -> Mount | None:
 
 
 def _refused(number: int, why: str) -> OSError:
-    """What the command is told is an errno alone; the reason is for whoever started it."""
+    """Log the reason for a refusal, and make its OSError. The command gets only the errno; the log is for the user."""
     _log.warning("%s", why)
     return OSError(number, os.strerror(number))

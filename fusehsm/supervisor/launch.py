@@ -1,7 +1,7 @@
-"""Starts a command under a filter: a program of its own, run by path with the standard library alone, so that it starts fast.
+"""Starts a command under a filter. It is a program of its own, run by path with the standard library alone, so that it starts fast.
 
-Run with the number of a socket to the supervisor, from which it takes what to do (marshal), and to which it sends the filter's descriptor,
-or what went wrong: a step's name and an errno. The socket is closed by a successful exec.
+Its argument is the number of a socket to the supervisor. From there it takes its orders (marshal). There it sends the filter's descriptor, or a
+failure: a step's name and an errno. A successful exec closes the socket.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ class _Program(ctypes.Structure):
 
 
 def main() -> None:
-    """Take the orders, set up, become the command."""
+    """Take the orders, set up, and become the command."""
     control = socket.socket(fileno=int(sys.argv[1]))
     control.set_inheritable(False)
     orders: dict[str, Any] = marshal.loads(control.recv(1 << 20))
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def _install(program: bytes, seccomp: int, flags: list[int]) -> tuple[int, bool]:
-    """The filter's descriptor, and whether the first of the `flags` were taken: older kernels know fewer."""
+    """Install the filter. Returns its descriptor, and whether the kernel took the first of the `flags` (older kernels know fewer)."""
     libc: Any = ctypes.CDLL(None, use_errno=True)
     buffer = ctypes.create_string_buffer(program, len(program))
     structure = _Program(len(program) // 8, ctypes.cast(buffer, ctypes.c_char_p))
@@ -58,7 +58,7 @@ def _install(program: bytes, seccomp: int, flags: list[int]) -> tuple[int, bool]
     number = 0
     for position, each in enumerate(flags):
         for promise in (False, True) if may_without else (True,):
-            # No set-id program may be fooled by what an ordinary user makes of its system calls.
+            # An ordinary user must not deceive a set-id program by its answers to that program's system calls.
             if promise:
                 libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
             descriptor = int(libc.syscall(seccomp, _SET_MODE_FILTER, each, ctypes.byref(structure)))
@@ -73,13 +73,13 @@ def _install(program: bytes, seccomp: int, flags: list[int]) -> tuple[int, bool]
 
 
 def _restore(orders: dict[str, Any]) -> None:
-    """What Python and the supervisor have set otherwise for themselves."""
+    """Undo the settings that Python and the supervisor have made for themselves."""
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
     for number in orders["ignored"]:
         signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_NOFILE, orders["descriptors"])
-    # Without whoever answers its calls it could do nothing any more, not even map a library.
+    # Without the supervisor, which answers its calls, the command could not even map a library.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.getppid() != orders["supervisor"]:
         os.kill(os.getpid(), signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""What a thread of the command means by a path: its root, working directory, descriptors and rights count, not ours."""
+"""Finds the object of a path as a thread of the command sees it: with that thread's root, working directory, descriptors and rights."""
 
 import ctypes
 import errno
@@ -19,12 +19,14 @@ from fusehsm.supervisor.numbers import Architecture
 _CLONE_FS: Final = 0x200
 _CLONE_NEWNS: Final = 0x20000
 
-_NOTHING: Final = re.compile(rb"/(?:\.?/)+")  # "//" and "/./" lead nowhere
+_NOTHING: Final = re.compile(rb"/(?:\.?/)+")  # "//" and "/./" stay in the same directory
 
 
 def of_this_process(path: bytes, tid: int) -> bytes:
-    """The path with /proc/self, /proc/thread-self and /dev/fd in it as they are to that thread: to us they would be ourselves. (A symbolic
-    link of another name that leads there is not noticed.)"""
+    """Replace /proc/self, /proc/thread-self and /dev/fd in a path by that thread's own; here they would mean the supervisor.
+
+    A symbolic link of another name that leads there is not noticed.
+    """
     process = b"/proc/%d" % proc.process_of(tid)
     path = _NOTHING.sub(b"/", path)
     for ours, theirs in (
@@ -38,8 +40,10 @@ def of_this_process(path: bytes, tid: int) -> bytes:
 
 
 def find(architecture: Architecture, tid: int, flags: int, dirfd: int, path: bytes | None) -> FoundObject:
-    """What fanotify_mark(2) of that thread is to mark, errno for errno as backends/lookup.py; may wait for as long as the file systems on
-    the way do. Raises CallIsOver when the thread has gone."""
+    """The object that fanotify_mark(2) of that thread is to mark, with the errnos of backends/lookup.py.
+
+    May wait for the file systems on the way. Raises CallIsOver if the thread has gone.
+    """
     rights = tasks.rights_of(tid)
     if rights is None:
         raise CallIsOver
@@ -76,7 +80,7 @@ def find(architecture: Architecture, tid: int, flags: int, dirfd: int, path: byt
 
 
 def _descriptor(tid: int, dirfd: int) -> int:
-    """Of our own, of what the thread's is open on."""
+    """A descriptor in this process of the object that the thread's descriptor is open on."""
     descriptor = None if dirfd < 0 else proc.descriptor_of(tid, dirfd)
     if descriptor is None or descriptor.flags & os.O_PATH:
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))
@@ -103,7 +107,7 @@ def _in_its_place(
     namespace: int | None,
     rights: tasks.Rights,
 ) -> FoundObject:
-    """`look` in a thread that has another root and other rights, which Linux keeps for each thread, and which ends with it."""
+    """Call `look` in a new thread with another root and other rights. Linux keeps both for each thread, and they end with it."""
     outcome: list[FoundObject | BaseException] = []
 
     def in_thread() -> None:
@@ -129,12 +133,12 @@ def _in_its_place(
 
 
 def _take(architecture: Architecture, rights: tasks.Rights) -> None:
-    """Open files by these rights from now on, in this thread alone: glibc's own functions would change every thread's."""
+    """Open files with these rights from now on, in this thread alone. glibc's own functions would change every thread."""
     if rights == _OUR_RIGHTS:
         return
     groups = (ctypes.c_uint * len(rights.groups))(*rights.groups)
     syscalls.system_call(architecture.setgroups, len(groups), groups)
-    # These two do not say whether they have succeeded, but what was before.
+    # These two return the former id, not whether they have succeeded.
     for number, wanted in ((architecture.setfsgid, rights.gid), (architecture.setfsuid, rights.uid)):
         syscalls.system_call(number, wanted)
         if syscalls.system_call(number, wanted) != wanted:

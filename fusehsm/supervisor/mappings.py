@@ -1,6 +1,6 @@
-"""mmap(2) of files on our mounts: the event is made there, as on a real kernel, and a denial is the call's error.
+"""Asks for mmap(2) of files on fusehsm mounts: makes the event at the call, as a real kernel does. A denial is the call's error.
 
-FUSE tells its server nothing of mmap(2): without this the event comes with the first page that is touched.
+FUSE sends its server no request for mmap(2) (docs/facts.md, section 11). Without this the event comes with the first page that is touched.
 """
 
 import errno
@@ -23,12 +23,12 @@ from fusehsm.supervisor.parked import Parked, ParkedCalls
 _PROT_WRITE: Final = mmap.PROT_WRITE
 _KIND: Final = 0x0F  # MAP_TYPE
 _PRIVATE: Final = mmap.MAP_PRIVATE
-_AT_ONCE: Final = 64  # mappings that may wait on one mount; the others wait for these
+_AT_ONCE: Final = 64  # the most mappings that may wait on one mount; further ones wait for these
 _CANNOT_TELL: Final = frozenset((errno.ENOTCONN, errno.ESTALE, errno.EXDEV))
 
 
 class Mappings:
-    """May be used by any number of threads at once."""
+    """The mmap(2) calls of the command. Any number of threads may use it at once."""
 
     def __init__(self, parked: ParkedCalls) -> None:
         self._parked = parked
@@ -37,13 +37,15 @@ class Mappings:
         self._lock = threading.Lock()
 
     def ask(self, call: TrappedCall, *, may_wait: bool = True) -> None:
-        """Ask for an mmap(2), if it is one that makes an event; it may go on when this returns: where it may not wait, to be asked for when it
-        is touched. Raises OSError with the denial's errno, CallIsOver."""
+        """Ask for an mmap(2), if it makes an event. The call may go on when this returns.
+
+        With `may_wait` false nothing is asked here: the event comes when a page is touched. Raises OSError with the denial's errno, CallIsOver.
+        """
         _, length, protection, flags, _, offset = call.arguments
         number = call.signed(4)
         opened = proc.descriptor_of(call.tid, number) if number >= 0 else None
         if opened is None or opened.flags & os.O_PATH or offset % mmap.PAGESIZE:
-            return  # it fails before anybody is asked
+            return  # the call fails before it makes an event
         mount = self._mounts.get(call.tid, opened.mount_id)
         if mount is None or not may_wait:
             return
@@ -82,7 +84,7 @@ class Mappings:
 
 
 class _Server:
-    """The connections to one mount's server: one for every mapping that waits."""
+    """The connections to one mount's server: one for each mapping that waits."""
 
     def __init__(self, mount: Mount) -> None:
         self._mount = mount
@@ -91,7 +93,7 @@ class _Server:
 
     @contextmanager
     def connection(self) -> Iterator[BlockingConnection]:
-        """One that nobody else uses meanwhile. Raises OSError ENOTCONN."""
+        """A connection that no other thread uses meanwhile. Raises OSError ENOTCONN."""
         with self._room:
             connection = self._idle_one() or BlockingConnection(self._mount)
             try:
@@ -109,7 +111,7 @@ class _Server:
 
     def _idle_one(self) -> BlockingConnection | None:
         while self._idle:
-            with suppress(IndexError):  # another thread was quicker
+            with suppress(IndexError):  # another thread has taken it
                 connection = self._idle.pop()
                 if connection.is_alive:
                     return connection
@@ -118,7 +120,7 @@ class _Server:
 
 
 class _KnownMounts:
-    """Which mounts are ours, by the numbers that fdinfo tells; asked again when anything has been mounted or unmounted."""
+    """The fusehsm mounts, by the mount numbers in fdinfo. The list is read again after any mount or unmount."""
 
     def __init__(self) -> None:
         self._changes = open("/proc/self/mounts", "rb", buffering=0)  # noqa: SIM115 (for as long as we live)
@@ -128,7 +130,7 @@ class _KnownMounts:
         self._lock = threading.Lock()  # two threads must not poll at once: select.poll raises RuntimeError
 
     def get(self, tid: int, mount_id: int) -> Mount | None:
-        """The mount of that number, if it is ours."""
+        """The mount of that number if it is a fusehsm mount, else None."""
         with self._lock:
             if self._poll.poll(0):
                 self._known = {}

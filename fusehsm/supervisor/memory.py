@@ -1,7 +1,7 @@
-"""The memory of a process whose thread waits for us (process_vm_readv(2)).
+"""Reads and writes the memory of a process whose thread waits for an answer (process_vm_readv(2)).
 
-Any of this may wait for as long as the memory does: a mapping of a file on our own mount waits for the very listener. So it is done in the
-thread of the call alone, with no lock held. Raises OSError: EFAULT as the kernel would, ESRCH when the thread has gone.
+Each function may wait as long as the memory does: a mapping of a file on a fusehsm mount waits for that same listener. So only the call's own
+thread uses them, with no lock held. Each raises OSError: EFAULT as the kernel would, ESRCH if the thread has gone.
 """
 
 import errno
@@ -21,7 +21,7 @@ def _fault() -> OSError:
 
 
 def read(tid: int, address: int, size: int) -> bytes:
-    """`size` bytes at an address of the process of that thread."""
+    """`size` bytes at an address in the process of that thread."""
     if not size:
         return b""
     data = syscalls.read_memory(tid, address, size)
@@ -31,16 +31,16 @@ def read(tid: int, address: int, size: int) -> bytes:
 
 
 def write(tid: int, address: int, data: bytes | bytearray) -> None:
-    """Put bytes at an address."""
+    """Write bytes at an address in the process of that thread."""
     if syscalls.write_memory(tid, address, data) != len(data):
         raise _fault()
 
 
 def read_string(tid: int, address: int, limit: int) -> bytes:
-    """The string at an address without its closing NUL, which must come within `limit` bytes. Raises also OSError ENAMETOOLONG."""
+    """The string at an address, without its final NUL, which must come within `limit` bytes. Also raises OSError ENAMETOOLONG."""
     text = b""
     while len(text) < limit:
-        # Not past a page's end: the next may not be there.
+        # Not past the end of a page: the next page may not be there.
         size = min(limit - len(text), mmap.PAGESIZE - (address + len(text)) % mmap.PAGESIZE)
         piece, nul, _ = read(tid, address + len(text), size).partition(b"\0")
         text += piece
@@ -50,7 +50,7 @@ def read_string(tid: int, address: int, limit: int) -> bytes:
 
 
 def read_vector(tid: int, address: int, count: int) -> list[tuple[int, int]]:
-    """The (address, size) of each part of a struct iovec array. Raises also OSError EINVAL as readv(2) does."""
+    """The (address, size) of each part of a struct iovec array. Also raises OSError EINVAL as readv(2) does."""
     if count > _MOST_PARTS:
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
     parts = list(_VECTOR.iter_unpack(read(tid, address, count * _VECTOR.size)))

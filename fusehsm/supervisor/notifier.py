@@ -1,4 +1,4 @@
-"""System calls of the command as they come to us, and what is answered (seccomp_unotify(2))."""
+"""Receives system calls of the command and sends the answers (seccomp_unotify(2))."""
 
 import contextlib
 import errno
@@ -24,19 +24,23 @@ _AT_NUMBER: Final = 1  # SECCOMP_ADDFD_FLAG_SETFD
 
 
 class Ended(Exception):
-    """Nobody runs under the filter any more."""
+    """No process runs under the filter any more."""
 
 
 class CallIsOver(Exception):
-    """The call has ended without us: its thread was killed, or (before Linux 5.19) a signal has interrupted it."""
+    """The call has ended unanswered: its thread was killed, or (before Linux 5.19) a signal has interrupted it."""
 
 
 class TrappedCall(NamedTuple):
-    """A system call whose thread `tid` waits for our answer; `arguments` as unsigned 64-bit numbers."""
+    """A system call that waits for the supervisor's answer."""
 
+    #: The kernel's number for this call.
     id: int
+    #: The thread that waits.
     tid: int
+    #: The system call's number.
     number: int
+    #: Its six arguments, as unsigned 64-bit numbers.
     arguments: tuple[int, ...]
 
     def unsigned(self, position: int) -> int:
@@ -50,21 +54,23 @@ class TrappedCall(NamedTuple):
 
 
 class Notifier:
-    """The filter's descriptor, which is owned; may be used by any number of threads at once."""
+    """Owns the filter's descriptor. Any number of threads may use it at once."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
-        with contextlib.suppress(OSError):  # Linux 6.6: whoever is answered runs at once, on this CPU
+        with contextlib.suppress(
+            OSError
+        ):  # Linux 6.6: a thread that gets its answer runs at once, on this CPU
             fcntl.ioctl(descriptor, _SET_FLAGS, _SYNC_WAKE_UP)
 
     def receive(self) -> TrappedCall:
-        """The next call; waits for it. Raises Ended."""
+        """Wait for the next call. Raises Ended."""
         while True:
             buffer = bytearray(_NOTIFICATION.size)
             try:
                 fcntl.ioctl(self._descriptor, _RECEIVE, buffer)
             except OSError as error:
-                # Its thread was killed meanwhile, or nobody is left; EINTR can come when we have been stopped.
+                # Its thread was killed meanwhile, or no process is left. EINTR can come after this process was stopped.
                 if error.errno not in (errno.ENOENT, errno.EINTR):
                     raise
                 if self.has_ended():
@@ -74,13 +80,13 @@ class Notifier:
             return TrappedCall(number, tid, call, tuple(arguments))
 
     def has_ended(self) -> bool:
-        """Whether nobody runs under the filter any more."""
+        """Whether no process runs under the filter any more."""
         poll = select.poll()
         poll.register(self._descriptor, 0)
         return any(events & select.POLLHUP for _, events in poll.poll(0))
 
     def is_valid(self, call: TrappedCall) -> bool:
-        """Whether the call still waits: if so, `tid` was still its thread's a moment ago."""
+        """Whether the call still waits. If so, `tid` was still its thread's a moment ago."""
         try:
             fcntl.ioctl(self._descriptor, _IS_VALID, _ID.pack(call.id))
         except OSError:
@@ -88,16 +94,16 @@ class Notifier:
         return True
 
     def check(self, call: TrappedCall) -> None:
-        """Raises CallIsOver if the call does not wait any more."""
+        """Raise CallIsOver if the call does not wait any more."""
         if not self.is_valid(call):
             raise CallIsOver
 
     def succeed(self, call: TrappedCall, value: int) -> None:
-        """Have the call return `value`. Raises CallIsOver."""
+        """Make the call return `value`. Raises CallIsOver."""
         self._respond(call, value, 0, 0)
 
     def fail(self, call: TrappedCall, number: int) -> None:
-        """Have the call fail with that errno. Raises CallIsOver."""
+        """Make the call fail with the errno `number`. Raises CallIsOver."""
         self._respond(call, 0, -number, 0)
 
     def go_on(self, call: TrappedCall) -> None:
@@ -115,17 +121,19 @@ class Notifier:
     def add_descriptor(
         self, call: TrappedCall, descriptor: int, *, close_on_exec: bool, number: int | None = None
     ) -> int:
-        """Give the call's process a copy of a descriptor of ours: at `number`, in place of what is there, or at the lowest that is free,
-        which is returned. Raises OSError EMFILE when it may have no more, CallIsOver."""
+        """Give the call's process a copy of our descriptor: at `number`, replacing what is there, or at the lowest free number.
+
+        Returns the number. Raises OSError EMFILE if the process may have no more, CallIsOver.
+        """
         flags, target = (0, 0) if number is None else (_AT_NUMBER, number)
         cloexec = os.O_CLOEXEC if close_on_exec else 0
-        # Mutable: else ioctl() returns the buffer, and not the number.
+        # Mutable, because otherwise ioctl() returns the buffer and not the number.
         request = bytearray(_ADDED.pack(call.id, flags, descriptor, target, cloexec))
         try:
             return int(fcntl.ioctl(self._descriptor, _ADD, request))
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.EINPROGRESS, errno.ESRCH):
                 raise CallIsOver from None
-            if error.errno == errno.EBADF:  # above its limit
+            if error.errno == errno.EBADF:  # the number is above the process's limit
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE)) from None
             raise

@@ -1,4 +1,4 @@
-"""System call numbers, structures and constants that Python does not have, for the two architectures that are supported.
+"""Numbers that Python does not have: system calls, structures and constants, for the two supported architectures.
 
 Sources: asm/unistd_64.h, asm-generic/unistd.h, linux/seccomp.h, linux/audit.h, linux/filter.h.
 """
@@ -16,14 +16,14 @@ SECCOMP_RET_USER_NOTIF: Final = 0x7FC00000
 
 PR_SET_CHILD_SUBREAPER: Final = 36  # prctl(2)
 
-#: The highest descriptors below 1024, so that select(2) goes on working.
+#: The highest descriptors below 1024, so that select(2) still works.
 RESERVED_DESCRIPTORS: Final = 64
 HIGHEST_DESCRIPTOR: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """`audit` names it in a filter; the rest are its system calls, None where it lacks one."""
+    """An architecture: `audit` is its name in a filter, the other fields are its system call numbers (None: it lacks the call)."""
 
     audit: int
     seccomp: int
@@ -110,7 +110,7 @@ _ARCHITECTURES: Final = {"x86_64": X86_64, "aarch64": AARCH64}
 
 
 def architecture(machine: str | None = None) -> Architecture:
-    """Of this machine, or of the one that uname(2) calls `machine`. Raises OSError ENOSYS for one whose numbers are not known."""
+    """The numbers of this machine, or of the one that uname(2) calls `machine`. Raises OSError ENOSYS if its numbers are not known."""
     machine = machine or os.uname().machine
     try:
         return _ARCHITECTURES[machine]

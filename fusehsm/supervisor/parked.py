@@ -1,7 +1,7 @@
-"""Calls that wait for long, and what ends them besides what they wait for: a signal, or the death of their thread.
+"""Watches calls that wait for long, for the two other things that end them: a signal, or the death of their thread.
 
-From Linux 5.19 on a call that we have taken is interrupted by nothing but death (SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV), so that what we do
-for it is done once. Signals that a blocking read(2) must heed are therefore looked for here, and nobody tells of them, nor of a death.
+From Linux 5.19 on only death interrupts a call that the supervisor has taken (SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV), so its work for the call
+is done once. But a blocking read(2) must heed signals. The kernel reports neither those signals nor a death, so this module looks for them.
 """
 
 import errno
@@ -16,35 +16,39 @@ from typing import Final
 from fusehsm.supervisor import tasks
 from fusehsm.supervisor.notifier import Notifier, TrappedCall
 
-#: The kernel's own, for a call that is to be made again, or end with EINTR, as the handler was set up (SA_RESTART). It never reaches a
-#: program, as long as a signal really waits for its thread.
+#: The kernel's own errno for a call that is to be made again, or to end with EINTR, as the handler was set up (SA_RESTART). It never reaches
+#: a program as long as a signal really waits for its thread.
 ERESTARTSYS: Final = 512
 
 _SHORTEST, _LONGEST = 0.002, 0.05  # seconds between two looks
-_AWAKE = 1.0  # seconds that it goes on looking when no call waits
-_SHARE = 20  # of the time at most one in so many is spent on looking
+_AWAKE = 1.0  # seconds for which the looks go on when no call waits
+_SHARE = 20  # the looks take at most one part in this many of the time
 
-_LOOKS_TO_LAST = 3  # in how many looks in a row a signal must wait to be one that nobody else takes
+_LOOKS_TO_LAST = 3  # a signal that waits for this many looks in a row is one that no other thread takes
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
 class Parked:
-    """A call that waits. `end` is called at most once, in the thread that looks, and must not wait: with an errno that the call is to fail
-    with, or None when it is over. `interruptible`: whether signals end it. `seen`: at how many looks in a row a signal of its process waited;
-    `was_quiet`: whether at one there was none."""
+    """A call that waits."""
 
+    #: The call.
     call: TrappedCall
+    #: Called at most once, in the thread that looks, and must not wait. Its argument: the errno for the call, or None if the call is over.
     end: Callable[[int | None], None]
+    #: Whether signals end it.
     interruptible: bool
+    #: When the wait began, seconds of time.monotonic().
     since: float = field(default_factory=time.monotonic)
+    #: The number of looks in a row at which a signal of its process waited.
     seen: int = 0
+    #: Whether no signal waited at one of the looks.
     was_quiet: bool = False
 
 
 class _EventFd:
-    """Goes with its thread."""
+    """An eventfd(2) that is closed with its thread."""
 
     def __init__(self) -> None:
         self.descriptor = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -54,7 +58,7 @@ class _EventFd:
 
 
 class ParkedCalls:
-    """Looks after the calls that wait. `killable`: whether only death ends a call that has been taken."""
+    """Watches the calls that wait. `killable`: only death ends a call that has been taken."""
 
     def __init__(self, notifier: Notifier, *, killable: bool) -> None:
         self._notifier = notifier
@@ -66,7 +70,7 @@ class ParkedCalls:
         threading.Thread(target=self._look_again_and_again, name="parked", daemon=True).start()
 
     def wake(self) -> int:
-        """The calling thread's own eventfd(2), not to be closed: to make one for every event that is waited for would cost."""
+        """The calling thread's own eventfd(2), which the caller must not close. A new one for each wait would cost time."""
         try:
             eventfd: _EventFd = self._own.eventfd
         except AttributeError:
@@ -74,19 +78,19 @@ class ParkedCalls:
         return eventfd.descriptor
 
     def park(self, parked: Parked) -> None:
-        """Look after a call from now on."""
+        """Watch a call from now on."""
         with self._changed:
             self._calls[parked] = None
             if self._asleep:
                 self._changed.notify()
 
     def unpark(self, parked: Parked) -> None:
-        """It waits no more; `end` is not called from now on."""
+        """Stop watching a call that waits no more. From now on `end` is not called."""
         with self._changed:
             self._calls.pop(parked, None)
 
     def look_now(self) -> None:
-        """Somebody may have died."""
+        """Look at once, because a thread may have died."""
         with self._changed:
             self._changed.notify()
 
@@ -95,7 +99,7 @@ class ParkedCalls:
         last = 0.0
         while True:
             with self._changed:
-                # To be woken costs whoever parks a call more than these looks do, so that not every one is told of.
+                # A notice for each parked call would cost its thread more than these looks do.
                 if not self._calls and time.monotonic() - last > _AWAKE:
                     self._asleep = True
                     self._changed.wait()
@@ -111,7 +115,7 @@ class ParkedCalls:
             except Exception:
                 _log.exception("looking after waiting calls failed")
             newest = max((parked.since for parked in calls), default=begun)
-            # Soon for what has just begun to wait: a signal may have come together with it.
+            # Look soon at a call that has just begun to wait: a signal may have come together with it.
             pause = min(max((begun - newest) / 10, _SHORTEST), _LONGEST)
             pause = max(pause, (time.thread_time() - spent) * _SHARE)
 
@@ -138,26 +142,29 @@ class ParkedCalls:
         for process, candidates in shared.items():
             self._end_one(process, candidates)
         for process, waiting in quiet.items():
-            # A process stops when each of its threads has; no signal is to be seen in the others, but each is told.
+            # A process stops when each of its threads has stopped. The other threads show no signal, but each must be told.
             if tasks.is_stopping(process):
                 for parked in waiting:
                     self._end(parked, ERESTARTSYS)
 
     def _end_one(self, process: int, candidates: list[Parked]) -> None:
-        """A signal of a process of several threads: the kernel has chosen one for it (complete_signal()), the main one if that takes it, and
-        does not say which. If it goes on waiting, that one is waiting for us."""
+        """End one call for a signal of a process of several threads.
+
+        The kernel has chosen a thread for the signal (complete_signal()), the main thread if that takes it, and does not tell which. If the signal
+        goes on waiting, the chosen thread waits here.
+        """
         lasting = [parked for parked in candidates if parked.seen >= _LOOKS_TO_LAST]
         if not lasting:
             return
         takers = tasks.takers_of_shared_signals(process)
         is_only = len(takers) == 1
         if process in takers:
-            # The kernel's first choice. If it does not wait here it takes the signal by itself, be it late (vfork(2), a page fault).
+            # The kernel's first choice. If the main thread does not wait here, it takes the signal by itself, perhaps late (vfork(2), a page fault).
             takers = [process]
         for parked in lasting:
             if parked.call.tid in takers:
-                # In a thread that the kernel has told of no signal, ERESTARTSYS would show as it is. The main one it has told of what came
-                # while that waited; of what was there before, it may have told another one, which takes it just now.
+                # If the kernel has not told a thread of the signal, ERESTARTSYS would reach the program. It has told the main thread of a
+                # signal that came during that thread's wait. It may have told another thread of an earlier signal, which takes it just now.
                 is_told = is_only or (parked.call.tid == process and parked.was_quiet)
                 self._end(parked, ERESTARTSYS if is_told else errno.EINTR)
                 return

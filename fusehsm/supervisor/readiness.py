@@ -1,7 +1,7 @@
-"""A group's descriptor in the command: the reading end of a pipe that holds a byte for every event that waits.
+"""A group's descriptor in the command: the read end of a pipe that holds one byte for each event that waits.
 
-So poll(2), select(2) and epoll(7) need nobody in between; who queues an event (the mount's server) rings for it, and whoever takes one takes
-its byte. When the last copy of that end is closed, by close(2), exec or death, the writing end tells.
+So poll(2), select(2) and epoll(7) need no help. The sender of an event (the mount's server) writes a byte, and the reader of an event takes one.
+The write end tells when the last copy of the read end is closed, by close(2), exec or death.
 """
 
 import contextlib
@@ -16,26 +16,26 @@ from contextlib import contextmanager
 from typing import Final
 
 _INT: Final = struct.Struct("=i")
-_ALL = 1 << 16  # a pipe holds no more
+_ALL = 1 << 16  # the most bytes that a pipe holds
 _LATEST_RING = 50  # milliseconds
 
 
 class Bell:
-    """The pipe. `name` is what readlink(2) tells of either end in /proc/PID/fd."""
+    """The pipe. `name` is the text that readlink(2) gives for both ends in /proc/PID/fd."""
 
     def __init__(self) -> None:
-        """Made without anybody listening: see reading_end(). Raises OSError EMFILE."""
+        """Make the pipe; no process holds a read end yet: see reading_end(). Raises OSError EMFILE."""
         reading, self._descriptor = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self.name = os.readlink(f"/proc/self/fd/{reading}")
         self._first: int | None = reading
 
     def fileno(self) -> int:
-        """The writing end."""
+        """The write end."""
         return self._descriptor
 
     @contextmanager
     def reading_end(self) -> Iterator[int]:
-        """A reading end to hand over; the first time it is the one that the pipe was made with."""
+        """A read end to hand over. The first time it is the pipe's original one."""
         if self._first is None:
             reading = os.open(f"/proc/self/fd/{self._descriptor}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         else:
@@ -46,12 +46,12 @@ class Bell:
             os.close(reading)
 
     def ring(self) -> None:
-        """One event more waits."""
-        with contextlib.suppress(OSError):  # nobody is there any more
+        """Write a byte, because one more event waits."""
+        with contextlib.suppress(OSError):  # no process holds a read end any more
             os.write(self._descriptor, b"!")
 
     def take(self, events: int) -> None:
-        """So many events wait no more. Who has sent one rings a moment later, and that moment is waited for."""
+        """Take the bytes of events that wait no more. A sender writes its byte a moment after the event, and this waits for that moment."""
         with self.reading_end() as reading:
             while events > 0:
                 try:
@@ -60,34 +60,34 @@ class Bell:
                     poll = select.poll()
                     poll.register(reading, select.POLLIN)
                     if not poll.poll(_LATEST_RING):
-                        return  # tidy() will find it
+                        return  # tidy() will take it
 
     def tidy(self, waits: Callable[[], bool]) -> None:
-        """Nothing was found to read: let nobody be told otherwise, unless `waits` says that there is something now."""
+        """Empty the pipe after a read that found no event, unless `waits` says that there is one now."""
         (rung,) = _INT.unpack(fcntl.ioctl(self._descriptor, termios.FIONREAD, bytes(_INT.size)))
         if not rung or waits():
             return
         with self.reading_end() as reading, contextlib.suppress(BlockingIOError):
             os.read(reading, _ALL)
-        if waits():  # it has come meanwhile, and its byte is gone
+        if waits():  # an event has come meanwhile, and its byte is gone
             self.ring()
 
     @property
     def unheard(self) -> bool:
-        """Whether nobody holds a reading end."""
+        """Whether no process holds a read end."""
         poll = select.poll()
         poll.register(self._descriptor, 0)
         return any(events & select.POLLERR for _, events in poll.poll(0))
 
     def close(self) -> None:
-        """Close both ends that are ours."""
+        """Close this process's ends."""
         os.close(self._descriptor)
         if self._first is not None:
             os.close(self._first)
 
 
 class Closings:
-    """Notices, in a thread of its own, when nobody listens to a bell any more."""
+    """Notices, in a thread of its own, when no process holds a bell's read end any more."""
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
@@ -95,9 +95,9 @@ class Closings:
         threading.Thread(target=self._watch, name="closings", daemon=True).start()
 
     def watch(self, bell: Bell, closed: Callable[[], None]) -> None:
-        """`closed` is called once, in that thread; the bell is not to be closed before."""
+        """Call `closed` once, in that thread. The bell must stay open until then."""
         self._watched[bell.fileno()] = closed
-        self._epoll.register(bell.fileno(), select.EPOLLONESHOT)  # EPOLLERR comes unasked
+        self._epoll.register(bell.fileno(), select.EPOLLONESHOT)  # EPOLLERR always comes
 
     def _watch(self) -> None:
         while True:

@@ -1,4 +1,4 @@
-"""What /proc tells of a thread of the command. Nothing here touches a file system but proc, so none of it waits."""
+"""Reads the state of a thread of the command from /proc. No function touches another file system, so none of them waits."""
 
 import os
 import re
@@ -12,37 +12,44 @@ _SIGNAL_FIELDS = (b"SigPnd", b"ShdPnd", b"SigBlk")
 
 @dataclass(frozen=True, slots=True)
 class Signals:
-    """Of a thread: signals that wait to be handled and are not blocked, as bit masks (bit 0: signal 1): its own, and its process's.
-    `process`: the process's number, and `threads`: how many it has."""
+    """Signals that wait for a thread and are not blocked there, as bit masks (bit 0: signal 1)."""
 
+    #: The signals of the thread.
     own: int
+    #: The signals of its process.
     shared: int
+    #: The process id.
     process: int
+    #: The number of threads in the process.
     threads: int
 
 
 @dataclass(frozen=True, slots=True)
 class Rights:
-    """By whose rights a thread opens files."""
+    """The ids with which a thread opens files."""
 
+    #: The filesystem user id.
     uid: int
+    #: The filesystem group id.
     gid: int
+    #: The supplementary groups.
     groups: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """The effective ones of a thread, as a bit mask; none of another user namespace's counts here."""
+    """A thread's effective capabilities. Those of another user namespace do not count here."""
 
+    #: One bit for each capability.
     mask: int
 
     def has(self, number: int) -> bool:
-        """Whether it has the one of that number (linux/capability.h)."""
+        """Whether it has the capability of that number (linux/capability.h)."""
         return bool(self.mask >> number & 1)
 
 
 def pipe_of(tid: int, descriptor: int) -> str | None:
-    """The name of the pipe that a descriptor is an end of ("pipe:[12345]"), None where it is something else or closed."""
+    """The name of a descriptor's pipe ("pipe:[12345]"); None if it is not a pipe or is closed."""
     try:
         link = os.readlink(f"/proc/{tid}/fd/{descriptor}")
     except OSError:
@@ -51,12 +58,12 @@ def pipe_of(tid: int, descriptor: int) -> str | None:
 
 
 def is_open(tid: int, descriptor: int) -> bool:
-    """Whether a descriptor is in use."""
+    """Whether the descriptor is in use."""
     return os.path.lexists(f"/proc/{tid}/fd/{descriptor}")
 
 
 def signals_of(tid: int) -> Signals | None:
-    """None for a thread that has gone."""
+    """The signals that wait for a thread; None if it has gone."""
     fields = _status(tid)
     if fields is None:
         return None
@@ -65,12 +72,12 @@ def signals_of(tid: int) -> Signals | None:
 
 
 def is_stopping(process: int) -> bool:
-    """Whether some thread of a process has been stopped by a signal."""
+    """Whether a signal has stopped a thread of the process."""
     return any((_status(tid) or {}).get(b"State", b"").startswith(b"T") for tid in proc.threads_of(process))
 
 
 def takers_of_shared_signals(process: int) -> list[int]:
-    """The threads of a process that may be given a signal that waits for it."""
+    """The threads of a process that the kernel may give a signal of the process."""
     takers = []
     for tid in proc.threads_of(process):
         fields = _status(tid)
@@ -82,7 +89,7 @@ def takers_of_shared_signals(process: int) -> list[int]:
 
 
 def rights_of(tid: int) -> Rights | None:
-    """None for a thread that has gone."""
+    """The rights of a thread; None if it has gone."""
     fields = _status(tid)
     if fields is None:
         return None
@@ -91,7 +98,7 @@ def rights_of(tid: int) -> Rights | None:
 
 
 def capabilities_of(tid: int) -> Capabilities:
-    """What a thread may do that ordinary users may not; nothing, for one that has gone."""
+    """The capabilities of a thread; none if it has gone."""
     try:
         here = os.readlink(f"/proc/{tid}/ns/user") == os.readlink("/proc/self/ns/user")
     except OSError:
@@ -109,7 +116,7 @@ def _status(tid: int) -> dict[bytes, bytes] | None:
 
 
 def mount_of(tid: int, mount_id: int) -> mountinfo.Mount | None:
-    """The mount of that number in the thread's mount namespace; None where there is none."""
+    """The mount of that number in the thread's mount namespace; None if there is none."""
     try:
         mounts = list(mountinfo.read_mounts(tid))
     except OSError:

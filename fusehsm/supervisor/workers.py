@@ -1,6 +1,6 @@
-"""A thread for every call that is being answered: one that waits, for memory, a file system or a listener, keeps nobody else waiting.
+"""Gives each call that is being answered a thread: a call that waits for memory, a file system or a listener delays no other.
 
-The threads wait for calls themselves, so that the usual call is answered without a change of threads.
+The threads receive the calls themselves, so that the usual call is answered without a switch of threads.
 """
 
 import threading
@@ -9,13 +9,13 @@ from typing import Final
 from fusehsm.supervisor.calls import Calls
 from fusehsm.supervisor.notifier import Ended, Notifier
 
-_MOST: Final = 8192  # threads: beyond that calls wait for others to end
-_IDLE: Final = 4  # threads that go on waiting when there is nothing to do
+_MOST: Final = 8192  # threads; further calls wait until one is free
+_IDLE: Final = 4  # idle threads that are kept
 _STACK: Final = 512 * 1024  # bytes
 
 
 class Workers:
-    """Answer every call that comes, until nobody runs under the filter any more."""
+    """Answers every call until no process runs under the filter any more."""
 
     def __init__(self, notifier: Notifier, calls: Calls) -> None:
         self._notifier = notifier
@@ -27,7 +27,7 @@ class Workers:
         self._start()
 
     def _start(self) -> bool:
-        """Whether there is another thread: the limits on threads hold for us, too."""
+        """Start one more thread if the limits on threads allow it; returns whether it was started."""
         if self._threads >= _MOST:
             return False
         try:
@@ -46,7 +46,7 @@ class Workers:
                 return
             with self._lock:
                 self._idle -= 1
-                # The last thread that takes calls must not wait for anything that others bring about by theirs.
+                # The last thread that receives calls must not wait for the effect of another call.
                 may_wait = self._idle > 0 or self._start()
             self._calls.answer(call, may_wait=may_wait)
             with self._lock:
