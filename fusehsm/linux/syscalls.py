@@ -164,11 +164,8 @@ def rename(old_dir_fd: int, old: bytes, new_dir_fd: int, new: bytes, flags: int)
 
 
 def set_times(path: bytes | int, atime_ns: int | None, mtime_ns: int | None, *, now: int) -> None:
-    """utimensat(2) on a path, which is followed, or on a descriptor.
-
-    Times are nanoseconds since 1970. None leaves a time alone. The value `now` asks for the kernel's present time, which needs write
-    permission only.
-    """
+    """utimensat(2) on a path, which is followed, or on a descriptor. Times are nanoseconds since 1970; None leaves a time alone; the value `now`
+    asks for the kernel's present time, which needs write permission only."""
     times = b"".join(_timespec(value, now) for value in (atime_ns, mtime_ns))
     fd, name = (path, None) if isinstance(path, int) else (AT_FDCWD, path)
     if _utimensat(fd, name, times, 0) < 0:
@@ -190,10 +187,8 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 
 
 def copy(source: int, source_offset: int, target: int, target_offset: int, length: int) -> int:
-    """copy_file_range(2) if the filesystem has it, else read and write. Returns the number of bytes copied.
-
-    It is less than `length` (bytes) at the source's end, or after a MiB.
-    """
+    """copy_file_range(2) if the filesystem has it, else read and write. Returns the number of bytes copied: less than `length` (bytes) at the
+    source's end, or after a MiB."""
     try:
         return os.copy_file_range(source, target, length, source_offset, target_offset)
     except OSError as error:
@@ -224,10 +219,8 @@ def birth_time(dir_fd: int, name: bytes) -> bytes | None:
 
 
 def unique_mount_id(fd: int) -> int | None:
-    """The unique number of the mount that `fd` was opened on; None before Linux 6.8.
-
-    No other mount gets it until the next boot. Sends no request to the filesystem's server.
-    """
+    """The unique number of the mount that `fd` was opened on; None before Linux 6.8. No other mount gets it until the next boot. Sends no
+    request to the filesystem's server."""
     buffer = ctypes.create_string_buffer(256)
     if _statx(fd, b"", _AT_EMPTY_PATH | _AT_STATX_DONT_SYNC, _STATX_MNT_ID_UNIQUE, buffer) < 0:
         raise _error()
