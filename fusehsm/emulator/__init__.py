@@ -1,1 +1,1 @@
-"""Which groups are asked about an access, and what follows from the answers."""
+"""The emulator: decides which groups are asked about an access, and applies their answers."""

@@ -1,9 +1,10 @@
-"""What the kernel may cache of the attributes of watched files, which a listener can change behind its back.
+"""The kernel's cache of the attributes of watched files, which a listener can change without the kernel's knowledge.
 
-The kernel asks for attributes (LOOKUP, GETATTR, READDIRPLUS), and the answer says for how long it may keep them. That is when it is decided: not
-at all while a listener is asked about the file or has just been asked, for as long as the file has been quiet, or for ever. An event about a file of
-which the kernel has nothing to lose costs nothing here. Where it has, the file is looked at, a few times; then the attributes are taken back, so
-that a file with many events costs one notification and no looks.
+The kernel asks for attributes (LOOKUP, GETATTR, READDIRPLUS), and the answer carries attr_timeout. It is 0 while a listener is asked about the
+file and shortly afterwards. Later it is as long as the file has been quiet, and at last it has no limit.
+
+An event about a file costs nothing here if the kernel has none of its attributes cached. Otherwise the first few events check whether the file
+has changed. After these the attributes are invalidated, so that a file with many events costs one notification and no more checks.
 """
 
 import math
@@ -21,25 +22,27 @@ from fusehsm.overlay.overlay import Node, Overlay
 
 _Result = TypeVar("_Result")
 
-# From when on a file that has been quiet is looked at more closely: most fills are soon over, and the look costs more than a stat.
+# A file that has been quiet for longer is checked for changes. Most fills end sooner, and the check costs more than a stat.
 _SETTLING_SECONDS: Final = 0.5
 # Twice the longest tick of a clock that Linux offers. Two changes within a tick can leave the same time, and the kernel rounds timeouts up to ticks.
 _TICK_NANOSECONDS: Final = 20_000_000
 _TICK_SECONDS: Final = _TICK_NANOSECONDS / 1e9
-# How many events may find a file as it was before the kernel is asked to forget its attributes all the same: about as many looks cost as much as
-# one more GETATTR. A file that is read once or twice keeps them, one that is read piece by piece does not.
+# So many events may find a file unchanged before its attributes are invalidated all the same: about so many checks cost as much as one more
+# GETATTR. A file that is read once or twice keeps its attributes cached, one that is read piece by piece does not.
 _LOOKS: Final = 4
 
 
 class _Kept(NamedTuple):
-    """What the kernel keeps of a node: attributes with this change time (nanoseconds), and for so many looks more."""
+    """The attributes of one node that the kernel may have cached."""
 
+    #: Their st_ctime, in nanoseconds.
     change_time: int
+    #: How many more events may find the file unchanged before the attributes are invalidated.
     looks: int
 
 
 class AttributeCache:
-    """The kernel's cache of one mount's attributes."""
+    """The kernel's attribute cache of one mount. `stale` invalidates attributes; `subject_of` gives a node as marks see it."""
 
     def __init__(
         self,
@@ -52,14 +55,15 @@ class AttributeCache:
         self._listeners = listeners
         self._stale = stale
         self._subject_of = subject_of
-        # By node id: how many of its pages wait for their listener.
+        # By node id: how many of its pages wait for a listener.
         self._filling: dict[int, int] = {}
-        # By node id: the nanoseconds that the kernel was last told, of nodes that somebody may watch.
+        # By node id, while there are listeners: the st_mtime (nanoseconds) that the kernel was last told.
         self._mtimes: dict[int, int] = {}
-        # Monotonic seconds of a node's last event, inf while it is asked about; and how many accesses of it are being asked about.
+        # By node id: the time of its last event (monotonic seconds), inf while an access of it waits for an answer.
         self._events: dict[int, float] = {}
+        # By node id: how many accesses of it wait for an answer.
         self._asking: dict[int, int] = {}
-        # By node id: the attributes that the kernel may have, and a listener could have changed.
+        # By node id: the attributes that the kernel may have cached, and that a listener could change.
         self._kept: dict[int, _Kept] = {}
 
     def forgotten(self, node_id: int) -> None:
@@ -71,10 +75,10 @@ class AttributeCache:
     # What the kernel is told
 
     def attr_timeout(self, node: Node, status: os.stat_result) -> float:
-        """For how many seconds the kernel may keep these attributes: inf where no listener can change them behind its back.
+        """For how many seconds the kernel may cache these attributes; inf where no listener can change the file.
 
-        A listener may go on filling a file through its event fd when it has answered, which nobody tells us. As acregmin and acregmax in
-        nfs(5), attributes are kept for as long as the file has been quiet; for ever (inf) once nobody can be filling it any more.
+        A listener may continue to fill a file through its event fd after its answer, which the emulator cannot see. So attributes are cached
+        for as long as the file has been quiet, as with acregmin and acregmax in nfs(5), and without limit once no process can be filling it.
         """
         if self._listeners.idle or not self._listeners.watches(self._subject_of(node)):
             return math.inf
@@ -83,18 +87,21 @@ class AttributeCache:
         if last is not None:
             timeout = time.monotonic() - last
             if timeout < _TICK_SECONDS:
-                return 0.0  # a listener is being asked, or has just been asked
+                return 0.0  # an access waits for an answer, or has just been answered
             if timeout > _SETTLING_SECONDS and self._is_unchanged(node, status.st_ctime_ns):
                 del self._events[node.id]
                 timeout = math.inf
         kept = self._kept.get(node.id)
-        # The kernel asks again whenever a read has changed the time of access: that is no reason to begin the looks anew.
+        # The kernel also asks again after every read that has changed st_atime. That does not restart the count of checks.
         self._kept[node.id] = _Kept(status.st_ctime_ns, _LOOKS if kept is None else kept.looks)
         return timeout
 
     def shown_mtime(self, node: Node, status: os.stat_result) -> int:
-        """The time of modification (ns) to tell the kernel of a node whose status that is: while a page of it waits for its listener, the
-        one it was told before. At a new one it would drop the node's pages, so that whoever asked would wait for that answer."""
+        """The st_mtime (nanoseconds) to show to the kernel for a node with that status.
+
+        While a page of the node waits for a listener, it is the one that the kernel was told before. At a new one the kernel drops the node's
+        pages (AUTO_INVAL_DATA; docs/facts.md, section 16), and the process that asked for the attributes would wait for the listener, too.
+        """
         node.told_size = status.st_size
         if node.id in self._filling:
             return self._mtimes.get(node.id, status.st_mtime_ns)
@@ -103,15 +110,17 @@ class AttributeCache:
         return status.st_mtime_ns
 
     def told(self, node: Node, status: os.stat_result) -> None:
-        """The kernel is about to be told of a time that somebody has set, for which it drops nothing."""
+        """Record an st_mtime that a SETATTR has set. The kernel is about to be told of it, and drops no pages for it."""
         if node.id in self._mtimes:
             self._mtimes[node.id] = status.st_mtime_ns
 
     # What happens meanwhile
 
     async def asking(self, node: Node, question: Coroutine[Any, Any, _Result]) -> _Result:
-        """Await a question to listeners about an access of a node. While it waits for one of them, the kernel keeps none of the node's
-        attributes; afterwards, none that a listener has changed."""
+        """Await a question to listeners about an access of a node; returns its result.
+
+        While it waits for a listener, the kernel caches none of the node's attributes. Afterwards it caches none that a listener has changed.
+        """
         questions = self._listeners.questions
         waits = False
 
@@ -132,7 +141,7 @@ class AttributeCache:
                 await self._answered_at_once(node)
 
     async def _answered_at_once(self, node: Node) -> None:
-        """A listener was asked about a node, and has answered before anything else could happen."""
+        """A listener was asked about a node, and has answered without a wait."""
         kept = self._kept.get(node.id)
         if kept is not None and kept.looks and self._is_unchanged(node, kept.change_time):
             self._kept[node.id] = kept._replace(looks=kept.looks - 1)
@@ -141,21 +150,21 @@ class AttributeCache:
             self._events[node.id] = time.monotonic()
         if kept is not None:
             del self._kept[node.id]
-            # Whoever gets this answer may look at once.
+            # The accessor that gets this answer may ask for the attributes at once.
             await self._stale.inval_attributes(node)
 
     def notified(self, node: Node) -> None:
-        """A listener has been told of an access of a node: with a descriptor of the file, through which it may change it."""
+        """A listener has got a notification about a node, with a descriptor through which it may change the file."""
         if node.id not in self._asking:
             self._events[node.id] = time.monotonic()
             self._take_back(node)
 
     def _is_unchanged(self, node: Node, change_time: int) -> bool:
-        """Whether a node has not been changed since it had that change time (nanoseconds), and nobody can be about to."""
-        # What reopens a descriptor that can only read cannot be seen in between.
+        """Whether a node still has that change time (nanoseconds), and no process can be about to change it."""
+        # A listener may reopen a read-only event fd for writing. It cannot be seen before that.
         if any(group.event_f_flags & os.O_ACCMODE == os.O_RDONLY for group in self._listeners.groups):
             return False
-        # In this order: the last writer may just be closing.
+        # The order matters: the last writer may close the file between the two checks.
         return (
             not self._overlay.is_being_written(node)
             and self._overlay.change_time(node) == change_time
@@ -164,29 +173,29 @@ class AttributeCache:
 
     def _take_back(self, node: Node) -> None:
         if self._kept.pop(node.id, None) is not None:
-            # Not waited for: the kernel may be about to free the inode, and wait for our answer to do so.
+            # Without waiting: the kernel may be freeing the inode, and may need an answer of this mount to finish that.
             self._stale.drop_attributes_soon(node)
 
-    # Pages that wait for their listener
+    # Pages that wait for a listener
 
     def begin_filling(self, node: Node) -> None:
-        """A page of the node is about to wait for its listener."""
+        """A page of the node is about to wait for a listener."""
         self._filling[node.id] = self._filling.get(node.id, 0) + 1
         if node.id not in self._mtimes:
             with suppress(OSError):
                 self._mtimes[node.id] = self._overlay.getattr(node).st_mtime_ns
 
     def end_filling(self, node: Node) -> None:
-        """It waits no more."""
+        """A page of the node waits no more."""
         _one_less(self._filling, node.id)
 
     def is_filling(self, node: Node) -> bool:
-        """Whether a page of the node waits for its listener: until it is answered the kernel has it locked, and who drops it waits too."""
+        """Whether a page of the node waits for a listener. The kernel keeps that page locked until the answer, and dropping it waits, too."""
         return node.id in self._filling
 
 
 def _one_less(counts: dict[int, int], node_id: int) -> int:
-    """Count a node down, which is not in there any more at 0; how many are left."""
+    """Decrement a node's count, and remove it at 0; returns the new count."""
     left = counts.pop(node_id) - 1
     if left:
         counts[node_id] = left

@@ -1,8 +1,8 @@
-"""Writing to the backing: where a WRITE goes, and what may wait for a disk in threads.
+"""Writes to the backing: finds where a WRITE goes, and runs in threads what may wait for a disk.
 
-The kernel takes the offset of what appends from the size that it believes the file to have. The file may have become longer since: by somebody
-who writes in SRC, or by the listener that was asked about this very write. So the backing finds the end of the file (RWF_APPEND, pwritev2(2)),
-and nothing that somebody else has appended is written over.
+The kernel computes the offset of an appending write from the size that it has cached. The file may be longer by now: another process may have
+written to it in SRC, or the listener that was asked about this write. So the backing finds the end of the file (RWF_APPEND, pwritev2(2)), and
+the write overwrites nothing that another process has appended.
 """
 
 import os
@@ -16,11 +16,11 @@ from fusehsm.linux.file_io import Buffer
 from fusehsm.linux.syscalls import PAGE_SIZE
 from fusehsm.overlay.overlay import Node, Overlay
 
-_THREADS = 64
+_THREADS = 64  # calls that may wait for a disk at once
 
 
 class BackingWriter:
-    """Changes the content of backing files, by descriptors that must stay open meanwhile. Everything raises OSError."""
+    """Changes the content of backing files. The caller keeps the descriptors open during the call. Every method raises OSError."""
 
     def __init__(self, overlay: Overlay, explainer: Explainer) -> None:
         self._overlay = overlay
@@ -39,8 +39,10 @@ class BackingWriter:
         appends: bool | None,
         durable: int,
     ) -> tuple[int, bool]:
-        """Write `data` at `offset`, or to the end if it is appended; returns how many bytes were written, and whether that was elsewhere than
-        at `offset`. The arguments are those of Content.write()."""
+        """Write `data` at `offset`, or at the end if it is appended. The arguments are those of Content.write().
+
+        Returns how many bytes were written, and whether they were written at another place than `offset`.
+        """
         how = durable
         if not write_back and self._goes_to_end(file, offset, os.fstat(descriptor).st_size, tid, appends):
             how |= os.RWF_APPEND
@@ -48,7 +50,7 @@ class BackingWriter:
             self._overlay.before_placing(descriptor)
         written = await self._pwrite(descriptor, data, offset, how)
         if write_back:
-            # Nobody goes on where the page cache's own write has stopped for want of room.
+            # No accessor continues a short write of the page cache. The next call raises the error, such as ENOSPC.
             while written < len(data):
                 written += await self._pwrite(descriptor, memoryview(data)[written:], offset + written, how)
         file.node.made_as_long_as(offset + written)
@@ -57,15 +59,15 @@ class BackingWriter:
     def _goes_to_end(
         self, file: OpenFile[Node], offset: int, size: int, tid: int, appends: bool | None
     ) -> bool:
-        """Whether a WRITE at `offset`, of a file that now has `size` bytes, goes to its end.
+        """Whether a WRITE at `offset` goes to the end of the file, which now has `size` bytes.
 
-        Of O_APPEND the kernel tells, but not of what makes an exception for one call (RWF_APPEND, RWF_NOAPPEND). Where the two places are one
-        that makes no difference; elsewhere the accessor is looked at.
+        The kernel reports O_APPEND, but not the flags of pwritev2(2) that override it for one call (RWF_APPEND, RWF_NOAPPEND). Those make no
+        difference where `offset` is the end. Elsewhere the accessor's system call decides.
         """
         flagged = file.appends if appends is None else appends
         if offset == size:
             return flagged
-        # Not every engine tells what the page cache writes back: whole pages of what may be mapped, below the end.
+        # Not every engine reports write-back. It consists of whole pages below the end, of a file that may be mapped for writing.
         may_be_written_back = (
             appends is None and not offset % PAGE_SIZE and file.flags & os.O_ACCMODE == os.O_RDWR
         )
