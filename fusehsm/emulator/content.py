@@ -1,4 +1,4 @@
-"""Content and its accesses: no byte passes before the listeners have allowed it.
+"""Reads, writes and other accesses of content: asks the listeners about each, then does it on the backing.
 
 The rule that must never break: no byte of a watched file goes to an accessor or into the kernel's page cache unless an allowed event covered
 it.
@@ -28,20 +28,20 @@ from fusehsm.linux.ranges import RangeSet
 from fusehsm.linux.syscalls import FALLOC_FL_KEEP_SIZE
 from fusehsm.overlay.overlay import Node, Overlay
 
-# The kernel asks up to three times for a page that was refused: read-ahead, then the page alone, then once more with the mmap lock held (measured
-# on 6.18, within 0.3 ms). A call that goes on can be told from the same call made again; a fault cannot, so only time tells.
+# The kernel asks up to three times for a page that was refused: read-ahead, then the page alone, then once more with the mmap lock held, all
+# within 0.3 ms (docs/facts.md, section 13). A call that continues differs visibly from a new equal call. A fault does not, so time decides.
 _FILL_REPEATS = 2
 _SAME_CALL_SECONDS = 1.0
 _SAME_FAULT_SECONDS = 0.05
-# When a page is dropped that a call passes through the page cache: as soon as this call has had it. Nobody tells us when that is; at once it
-# would come back for the page again and again (measured on 6.18), so that is given some time, and more whenever it has come back.
+# Delay before a page is dropped that a call passes through the page cache. The call must have had it, and the kernel does not report that. A
+# call whose page is dropped too early asks for it again (docs/facts.md, section 13); each time it does, the delay grows.
 _PASSING_SECONDS = 0.0002
 
 
 class Content:
-    """What is done to the content of a mount's files.
+    """The accesses of the content of one mount's files.
 
-    Everywhere `tid` is the accessing thread, 0 where the engine does not know it.
+    In every method `tid` is the accessing thread, 0 where the engine does not know it.
     """
 
     def __init__(
@@ -66,17 +66,20 @@ class Content:
         self._writer = BackingWriter(overlay, explainer)
 
     def forgotten(self, node_id: int) -> None:
-        """The kernel has forgotten a node, its pages with it."""
+        """The kernel has forgotten a node and its pages."""
         self._filled.pop(node_id, None)
 
     def dropped(self, node: Node) -> None:
-        """A node's pages are about to be dropped, and its mappings to be asked for again: it may have been evicted."""
+        """A node's pages are about to be dropped, because it may have been evicted. Its mappings must be asked for again."""
         self._filled.pop(node.id, None)
 
     @asynccontextmanager
     async def changing(self, node: Node, *, content: bool = True) -> AsyncIterator[None]:
-        """`async with` it: a change of the node's `content`, or of attributes only, which may have done a part of it when it fails. The kernel,
-        which takes a failed call to have changed nothing, then looks at the node anew."""
+        """Context manager around a change of a node: of its `content`, or of its attributes only.
+
+        A change that fails may have been made in part, but the kernel takes a failed call to have changed nothing. So on OSError it is told
+        to drop what it has cached of the node.
+        """
         try:
             yield
         except OSError:
@@ -84,27 +87,29 @@ class Content:
             raise
 
     def changed_unseen(self, node: Node) -> None:
-        """A change of the node was made after its accessor had been let go, so that the kernel was told of none."""
+        """A node was changed after its accessor had got EINTR, so the kernel does not know of the change: drop what it has cached."""
         self._stale.drop_changed_soon(node)
 
     def ask(
         self, access: Access, subject: Subject, node: Node, armed: Armed, *, only: int = 0
     ) -> Coroutine[Any, Any, bool]:
-        """listeners.ask(), with the kernel's cache of the node's attributes kept true."""
+        """listeners.ask(), which also keeps the kernel's cached attributes of the node valid."""
         return self._attributes.asking(
             node, self._listeners.ask(access, subject, node, armed=armed, only=only)
         )
 
     def notify(self, access: Access, subject: Subject, node: Node) -> None:
-        """listeners.notify(), with the kernel's cache of the node's attributes kept true."""
+        """listeners.notify(), which also keeps the kernel's cached attributes of the node valid."""
         if self._listeners.notify(access, subject, node):
             self._attributes.notified(node)
 
     async def read(
         self, file: OpenFile[Node], offset: int, size: int, tid: int = 0, fills: bool | None = None
     ) -> Buffer:
-        """Up to `size` bytes at `offset`; fewer only at the end of the file. `fills`: whether they are for the page cache, None where the
-        engine does not say. Raises OSError."""
+        """Up to `size` bytes at `offset`; fewer only at the end of the file. Raises OSError.
+
+        `fills`: whether the bytes are for the page cache, None where the engine does not say.
+        """
         listeners = self._listeners
         if file.denied:
             _forget_expired(file.denied)
@@ -128,11 +133,11 @@ class Content:
             for access in explanation.accesses:
                 allowed |= await self.ask(access, subject, file.node, _armed(file))
             if explanation.fills and not allowed and file.direct and listeners.attended(subject):
-                # A writable mapping's fault is asked for by writing alone (patch-v2), and what it brings in can be read.
+                # In patch-v2 the fault of a writable mapping makes an event for writing only. But its page can be read, too.
                 fill = Access(AccessKind.FILL, offset, size, who.pid, who.tid, leaves=who.certain)
                 allowed = await self.ask(fill, subject, file.node, _armed(file))
         except OSError as error:
-            # Who is killed does not ask again, and others are not to be refused for that.
+            # A killed accessor does not ask again, and others must not be refused for that.
             if explanation.fills and error.errno not in (None, errno.EINTR):
                 self._denied(file, explanation, offset, size, error.errno, who)
             raise
@@ -142,7 +147,7 @@ class Content:
         if allowed:
             self._allowed(file, explanation)
         elif listeners.notified & FAN_ACCESS and explanation.grant is not None:
-            # One call is one notification, in however many pieces it comes.
+            # One call makes one notification, in however many pieces it comes.
             self._begun(file, explanation)
         if explanation.fills or (fills is None and self._explainer.is_fill(offset, size)):
             if allowed:
@@ -159,7 +164,7 @@ class Content:
         return data
 
     def _keep_asking(self, file: OpenFile[Node], explanation: Explanation, offset: int, size: int) -> None:
-        """See to it that the next call that sends these bytes asks again, although they are about to be in the page cache."""
+        """Ensure that the next call that sends these bytes makes a READ again, although they are about to enter the page cache."""
         assert explanation.passing is not None
         if not file.bypasses:
             file.bypasses, ours = proc.bypass_page_cache(*explanation.passing, file.node.id)
@@ -171,7 +176,7 @@ class Content:
             self._stale.inval_range_later(file.node, offset, size, _PASSING_SECONDS * 2**repeats)
 
     def _notify(self, explanation: Explanation, subject: Subject, node: Node) -> None:
-        """Tell of a call whose first piece has just succeeded."""
+        """Make the notifications of a call whose first piece has just succeeded."""
         if not explanation.continues:
             for access in explanation.accesses:
                 self.notify(access, subject, node)
@@ -243,11 +248,12 @@ class Content:
     ) -> int:
         """Write `data` at `offset`; returns the number of bytes written. Raises OSError.
 
-        `uid`: for whom set-id bits must go (None: for the opener). `write_back`: whether it is the page cache that writes, None where the
-        engine does not say. `appends`: whether the open file has O_APPEND now, likewise. `durable`: RWF_DSYNC or RWF_SYNC of pwritev2(2).
+        `uid`: the user whose write takes set-id bits away (None: the opener). `write_back`: whether the page cache writes, None where the
+        engine does not say. `appends`: whether the open file has O_APPEND now, None where the engine does not say. `durable`: RWF_DSYNC or
+        RWF_SYNC of pwritev2(2), or 0.
         """
         if appends is not None and appends != file.appends:
-            # By F_SETFL (fcntl(2)), which the kernel does not tell of.
+            # The accessor has used F_SETFL (fcntl(2)), which makes no request.
             file.flags ^= os.O_APPEND
         listeners = self._listeners
         explanation = None
@@ -271,7 +277,7 @@ class Content:
                     durable=durable,
                 )
             except OSError:
-                # The pages have what is not in the file; some may be locked until this is answered.
+                # The pages now differ from the file. Some may be locked until this request is answered.
                 self._stale.drop_changed_soon(file.node, offset, len(data))
                 raise
         if elsewhere:
@@ -283,13 +289,13 @@ class Content:
 
     async def _before_change(self, node: Node, descriptor: int, uid: int) -> None:
         if self._overlay.before_write(node, descriptor, uid):
-            # The kernel would start what is written now with the rights of its owner.
+            # With the old mode cached, the kernel would execute the file with its owner's rights.
             await self._stale.inval_attributes(node)
 
     async def _ask_write(
         self, file: OpenFile[Node], offset: int, size: int, tid: int, write_back: bool | None
     ) -> Explanation | None:
-        """What is behind a WRITE, once it is allowed; None for the page cache's own."""
+        """The explanation of a WRITE, once it is allowed; None for write-back by the page cache."""
         who = self._explainer.accessor(file, tid)
         explanation = await self._explainer.write(file, offset, size, who)
         if explanation is None:
@@ -300,7 +306,7 @@ class Content:
                 and filled is not None
                 and filled.covers(offset, offset + size)
             ):
-                # Write-back of a mapping: memory reclaim waits for it, so it must never wait for a listener. The event that let the page in
+                # Write-back of a mapping. Memory reclaim waits for it, so it must never wait for a listener. The event of the page's fill
                 # has covered it.
                 return None
             explanation = Explanation(
@@ -309,16 +315,16 @@ class Content:
         subject = self._subject_of(file.node)
         for access in explanation.accesses:
             await self.ask(access, subject, file.node, _armed(file))
-        # Also when nobody was asked: a write takes nothing out, and its pieces are one call.
+        # Also when no listener was asked: a write reads no content, and its pieces are one call.
         self._allowed(file, explanation)
         return explanation
 
     async def map(
         self, node: Node, offset: int, length: int, flags: int, tid: int, *, writable: bool
     ) -> None:
-        """Ask for a mapping at mmap(2), which FUSE does not tell of, of an open file with the `flags` of open(2). Raises OSError."""
+        """Ask for a mapping at mmap(2), for which FUSE makes no request. `flags` are the open file's flags of open(2). Raises OSError."""
         pid = proc.process_of(tid)
-        # Which of the node's open files it is nobody can say. Of those that fit, the accessor's own are likeliest, and one that is armed asks.
+        # The open file cannot be identified. Of those that fit, the accessor's own are likeliest, and the one that is armed for most counts.
         files = [
             file
             for file in self._handles.of_node(node)
@@ -335,15 +341,15 @@ class Content:
 
     @property
     def _maps_are_asked_for(self) -> bool:
-        """Whether a mapping announces what its faults bring in; not where every fault makes an event of its own."""
+        """Whether the event of a mapping covers its later faults. Not so in a dialect in which every fault makes its own event."""
         return all(dialect.map_event for dialect in self._listeners.dialects)
 
     async def truncate(self, node: Node, size: int, tid: int) -> None:
-        """Ask for a truncation to `size`, which the caller then makes. Raises OSError."""
+        """Ask for a truncation to `size` bytes, which the caller then makes. Raises OSError."""
         if self._listeners.idle:
             return
         access = Access(AccessKind.TRUNCATE, size, 0, proc.process_of(tid), tid, writable=True)
-        # Truncation is asked by path: how the file was armed does not matter (measured on 6.18).
+        # Truncation asks by path: how the file was armed does not matter (docs/facts.md, section 5).
         await self.ask(access, self._subject_of(node), node, Armed.ALL)
 
     async def allocate(
@@ -398,7 +404,7 @@ class Content:
         return copied
 
     def seek(self, file: OpenFile[Node], offset: int, whence: int) -> int:
-        """lseek(2) with SEEK_DATA or SEEK_HOLE; of a watched file all is data. Raises OSError."""
+        """lseek(2) with SEEK_DATA or SEEK_HOLE; returns the new offset. All of a watched file is data. Raises OSError."""
         with self._handles.backing(file) as descriptor:
             if self._listeners.idle or not self._listeners.watches(self._subject_of(file.node)):
                 return os.lseek(descriptor, offset, whence)
@@ -413,22 +419,22 @@ class Content:
             await self._reader.synchronise(descriptor, data_only)
 
     async def modified(self, node: Node, start: int = 0, end: int = 0) -> None:
-        """The node's content has changed: ignore marks that do not survive that go, and with them the pages that nobody was asked about.
+        """The node's content has changed: remove the ignore marks that do not survive this, and drop the pages that came in unasked.
 
-        `start` to `end` are the bytes of which the kernel keeps the pages locked until it is answered.
+        [`start`, `end`) are the bytes whose pages the kernel keeps locked until the request is answered.
         """
         changed = [group.marks.modified(node.id, node.parents()) for group in self._listeners.groups]
         if any(changed):
             await self._stale.drop_heard_but(node, start, end)
 
     def forget_announced(self, files: Iterable[OpenFile[Node]]) -> None:
-        """What mappings announced under other marks is asked for again: it may have been evicted since."""
+        """Ask again for faults of mappings that were announced under other marks: the content may have been evicted since."""
         for file in files:
             file.announced.clear()
 
 
 def _forget_expired(denied: dict[int, DeniedFill]) -> None:
-    """Forget the oldest that count no more."""
+    """Remove the expired entries, which are the oldest."""
     now = time.monotonic()
     while denied:
         tid = next(iter(denied))

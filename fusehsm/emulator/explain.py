@@ -1,6 +1,6 @@
-"""From FUSE requests to accesses: which system call, with which exact range, is behind a READ or WRITE of an armed file.
+"""Finds the accesses behind FUSE requests: the system call behind a READ or WRITE of an armed file, with its exact range.
 
-Nothing here asks or decides: `Explainer` says what an accessor is doing, events.py says which events that makes.
+This module asks no listener and decides nothing. `Explainer` finds the accesses; events.py says which events they make.
 """
 
 import os
@@ -14,23 +14,26 @@ from fusehsm.events import Access, AccessKind
 from fusehsm.linux import proc
 from fusehsm.overlay.overlay import Node
 
-# How long an accessor's mmap lock may keep us from reading its mappings; seconds.
+# How long to wait for an accessor's mappings, whose mmap lock may be held; seconds.
 _MAPS_DEADLINE = 0.5
-# What a splice(2) runs, in nanoseconds, before it asks again for a page that was dropped too early: 5,000 to 10,000 (measured on 6.18), while
-# a new call comes after its caller has run, too. It is the one call that /proc/<tid>/io does not count.
+# A splice(2) runs for 5,000 to 10,000 ns before it asks again for a page that was dropped too early (docs/facts.md, section 13). Before a new
+# call the caller itself has run, too. splice(2) is the only such call that /proc/<tid>/io does not count.
 _COMES_BACK = 15_000
-# No process with more threads than this is searched for the one that is accessing.
+# The accessing thread is not searched for in processes with more threads.
 _MOST_THREADS = 256
 
 
 @dataclass(slots=True)
 class Accessor:
-    """Who makes a request. `certain`: the engine has named the thread `tid`; else it is that of the process's that opened the file, and
-    another thread of it may be the one. `call`: what a certain one waits in, where that has been looked at."""
+    """The thread that makes a request."""
 
+    #: Its process.
     pid: int
+    #: The thread; if it is not `certain`, the one that opened the file.
     tid: int
+    #: Whether the engine has named the thread. If not, another thread of the process may be the accessor.
     certain: bool
+    #: The system call that a certain thread waits in; None where it was not looked up.
     call: proc.SystemCall | None = None
 
     @property
@@ -41,31 +44,33 @@ class Accessor:
 
 @dataclass(slots=True)
 class Explanation:
-    """What is behind one request.
+    """The accesses behind one request."""
 
-    `accesses`: in order; empty when an earlier event of the same call or mapping covered the request. `tid`: the accessing thread, 0 when it
-    is not known. `grant`: what to remember, under `direction`, when it is allowed. `announces`: byte ranges [start, end) that a mapping will
-    touch without further events. `call`: what the accessor waits in, where that was looked at. `fills`: bytes go into the page cache.
-    `passing`: only because the call goes through it (sendfile), by this descriptor of this process, and the next such call must ask again.
-    `continues`: this is a further piece of a call that has been seen.
-    """
-
+    #: In order; empty when an earlier event of the same call or mapping covered the request.
     accesses: tuple[Access, ...]
+    #: The accessing thread, 0 when it is not known.
     tid: int
+    #: Which way the bytes go.
     direction: Direction
+    #: The grant to remember for (`tid`, `direction`) when the accesses are allowed.
     grant: Grant | None = None
+    #: Byte ranges [start, end) that a mapping will touch without further events.
     announces: tuple[tuple[int, int], ...] = ()
+    #: The system call that the accessor waits in; None where it was not looked up.
     call: proc.SystemCall | None = None
+    #: Whether the bytes go into the page cache.
     fills: bool = False
+    #: The (process, descriptor) of a call that only passes through the page cache (sendfile). The next such call must ask again.
     passing: tuple[int, int] | None = None
+    #: Whether the request is a further piece of a call that has been seen.
     continues: bool = False
 
 
 class Explainer:
     """Explains the requests of one mount.
 
-    `page_size` in bytes; `size_of` gives the size of a node of the mount in bytes, None where there is no such node; `device`, set once
-    mounted, is the mount's (major, minor) by which the kernel names its files in /proc/<pid>/maps.
+    `page_size` is in bytes. `size_of` gives the size of a node of the mount in bytes, None where there is no such node. `device` is the
+    mount's (major, minor), as in /proc/<pid>/maps; it is set once the mount exists.
     """
 
     def __init__(self, page_size: int, size_of: Callable[[int], int | None]) -> None:
@@ -76,32 +81,33 @@ class Explainer:
         self._maps_limiter = trio.CapacityLimiter(64)
 
     def close(self) -> None:
-        """Close what is kept open."""
+        """Close the files of /proc that are kept open."""
         self._calls.close()
 
     def is_fill(self, offset: int, size: int) -> bool:
-        """Whether a READ may be a page-cache fill: those are whole pages."""
+        """Whether a READ may be a page-cache fill: a fill consists of whole pages."""
         return not (offset % self._page_size or size % self._page_size)
 
     def accessor(self, file: OpenFile[Node], tid: int) -> Accessor:
-        """Who makes a request: the thread that the engine names, else (0) whoever opened the file."""
+        """The accessor of a request: the thread `tid` that the engine names; with 0, the thread that opened the file."""
         if tid:
             if not file.direct:
-                # Every request is one access then, whatever call it is part of.
+                # Every request is one access then, whichever call it is part of.
                 return Accessor(proc.process_of(tid), tid, True)
             process, call = self._calls.identify(tid)
             return Accessor(process, tid, True, call)
         if not file.pid:
-            # Looked up when it is first needed, as most files are opened while nobody listens.
+            # Looked up when it is first needed, as most files are opened while there is no listener.
             file.pid = proc.process_of(file.tid)
         return Accessor(file.pid, file.tid, False)
 
     async def read(
         self, file: OpenFile[Node], offset: int, size: int, who: Accessor, fills: bool | None = None
     ) -> Explanation:
-        """What is behind a READ of `size` bytes at `offset` on a file that was opened with FOPEN_DIRECT_IO.
+        """The accesses behind a READ of `size` bytes at `offset` of a file that was opened with FOPEN_DIRECT_IO.
 
-        `fills`: whether it is for the page cache (FUSE_READ_LOCKOWNER tells), None where the engine does not say.
+        `fills`: whether the READ is for the page cache (it has no FUSE_READ_LOCKOWNER; docs/facts.md, section 12), None where the engine does
+        not say.
         """
         transfer, call = await self._transfer(file, offset, size, Direction.READ, who, fills)
         if transfer is not None and call is not None:
@@ -114,14 +120,14 @@ class Explainer:
         return Explanation((access,), who.known_tid, Direction.READ)
 
     async def write(self, file: OpenFile[Node], offset: int, size: int, who: Accessor) -> Explanation | None:
-        """What is behind a WRITE; None when no thread that may have made it is in a system call that writes this file."""
+        """The accesses behind a WRITE; None when no thread that may have made it is in a system call that writes this file."""
         transfer, call = await self._transfer(file, offset, size, Direction.WRITE, who, None)
         if transfer is None or call is None:
             return None
         return self._moved(file, call, transfer, offset, size, Direction.WRITE, who)
 
     def appends(self, file: OpenFile[Node], tid: int) -> bool | None:
-        """Whether the call behind a WRITE writes at the end of the file; None where no call is seen that writes this file."""
+        """Whether the call behind a WRITE writes at the end of the file; None where no call that writes this file is seen."""
         if tid:
             seen = self._calls.identify(tid)[1]
             calls = [] if seen is None else [seen]
@@ -136,7 +142,7 @@ class Explainer:
         return None
 
     def _calls_of(self, who: Accessor) -> Iterator[proc.SystemCall]:
-        """What the threads wait in that may have made the request."""
+        """The system calls of the threads that may have made the request."""
         if who.certain:
             certain = who.call or self._calls.read(who.tid)
             if certain is not None:
@@ -160,7 +166,7 @@ class Explainer:
         who: Accessor,
         fills: bool | None,
     ) -> tuple[proc.Transfer | None, proc.SystemCall | None]:
-        """The call that the request belongs to, with its range; else (None, the call of a thread that seems to be faulting)."""
+        """The range and the call of the transfer that the request belongs to; else (None, the call of a thread that seems to be faulting)."""
         faulting = None
         for call in self._calls_of(who):
             transfer = await self._side_of(call, direction)
@@ -178,7 +184,7 @@ class Explainer:
         side = proc.reading if direction is Direction.READ else proc.writing
         if not proc.reads_memory(call):
             return side(call)
-        # The accessor's memory may be a mapping of this very mount, and its mmap lock may be held until we have answered.
+        # The accessor's memory may be a mapping of this mount, and its mmap lock may be held until this request is answered.
         with trio.move_on_after(_MAPS_DEADLINE):
             return await trio.to_thread.run_sync(
                 side, call, abandon_on_cancel=True, limiter=self._maps_limiter
@@ -188,7 +194,7 @@ class Explainer:
     def _fits(
         self, file: OpenFile[Node], call: proc.SystemCall, transfer: proc.Transfer, offset: int, size: int
     ) -> bool:
-        """Whether a request can be a piece of that transfer: by its range, then by the file that the call names."""
+        """Whether a request can be a piece of that transfer. Checks the range first, then the file of the call's descriptor."""
         start, end = transfer.offset, offset + size
         if transfer.paged:
             if start is not None and end <= self._page_down(start):
@@ -252,17 +258,17 @@ class Explainer:
         accesses = [Access(kind, start, transfer.count, who.pid, call.tid, paged=fills, leaves=fills)]
         end = start + transfer.count
         if fills:
-            # What read-ahead brings in beyond the call's own range becomes readable for everybody.
+            # Pages that read-ahead brings in beyond the call's range become readable for every process.
             start = min(self._page_down(start), offset)
             covered = self._page_up(end)
             if offset + size > covered or offset < self._page_down(accesses[0].offset):
                 accesses.append(Access(AccessKind.FILL, offset, size, who.pid, call.tid, leaves=True))
             end = max(covered, offset + size)
         elif appends:
-            # The pieces of an appending write follow each other from the end of the file, wherever the file position was.
+            # The pieces of an appending write follow each other from the end of the file; the file position does not matter.
             start, end = offset, offset + transfer.count
         if not transfer.paged and start == offset and end == offset + size:
-            # The request is the whole call. A sendfile that found less goes on at the end of the file (Linux 6.1).
+            # The request is the whole call. A sendfile(2) that found less continues at the end of the file (Linux 6.1).
             return Explanation(tuple(accesses), call.tid, direction, call=call)
         anywhere = fills or transfer.paged or transfer.offset is not None
         return Explanation(
@@ -278,7 +284,7 @@ class Explainer:
 
     @staticmethod
     def _begins(call: proc.SystemCall, transfer: proc.Transfer, offset: int, direction: Direction) -> bool:
-        """Whether the request is the first of a call that reads past the page cache, where most such calls read through it."""
+        """Whether the request is the first of a call that bypasses the page cache, though most calls of its kind go through it."""
         if not transfer.paged or direction is not Direction.READ:
             return False
         if transfer.offset is not None:
@@ -289,7 +295,7 @@ class Explainer:
     def _cut(
         self, call: proc.SystemCall, transfer: proc.Transfer, descriptor: int, offset: int | None
     ) -> proc.Transfer:
-        """What is left of a copy that its source's end of file cuts short: the kernel's generic_copy_file_checks()."""
+        """The transfer of a copy, shortened to the end of its source as generic_copy_file_checks() in the kernel does."""
         source = call.opened(descriptor)
         size = None if source is None or source.inode is None else self._size_of(source.inode)
         if source is None or size is None:
@@ -299,8 +305,8 @@ class Explainer:
 
     @staticmethod
     def _progress(who: Accessor, call: proc.SystemCall) -> tuple[bool, int] | None:
-        """How far the thread has come: (True, how many calls it has finished), or (False, nanoseconds it has run) where these are not
-        counted; None when neither can be seen."""
+        """The progress of the thread: (True, number of calls it has finished), or (False, nanoseconds it has run) for a call that is not
+        counted. None when neither can be seen."""
         counted = proc.is_counted(call)
         value = proc.calls_finished(who.pid, call.tid) if counted else proc.run_time(call.tid)
         return None if value is None else (counted, value)
@@ -311,7 +317,7 @@ class Explainer:
             return False
         if offset != grant.start:
             return offset == grant.next_offset or (grant.anywhere and offset > grant.start)
-        # What a call passes through the page cache is dropped behind it, and it may come back for what was dropped too early.
+        # Pages that a call passes through the page cache are dropped behind it. The call asks again for a page that was dropped too early.
         if progress is None or grant.progress is None or progress[0] is not grant.progress[0]:
             return False
         return progress[1] - grant.progress[1] < (1 if progress[0] else _COMES_BACK)
@@ -319,7 +325,10 @@ class Explainer:
     def blocked_in(
         self, who: Accessor, call: proc.SystemCall | None = None
     ) -> tuple[proc.SystemCall, int | None] | None:
-        """What the accessor waits in (`call`, where that is known already), equal as long as it goes on; None when it does not wait."""
+        """A value that identifies the call in which the accessor waits; None when it does not wait.
+
+        Values compare equal as long as the same call continues. `call` is the call, where it is known already.
+        """
         if call is None:
             call = next(self._calls_of(who), None)
         return None if call is None else (call, proc.calls_finished(who.pid, call.tid))
@@ -327,7 +336,10 @@ class Explainer:
     async def _fault(
         self, file: OpenFile[Node], call: proc.SystemCall | None, offset: int, size: int, who: Accessor
     ) -> Explanation | None:
-        """A page-cache fill of a direct_io file: a touched mapping, or advice; None when no mapping of the accessor explains it."""
+        """Explain a page-cache fill of a direct_io file by a touched mapping or by advice (posix_fadvise(2), readahead(2)).
+
+        None when no mapping of the accessor explains it.
+        """
         tid = call.tid if call is not None else who.known_tid
         leaves = who.certain or (call is not None and call.number == proc.PAGE_FAULT)
         fill = Access(AccessKind.FILL, offset, size, who.pid, tid, leaves=leaves)
@@ -367,7 +379,7 @@ class Explainer:
                 abandon_on_cancel=True,
                 limiter=self._maps_limiter,
             )
-        # Without the fault's address the newest mapping of those bytes is the likeliest; any of them covers what is about to be read.
+        # The fault's address is not known. The newest mapping of those bytes is the likeliest, and each of them covers the bytes.
         fitting = [
             m for m in mappings if m.offset < offset + size and offset < m.offset + self._page_up(m.length)
         ]

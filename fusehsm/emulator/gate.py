@@ -1,10 +1,10 @@
-"""The gate between accessors and content: no byte passes before the listeners have allowed it.
+"""The gate between accessors and content: it asks the listeners about each access before it lets a byte pass.
 
-One way down, one way back: an engine hands in what an accessor does to a node or an open file; the gate works out the exact access, asks the
-groups, waits, and then lets the overlay do it or raises the listener's errno.
+An engine calls the gate for each operation of an accessor on a node or an open file. The gate finds the exact access, asks the groups, and
+waits. Then it lets the overlay do the operation, or raises the listener's errno.
 
 The rule that must never break: no byte of a watched file goes to an accessor or into the kernel's page cache unless an allowed event covered
-it. Pages that got into the cache while nobody watched ("tainted" nodes) are dropped when a mark comes to cover them.
+it. Pages that entered the cache unwatched (of "tainted" nodes) are dropped when a mark comes to cover them.
 """
 
 import errno
@@ -44,11 +44,11 @@ _PERMISSION_EVENTS = FAN_OPEN_PERM | FAN_OPEN_EXEC_PERM | FAN_ACCESS_PERM
 
 
 class Gate:
-    """The content operations of one mount.
+    """The operations of one mount that listeners may hear of.
 
-    `destination` is the mount point (events show paths under it), `exact` the event mode, `page_size` in bytes, `open_limit` how many backing
-    files may be open for handles at once; `direct`: files that nobody watches go past the page cache, too, so that what is opened before it
-    is marked reads and writes as on the real kernel: asking nobody, and waiting for nobody who does (exact).
+    `destination`: the mount point; events show paths under it. `exact`: the event mode. `page_size`: in bytes. `open_limit`: how many
+    backing files may be open for handles at once. `direct`: in exact mode, unwatched files bypass the page cache, too. A file that is opened
+    before it is marked then reads and writes as on the real kernel: it asks no listener, and waits for no accessor that does.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Gate:
         overlay.on_removed(self._replaced)
 
     def mounted(self, device: tuple[int, int], cache: CacheControl) -> None:
-        """The mount stands: `device` is its (major, minor), `cache` how to reach the kernel's caches of it."""
+        """The mount exists now: `device` is its (major, minor), `cache` controls the kernel's caches of it."""
         self._stale.cache = cache
         self._explainer.device = device
 
@@ -125,7 +125,7 @@ class Gate:
             return None
 
     def _replaced(self, node: Node) -> None:
-        """The node's inode number has become another file's: what is known by the number is void."""
+        """The node's inode number now belongs to another file: drop all state that is kept by that number."""
         self.forgotten(node)
         for group in self.listeners.groups:
             group.marks.forget(node.id)
@@ -141,12 +141,14 @@ class Gate:
         self.listeners.remove(group)
         self._forget_announced(None)
         self._adjust_read_ahead()
-        # With --unattended deny or hold, what it had told to ignore is watched now.
+        # With --unattended deny or hold, files that its ignore marks excluded are watched now.
         self._stale.drop_heard_soon()
 
     async def mark(self, group: Group, flags: int, mask: int, node: Node | None) -> None:
-        """fanotify_mark(2) on a node of this mount (None: with FAN_MARK_FLUSH). Raises OSError as the kernel does, and EOPNOTSUPP for the
-        permission events that first-access mode cannot make."""
+        """fanotify_mark(2) on a node of this mount (None: with FAN_MARK_FLUSH).
+
+        Raises OSError as the kernel does, and EOPNOTSUPP for the permission events that first-access mode cannot make.
+        """
         if flags & FAN_MARK_FLUSH:
             rules.check_mark(group.flags, group.dialect, flags, mask, rules.ObjectKind.DIRECTORY)
             unheard = self._stale.unheard(None)
@@ -162,7 +164,7 @@ class Gate:
                 "first-access mode has no OPEN_PERM, OPEN_EXEC_PERM or ACCESS_PERM; mount with --events exact",
             )
         opened_for_write = any(file.writable for file in self.handles.of_node(node))
-        # A mark on the mount or its filesystem may be made by the path of any file in it.
+        # A mark on the mount or its filesystem may be set by the path of any file in it.
         touched = None if flags & (FAN_MARK_MOUNT | FAN_MARK_FILESYSTEM) else node
         unheard = self._stale.unheard(touched)
         group.marks.modify(flags, mask, node.id, opened_for_write=opened_for_write, is_dir=node.is_dir)
@@ -179,7 +181,7 @@ class Gate:
 
     @staticmethod
     def object_kind(node: Node) -> rules.ObjectKind:
-        """What fanotify_mark's checks want to know of a node."""
+        """The kind of a node, for the checks of fanotify_mark(2)."""
         if node.is_dir:
             return rules.ObjectKind.DIRECTORY
         return rules.ObjectKind.REGULAR if node.is_regular else rules.ObjectKind.OTHER
@@ -189,7 +191,7 @@ class Gate:
             self._stale.cache.set_page_exact(any(not group.marks.empty for group in self.listeners.groups))
 
     async def moved(self, parent: Node, name: bytes) -> None:
-        """A file has got a name there: a mark on the directory may cover it now."""
+        """A file has got the name `name` in `parent`, whose marks may cover it now."""
         if self.listeners.idle:
             return
         try:
@@ -204,12 +206,14 @@ class Gate:
     async def map(
         self, node: Node, offset: int, length: int, flags: int, tid: int, *, writable: bool
     ) -> None:
-        """A thread that waits is about to map `length` bytes of an open file, which has the `flags` of open(2). Raises OSError when it is
-        denied."""
+        """Ask for a mapping of `length` bytes at `offset` of an open file. Thread `tid` waits for the answer.
+
+        `flags` are the file's flags of open(2). Raises OSError when the mapping is denied.
+        """
         await self.content.map(node, offset, length, flags, tid, writable=writable)
 
     async def drop(self, node: Node) -> None:
-        """Drop a node's cached pages, and forget what its mappings announced: its next access makes an event again."""
+        """Drop a node's cached pages, and forget the ranges that its mappings announced. Its next access makes an event again."""
         self._forget_announced(node)
         self.content.dropped(node)
         await self._stale.drop_all_of(node)
@@ -219,15 +223,15 @@ class Gate:
         return Subject(node.id, node.parents(), node.is_dir)
 
     def watches(self, node: Node) -> bool:
-        """Whether a fill by a listener may change the node behind the kernel's back: its attributes must not be cached then."""
+        """Whether a listener may fill the node without the kernel's knowledge. Its attributes must not be cached then."""
         return not self.listeners.idle and self.listeners.watches(self.subject(node))
 
     def may_deny_new(self, parent: Node) -> bool:
-        """Whether a file that somebody creates in `parent` may be denied to him, and yet be there."""
+        """Whether open(2) of a file that is created in `parent` may be denied, although the file then exists."""
         return not self.listeners.idle and self.listeners.asks_at_open(Subject(-1, (parent.id,), False))
 
     def open_event_fd(self, group: Group, pending: Pending) -> int:
-        """A new descriptor of the event's file on the backing, by the group's event_f_flags. Raises OSError."""
+        """Open the event's file on the backing with the group's event_f_flags; the caller closes the descriptor. Raises OSError."""
         node = pending.target
         assert isinstance(node, Node)
         return self.overlay.open_for_event(node, group.event_f_flags, self._open_descriptor(node))
@@ -243,11 +247,11 @@ class Gate:
     # Open files
 
     async def open(self, node: Node, flags: int, tid: int, uid: int) -> tuple[OpenFile[Node], bool]:
-        """Open a node; returns the open file and whether the pages that the kernel has of it may stay. Raises OSError."""
+        """Open a node; returns the open file, and keep_cache: whether the kernel's cached pages of it may stay. Raises OSError."""
         with self.leases.entering(node):
             if not flags & os.O_TRUNC:
                 return await self._open(node, flags, tid, uid)
-            # One that fails may have taken set-id bits, or have been denied once the file was truncated.
+            # An open(2) that fails may have cleared set-id bits, or may be denied after the truncation.
             async with self.content.changing(node, content=False):
                 return await self._open(node, flags, tid, uid)
 
@@ -264,7 +268,7 @@ class Gate:
             return self._opened(node, flags, descriptor, Armed.NO, self._all_direct, tid, 0, uid), True
         access, subject, armed = await self._ask_to_open(node, flags, tid, executing=executing)
         if node in self.leases:
-            # In the kernel, too, listeners are asked first (do_dentry_open()).
+            # The kernel also asks listeners first (do_dentry_open()).
             await self.leases.wait(node, tid, patient=patient)
         descriptor = self.overlay.open(node, flags, uid)
         if flags & os.O_TRUNC:
@@ -274,7 +278,10 @@ class Gate:
     async def created(
         self, node: Node, flags: int, descriptor: int, tid: int, uid: int, *, unnamed: bool = False
     ) -> tuple[OpenFile[Node], bool]:
-        """A file has just been created and opened (`unnamed`: by O_TMPFILE): it stays created even if its open is denied, as in the kernel."""
+        """A file has just been created and opened (`unnamed`: by O_TMPFILE). Returns the open file and keep_cache, as open(). Raises OSError.
+
+        The file stays created even if its open is denied, as in the kernel (docs/facts.md, section 4). `descriptor` is closed then.
+        """
         flags &= ~(_FMODE_EXEC | os.O_DIRECT)
         if self.listeners.idle:
             return self._opened(node, flags, descriptor, Armed.NO, self._all_direct, tid, 0, uid), True
@@ -291,9 +298,9 @@ class Gate:
     async def _ask_to_open(
         self, node: Node, flags: int, tid: int, *, executing: bool, unnamed: bool = False
     ) -> tuple[Access, Subject, Armed]:
-        """Ask for the permission to open; what was asked, about what, and how the file is armed. Raises OSError when it is denied."""
+        """Ask for permission to open; returns the access, its subject, and how the file is armed. Raises OSError when it is denied."""
         subject = self.subject(node)
-        # The kernel arms the file before it asks: a mark that a listener sets while it holds this open comes too late.
+        # The kernel arms the file before it asks (docs/facts.md, section 5). A mark that is set while this open waits comes too late.
         armed = self.listeners.armed(subject)
         access = Access(
             AccessKind.OPEN,
@@ -323,14 +330,14 @@ class Gate:
             os.close(descriptor)
             raise
         heard = self.listeners.hears_content(subject)
-        # What the page cache serves is not seen, so that nobody could be told of it either.
+        # Reads that the page cache serves make no request, so they could make no notification either.
         direct = self._all_direct or (
             self.exact
             and ((armed is not Armed.NO and heard) or self.listeners.hears_notification(FAN_ACCESS, subject))
         )
-        # Opening without keep_cache makes the kernel drop the node's pages: those that came in unasked, and, so that every new mapping makes
-        # its event as in the kernel, those of a direct_io file.
-        # Not while a page of it waits for its listener, though: this open(2) would wait for that answer, and could not be killed.
+        # Without keep_cache the kernel drops the node's pages. Pages that came in unasked must go. Pages of a direct_io file go so that every
+        # new mapping makes its event, as in the kernel. They stay while one of them waits for a listener: this open(2) would wait, too, and
+        # could not be killed.
         tainted = heard and node in self._stale
         keep_cache = not tainted and (not direct or self.attributes.is_filling(node))
         file = self._opened(node, flags, descriptor, armed, direct, access.tid, access.pid, uid)
@@ -355,26 +362,26 @@ class Gate:
         )
 
     def flushed(self, handle: int, tid: int) -> None:
-        """A thread has closed a descriptor of an open file. Raises OSError EBADF."""
+        """A thread has closed a descriptor of an open file. Raises OSError EBADF for an unknown handle."""
         file = self.handles.get(handle)
         if file.tells_closer:
             pid = proc.process_of(tid)
-            # The mount itself closes what it takes from accessors to set O_DIRECT.
+            # This process also closes descriptors: those that it duplicates from accessors to set O_DIRECT.
             if pid != self._own_pid:
                 file.closer = pid, tid
 
     def release(self, handle: int) -> None:
-        """The kernel has closed an open file: the last descriptor of it is closed, and it is mapped nowhere. Raises OSError EBADF."""
+        """The kernel has released an open file: its last descriptor is closed, and it is mapped nowhere. Raises OSError EBADF."""
         if self.listeners.notified & FAN_CLOSE:
             file = self.handles.get(handle)
             pid, tid = file.closer or (file.pid or proc.process_of(file.tid), file.tid)
             access = Access(AccessKind.CLOSE, pid=pid, tid=tid, writable=_may_write(file.flags))
-            # While the file is still open: it may have no name any more, by which to open it for a listener.
+            # The file must still be open: it may have no name any more by which it could be opened for a listener.
             self.content.notify(access, self.subject(file.node), file.node)
         self.handles.release(handle)
 
     def forget(self, node_id: int, count: int) -> bool:
-        """The kernel takes back so many references to a node; whether it is not known any more."""
+        """The kernel drops `count` references to a node; returns whether the node has left the table."""
         try:
             node = self.overlay.node(node_id)
         except OSError:
@@ -385,7 +392,7 @@ class Gate:
         return gone
 
     def forgotten(self, node: Node) -> None:
-        """The kernel has forgotten a node, its pages with it."""
+        """The kernel has forgotten a node and its pages."""
         for group in self.listeners.groups:
             group.marks.evicted(node.id)
         self._stale.forget(node.id)
@@ -394,23 +401,26 @@ class Gate:
         self.handles.forget(node)
 
     def interrupted(self, tid: int) -> bool:
-        """A signal has come for a thread that waits for an answer: whether it is to die, and shall have EINTR."""
+        """A waiting thread has got a signal; returns whether the signal kills it. Then its waits end with EINTR."""
         if not self.listeners.interrupted(tid):
             return False
         self.leases.interrupted(tid)
         return True
 
     def changed_unseen(self, node_id: int) -> None:
-        """A node has been changed for an accessor that was let go before, with EINTR."""
+        """A node was changed for an accessor that had already got EINTR."""
         with suppress(OSError):
             self.content.changed_unseen(self.overlay.node(node_id))
 
     def left(self, tid: int) -> bool:
-        """Whether a thread that had a page filled has died of a signal, or is about to, which ends what it waits for."""
+        """Whether a thread that asked for a page fill is being killed or is dead. Then its waits end with EINTR."""
         return self.listeners.left(tid)
 
     def stateless_open(self, node: Node, *, writing: bool) -> OpenFile[Node]:
-        """What stands for a node's open files where the kernel tells of no open(2): armed for everything, as nobody can say otherwise."""
+        """The stateless open file of a node, for kernels that send no OPEN (FUSE_NO_OPEN_SUPPORT).
+
+        It stands for all open files of the node, and is armed for everything, as their arming is not known.
+        """
         return self.handles.stateless(node, Armed.ALL, writing=writing)
 
     # Attributes and directories
@@ -418,8 +428,10 @@ class Gate:
     async def set_attributes(
         self, node: Node, changes: AttributeChanges, handle: int, caller_: Caller
     ) -> tuple[Node, os.stat_result]:
-        """Change attributes, through an open file where there is one (`handle` 0: any of the node's); a new size is a truncation, which is
-        asked for. Raises OSError."""
+        """Change attributes, through an open file where there is one (`handle` 0: any of the node's). Raises OSError.
+
+        A new size is a truncation, about which listeners are asked.
+        """
         if changes.size is not None:
             await self.content.truncate(node, changes.size, caller_.pid)
             if node in self.leases:
@@ -435,7 +447,7 @@ class Gate:
     @contextmanager
     def _usable(self, node: Node, handle: int) -> Iterator[int | None]:
         files = self.handles.of_node(node)
-        # A truncation wants one that may write.
+        # A truncation needs a file that is open for writing.
         file = self.handles.get(handle) if handle else next((file for file in files if file.writable), None)
         if file is None or (not handle and file.descriptor is None):
             yield None
@@ -444,19 +456,19 @@ class Gate:
             yield descriptor
 
     async def open_directory(self, node: Node, tid: int) -> None:
-        """Somebody opens a directory. Raises OSError when it is denied."""
+        """Ask about open(2) of a directory. Raises OSError when it is denied."""
         if not self.listeners.idle:
             access = Access(AccessKind.OPEN, 0, 0, proc.process_of(tid), tid, directory=True)
             await self.listeners.ask(access, self.subject(node), node, armed=Armed.ALL)
 
     def notify_of_directory(self, kind: AccessKind, node: Node, tid: int) -> None:
-        """A directory has been opened, read from or closed."""
+        """Make the notification of a directory that has been opened, read or closed."""
         if self.listeners.notified:
             access = Access(kind, pid=proc.process_of(tid), tid=tid, directory=True)
             self.content.notify(access, self.subject(node), node)
 
     async def read_directory(self, node: Node, position: int, tid: int) -> None:
-        """Somebody reads entries of a directory, from a position on. Raises OSError when it is denied."""
+        """Ask about a read of entries of a directory from `position` on. Raises OSError when it is denied."""
         if not self.listeners.idle:
             access = Access(AccessKind.READ_DIRECTORY, position, 0, proc.process_of(tid), tid, directory=True)
             await self.listeners.ask(access, self.subject(node), node, armed=Armed.ALL)
@@ -466,7 +478,7 @@ class Gate:
         with self.handles.backing(self.handles.get(handle)) as descriptor:
             return os.fstat(descriptor)
 
-    # What the control socket shows
+    # Status, for the control socket
 
     def status(self) -> dict[str, object]:
         """The mount's state as JSON-able values."""
@@ -483,7 +495,7 @@ class Gate:
         }
 
     def release_held(self) -> int:
-        """Let go every access that is parked for a group to come; returns how many."""
+        """Let every access pass that is parked until a group comes; returns how many."""
         return self.listeners.release()
 
     def close(self) -> None:
@@ -495,5 +507,5 @@ class Gate:
 
 
 def _may_write(flags: int) -> bool:
-    """Whether a file that is opened with those flags is open for writing; it is not with the access mode 3, for ioctl(2) only (FMODE_WRITER)."""
+    """Whether a file with those flags of open(2) is open for writing. With access mode 3 it is not: that is for ioctl(2) only (FMODE_WRITER)."""
     return flags & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR)
