@@ -1,7 +1,7 @@
 """One emulated fanotify group: its queue, the events that wait for a response, overflow and close.
 
 Sources: fanotify(7); ``fsnotify_insert_event``, ``fanotify_read``, ``process_access_response`` and ``fanotify_release`` of
-the kernel; all of it measured on 6.18. Nothing here waits and nothing does I/O: files are opened by callbacks.
+the kernel; measured on 6.18 (docs/facts.md, sections 6 to 8). This module never waits and does no I/O: callbacks open files.
 """
 
 from __future__ import annotations
@@ -37,28 +37,29 @@ from fusehsm.fanotify.rules import UnansweredEvents, check_init, fill_buffer, pa
 #: sysctl fs.fanotify.max_queued_events
 MAX_QUEUED_EVENTS: Final = 16384
 
-# The kernel's own: glibc's, and so Python's, is 0 on 64-bit machines.
+# The kernel's value. That of glibc, and so of Python, is 0 on 64-bit machines.
 _O_LARGEFILE: Final = 0o100000
 
 _OVERFLOW_SHAPE: Final = EventShape(FAN_Q_OVERFLOW, None, None)
 
 
 class PendingState(enum.Enum):
-    """Where an event stands."""
+    """The state of an event."""
 
+    #: In the queue, not read yet.
     QUEUED = enum.auto()
-    #: Read, its accessor waits for the response.
+    #: Read; its accessor waits for the response.
     REPORTED = enum.auto()
-    #: A notification or an overflow that has been read: there is nothing to answer.
+    #: Read, and it needs no response: a notification or an overflow.
     DELIVERED = enum.auto()
+    #: Allowed or denied.
     ANSWERED = enum.auto()
     #: Its accessor waits no more.
     CANCELLED = enum.auto()
 
 
 class Pending:
-    """One event of one group, from put() to its answer. ``target`` is whatever the caller of put() said; ``errno`` is
-    the answer, 0 for allowed; ``created`` seconds of the group's clock; ``fd`` the event fd's number once read."""
+    """One event of one group, from put() to its answer."""
 
     __slots__ = (
         "created",
@@ -85,17 +86,26 @@ class Pending:
         created: float,
         on_answer: Callable[[Pending], None] | None = None,
     ) -> None:
+        #: Mask and range.
         self.shape = shape
+        #: The accessor's process.
         self.pid = pid
+        #: The accessor's thread.
         self.tid = tid
+        #: The object that the caller of put() gave: the file of the event.
         self.target = target
+        #: The path of the file.
         self.path = path
+        #: Whether the event needs a response.
         self.permission = permission
+        #: When it was made, in seconds of the group's clock.
         self.created = created
         self.state = PendingState.QUEUED
+        #: The answer: 0 for allowed, or an errno.
         self.errno = 0
+        #: The number of the event fd, once the event is read.
         self.fd: int | None = None
-        #: Called once, when the event is answered: never after it was withdrawn or its group was closed.
+        #: Called once, when the event is answered. Never called after a withdrawal, or after the group is closed.
         self.on_answer = on_answer
 
     def __repr__(self) -> str:
@@ -103,7 +113,7 @@ class Pending:
 
 
 class Group:
-    """One fanotify group. Not to be used by two threads at once."""
+    """One fanotify group. Two threads must not use it at once."""
 
     def __init__(
         self,
@@ -123,21 +133,21 @@ class Group:
         self.event_f_flags = event_f_flags
         self.dialect = dialect
         self.marks = MarkTable(dialect)
-        #: 2 FAN_CLASS_PRE_CONTENT, 1 FAN_CLASS_CONTENT, 0 FAN_CLASS_NOTIF: the higher is asked first.
+        #: 2 FAN_CLASS_PRE_CONTENT, 1 FAN_CLASS_CONTENT, 0 FAN_CLASS_NOTIF. Groups of a higher priority are asked first.
         self.priority = 2 if flags & FAN_CLASS_PRE_CONTENT else 1 if flags & FAN_CLASS_CONTENT else 0
         #: Called whenever an event has been queued.
         self.on_readable: Callable[[], None] | None = None
-        #: Handles an event in the task of whoever asks, instead of queueing it; put_taken() is for such events.
+        #: Handles an event in the task that asks, past the queue. put_taken() is for such events.
         self.handle: Callable[[Pending], Coroutine[Any, Any, None]] | None = None
-        #: The process that owns it, 0 when nobody has said.
+        #: The listener's process, 0 when it is not known.
         self.listener_pid = 0
         self.closed = False
         self._max_queued = None if flags & FAN_UNLIMITED_QUEUE else max_queued_events
         self._clock = clock
-        # Keyed by the event itself: an accessor that is killed takes its event out of the middle.
+        # Keyed by the event: a killed accessor's event is removed from the middle of the queue.
         self._queue: OrderedDict[Pending, None] = OrderedDict()
         self._overflow: Pending | None = None
-        # The queued notifications that others are merged into.
+        # The queued notifications, by what new ones must share to be merged into them.
         self._notifications: dict[tuple[object, bytes, int], Pending] = {}
         self._outstanding: dict[Pending, None] = {}
         self._by_fd: UnansweredEvents[Pending] = UnansweredEvents()
@@ -158,12 +168,12 @@ class Group:
         permission: bool = True,
         on_answer: Callable[[Pending], None] | None = None,
     ) -> Pending | None:
-        """Queue an event. ``permission`` False: a notification, which goes into one that is queued already, wherever in the queue, of
-        the same target by the same name and with the same reported pid (measured; kernel: ``fanotify_merge``).
+        """Queue an event; returns it, or None if the group is closed or its queue is full. The access is allowed then; for a full queue, an
+        overflow event tells the listener.
 
-        None: the queue is full or the group closed; the access is allowed, and an overflow event tells the listener.
-        ``on_answer`` may be called before this returns: what carries the events to the listener may find at once that it cannot
-        open the event's file.
+        ``permission`` False: a notification. It is merged into a queued one, wherever in the queue, of the same target by the same
+        name and with the same reported pid (``fanotify_merge`` in the kernel; docs/facts.md, section 7). ``on_answer`` may be called
+        before this returns: the transport to the listener may find at once that it cannot open the event's file.
         """
         if self.closed:
             return None
@@ -172,7 +182,7 @@ class Group:
             return None
         pending = Pending(shape, pid, tid, target, path, permission, self._clock(), on_answer)
         if not permission:
-            # The queue is looked at first: a full one takes no notification, not even one that would be merged.
+            # The check for a full queue comes first: it takes no notification, not even one that could be merged.
             known = self._notifications.setdefault(self._merge_key(pending), pending)
             if known is not pending:
                 known.shape = EventShape(known.shape.mask | shape.mask, None, None)
@@ -196,7 +206,7 @@ class Group:
         path: bytes,
         on_answer: Callable[[Pending], None] | None = None,
     ) -> Pending | None:
-        """put() and take() in one, past the queue: a permission event that is outstanding at once. None: the group is closed."""
+        """put() and take() in one, past the queue, for a permission event. Returns None if the group is closed."""
         if self.closed:
             return None
         pending = Pending(shape, pid, tid, target, path, True, self._clock(), on_answer)
@@ -209,16 +219,16 @@ class Group:
         self._counts["overflowed"] += 1
         if self._overflow is not None:
             return
-        # One more than the queue may hold; it is the only event without a file.
+        # It may exceed the queue's limit. It is the only event without a file.
         self._overflow = Pending(_OVERFLOW_SHAPE, 0, 0, None, b"", False, self._clock())
         self._queue[self._overflow] = None
         if self.on_readable is not None:
             self.on_readable()
 
     def withdraw(self, pending: Pending) -> None:
-        """The accessor waits no more (it was killed, or timed out); nothing if it was answered already.
+        """Cancel an event whose accessor waits no more (it was killed, or timed out). Does nothing if it was answered already.
 
-        A queued event vanishes. One that was read can still be answered once, which then does nothing.
+        A queued event is removed. One that was read can still be answered once, without effect (docs/facts.md, section 8).
         """
         if pending.state is PendingState.QUEUED:
             self._queue.pop(pending, None)
@@ -236,7 +246,7 @@ class Group:
 
     @property
     def queued_bytes(self) -> int:
-        """What ioctl(FIONREAD) says: 24 bytes an event, whatever its real length (measured)."""
+        """The result of ioctl(FIONREAD): 24 bytes an event, whatever its real length (docs/facts.md, section 7)."""
         return FAN_EVENT_METADATA_LEN * len(self._queue)
 
     @property
@@ -260,16 +270,16 @@ class Group:
         return dict(self._counts)
 
     def reported_pid(self, pending: Pending) -> int:
-        """What stands in the event's pid field: the process id, with FAN_REPORT_TID the thread's."""
+        """The value of the event's pid field: the process id, with FAN_REPORT_TID the thread id."""
         return pending.tid if self.flags & FAN_REPORT_TID else pending.pid
 
     def length(self, pending: Pending) -> int:
-        """Bytes of the event as read() gives it."""
+        """Length in bytes of the event as read() gives it."""
         has_pidfd = bool(self.flags & FAN_REPORT_PIDFD)
         return event_length(self.dialect, has_range=pending.shape.offset is not None, has_pidfd=has_pidfd)
 
     def take(self) -> Pending | None:
-        """The next event, None when there is none. A permission event is outstanding from then on."""
+        """The next event, None when there is none. A permission event then waits for its response."""
         if not self._queue:
             return None
         pending = self._queue.popitem(last=False)[0]
@@ -285,8 +295,8 @@ class Group:
         return pending
 
     def answer(self, pending: Pending, error: int) -> None:
-        """Allow (0) or deny (an errno) an outstanding event; its ``on_answer`` is called. Raises OSError ENOENT when it is
-        not outstanding: not read yet, answered already."""
+        """Allow (0) or deny (an errno) an event that has been read, and call its ``on_answer``. Raises OSError ENOENT when it is not
+        read yet, or answered already."""
         if pending not in self._outstanding:
             raise OSError(errno.ENOENT, "fanotify response: no such event is waiting for one")
         if pending.fd is not None:
@@ -294,8 +304,8 @@ class Group:
         self._finish(pending, error)
 
     def answer_descriptor(self, fd: int, error: int) -> None:
-        """answer() the event that was delivered with that descriptor, the first if there are several. Raises OSError ENOENT when
-        there is none."""
+        """answer() the event that was delivered with that descriptor number. If there are several, it is the one read first (docs/facts.md,
+        section 6). Raises OSError ENOENT when there is none."""
         self._finish(self._by_fd.take(fd), error)
 
     def _finish(self, pending: Pending, error: int) -> None:
@@ -314,11 +324,11 @@ class Group:
         open_fd: Callable[[Pending], int],
         open_pidfd: Callable[[Pending], int] | None = None,
     ) -> bytes:
-        """read(2) of the group: as many whole events as fit into ``size`` bytes.
+        """read(2) of the group: as many whole events as fit into ``size`` bytes (docs/facts.md, section 7).
 
         ``open_fd`` opens an event's file for the listener and ``open_pidfd`` (for FAN_REPORT_PIDFD) its process; either
-        may raise OSError. An event whose file cannot be opened is denied with EPERM: with FAN_REPORT_FD_ERROR it is
-        delivered with -errno for an fd, without, it is dropped and ends the read.
+        may raise OSError. An event whose file cannot be opened is denied with EPERM. With FAN_REPORT_FD_ERROR it is
+        delivered with -errno as its fd. Without that flag it is dropped and ends the read.
 
         Raises BlockingIOError when nothing is queued, OSError EINVAL when the first event does not fit (it stays), and
         the errno of ``open_fd`` when the first event's file cannot be opened.
@@ -346,17 +356,17 @@ class Group:
         return self.encode(pending, fd, self.open_process(pending, open_pidfd))
 
     def delivered(self, pending: Pending, fd: int) -> None:
-        """The listener has the event, with what open_file() returned for its descriptor, and answers it by that number."""
+        """Record that the listener has the event, with the descriptor that open_file() returned. It answers the event by that number."""
         if pending.permission and fd >= 0:
             pending.fd = fd
             self._by_fd.add(fd, pending)
 
     def open_file(self, pending: Pending, open_fd: Callable[[Pending], int]) -> int:
-        """Open the file of an event that has just been taken, for the listener; returns the descriptor that ``open_fd`` gives.
+        """Open the file of an event that has just been taken; returns the descriptor that ``open_fd`` gives.
 
-        When ``open_fd`` raises OSError, the event is denied with EPERM and counted as unopened. A group with FAN_REPORT_FD_ERROR
-        then gets -errno in the descriptor's place, any other group the OSError: its event is dropped. An overflow event has no
-        file: FAN_NOFD, or -EBADF with FAN_REPORT_FD_ERROR.
+        When ``open_fd`` raises OSError, the event is denied with EPERM and counted as unopened. With FAN_REPORT_FD_ERROR this then
+        returns -errno. Without that flag it raises the OSError, and the event is dropped. An overflow event has no file: this
+        returns FAN_NOFD, or -EBADF with FAN_REPORT_FD_ERROR.
         """
         tells_errors = self.flags & FAN_REPORT_FD_ERROR
         if pending.shape.mask & FAN_Q_OVERFLOW:
@@ -374,12 +384,12 @@ class Group:
     def open_process(
         self, pending: Pending, open_pidfd: Callable[[Pending], int] | None = None
     ) -> int | None:
-        """What the event's pidfd record says: the descriptor that ``open_pidfd`` gives of its process, FAN_NOPIDFD, or with
-        FAN_REPORT_FD_ERROR -errno; None where the group has no such records."""
+        """The value of the event's pidfd record: the descriptor that ``open_pidfd`` gives. On failure FAN_NOPIDFD, or -errno with
+        FAN_REPORT_FD_ERROR. None where the group has no such records."""
         if not self.flags & FAN_REPORT_PIDFD:
             return None
         number = errno.ESRCH
-        # The process may be dead by now, or not visible for the reader.
+        # The process may be dead by now, or not visible to the listener.
         if pending.pid and open_pidfd is not None:
             try:
                 return open_pidfd(pending)
@@ -388,25 +398,25 @@ class Group:
         return -number if self.flags & FAN_REPORT_FD_ERROR else FAN_NOFD
 
     def encode(self, pending: Pending, fd: int, pidfd: int | None) -> bytes:
-        """The event as read(2) gives it, with these numbers for its file and its process."""
+        """The event's bytes as read(2) gives them, with these descriptors for its file and its process."""
         shape = pending.shape
         range_ = None if shape.offset is None or shape.count is None else (shape.offset, shape.count)
         pid = self.reported_pid(pending)
         return encode_event(self.dialect, shape.mask, fd, pid, range_=range_, pidfd=pidfd)
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
-        """write(2) of one response; returns the bytes taken. Raises OSError EINVAL for a bad response (the event goes on
-        waiting) and ENOENT for an fd that no outstanding event has."""
+        """write(2) of one response; returns the number of bytes taken. Raises OSError EINVAL for a bad response (the event continues
+        to wait) and ENOENT for an fd that belongs to no waiting event (docs/facts.md, section 6)."""
         response = parse_response(data, self.flags, self.dialect)
         if not response.probe:
             self.answer_descriptor(response.fd, response.decision_errno)
         return response.length
 
     def close(self) -> list[Pending]:
-        """The last descriptor is closed, or the listener died: marks and queue go.
+        """Close the group, because its last descriptor is closed or its listener died. Drops its marks and its queue.
 
-        Returns every permission event that still had an accessor waiting, first those that had been read; the kernel
-        allows them, here the caller decides. Their ``on_answer`` is not called. Closing twice gives an empty list.
+        Returns every permission event whose accessor still waits, those that were read first. The kernel allows them;
+        here the caller decides. Their ``on_answer`` is not called. A second call returns an empty list.
         """
         self.closed = True
         unanswered = [pending for pending in self._outstanding if pending.state is PendingState.REPORTED]

@@ -1,6 +1,6 @@
-"""Open files of the mount: what each was opened for, what its accesses have announced, and its file on the backing.
+"""The table of the mount's open files: the flags of each, the ranges that its accesses have announced, and its backing file.
 
-The kernel may hold far more files open on the mount than this process may hold descriptors, so the backing files of idle handles are
+The kernel may hold far more files open on the mount than this process may hold descriptors. So the backing files of idle handles are
 closed, least recently used first, and opened again on demand.
 """
 
@@ -17,12 +17,12 @@ from fusehsm.linux.ranges import RangeSet
 
 NodeT = TypeVar("NodeT", bound=Hashable)
 
-# Flags that do something to a file besides opening it: not repeated when a handle's backing file is opened again.
+# Flags that change a file when it is opened. They are left out when a handle's backing file is opened again.
 _ONCE_ONLY = os.O_CREAT | os.O_EXCL | os.O_TRUNC
 
 
 class Direction(Enum):
-    """Which way a transfer goes, seen from the accessor."""
+    """The direction of a transfer, as the accessor sees it."""
 
     READ = "read"
     WRITE = "write"
@@ -30,69 +30,86 @@ class Direction(Enum):
 
 @dataclass(slots=True)
 class Grant:
-    """A system call that has been let pass: the pieces in which FUSE splits it make no further events.
+    """A system call that has been allowed: the pieces into which FUSE splits it make no further events."""
 
-    `call` identifies the call while it lasts (compared with ==), None when it could not be looked at; bytes [start, end) were allowed
-    and `next_offset` is where its next piece begins. Not `allowed`: the call has begun, but nobody was asked, and its pieces are accesses
-    like others. For a call that goes through the page cache,
-    `progress` is how far its thread had come, and `repeats` how often it has come back for its first page.
-    """
-
+    #: Identifies the call while it lasts (compared with ==); None when it could not be seen.
     call: object
+    #: Bytes [start, end) were allowed.
     start: int
     end: int
+    #: The offset at which its next piece begins.
     next_offset: int
+    #: Whether a piece may begin at any offset of the range, and not at `next_offset` only.
     anywhere: bool
+    #: The progress of its thread at the last piece, of a call that goes through the page cache: see Explainer._progress().
     progress: tuple[bool, int] | None = None
+    #: How often a call that goes through the page cache has asked again for its first page.
     repeats: int = 0
+    #: False: the call has begun, but no listener was asked, and its further pieces are accesses like others.
     allowed: bool = True
 
 
 @dataclass(slots=True)
 class DeniedFill:
-    """A page-cache fill that was refused: the kernel asks more than once for one access, and the repeats get the same answer unasked,
-    also when the group that refused it has gone.
+    """A page-cache fill that was denied.
 
-    `waits` says what the accessor waits in (compared with ==); bytes [start, end) were refused with `errno`; `expires` in seconds of the
-    monotonic clock.
+    The kernel repeats the READ of one denied access (docs/facts.md, section 13). The repeats get the same errno and make no event, also
+    when the group that denied the first has gone.
     """
 
+    #: Identifies the call or the fault in which the accessor waits (compared with ==).
     waits: object
+    #: Bytes [start, end) were denied.
     start: int
     end: int
+    #: The answer.
     errno: int
+    #: How many repeats still get it.
     repeats_left: int
+    #: Until when they get it, in monotonic seconds.
     expires: float
 
 
 @dataclass(slots=True, eq=False)
 class OpenFile(Generic[NodeT]):
-    """One open file description of the mount.
+    """One open file description of the mount."""
 
-    `flags` as in open(2); `tid`, `pid` (0: not looked up yet) and `uid` are the opener's; `direct`: opened with FOPEN_DIRECT_IO; `armed`
-    is the events' word for which accesses make events; `standing`: it stands for all of its node's, none of which is known; `denied`: the
-    fill that was refused last, by thread, the oldest first; `bypasses`: the kernel does not send it through the page cache any more;
-    `tells_closer`: somebody is to be told who closes it, and `closer` is the (process, thread) that has closed a descriptor of it last.
-    """
-
+    #: The number by which the kernel names it.
     handle: int
     node: NodeT
+    #: Its flags of open(2).
     flags: int
+    #: Which of its accesses make events (events.Armed).
     armed: object
+    #: Whether it was opened with FOPEN_DIRECT_IO.
     direct: bool
+    #: The thread that opened it.
     tid: int
+    #: The process that opened it, 0: not looked up yet.
     pid: int
+    #: The user that opened it.
     uid: int
+    #: Bytes whose page-cache fills an allowed event of a mapping has covered.
     announced: RangeSet = field(default_factory=RangeSet)
+    #: The grants of calls in progress, by thread and direction.
     grants: dict[tuple[int, Direction], Grant] = field(default_factory=dict)
+    #: The last denied fill of each thread, oldest first.
     denied: dict[int, DeniedFill] = field(default_factory=dict)
+    #: The (thread, descriptor) that was last seen to name this file.
     known_descriptor: tuple[int, int] | None = None
+    #: The descriptor of its backing file, None while that is closed.
     descriptor: int | None = None
+    #: How many blocks are using the descriptor.
     users: int = 0
+    #: Whether it stands for all open files of its node, which are not known one by one (FUSE_NO_OPEN_SUPPORT).
     stateless: bool = False
+    #: Whether its handle is gone from the table.
     released: bool = False
+    #: Whether the kernel sends it past the page cache now.
     bypasses: bool = False
+    #: Whether a listener is to be notified when it is closed.
     tells_closer: bool = False
+    #: The (process, thread) that has closed a descriptor of it last.
     closer: tuple[int, int] | None = None
 
     @property
@@ -107,7 +124,7 @@ class OpenFile(Generic[NodeT]):
 
 
 class _InUse(Generic[NodeT]):
-    """A context manager written out: one made of a generator costs twice as much, for every read and write."""
+    """The context manager of HandleTable.backing(). It is a class because a generator costs twice as much for each read and write."""
 
     __slots__ = ("_file",)
 
@@ -128,9 +145,9 @@ class _InUse(Generic[NodeT]):
 
 
 class HandleTable(Generic[NodeT]):
-    """Every open file, by handle number; at most `limit` of them keep their backing file open.
+    """All open files, by handle number. At most `limit` of them keep their backing file open.
 
-    `is_kept` tells whether `open_backing` can open a file that has no name any more.
+    `open_backing` opens the backing file of a node with flags of open(2). `is_kept`: whether it can do so for a file without a name.
     """
 
     def __init__(
@@ -166,7 +183,7 @@ class HandleTable(Generic[NodeT]):
         pid: int,
         uid: int,
     ) -> OpenFile[NodeT]:
-        """Register an open file that owns `descriptor` from now on."""
+        """Add an open file, which owns `descriptor` from now on."""
         file = OpenFile(self._next_handle, node, flags, armed, direct, tid, pid, uid, descriptor=descriptor)
         self._next_handle += 1
         self._files[file.handle] = file
@@ -176,8 +193,11 @@ class HandleTable(Generic[NodeT]):
         return file
 
     def stateless(self, node: NodeT, armed: object, *, writing: bool) -> OpenFile[NodeT]:
-        """The one that stands for all open files of a node whose openings nobody tells us of, for reading or for writing; its backing
-        file is opened on demand, and it goes with that or with its node."""
+        """The stateless open file of a node, for reading or for writing.
+
+        It stands for all open files of a node for which the kernel sends no OPEN. Its backing file is opened on demand. It leaves the table
+        when that is closed, or with its node.
+        """
         file = self._standing.get((node, writing))
         if file is None:
             flags = os.O_WRONLY if writing else os.O_RDONLY
@@ -187,7 +207,7 @@ class HandleTable(Generic[NodeT]):
         return file
 
     def stand_by(self, file: OpenFile[NodeT]) -> None:
-        """Let an open file, which nobody will release, stand for its node from now on."""
+        """Make an open file the stateless one of its node, because the kernel will send no RELEASE for it."""
         file.stateless = True
         self._stand(file)
 
@@ -200,13 +220,13 @@ class HandleTable(Generic[NodeT]):
             self._standing.setdefault((file.node, writing), file)
 
     def forget(self, node: NodeT) -> None:
-        """The kernel has forgotten a node: nothing needs to stand for it."""
+        """The kernel has forgotten a node: release its stateless open files."""
         for file in self.of_node(node):
             if file.stateless:
                 self.release(file.handle)
 
     def get(self, handle: int) -> OpenFile[NodeT]:
-        """The open file of a handle number that the kernel uses. Raises OSError EBADF when there is none."""
+        """The open file of a handle number. Raises OSError EBADF when there is none."""
         try:
             return self._files[handle]
         except KeyError:
@@ -217,8 +237,10 @@ class HandleTable(Generic[NodeT]):
         return list(self._of_node.get(node, ()))
 
     def release(self, handle: int) -> OpenFile[NodeT]:
-        """Forget a handle and close its backing file, as soon as nobody uses that: a killed accessor's file is closed while a thread may
-        still be at work for it. Raises OSError EBADF for a handle that does not exist."""
+        """Remove a handle, and close its backing file as soon as no block uses it. Raises OSError EBADF for an unknown handle.
+
+        A killed accessor's file is released while a thread may still be at work on it.
+        """
         file = self.get(handle)
         del self._files[handle]
         self._recent.pop(handle, None)
@@ -237,13 +259,14 @@ class HandleTable(Generic[NodeT]):
         return file
 
     def backing(self, file: OpenFile[NodeT]) -> "_InUse[NodeT]":
-        """`with` it: the descriptor of its backing file, kept open inside the block. Raises OSError when it cannot be opened again."""
+        """Context manager that gives the descriptor of the backing file, kept open inside the block. Raises OSError when it cannot be
+        opened again."""
         if file.descriptor is None:
             if file.released and not file.stateless:
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
             file.descriptor = self._open_backing(file.node, file.flags & ~_ONCE_ONLY)
             if file.stateless:
-                # It may have gone while somebody waited for a listener.
+                # It may have left the table while an accessor waited for a listener.
                 self._stand(file)
             self._recent[file.handle] = file
             self._close_idle()
@@ -275,12 +298,13 @@ class HandleTable(Generic[NodeT]):
 
 
 def _uses(file: OpenFile[NodeT]) -> tuple[bool, ...]:
-    """What it can stand for: False is reading, True is writing."""
+    """The uses that a stateless open file can serve: False is reading, True is writing."""
     return {os.O_RDONLY: (False,), os.O_WRONLY: (True,)}.get(file.flags & os.O_ACCMODE, (False, True))
 
 
 def _could_be_reopened(file: OpenFile[NodeT], is_kept: Callable[[NodeT], bool]) -> bool:
-    """Not a file that nothing leads to, nor one whose mode an ordinary server passed only because it has just created it."""
+    """Whether the backing file can be opened again: not a file without a name that is not kept, nor one whose mode denies an ordinary
+    server the access that it had only as the file's creator."""
     if file.descriptor is None:
         return False
     if os.fstat(file.descriptor).st_nlink == 0 and not (os.geteuid() == 0 and is_kept(file.node)):

@@ -1,10 +1,11 @@
-"""Leases of a mount's files: while one stands, its file is open nowhere, and whoever opens or truncates it waits.
+"""Leases of a mount's files: while a file is leased, no process has it open, and a process that opens or truncates it waits.
 
-Leases is the table of those that stand, and those who wait for them; Lessor grants them and takes them back, with everything that the kernel
-has cached of their files.
+Leases is the table of the leases and their waiters. Lessor grants leases and takes them back, and drops what the kernel has cached of their
+files.
 
-What F_SETLEASE with F_WRLCK is on the kernel's own filesystems (fcntl(2)), by the same rules: it is refused while anybody has the file open;
-O_NONBLOCK fails instead of waiting; when somebody has waited for fs.lease-break-time, the lease is broken, and who held it is told so.
+A lease is what F_SETLEASE with F_WRLCK is on the kernel's own filesystems (fcntl(2); docs/facts.md, section 17), by the same rules. It is
+refused while a process has the file open. An open with O_NONBLOCK fails instead of waiting. After a wait of fs.lease-break-time the lease is
+broken, and its holder is told so.
 """
 
 import errno
@@ -21,7 +22,7 @@ from fusehsm.emulator.waiting import KillWatch
 from fusehsm.linux import proc, syscalls
 from fusehsm.overlay.overlay import Node, Overlay
 
-# The kernel tells of a close(2) a moment after it: how often, and after how many seconds, to look again whether a file is still open.
+# RELEASE comes a moment after close(2): how often to check again whether a file is still open, and after how many seconds.
 _CLOSING_LOOKS, _CLOSING_SECONDS = 10, 0.005
 
 NodeT = TypeVar("NodeT", bound=Hashable)
@@ -29,31 +30,39 @@ NodeT = TypeVar("NodeT", bound=Hashable)
 
 @dataclass(slots=True, eq=False)
 class Lease(Generic[NodeT]):
-    """One lease. `breaks_at`: when it breaks, by trio's clock; None until somebody has waited for it."""
+    """One lease."""
 
+    #: The leased file.
     node: NodeT
+    #: When it breaks, in seconds of trio's clock; None until an accessor has waited for it.
     breaks_at: float | None = None
+    #: Whether it was broken.
     broken: bool = False
+    #: Set when it is given back or broken.
     ended: trio.Event = field(default_factory=trio.Event)
 
     @property
     def wanted(self) -> bool:
-        """Whether somebody waits, or has waited, for its end."""
+        """Whether an accessor waits, or has waited, for its end."""
         return self.breaks_at is not None
 
 
 @dataclass(slots=True, eq=False)
 class _LeaseWaiter(Generic[NodeT]):
-    """An accessor (thread `tid`) that waits; `scope` is cancelled to end that with `errno`."""
+    """One accessor that waits for the end of a lease."""
 
+    #: The lease.
     lease: Lease[NodeT]
+    #: The accessor's thread.
     tid: int
+    #: Cancelled to end the wait with `errno`.
     scope: trio.CancelScope
+    #: The error that ends the wait, 0: none.
     errno: int = 0
 
 
 class Leases(Generic[NodeT]):
-    """Those of one mount, at most one a node. `break_seconds` tells for how long one may keep somebody waiting."""
+    """The leases of one mount, at most one for each node. `break_seconds` gives the longest wait for a lease, in seconds."""
 
     def __init__(self, break_seconds: Callable[[], float] = syscalls.lease_break_seconds) -> None:
         self._break_seconds = break_seconds
@@ -66,21 +75,21 @@ class Leases(Generic[NodeT]):
         return node in self._held
 
     def take(self, node: NodeT) -> Lease[NodeT]:
-        """Lease a node that nobody has open. Raises BlockingIOError (EAGAIN) when somebody else has leased it, or is about to open it."""
+        """Lease a node that no process has open. Raises BlockingIOError (EAGAIN) when it is leased already, or about to be opened."""
         if node in self._held or node in self._entering:
             raise BlockingIOError(errno.EAGAIN, "somebody opens the file, or has leased it")
         lease = self._held[node] = Lease(node)
         return lease
 
     def end(self, lease: Lease[NodeT]) -> None:
-        """Give a lease back, or break it; again: does nothing."""
+        """End a lease, because it is given back or broken. A second call does nothing."""
         if self._held.get(lease.node) is lease:
             del self._held[lease.node]
             lease.ended.set()
 
     @contextmanager
     def entering(self, node: NodeT) -> Iterator[None]:
-        """Inside, somebody is about to have the node open: it cannot be leased any more."""
+        """Context manager around an open of the node. Inside it, the node cannot be leased."""
         self._entering[node] = self._entering.get(node, 0) + 1
         try:
             yield
@@ -90,10 +99,10 @@ class Leases(Generic[NodeT]):
                 self._entering[node] = left
 
     async def wait(self, node: NodeT, tid: int, *, patient: bool = True) -> None:
-        """Wait until the node is not leased, and go on at once where it is not.
+        """Wait until the node is not leased. Returns at once if it is not.
 
-        Raises OSError EINTR when the accessor (thread `tid`) is being killed, EIO when the mount ends, and EAGAIN instead of waiting for one
-        that is not `patient` (O_NONBLOCK).
+        Raises OSError EINTR when the accessor (thread `tid`) is being killed, and EIO when the mount ends. An accessor that is not `patient`
+        (O_NONBLOCK) does not wait: for it this raises OSError EAGAIN.
         """
         while (lease := self._held.get(node)) is not None:
             now = trio.current_time()
@@ -121,18 +130,18 @@ class Leases(Generic[NodeT]):
             raise OSError(waiter.errno, os.strerror(waiter.errno))
 
     def interrupted(self, tid: int) -> None:
-        """A thread is being killed: if it waits here, it is let go with EINTR."""
+        """A thread is being killed: end its wait, if it waits here, with EINTR."""
         for waiter in list(self._waiters.values()):
             if waiter.tid == tid:
                 _let_go(waiter, errno.EINTR)
 
     def abandon(self) -> None:
-        """The mount ends: whoever waits fails with EIO."""
+        """The mount ends: every wait ends with EIO."""
         for waiter in list(self._waiters.values()):
             _let_go(waiter, errno.EIO)
 
     def describe(self, path_of: Callable[[NodeT], bytes]) -> list[dict[str, object]]:
-        """The leases, and how many wait for each: JSON-able objects."""
+        """The leases as JSON-able objects: the path of each, and how many accessors wait for it."""
         return [
             {
                 "path": os.fsdecode(path_of(lease.node)),
@@ -148,7 +157,7 @@ def _let_go(waiter: _LeaseWaiter[NodeT], number: int) -> None:
 
 
 def _let_die(waiter: _LeaseWaiter[NodeT]) -> bool:
-    """End the wait of an accessor that is being killed; whether it is."""
+    """End the wait of an accessor if it is being killed; returns whether it is."""
     if not waiter.tid or not proc.is_being_killed(waiter.tid):
         return False
     _let_go(waiter, errno.EINTR)
@@ -156,8 +165,11 @@ def _let_die(waiter: _LeaseWaiter[NodeT]) -> bool:
 
 
 class Lessor:
-    """One mount's. `drop` makes the kernel forget what it has cached of a node, `drop_attributes_soon` begins with the attributes; `forget`
-    takes back a reference to the node of an id."""
+    """The lessor of one mount's files.
+
+    `drop` drops the kernel's cached pages and attributes of a node. `drop_attributes_soon` begins to drop the attributes, without waiting.
+    `forget` drops so many references to the node of an id.
+    """
 
     def __init__(
         self,
@@ -179,12 +191,14 @@ class Lessor:
         self._forget = forget
 
     async def grant(self, node: Node) -> tuple[Lease[Node], int]:
-        """Lease a file, as F_SETLEASE does with F_WRLCK: nobody has it open or mapped, nothing of it is cached, and who opens or truncates
-        it waits. Also returns a descriptor of its content on the backing, for reading and writing, which is the caller's to close.
+        """Lease a file, as F_SETLEASE does with F_WRLCK.
 
-        An open file is closed for us only when it is mapped nowhere, and nothing is being read or written for it any more, so that to know
-        the open files is enough. Raises OSError EAGAIN while anybody has it open, here or on the backing; EINVAL where it is no regular file;
-        EOPNOTSUPP where the kernel does not tell of opens.
+        While the lease lasts, no process has the file open or mapped, the kernel caches nothing of it, and a process that opens or truncates
+        it waits. Returns the lease, and a descriptor of the backing file for reading and writing, which the caller closes.
+
+        RELEASE comes only when an open file is mapped nowhere and none of its requests is in progress. So a check of the open files is
+        enough. Raises OSError EAGAIN while a process has the file open, here or on the backing; EINVAL for a file that is not regular;
+        EOPNOTSUPP where the kernel sends no OPEN.
         """
         if not node.is_regular:
             raise OSError(errno.EINVAL, "only regular files can be leased")
@@ -200,7 +214,7 @@ class Lessor:
         if self._handles.of_node(node):
             raise BlockingIOError(errno.EAGAIN, "somebody has the file open or mapped")
         lease = self._leases.take(node)
-        # Or the kernel could forget it, and know the file as another node, which is not leased.
+        # Otherwise the kernel could forget the node, and then know the file by another node, which is not leased.
         self._overlay.remember(node)
         try:
             descriptor = self._overlay.open_alone(node)
@@ -215,9 +229,9 @@ class Lessor:
         return lease, descriptor
 
     async def take_back(self, lease: Lease[Node]) -> None:
-        """Its holder gives a lease back. Raises OSError ETIMEDOUT when it had been broken."""
+        """The holder gives a lease back. Raises OSError ETIMEDOUT if the lease was broken."""
         try:
-            # No page can have come in while it stood, but attributes, which may not be true any more.
+            # The kernel cannot have cached pages during the lease, but attributes, which may be out of date.
             await self._drop(lease.node)
         except OSError:
             if not lease.broken:
@@ -228,7 +242,7 @@ class Lessor:
             raise OSError(errno.ETIMEDOUT, "the lease was broken: somebody had waited for too long")
 
     def abandon(self, lease: Lease[Node]) -> None:
-        """The holder of a lease has gone, in the middle of whatever it did."""
+        """The holder of a lease has gone, perhaps in the middle of a change."""
         self._drop_attributes_soon(lease.node)
         self._end(lease)
 

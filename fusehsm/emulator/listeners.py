@@ -1,4 +1,4 @@
-"""The groups of one mount: who is asked about an access, in which order, and what holds when nobody answers."""
+"""The groups of one mount: decides which groups are asked about an access, in which order, and the result when none answers."""
 
 import errno
 import os
@@ -26,13 +26,13 @@ from fusehsm.fanotify.policy import EventTimeout, Unattended, UnattendedPolicy
 from fusehsm.linux import proc
 
 PRE_CONTENT = 2  # Group.priority of FAN_CLASS_PRE_CONTENT
-# What an accessor that dies leaves at once, whoever is still at work for it: an open(2) must not be left open.
+# Accesses that end at once when their accessor dies, even if a handler is still at work. Not open(2): its file must not stay open.
 _INTERRUPTIBLE = frozenset(AccessKind) - {AccessKind.OPEN, AccessKind.READ_DIRECTORY}
 _WRITING = frozenset((AccessKind.WRITE, AccessKind.TRUNCATE, AccessKind.FALLOCATE))
 
 
 def _let_die(waiter: Waiter) -> bool:
-    """End the wait of an accessor that is being killed, or that has died and left a page locked, and say whether it is."""
+    """End the wait of an accessor that is being killed, or that has died and left a page locked; returns whether that is so."""
     tid = waiter.access.tid
     if not tid or not (proc.is_being_killed(tid) or (waiter.access.leaves and proc.is_gone(tid))):
         return False
@@ -45,10 +45,12 @@ def _is_pre_content(shape: EventShape, dialect: Dialect) -> bool:
 
 
 class Listeners:
-    """The groups of a mount, asked in the kernel's order: PRE_CONTENT, then CONTENT, then NOTIF; the first denial ends it.
+    """The groups of a mount, asked in the kernel's order: PRE_CONTENT, then CONTENT, then NOTIF. The first denial ends the questions
+    (docs/facts.md, section 4).
 
-    `dialect` is the mount's default, used where no group stands; `path_of` gives the accessor's path of a node; `notifies`: whether the
-    mount's event mode has notifications at all.
+    `dialect`: the mount's default, used where there is no group. `page_size`: in bytes. `path_of` gives the accessor's path of a node.
+    `unattended`: the policy for accesses without a listener. `event_timeout`: the longest wait for an answer, None for no limit. `notifies`:
+    whether the mount's event mode has notifications.
     """
 
     def __init__(
@@ -73,7 +75,7 @@ class Listeners:
         self._waiters: dict[int, Waiter] = {}
         self.kill_watch = KillWatch(self._waiters, _let_die)
         self._dead_marks: list[MarkTable] = []
-        # The groups that have had a mark. One without has only just been made: nobody is asked yet, so the policy still holds.
+        # The groups that have had a mark. A new group without one is not asked yet, so the policy still applies.
         self._attending: set[Group] = set()
         self._ever_attended = False
         self._releases = 0
@@ -89,22 +91,22 @@ class Listeners:
         if not self._standing and self._unattended.action is not Unattended.ALLOW:
             dialects.setdefault(self.dialect.name, self.dialect)
         self.dialects: Sequence[Dialect] = tuple(dialects.values())
-        # Nothing to ask anybody: the hot path of a mount without listeners.
+        # No group and no policy has a question: the hot path of a mount without listeners.
         self.idle = not self.dialects
         self.asks_unarmed = any(not dialect.arms_at_open for dialect in self.dialects)
-        # The notifications that any mark asks for: most mounts have none, and pay for looking here alone.
+        # The notifications that any mark asks for. Most mounts have none, and then this is the only check that they pay for.
         self.notified = 0
         if self._notifies:
             for group in self.groups:
                 self.notified |= group.marks.notified
 
     def add(self, group: Group) -> None:
-        """A new group stands."""
+        """Add a new group."""
         self.groups.append(group)
         self._refresh()
 
     def remove(self, group: Group) -> None:
-        """A group's last descriptor is closed: its marks go, and what it owed is settled by --unattended."""
+        """Remove a group whose last descriptor is closed. --unattended decides the accesses that it has not answered."""
         if group not in self.groups:
             return
         self.groups.remove(group)
@@ -119,7 +121,7 @@ class Listeners:
             waiter.settle(verdict)
 
     def _owed_by(self, group: Group) -> int:
-        """What the accesses get that a closed group has not answered."""
+        """The verdict on accesses that a closed group has not answered: 0, an errno or ORPHANED."""
         if group.priority != PRE_CONTENT:
             return 0
         match self._unattended.action:
@@ -137,7 +139,7 @@ class Listeners:
             self._dead_marks.append(marks.copy())
 
     def marks_changed(self) -> None:
-        """Marks were added or removed: whoever is parked may now have somebody to ask."""
+        """Marks were added or removed: a parked access may now have a group to ask."""
         self._attending.update(group for group in self.groups if not group.marks.empty)
         self._ever_attended |= any(group.priority == PRE_CONTENT for group in self._attending)
         self._refresh()
@@ -146,7 +148,7 @@ class Listeners:
                 waiter.settle(ORPHANED)
 
     def release(self) -> int:
-        """Let go every parked access and forget the marks of dead groups; returns how many were let go."""
+        """Let every parked access pass, and forget the marks of dead groups; returns how many accesses passed."""
         self._releases += 1
         self._dead_marks.clear()
         self._refresh()
@@ -170,10 +172,10 @@ class Listeners:
         return not self._ever_attended or any(marks.watched(subject) for marks in self._dead_marks)
 
     def armed(self, subject: Subject) -> Armed:
-        """How a file is armed that is opened now (the kernel decides this at open, facts measured on 6.18)."""
+        """How a file is armed that is opened now. The kernel decides this at open(2) (docs/facts.md, section 5)."""
         armed = arm(0, self.dialect)
         if self._unattended.action is not Unattended.ALLOW and armed is Armed.NO:
-            # A listener may come later, and what this file reads then must be asked for.
+            # A listener may come later. Later reads of this file must then be asked for.
             armed = Armed.PRE
         watched: dict[str, int] = {}
         for group in self.groups:
@@ -183,7 +185,7 @@ class Listeners:
         return armed
 
     def asks_at_open(self, subject: Subject) -> bool:
-        """Whether any mark covers the opening of the subject, which may then be denied."""
+        """Whether any mark covers open(2) of the subject, which a listener may then deny."""
         return any(
             group.marks.watched(subject)
             & (FAN_OPEN_PERM | (group.dialect.pre_content if group.dialect.open_event else 0))
@@ -191,11 +193,11 @@ class Listeners:
         )
 
     def hears_notification(self, mask: int, subject: Subject) -> bool:
-        """Whether anybody is to be told of one of these notifications about the subject."""
+        """Whether any group hears one of these notifications about the subject."""
         return bool(mask & self.notified) and any(group.marks.heard(mask, subject) for group in self.groups)
 
     def notify(self, access: Access, subject: Subject, node: object) -> bool:
-        """Tell every group that hears it of an access that has succeeded; whether there is one. Waits for nobody and never fails."""
+        """Notify every group that hears it of an access that has succeeded; returns whether there is such a group. Never waits or fails."""
         mask = notification(access) & self.notified
         if not mask:
             return False
@@ -215,7 +217,7 @@ class Listeners:
         return told
 
     def hears_content(self, subject: Subject) -> bool:
-        """Whether a read of the subject would be asked for now; not so where ignore marks make it resident."""
+        """Whether a read of the subject would be asked for now. An ignore mark on a resident file makes that false."""
         if self._unattended_watch(subject):
             return True
         for group in self.groups:
@@ -228,15 +230,15 @@ class Listeners:
     async def ask(
         self, access: Access, subject: Subject, node: object, *, armed: Armed, only: int = 0
     ) -> bool:
-        """Ask everybody who hears the events of `access`; returns whether a listener has allowed a pre-content event of it.
+        """Ask every group that hears the events of `access`; returns whether a listener has allowed a pre-content event of it.
 
-        That a listener died, or that its queue was full, may let the access pass; it does not count as allowed.
+        A listener's death or a full queue may let the access pass, but that does not count as allowed.
 
-        `only` restricts it to those event bits (0: all). Raises OSError with the listener's errno when it is denied, EINTR when the
-        accessor is being killed, EDEADLK when it is this very process.
+        `only` restricts the question to those event bits (0: all). Raises OSError with the listener's errno when the access is denied, EINTR
+        when the accessor is being killed, EDEADLK when the accessor is this process.
         """
         policy = self._unattended.action
-        # Once it is held, what it waits for: the event that a group has left behind, or that nobody was there to hear.
+        # The event for which the access is held: a group has closed without answering it, or there was no group to hear it.
         left: EventShape | None = None
         lost, released = False, 0
         while True:
@@ -276,8 +278,8 @@ class Listeners:
             elif released != self._releases or self.attended(subject, access):
                 return False
             elif answered and not lost and not self._mourned(unheard, subject):
-                return False  # by a group that fills when permission events come
-            # What a content group answers says nothing of the content's being there.
+                return False  # a PRE_CONTENT group has answered, which fills at permission events
+            # The answer of a CONTENT group does not show that the content is there.
             verdict = await self._park(left, access, node)
             if verdict != ORPHANED:
                 if verdict:
@@ -294,7 +296,7 @@ class Listeners:
         ]
 
     def _watches_itself(self, subject: Subject, dialect: Dialect) -> bool:
-        """Whether pre-content events of that dialect are watched for on the subject, or on all of the mount; its parents do not count."""
+        """Whether a mark on the subject itself, or on the whole mount, asks for pre-content events of that dialect. Parents do not count."""
         itself = subject._replace(parents=())
         return any(
             group.dialect is dialect and group.marks.watched(itself) & dialect.pre_content
@@ -349,8 +351,11 @@ class Listeners:
             group.withdraw(pending)
 
     def attended(self, subject: Subject, access: Access | None = None) -> bool:
-        """Whether a living listener is asked for the subject's content, if perhaps by other events than a dead one's (another dialect); with an
-        `access`: for what that touches. Who is asked of changes alone does not attend what reads."""
+        """Whether a living listener is asked for the subject's content; with an `access`: for the content that it touches.
+
+        The events may differ from those of a dead listener (another dialect). A listener that is asked about changes only does not attend
+        reads.
+        """
         writes = access is None or access.writable or access.kind in _WRITING
         return any(
             group.priority == PRE_CONTENT
@@ -368,8 +373,10 @@ class Listeners:
     def _left_unanswered(
         self, unheard: Sequence[tuple[Dialect, EventShape]], access: Access, subject: Subject
     ) -> EventShape | None:
-        """What --unattended says of an access of which no group has answered these pre-content events: the event for which it is held, or None
-        to let it pass. Raises OSError when it is denied."""
+        """Apply --unattended to an access of which no group has answered these pre-content events.
+
+        Returns the event for which the access is held, or None to let it pass. Raises OSError when it is denied.
+        """
         if self._unattended.action is Unattended.DENY:
             if unheard and not self._standing:
                 raise OSError(self._unattended.errno, os.strerror(self._unattended.errno))
@@ -413,9 +420,9 @@ class Listeners:
             del self._waiters[id(waiter)]
 
     def interrupted(self, tid: int) -> bool:
-        """A signal has come for a thread: whether it is to die, upon which its waits end with EINTR.
+        """A thread has got a signal; returns whether the signal kills it. Then its waits end with EINTR.
 
-        Anything else does not end them (measured on 6.18: fanotify's wait is not interruptible).
+        Other signals do not end a wait: fanotify's wait is not interruptible (docs/facts.md, section 8).
         """
         if not proc.is_being_killed(tid):
             return False
@@ -425,7 +432,7 @@ class Listeners:
         return True
 
     def left(self, tid: int) -> bool:
-        """Whether a thread that had a page filled is to die, or has died already; its waits end with EINTR then."""
+        """Whether a thread that asked for a page fill is being killed, or is dead. Then its waits end with EINTR."""
         if self.interrupted(tid):
             return True
         if not tid or not proc.is_gone(tid):
@@ -456,7 +463,7 @@ class Listeners:
         ]
 
     def waiting(self) -> Iterator[dict[str, object]]:
-        """Who waits, on whom, for how long: one JSON-able object each."""
+        """The waiting accesses as JSON-able objects: the process, the event, the group that must answer, and the seconds waited."""
         now = time.monotonic()
         for waiter in list(self._waiters.values()):
             yield {

@@ -1,9 +1,9 @@
-"""Pages that the kernel caches of files that nobody was asked about, and how they go when somebody is to be asked.
+"""Drops cached pages that entered the kernel's page cache without a question to a listener, once accesses of their files must be asked for.
 
-A cached page outlives the open file that brought it in: a stub's zeros that were read while nobody watched would be shown, without any
-request, to everybody who comes after the mark. So every node of which pages may have got in unasked ("tainted") is remembered, and its
-pages are dropped at whatever makes its accesses heard: a mark, an ignore mark that goes, a name in a marked directory, a listener's death
-where accesses are then refused or held.
+A cached page outlives the open file that brought it in (docs/facts.md, section 13). A stub's zeros that were read unwatched would be shown,
+without any request, to every accessor after the mark. So this module remembers every node of which pages may have entered unasked ("tainted").
+It drops their pages when their accesses become heard: by a mark, the end of an ignore mark, a name in a marked directory, or a listener's
+death where accesses are then refused or held.
 """
 
 import errno
@@ -25,34 +25,34 @@ from fusehsm.overlay.overlay import Node, Overlay
 
 log = logging.getLogger(__name__)
 
-# How long a mark waits for stale pages to go: dropping the pages of an inode blocks while a fill of it waits for its answer.
+# How long a mark waits until stale pages are dropped. The drop blocks while a fill of the inode waits for its answer.
 _DROP_DEADLINE = 1.0  # seconds
-# And how long the answer to a request: what it has locked itself may be more than its own pages.
+# How long the answer to a request waits for that. The request may have locked more than its own pages.
 _MOMENT = 0.1  # seconds
-_MOST_THREADS = 1024  # for what is to be dropped at once
+_MOST_THREADS = 1024  # for drops that are made at once
 
 Drop = Callable[[], None]
 Tell = Callable[[OSError | None], None]
 
 
 class CacheControl(Protocol):
-    """What an engine offers to keep the kernel's caches honest. All raise OSError; ENOENT when the kernel knows no such node."""
+    """An engine's control of the kernel's caches. All methods raise OSError, ENOENT when the kernel knows no such node."""
 
     def inval_inode(self, node_id: int) -> None:
-        """Drop the cached pages and attributes of a node. Blocks while a fill of it is unanswered."""
+        """Drop the cached pages and attributes of a node. Blocks while a fill of it waits for its answer."""
 
     def inval_attributes(self, node_id: int) -> None:
-        """Drop the cached attributes of a node. Blocks while the kernel frees it, which may wait for a fill of it."""
+        """Drop the cached attributes of a node. Blocks while the kernel frees the inode, which may wait for a fill."""
 
     def inval_range(self, node_id: int, offset: int, size: int) -> None:
         """Drop the cached pages of a range in bytes (`size` 0: to the end), and the attributes. Blocks like inval_inode."""
 
     def set_page_exact(self, exact: bool) -> None:
-        """Whether the kernel should read ahead of a page fault; best effort."""
+        """Make a page fault bring in one page only (`exact`), or let the kernel read ahead again. Best effort: raises nothing."""
 
 
 class StalePages:
-    """The tainted nodes of one mount. `cache` is None until it stands."""
+    """The tainted nodes of one mount. `cache` is None until the mount exists."""
 
     def __init__(self, overlay: Overlay, listeners: Listeners, subject_of: Callable[[Node], Subject]) -> None:
         self.cache: CacheControl | None = None
@@ -61,28 +61,30 @@ class StalePages:
         self._subject_of = subject_of
         self._tainted: set[int] = set()
         self._asked: set[int] = set()
-        # Drops to be made, and whom to tell then.
+        # Drops to be made, each with the callback for its result.
         self._waiting: deque[tuple[Drop, Tell]] = deque()
 
     def __contains__(self, node: Node) -> bool:
         return node.id in self._tainted
 
     def taint(self, node_id: int) -> None:
-        """Pages of it may be about to enter the cache, and nobody was asked."""
+        """Pages of a node may be about to enter the cache, and no listener was asked."""
         self._tainted.add(node_id)
 
     def asked_for(self, node_id: int) -> None:
-        """Pages of it are about to enter the cache, and a listener has allowed it."""
+        """Pages of a node are about to enter the cache, and a listener has allowed it."""
         self._asked.add(node_id)
 
     def forget(self, node_id: int) -> None:
-        """The kernel has forgotten the node, its pages with it."""
+        """The kernel has forgotten a node and its pages."""
         self._tainted.discard(node_id)
         self._asked.discard(node_id)
 
     def unheard(self, node: Node | None) -> list[Node]:
-        """Of that node (None or a directory: of all) those that may have cached pages and whose accesses nobody hears now. When a mark
-        comes to cover them, these pages must go, also those that a listener allowed once: it may have evicted them since."""
+        """The nodes that may have cached pages, and whose accesses no listener hears now: among `node`, or all for None or a directory.
+
+        When a mark comes to cover them, their pages must go. This includes pages that a listener allowed once: it may have evicted them since.
+        """
         if node is not None and not node.is_dir:
             nodes = [node] if node.id in self._tainted or node.id in self._asked else []
         else:
@@ -95,15 +97,17 @@ class StalePages:
                 yield self._overlay.node(node_id)
 
     def covered_by(self, group: Group, node: Node | None) -> list[Node]:
-        """The nodes that may be heard otherwise since a mark of the group on that node (None: any) has changed."""
+        """The nodes that a changed mark of the group on that node (None: on any) may concern."""
         nodes = self._overlay.known_nodes() if node is None or node.is_dir else [node]
         if group.marks.watched(Subject(-1, (), False)):
             return nodes
         return [found for found in nodes if group.marks.watched(self._subject_of(found))]
 
     async def drop(self, nodes: Iterable[Node], unheard: Iterable[Node] = ()) -> None:
-        """Drop the nodes' cached attributes, and the pages of those that are tainted, or were `unheard` until now; returns when they have
-        gone or after a second."""
+        """Drop the nodes' cached attributes, and the pages of those that are tainted, or that were `unheard` and are heard now.
+
+        Returns when they are dropped, or after one second.
+        """
         attributes = [node.id for node in nodes]
         pages = self._taken(attributes)
         newly_heard = {node.id for node in unheard if self._is_heard(node)}
@@ -112,19 +116,21 @@ class StalePages:
         await self._drop(attributes, list(newly_heard.union(pages)))
 
     async def drop_heard(self, nodes: Iterable[Node]) -> None:
-        """drop(), for those of the nodes whose accesses would be asked for now."""
+        """drop(), for those of the nodes that are tainted and heard now."""
         await self.drop([node for node in nodes if node in self and self._is_heard(node)])
 
     def drop_heard_soon(self) -> None:
-        """Begin to drop the pages of every tainted node whose accesses would be asked for now; waits for nothing."""
+        """Begin to drop the pages of every tainted node that is heard now; does not wait."""
         cache = self.cache
         if cache is None or not self._tainted:
             return
         self._begin([partial(cache.inval_inode, node_id) for node_id in self._tainted_and_heard()])
 
     async def drop_heard_but(self, written: Node, start: int, end: int) -> None:
-        """As drop_heard_soon(); returns when the pages have gone, or after a moment. Not waited for are those of `written` from byte `start`
-        to `end`: the kernel has them locked until it is answered that they are written."""
+        """drop_heard_soon(), but waits until the pages are dropped, or for 0.1 seconds.
+
+        It does not wait for the pages of `written` in [`start`, `end`): the kernel has them locked until the write is answered.
+        """
         cache = self.cache
         if cache is None or not self._tainted:
             return
@@ -138,12 +144,12 @@ class StalePages:
                 drops.append(partial(cache.inval_range, node_id, 0, first))
             drops.append(partial(cache.inval_range, node_id, beyond, 0))
             self._begin([partial(cache.inval_range, node_id, first, beyond - first)])
-        # What has been written is written: a failure is logged, and no reason to deny it.
+        # The write has been made: a failure of a drop is logged, but is no reason to deny the write.
         with suppress(OSError):
             await self._dropped(drops, _MOMENT)
 
     def inval_range_later(self, node: Node, offset: int, size: int, delay: float) -> None:
-        """Drop a node's cached pages of a range that is about to be answered, not before so many seconds have passed."""
+        """Drop a node's cached pages of a range after `delay` seconds. The READ of that range is about to be answered."""
         cache = self.cache
         if cache is None:
             return
@@ -155,31 +161,31 @@ class StalePages:
         trio.lowlevel.start_thread_soon(drop, lambda outcome: None)
 
     async def drop_changed(self, node: Node) -> None:
-        """Drop all that the kernel has cached of a node, as it is not what the kernel was told; returns when that has gone, or after a moment."""
+        """Drop the kernel's cached pages and attributes of a node that has changed; returns when they are dropped, or after 0.1 seconds."""
         if self.cache is not None:
             with suppress(OSError):
                 await self._dropped([partial(self.cache.inval_inode, node.id)], _MOMENT)
 
     def drop_changed_soon(self, node: Node, offset: int = 0, size: int = 0) -> None:
-        """Begin to drop what the kernel has cached of a node, but pages beyond that range in bytes (`size` 0: to the end); waits for nothing."""
+        """Begin to drop a node's cached attributes, and its pages in that range in bytes (`size` 0: to the end); does not wait."""
         if self.cache is not None:
             self._begin([partial(self.cache.inval_range, node.id, offset, size)])
 
     def drop_attributes_soon(self, node: Node) -> None:
-        """Begin to drop a node's cached attributes; waits for nothing."""
+        """Begin to drop a node's cached attributes; does not wait."""
         if self.cache is not None:
             self._begin([partial(self.cache.inval_attributes, node.id)])
 
     async def inval_attributes(self, node: Node) -> None:
-        """Drop a node's cached attributes; returns when they have gone or after a moment."""
+        """Drop a node's cached attributes; returns when they are dropped, or after 0.1 seconds."""
         if self.cache is not None:
             with suppress(OSError):
                 await self._dropped([partial(self.cache.inval_attributes, node.id)], _MOMENT)
 
     async def drop_all_of(self, node: Node) -> None:
-        """Drop all of a node's cached pages, however they got there; returns when they have gone.
+        """Drop all of a node's cached pages, tainted or not; returns when they are dropped.
 
-        Raises OSError EBUSY when they have not gone within a second, because a page of it waits for its listener; they go when it has.
+        Raises OSError EBUSY after one second, if a page of the node still waits for a listener. The pages are dropped after its answer.
         """
         self._tainted.discard(node.id)
         self._asked.discard(node.id)
@@ -193,7 +199,7 @@ class StalePages:
         return self._listeners.hears_content(self._subject_of(node))
 
     def _tainted_and_heard(self) -> list[int]:
-        """The ids of those nodes, which are not tainted any more."""
+        """The ids of the nodes that are tainted and heard now. Their taint is removed."""
         return self._taken([node.id for node in self._known(self._tainted) if self._is_heard(node)])
 
     def _taken(self, node_ids: list[int]) -> list[int]:
@@ -214,7 +220,7 @@ class StalePages:
         await self._dropped(drops, _DROP_DEADLINE)
 
     async def _dropped(self, drops: list[Drop], seconds: float) -> bool:
-        """Make all these drops; returns when they are made, or after so many seconds, and whether they are. They go on all the same.
+        """Make these drops, and wait at most `seconds`; returns whether all are made. The others continue after that.
 
         Raises OSError when one has failed.
         """
@@ -245,8 +251,10 @@ class StalePages:
         return made.is_set()
 
     def _begin(self, drops: list[Drop], tell: Tell = lambda failure: None) -> None:
-        """Have these drops made, each in a thread as it may block, and `tell` called there after each of them. Whoever stops waiting must not
-        lose one: the nodes count as clean already."""
+        """Start these drops, each in a thread, as it may block; `tell` is called in that thread after each.
+
+        No drop may be lost when its caller stops waiting: the nodes are not tainted any more.
+        """
         self._waiting.extend((drop, tell) for drop in drops)
         for _ in range(min(len(drops), _MOST_THREADS)):
             try:
@@ -274,6 +282,6 @@ def _ignore_unknown(drop: Callable[..., None], *arguments: int) -> None:
     try:
         drop(*arguments)
     except OSError as error:
-        # ENOSYS: the kernel has not begun to talk to this mount (INIT), so it has cached nothing of it.
+        # ENOSYS: the kernel has not had its answer to INIT yet, so it has cached nothing of this mount.
         if error.errno not in (errno.ENOENT, errno.ENOTCONN, errno.EBADF, errno.ENOSYS):
             raise
