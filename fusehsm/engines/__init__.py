@@ -1,1 +1,1 @@
-"""What carries FUSE requests to the gate: one module per FUSE library."""
+"""The engines: carry FUSE requests to the gate, by pyfuse3 or from /dev/fuse directly."""

@@ -1,4 +1,4 @@
-"""What carries FUSE requests: the interface that every engine has."""
+"""The interface of every engine. An engine carries FUSE requests to the gate."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ if TYPE_CHECKING:  # commands that only mount or unmount need no event loop
 
 
 class MountRefused(Exception):
-    """It cannot be mounted: one line with the cause and the mend."""
+    """The mount has failed. The text is one line with the cause and the fix."""
 
 
 class Engine(Protocol):
-    """One mount's requests, from mounting to the end. Made by choice.make()."""
+    """The requests of one mount, from mount to unmount. choice.make() makes it."""
 
     def mount(self, mount_point: str, options: frozenset[str]) -> None:
-        """Mount; `options` as `-o` of mount.fuse3(8). Raises MountRefused."""
+        """Mount on a directory; `options` are those of `-o` in mount.fuse3(8). Raises MountRefused."""
 
     def caches(self, device: tuple[int, int]) -> CacheControl:
-        """The kernel's caches of this mount, whose (major, minor) is `device`."""
+        """The control of the kernel's caches of this mount, whose (major, minor) is `device`."""
 
     async def serve(self) -> None:
-        """Answer requests until the filesystem is unmounted, or stop() is called."""
+        """Answer requests until the filesystem is unmounted or stop() is called."""
 
     def stop(self) -> None:
-        """Make `serve` return."""
+        """Make serve() return."""
 
     def close(self) -> None:
-        """Free everything, after `serve` has returned. Unmounts nothing; a mount that still stands is refused from then on."""
+        """Free everything, after serve() has returned. Does not unmount: accesses of a mount that still exists then fail."""
 
     def requests(self) -> dict[str, int]:
-        """How many requests have come, by their names in fuse.h; empty when the engine does not count."""
+        """How many requests have come, by their names in fuse.h; empty if the engine does not count them."""

@@ -1,4 +1,4 @@
-"""How long the kernel may cache what an engine tells it of names and attributes: the timeouts of fuse_lowlevel.h (struct fuse_entry_param)."""
+"""Decides for how long the kernel may cache names and attributes: the timeouts of fuse_lowlevel.h (struct fuse_entry_param)."""
 
 import os
 from typing import Final
@@ -8,13 +8,16 @@ from fusehsm.emulator.handles import OpenFile
 from fusehsm.linux.kernel_version import kernel_version
 from fusehsm.overlay.overlay import Node
 
-FOREVER: Final = 1e9  # seconds; FUSE has no other word for "until I say so"
-_DROPS_WRITTEN_PAGES: Final = (6, 6)  # the Linux whose direct writes drop the pages that they write beside
-_SHARED: Final = 1.0  # seconds for which a backing that others change too is believed
+FOREVER: Final = 1e9  # seconds; FUSE has no value for "until it is invalidated"
+_DROPS_WRITTEN_PAGES: Final = (
+    6,
+    6,
+)  # first Linux whose direct writes drop the cached pages of the bytes that they write
+_SHARED: Final = 1.0  # seconds to cache names and attributes of a backing that other processes change, too
 
 
 class CachePolicy:
-    """One mount's. `private` tells that the backing changes only through the mount or through event fds."""
+    """The cache policy of one mount. `private`: the backing changes only through the mount or through event fds."""
 
     def __init__(self, gate: Gate, *, private: bool) -> None:
         self.private = private
@@ -27,7 +30,7 @@ class CachePolicy:
         return self._longest
 
     def negative_timeout(self, parent: Node) -> float:
-        """Seconds for which the kernel may cache that there is no such name: 0 where a denied O_CREAT would leave a file that it never hears of."""
+        """Seconds for which the kernel may cache that a name does not exist. 0 where a denied O_CREAT may leave a file unknown to the kernel."""
         return 0.0 if self._gate.may_deny_new(parent) else self._longest
 
     def attr_timeout(self, node: Node, status: os.stat_result) -> float:
@@ -35,20 +38,23 @@ class CachePolicy:
         return min(self._gate.attributes.attr_timeout(node, status), self._longest)
 
     def mtime(self, node: Node, status: os.stat_result) -> int:
-        """st_mtime to show, in nanoseconds."""
+        """The st_mtime to show to the kernel, in nanoseconds."""
         return self._gate.attributes.shown_mtime(node, status)
 
     def blocks(self, node: Node, status: os.stat_result) -> int:
-        """st_blocks to show: tar -S takes a file without a single block for one hole and never reads it."""
+        """The st_blocks to show, in blocks of 512 bytes: not 0 for a watched file with content.
+
+        tar -S takes a file without blocks for a hole, and never reads it (docs/facts.md, section 18).
+        """
         if status.st_blocks or not status.st_size or not node.is_regular:
             return status.st_blocks
         return int(self._gate.watches(node))
 
     def keep_cache(self, file: OpenFile[Node]) -> bool:
-        """Whether the kernel's pages of a file that is being opened may stay: it is as it was at the last open. To be asked at every one.
+        """Whether the kernel's pages of a file that is being opened may stay, because it is unchanged since the last open.
 
-        At the first there are no pages. To drop them then, or while one of them waits for its listener, would wait for those that another
-        open is just bringing in.
+        Call it at every open. At the first one there are no pages to drop. A drop then, or while a page waits for a listener, would wait for
+        pages that another open file is bringing in.
         """
         if self.private:
             return True
@@ -59,8 +65,11 @@ class CachePolicy:
         return known is None or known == version or self._gate.attributes.is_filling(file.node)
 
     def appends_past_cache(self, file: OpenFile[Node]) -> bool:
-        """Whether what an open file appends goes past the kernel's pages: where others append, too, it may go elsewhere than the kernel thinks,
-        and comes in one piece then. Not what can also read: it may be mapped."""
+        """Whether appending writes of an open file bypass the page cache.
+
+        Where other processes append, too, such a write may go to another offset than the kernel assumes. Without the page cache it comes as
+        one piece. Files that are also open for reading are left out, because they may be mapped.
+        """
         return (
             not self.private
             and file.appends

@@ -1,4 +1,4 @@
-"""Which engine a mount gets."""
+"""Chooses and makes the engine of a mount."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from fusehsm.engines.base import Engine
 
 ENGINES: Final = ("pyfuse3", "devfuse", "auto")
-# The first kernel that maps FOPEN_DIRECT_IO files shared, if asked for it in INIT (fuse.h: protocol 7.39).
+# The first kernel with MAP_SHARED of FOPEN_DIRECT_IO files, if INIT asks for it (fuse.h: protocol 7.39; docs/facts.md, section 13).
 _SHARED_DIRECT_MAPPINGS: Final = (6, 6)
 
 
 def resolved(name: str) -> str:
-    """The engine's name; `auto` is devfuse, which hears more than pyfuse3 and needs no library."""
+    """The engine's name. `auto` is devfuse, which gets more information than pyfuse3 and needs no library."""
     return "devfuse" if name == "auto" else name
 
 
@@ -26,8 +26,8 @@ def maps_direct_files_shared(name: str) -> bool:
 
 
 def make(name: str, gate: Gate, *, private: bool) -> Engine:
-    """The engine of that name, not mounted yet. `private` tells that the backing changes only through the mount or through event fds."""
-    # Imported here because each wants what the other does without: pyfuse3 its library.
+    """The engine of that name, not mounted yet. `private`: the backing changes only through the mount or through event fds."""
+    # Imported here, because only the pyfuse3 engine needs the library pyfuse3.
     if resolved(name) == "devfuse":
         from fusehsm.engines.devfuse import DevFuse
 

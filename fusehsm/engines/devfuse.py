@@ -1,7 +1,7 @@
-"""The engine that reads /dev/fuse itself: mounting, the loop of requests, interruptions, and what is told to the kernel unasked.
+"""The engine that reads /dev/fuse itself: the mount, the loop of requests, interruptions, and notifications to the kernel.
 
-How a request costs little: whichever worker finds one answers it itself, in the same task, and only when the answer has to wait is another
-worker woken (or made) to read meanwhile. So what needs no waiting spawns nothing, and any number may wait.
+The worker that reads a request also answers it, in the same task. Only when the answer has to wait, another worker is woken or started to
+read. So a request that needs no wait starts no task, and any number of requests may wait.
 """
 
 import errno
@@ -36,16 +36,16 @@ _WANTED: Final = (
     | Init.NO_OPENDIR_SUPPORT
     | Init.PARALLEL_DIROPS
     | Init.HANDLE_KILLPRIV_V2
-    # The kernel checks rights, so it must know the backing's ACLs: by mode bits alone it would let a group in that an ACL keeps out.
+    # The kernel checks permissions, so it must know the backing's ACLs. By mode bits alone it would admit a group that an ACL excludes.
     | Init.POSIX_ACL
     | Init.MAX_PAGES
     | Init.INIT_EXT
 )
 _BODIES: Final = (bytes, bytearray, memoryview)
-_AT_ONCE: Final = 64  # requests answered before other tasks get their turn
+_AT_ONCE: Final = 64  # requests answered before other tasks run
 _IDLE_WORKERS: Final = 64  # kept for the next requests that have to wait
-_BIG: Final = 1 << 16  # bytes of a request from which on its buffer is given away instead of copied
-# What may be answered before it is done: nothing remains of it that the kernel would have to take back.
+_BIG: Final = 1 << 16  # a request of so many bytes or more keeps the buffer, and is not copied
+# Requests that may be answered with EINTR while they are still in progress: they make nothing that the kernel would have to release.
 _LEAVES_NOTHING: Final = frozenset(
     (
         Opcode.READ,
@@ -57,22 +57,22 @@ _LEAVES_NOTHING: Final = frozenset(
     )
 )
 _CHANGES: Final = _LEAVES_NOTHING - {Opcode.READ}
-# What taking a request apart raises, and what system calls raise for numbers that no C type holds: the kernel does not send such.
+# Errors of decoding a request, and of system calls for numbers that no C type holds. The kernel sends no such requests.
 _MALFORMED: Final = (ValueError, struct.error, OverflowError)
-_ERRNO_LIMIT: Final = 512  # from here on they are the kernel's own
+_ERRNO_LIMIT: Final = 512  # errnos from here on are internal to the kernel (docs/facts.md, section 14)
 _NEVER_ANSWERED: Final = frozenset(
     (Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT, Opcode.NOTIFY_REPLY)
 )
 
 
 class DevFuse:
-    """`base.Engine`."""
+    """The engine `devfuse`; implements `base.Engine`."""
 
     def __init__(self, gate: Gate, *, private: bool) -> None:
         self._gate = gate
         self._policy = CachePolicy(gate, private=private)
-        # Where every access of content comes through the page cache, openings tell nothing that matters: after one ENOSYS the kernel opens
-        # and closes by itself. A backing that others change must be looked at when it is opened, though.
+        # Where all content goes through the page cache, OPEN is not needed: after one ENOSYS the kernel opens and closes by itself. But a file
+        # of a backing that other processes change must be checked at each open.
         self._stateful_open = gate.exact or not private or gate.default_dialect.open_event
         gate.lessor.stateful_open = self._stateful_open
         self._operations = Operations(
@@ -84,9 +84,10 @@ class DevFuse:
             Opcode.INTERRUPT: self._interrupt,
         }
         self._counts = [0] * (max(Opcode) + 1)
-        self._waiting: dict[int, Request] = {}  # what waits for something, by `unique`
-        self._interrupted: dict[int, Request] = {}  # what waits although a signal has come
-        self._filling: dict[int, Request] = {}  # what waits to fill the page cache
+        # Requests whose answer waits, by `unique`; those of them whose accessor has got a signal; those that fill the page cache.
+        self._waiting: dict[int, Request] = {}
+        self._interrupted: dict[int, Request] = {}
+        self._filling: dict[int, Request] = {}
         self._kill_watch = KillWatch(self._interrupted, self._let_die)
         self._fill_watch = KillWatch(self._filling, self._let_page_go)
         self._connection: fuse_mount.Connection | None = None
@@ -103,7 +104,7 @@ class DevFuse:
         self.attach(self._connection.descriptor)
 
     def attach(self, descriptor: int) -> None:
-        """Serve the requests of a /dev/fuse, not blocking, that somebody else has opened and will close."""
+        """Serve the requests of a non-blocking descriptor of /dev/fuse, which the caller has opened and will close."""
         self._device = descriptor
 
     def caches(self, device: tuple[int, int]) -> CacheControl:
@@ -159,7 +160,7 @@ class DevFuse:
         self._nursery.start_soon(self._work)
 
     def _read(self) -> Request | None:
-        """The next request; None when there is none now. Ends `serve` when the filesystem has been unmounted."""
+        """The next request; None when there is none now. Ends serve() when the filesystem has been unmounted."""
         try:
             size = os.readv(self._device, (self._view,))
         except BlockingIOError:
@@ -170,7 +171,7 @@ class DevFuse:
             elif error.errno not in (
                 errno.EINTR,
                 errno.ENOENT,
-            ):  # ENOENT: it was interrupted before it could be read
+            ):  # ENOENT: the request was interrupted before it could be read
                 raise
             return None
         data: bytes | memoryview
@@ -183,7 +184,7 @@ class DevFuse:
             return protocol.decode_request(data)
         except ValueError as error:
             log.error("/dev/fuse: %s", error)
-            # Whoever waits for it must not wait for ever; without a header there is nobody to answer.
+            # Its accessor must not wait for ever. Without a header no answer is possible.
             if size >= protocol.IN_HEADER.size:
                 _, opcode, unique, *_ = protocol.IN_HEADER.unpack_from(data)
                 if opcode not in _NEVER_ANSWERED:
@@ -191,7 +192,7 @@ class DevFuse:
             return None
 
     def _start(self, request: Request) -> Answer | None:
-        """Answer, if that needs no waiting; else what is left to do."""
+        """Answer a request if that needs no wait; otherwise return the coroutine that makes the answer."""
         opcode = request.opcode
         answer = self._answers.get(opcode)
         if answer is None:
@@ -201,7 +202,7 @@ class DevFuse:
         self._counts[opcode] += 1
         try:
             result = answer(request)
-        except BaseException as error:  # a mistake costs this request, and nothing else
+        except BaseException as error:  # a bug fails this request, and not the mount
             self._fail(request, error)
             return None
         if not isinstance(result, _BODIES):
@@ -223,7 +224,7 @@ class DevFuse:
         finally:
             self._interrupted.pop(request.unique, None)
             self._filling.pop(request.unique, None)
-            # Otherwise its accessor has gone, with EINTR.
+            # Otherwise its accessor has got EINTR already.
             if self._waiting.pop(request.unique, None) is not None:
                 if failure is None:
                     self._reply(request, result)
@@ -245,7 +246,7 @@ class DevFuse:
     def _fail(self, request: Request, error: BaseException) -> None:
         number = errno.EIO
         if isinstance(error, OSError) and error.errno is not None:
-            # The kernel refuses answers with others (fuse_dev_do_write()), and their accessors would wait for ever.
+            # The kernel refuses answers with other errnos (fuse_dev_do_write()), and their accessors would wait for ever.
             if 0 < error.errno < _ERRNO_LIMIT:
                 number = error.errno
         else:
@@ -266,7 +267,7 @@ class DevFuse:
 
     @staticmethod
     def _not_taken(error: OSError) -> None:
-        # ENOENT: nobody waits for it any more; ENODEV, EPERM: the filesystem is gone.
+        # ENOENT: no accessor waits for it any more; ENODEV, EPERM: the filesystem is gone.
         if error.errno not in (errno.ENOENT, errno.ENODEV, errno.EPERM):
             log.error("an answer was not taken: %s", error)
 
@@ -285,12 +286,12 @@ class DevFuse:
         else:
             wanted |= Init.AUTO_INVAL_DATA
         if self._stateful_open:
-            # Otherwise O_TRUNC would be lost with the OPEN that is not sent.
+            # Without OPEN this flag would lose O_TRUNC (docs/facts.md, section 11).
             wanted |= Init.ATOMIC_O_TRUNC
         if self._gate.exact:
             wanted |= Init.DIRECT_IO_ALLOW_MMAP
             if os.geteuid() != 0:
-                # Nobody may switch it off later, when there are marks.
+                # An ordinary user cannot switch read-ahead off later, when there are marks.
                 max_readahead = 0
         self._operations.negotiated = Init(flags & wanted)
         self._operations.tells_closers = self._gate.exact and minor >= protocol.NOFLUSH_MINOR
@@ -300,14 +301,14 @@ class DevFuse:
         (unique,) = protocol.INTERRUPT_IN.unpack_from(request.body)
         waiting = self._waiting.get(unique)
         if waiting is not None and not self._let_die(waiting):
-            # The kernel tells of the first signal only; another may come that kills.
+            # INTERRUPT comes for the first signal only (docs/facts.md, section 15). A later signal may kill.
             self._interrupted[unique] = waiting
             if self._kill_watch.sleeps:
                 self._kill_watch.wake()
         return b""
 
     def _let_die(self, request: Request) -> bool:
-        """Answer EINTR if its accessor is being killed, which until then cannot die; whether it is."""
+        """Answer EINTR if the accessor is being killed, as it cannot die before an answer; returns whether it is being killed."""
         if not self._gate.interrupted(request.pid):
             return False
         self._interrupted.pop(request.unique, None)
@@ -316,10 +317,10 @@ class DevFuse:
         return True
 
     def _let_page_go(self, request: Request) -> bool:
-        """End a fill of the page cache whose accessor has died, and say whether it has.
+        """End a fill of the page cache if its accessor has died; returns whether it has.
 
-        The kernel reports no death of an accessor that reads ahead (ASYNC_READ). Such an accessor dies without an answer. Its page stays locked
-        until there is one, and whoever wants that page waits in a state that nothing ends.
+        The kernel sends no INTERRUPT for read-ahead (ASYNC_READ; docs/facts.md, section 15). Its accessor dies without an answer. The page
+        stays locked until there is one, and other accessors of that page wait in a state that no signal ends.
         """
         unique = request.unique
         if unique not in self._filling or not self._gate.left(request.pid):
@@ -330,7 +331,7 @@ class DevFuse:
         return True
 
     def _inval_entry(self, parent_id: int, name: bytes) -> None:
-        # The kernel holds the directory's lock until the request is answered that brought us here.
+        # In a thread: the kernel holds the directory's lock until the current request is answered.
         message = protocol.invalidate_entry(parent_id, name)
         descriptor = self._device
 
@@ -342,7 +343,7 @@ class DevFuse:
 
 
 class KernelCaches:
-    """`stale.CacheControl` by notifications."""
+    """`page_cache.CacheControl` by FUSE notifications."""
 
     def __init__(self, descriptor: int, device: tuple[int, int]) -> None:
         self._descriptor = descriptor

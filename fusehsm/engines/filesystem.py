@@ -1,6 +1,6 @@
-"""The filesystem as every engine serves it: names, directories and opening, where there is more to it than one call of the overlay.
+"""The operations that all engines share: those on names, directories and new files that need more than one call of the overlay.
 
-Node ids and handles are the numbers that the kernel uses. Everything raises OSError.
+Node ids and handles are the numbers that the kernel uses. Every method raises OSError.
 """
 
 import errno
@@ -21,7 +21,7 @@ Found = tuple[Node, os.stat_result]
 
 
 class Filesystem:
-    """One mount's."""
+    """The operations of one mount."""
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
@@ -29,24 +29,24 @@ class Filesystem:
         self._directories: dict[int, tuple[DirectoryStream, Node, int]] = {}
         self._next_directory = 1
         self._has_selinux = os.path.isdir("/sys/fs/selinux")
-        # An ordinary user cannot open for writing what he has just made with mode 0444, unless he makes it by opening it.
+        # An ordinary server cannot open a new file of mode 0444 for writing. It must create and open it in one call.
         self._opens_new_files = os.geteuid() == 0
 
     def lookup(self, parent_id: int, name: bytes) -> Found | None:
-        """What a name leads to; None for a name that does not exist."""
+        """The node and status of a name; None for a name that does not exist."""
         try:
             return self._overlay.lookup(self._overlay.node(parent_id), name)
         except FileNotFoundError:
             return None
 
     def mknod(self, parent_id: int, name: bytes, mode: int, device: int, caller: Caller) -> Found:
-        """Make a file that is no directory and no symbolic link."""
+        """Make a file, fifo, socket or device node."""
         try:
             return self._overlay.mknod(self._overlay.node(parent_id), name, mode, device, caller)
         except FileExistsError:
             if not stat.S_ISREG(mode):
                 raise
-            # Made behind the kernel's back. This may be an open(2) without O_EXCL (see create): ESTALE makes the kernel look again.
+            # It was made on the backing. This request may come from open(2) without O_EXCL (see create()): ESTALE makes the kernel look it up again.
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from None
 
     async def link(self, node_id: int, new_parent_id: int, new_name: bytes) -> Found:
@@ -75,31 +75,33 @@ class Filesystem:
         caller: Caller,
         inval_entry: Callable[[int, bytes], None],
     ) -> tuple[OpenFile[Node], bool, Found]:
-        """Make and open a file; also says whether the kernel's pages of it may stay. `inval_entry` makes the kernel forget what it knows
-        of a name, and must not wait for it."""
+        """Make and open a file; returns the open file, keep_cache (whether the kernel's pages of it may stay), and its node and status.
+
+        `inval_entry` makes the kernel drop what it has cached of a name in a directory. It must not wait.
+        """
         parent = self._overlay.node(parent_id)
         if self._opens_new_files and self._gate.may_deny_new(parent):
-            # The kernel locks the directory until CREATE is answered, so a listener's answer must not be waited for here: its own lookups
-            # would wait for it. After ENOSYS the kernel makes files with MKNOD, for good, and opens them when it has let the lock go.
+            # The kernel locks the directory until CREATE is answered (docs/facts.md, section 15). So this must not wait for a listener, whose
+            # lookups would wait for the lock. After ENOSYS the kernel always makes files with MKNOD, and opens them without the lock.
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
         node, status, descriptor = self._overlay.create(parent, name, flags, mode, caller)
         try:
             file, keep_cache = await self._gate.created(node, flags, descriptor, caller.pid, caller.uid)
         except BaseException:
-            # The kernel never hears of the node, so nothing will forget it; nor may it go on believing that there is no such name. It holds
-            # the directory's lock until we have answered.
+            # The kernel never learns of the node, so it will not send FORGET. It must also drop a cached negative entry of the name. It holds
+            # the directory's lock until this request is answered.
             self._overlay.forget(node, 1)
             inval_entry(parent_id, name)
             raise
         return file, keep_cache, (node, status)
 
     def getxattr(self, node_id: int, name: bytes) -> bytes:
-        """Value of an extended attribute."""
+        """The value of an extended attribute."""
         try:
             return self._overlay.getxattr(self._overlay.node(node_id), name)
         except OSError as error:
             if error.errno == errno.ENODATA and name == _SELINUX and not self._has_selinux:
-                # ls -l asks for it file by file, and asks no more on a filesystem that does not support it; nothing here does.
+                # ls -l asks for it for each file, unless the filesystem does not support it (docs/facts.md, section 16). Without SELinux none does.
                 raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP)) from None
             raise
 
@@ -116,11 +118,13 @@ class Filesystem:
         return handle
 
     async def readdir(self, handle: int, position: int, tid: int = 0) -> DirectoryStream:
-        """Ask for the permission to read entries of an open directory, from a position on; `tid` is who reads, 0 where the engine does not
-        say."""
+        """Ask for permission to read entries of an open directory from `position` on; returns its stream.
+
+        `tid` is the reading thread, 0 where the engine does not know it.
+        """
         stream, node, opener = self._directory(handle)
         await self._gate.read_directory(node, position, tid or opener)
-        # The kernel tells of an empty answer at the end, too (measured on 6.18).
+        # An empty answer at the end makes a notification, too (docs/facts.md, section 10).
         self._gate.notify_of_directory(AccessKind.READ_DIRECTORY, node, tid or opener)
         return stream
 

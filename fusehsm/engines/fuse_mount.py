@@ -1,4 +1,4 @@
-"""Mounting and unmounting for an engine that reads /dev/fuse itself: by mount(2) where that is permitted, else through fusermount3."""
+"""Mounts and unmounts for the engine that reads /dev/fuse itself: by mount(2) where that is permitted, else through fusermount3."""
 
 import errno
 import logging
@@ -22,7 +22,7 @@ _HELPER: Final = "fusermount3"
 _SUBTYPE: Final = mountinfo.FILESYSTEM_TYPE.partition(".")[2]
 _HELPER_END: Final = 10.0  # seconds for fusermount3 to end once nothing keeps it
 _UMOUNT_NOFOLLOW: Final = 8  # umount2(2)
-# MS_NOSUID and MS_NODEV, which libfuse's parse_mount_opts() and fusermount3 begin with, for root as well.
+# MS_NOSUID and MS_NODEV: the defaults of libfuse's parse_mount_opts() and of fusermount3, also for root.
 _DEFAULT_FLAGS: Final = 0x2 | 0x4
 
 # A flag of mount(2), the option that sets it, the option that clears it.
@@ -39,19 +39,19 @@ _FLAGS: Final = (
     (0x100_0000, "strictatime", "nostrictatime"),
     (0x200_0000, "lazytime", "nolazytime"),
 )
-# The mount's source, and what the kernel takes as data; the contexts are SELinux's.
+# The mount's source, and options that the kernel takes as data. The contexts are those of SELinux.
 _TAKEN: Final = re.compile(
     "fsname=.+|allow_other|default_permissions|max_read=[0-9]{1,9}|(fs|def|root)?context=.+", re.DOTALL
 )
 _IGNORED: Final = re.compile(
-    # Words for whoever reads /etc/fstab (fstab(5), mount(8), systemd.mount(5)): they say nothing about the mount itself.
+    # Options for programs that read /etc/fstab (fstab(5), mount(8), systemd.mount(5)). They do not concern the mount itself.
     "(?s)[xX]-.*|comment=.*|user=.*|defaults|(no)?(auto|user|users|owner|group)|nofail|_netdev"
-    # What the kernel does unasked by now: its access times, and what libfuse 2 had options for.
+    # Options for what the kernel now does by default: access times, and options of libfuse 2.
     "|(no)?relatime|nonempty|big_writes|large_read|intr",
 )
 _REFUSED: Final = {
     **dict.fromkeys(("fd", "rootmode", "user_id", "group_id", "subtype"), "fusehsm sets that; leave it out"),
-    # The kernel has no such check, and passing allow_other instead would let everybody in.
+    # The kernel has no such check. allow_other in its place would admit every user.
     "allow_root": "this engine cannot let root in and nobody else; use --allow-other or --engine pyfuse3",
     "debug": "it is libfuse's; use --engine pyfuse3",
     "max_read": "not a number of bytes; give one",
@@ -62,7 +62,7 @@ _MOUNT_MENDS: Final = {
     errno.ENOENT: "create it with mkdir -p",
     errno.EINVAL: "leave out the -o options that this kernel lacks",
 }
-# What fusermount3 says: what to do about it. The first that is found counts.
+# Messages of fusermount3, and the fix for each. The first that matches counts.
 _MENDS: Final = (
     ("user_allow_other", "put the line user_allow_other into /etc/fuse.conf"),
     ("unknown option", "leave it out, or mount as root and without auto_unmount"),
@@ -77,19 +77,22 @@ _MENDS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """A mount's end that requests are read from: a descriptor of /dev/fuse, close-on-exec and non-blocking.
+    """The server's end of a mount.
 
-    With auto_unmount, fusermount3 unmounts when nobody has `keeper` open any more, thus at the latest when this process ends. Before
-    that it looks whether the mount is dead, as root, who may not look into an ordinary user's mount without allow_other (measured: 3.14).
+    With auto_unmount, fusermount3 unmounts when no process has `keeper` open any more, at the latest when this process ends. Before that it
+    checks, as root, whether the mount is dead. Root cannot do so in an ordinary user's mount without allow_other (docs/facts.md, section 14).
     """
 
+    #: /dev/fuse, from which requests are read: close-on-exec and non-blocking.
     descriptor: int
+    #: The socket to fusermount3, which waits for its end; None without auto_unmount.
     keeper: socket.socket | None = None
+    #: The process of fusermount3; None without auto_unmount.
     helper: "subprocess.Popen[bytes] | None" = None
 
     def close(self) -> None:
-        """Give the mount up: if it still stands, whoever uses it gets ENOTCONN, and with auto_unmount it goes."""
-        # Before the keeper: fusermount3 then opens the mount, and waits if somebody might still answer.
+        """Close the connection. If the mount still exists, its accessors get ENOTCONN; with auto_unmount it is unmounted."""
+        # Before the keeper: at its end fusermount3 opens the mount, and would wait for an answer while this descriptor is open.
         os.close(self.descriptor)
         if self.keeper is not None and self.helper is not None:
             self.keeper.close()
@@ -99,20 +102,25 @@ class Connection:
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """The options, understood: `flags` for mount(2); `words` that give fusermount3 the same flags; `data` for the kernel."""
+    """The parsed options of a mount."""
 
+    #: The mount's source (fsname=).
     source: str
+    #: Flags of mount(2).
     flags: int
+    #: Options that make fusermount3 set the same flags.
     words: tuple[str, ...]
+    #: Options for the kernel, as data of mount(2).
     data: tuple[str, ...]
+    #: Whether fusermount3 is to unmount when this process ends.
     auto_unmount: bool
 
 
 def mount(mount_point: str, options: frozenset[str]) -> Connection:
-    """Mount on a directory; it stands from then on, though nobody has answered INIT yet, so that whoever looks into it waits.
+    """Mount on a directory. The mount exists at once, but INIT is not answered yet, so accesses of it wait.
 
-    `options`: each one of mount(8)'s, or of those of mount.fuse3(8) that are not for libfuse. They have no order, so none may contradict
-    another. The value of fsname= may hold any character, commas too. Raises MountRefused.
+    `options`: options of mount(8), and those of mount.fuse3(8) that are not for libfuse. They have no order, so none may contradict
+    another. The value of fsname= may contain any character, also commas. Raises MountRefused.
     """
     asked = _understood(options)
     try:
@@ -133,20 +141,20 @@ def mount(mount_point: str, options: frozenset[str]) -> Connection:
 
 
 def unmount(mount_point: str, wanted: mountinfo.MountId, *, lazily: bool) -> None:
-    """Unmount that mount, which is at that real path, and no other; `lazily`: although it is in use (MNT_DETACH in umount2(2)).
+    """Unmount the mount `wanted` at that real path, and no other. `lazily`: also when it is in use (MNT_DETACH in umount2(2)).
 
-    Raises OSError: EINVAL where another mount, or none, is on top there, EBUSY where something is mounted on it, or files are open and not
-    `lazily`, else as open(2) and umount2(2) do.
+    Raises OSError EINVAL where another mount, or none, is on top there; EBUSY where another filesystem is mounted on it, or files are open
+    and not `lazily`; otherwise as open(2) and umount2(2) do.
     """
     descriptor = os.open(mount_point, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         if mountinfo.id_of_descriptor(descriptor) != wanted:
             raise OSError(errno.EINVAL, "another mount is there, or none", mount_point)
-        # The kernel would unmount that, too, if asked to be lazy.
+        # A lazy unmount would unmount that filesystem, too.
         for above in mountinfo.mounts_on(wanted.number):
             raise OSError(errno.EBUSY, f"{above.mount_point} is mounted on it", mount_point)
         if lazily:
-            # By descriptor: the path may lead to another mount meanwhile.
+            # By descriptor: the path may lead to another mount by now.
             syscalls.umount2(b"/proc/self/fd/%d" % descriptor, syscalls.MNT_DETACH)
             return
     except PermissionError:
@@ -155,11 +163,11 @@ def unmount(mount_point: str, wanted: mountinfo.MountId, *, lazily: bool) -> Non
     finally:
         os.close(descriptor)
     if os.geteuid() == 0:
-        # The descriptor would keep it in use.
+        # By path: an open descriptor would keep the mount in use.
         syscalls.umount2(os.fsencode(mount_point), _UMOUNT_NOFOLLOW)
         return
     command = [_HELPER, "-u", *(["-z"] if lazily else []), "--", mount_point]
-    # In a session of its own: the terminal's Ctrl-C is for us, and comes twice from the impatient.
+    # In a session of its own: Ctrl-C of the terminal is for this process only, and users may press it twice.
     done = subprocess.run(
         command, check=False, stdin=subprocess.DEVNULL, capture_output=True, start_new_session=True
     )
@@ -205,7 +213,7 @@ def _open_device() -> int:
 
 
 def _mounted_directly(mount_point: str, asked: _Asked, descriptor: int) -> bool:
-    """Whether mount(2) has mounted it; not, where an ordinary user needs fusermount3 for that. Raises MountRefused."""
+    """Mount by mount(2); returns False where an ordinary user needs fusermount3 for that. Raises MountRefused."""
     ours = f"fd={descriptor},rootmode={stat.S_IFDIR:o},user_id={os.getuid()},group_id={os.getgid()}"
     words = (asked.source, mount_point, mountinfo.FILESYSTEM_TYPE, ",".join((ours, *asked.data)))
     source, target, kind, data = map(os.fsencode, words)
@@ -220,14 +228,14 @@ def _mounted_directly(mount_point: str, asked: _Asked, descriptor: int) -> bool:
 
 
 def _mount_through_helper(mount_point: str, asked: _Asked) -> Connection:
-    """As mount.c of libfuse does it: fusermount3 mounts, and sends the descriptor over the socket named in its environment."""
+    """Mount as mount.c of libfuse does: fusermount3 mounts, and sends the descriptor over the socket that its environment names."""
     program = shutil.which(_HELPER)
     if program is None:
         raise MountRefused(f"{_HELPER}: not found; install the package fuse3")
     source = re.sub(r"[\\,]", r"\\\g<0>", asked.source)
     words = (*asked.words, *asked.data, f"subtype={_SUBTYPE}", f"fsname={source}")
     ours, theirs = socket.socketpair()
-    # Not a pipe for its words: with auto_unmount it would have to be kept.
+    # A file for its messages: with auto_unmount a pipe would have to be kept open.
     with open(os.memfd_create(_HELPER), "w+b") as said:
         with theirs:
             helper = subprocess.Popen(
@@ -239,7 +247,7 @@ def _mount_through_helper(mount_point: str, asked: _Asked) -> Connection:
                 stdout=subprocess.DEVNULL,
                 stderr=said,
             )
-        # Not recv_fds(): in Python 3.11 that drops the flag.
+        # Not socket.recv_fds(): in Python 3.11 it drops the flag MSG_CMSG_CLOEXEC.
         _, ancillary, _, _ = ours.recvmsg(1, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
         if not (ancillary and asked.auto_unmount):
             ours.close()

@@ -1,8 +1,8 @@
-"""Every request that the kernel sends to such a filesystem, taken apart, done, and its answer put into bytes.
+"""The FUSE requests of the engine `devfuse`: decodes each, does it, and encodes its answer.
 
-A method of the table returns the answer's body, or a coroutine that does where a listener or a disk may have to be waited for. It raises
-OSError to answer with an errno, struct.error or ValueError for what the kernel does not send. Opcodes that have no method here get ENOSYS,
-which the kernel remembers: it then does without (POLL, BMAP, IOCTL), or by itself (file locks).
+A method of the table returns the answer's body, or a coroutine for it where the answer may wait for a listener or a disk. It raises OSError to
+answer with an errno, and struct.error or ValueError for a request that the kernel does not send. Opcodes without a method get ENOSYS. The
+kernel remembers that, and works without the request (POLL, BMAP, IOCTL), or does it by itself (file locks).
 """
 
 import errno
@@ -28,14 +28,14 @@ Method = Callable[[Request], Body | Answer]
 
 _DONE: Final = b""
 _SECOND: Final = 1_000_000_000  # nanoseconds
-_STREAMS: Final = 64  # directories that are being read without having been opened
+_STREAMS: Final = 64  # streams kept of directories that are read without OPENDIR
 _LARGEST_READ: Final = protocol.MAX_PAGES * os.sysconf("SC_PAGESIZE")  # bytes
 _RWF_DSYNC, _RWF_SYNC = 0x2, 0x4  # pwritev2(2)
 
 
 class Operations:
-    """One mount's. `stateful_open`: whether the kernel shall send OPEN and OPENDIR; `inval_entry` makes it forget a name in a directory,
-    without waiting for it."""
+    """The requests of one mount. `stateful_open`: whether the kernel is to send OPEN and OPENDIR. `inval_entry` makes the kernel drop what it
+    has cached of a name in a directory, and does not wait."""
 
     def __init__(
         self,
@@ -56,11 +56,11 @@ class Operations:
         self._streams: OrderedDict[int, DirectoryStream] = OrderedDict()
         self._makes_by_opening = stateful_open or os.geteuid() != 0
         self.negotiated = Init(0)
-        #: Whether the kernel tells who closes what (FLUSH), if only of the files for which it is to (Linux 5.16).
+        #: Whether the kernel sends FLUSH at close(2), for the files that need it only (FOPEN_NOFLUSH, Linux 5.16).
         self.tells_closers = False
 
     def table(self) -> dict[int, Method]:
-        """What answers each opcode."""
+        """The method that answers each opcode."""
         return {
             Opcode.LOOKUP: self.lookup,
             Opcode.FORGET: self.forget,
@@ -148,7 +148,7 @@ class Operations:
         if self._gate.forget(node_id, count):
             self._policy.forgotten(node_id)
         stream = self._streams.get(node_id)
-        # A directory may stay known for the sake of what is in it.
+        # A directory without lookups may stay in the table because of its children.
         if stream is not None and stream.node.lookups == 0:
             del self._streams[node_id]
             stream.close()
@@ -267,7 +267,7 @@ class Operations:
         if self._policy.keep_cache(file) and keep_cache:
             flags |= protocol.FOPEN_KEEP_CACHE
         if self.tells_closers and not file.tells_closer:
-            # Nothing to learn from a close(2). What a mapping has written is then written back at munmap(2) or msync(2), not at close(2).
+            # No FLUSH is needed. Without it the kernel writes back a mapping's pages at munmap(2) or msync(2), not at close(2).
             flags |= protocol.FOPEN_NOFLUSH
         return protocol.OPEN_OUT.pack(file.handle, flags, 0)
 
@@ -292,7 +292,7 @@ class Operations:
     def _made(self, file: OpenFile[Node], *, keep_cache: bool) -> bytes:
         if self._stateful_open:
             return self._opened(file, keep_cache=keep_cache)
-        # Old kernels never send the RELEASE of such a file, once OPEN has been answered ENOSYS.
+        # Once OPEN has been answered ENOSYS, old kernels never send RELEASE for such a file.
         self._handles.stand_by(file)
         return protocol.OPEN_OUT.pack(0, protocol.FOPEN_KEEP_CACHE, 0)
 
@@ -335,15 +335,15 @@ class Operations:
         return protocol.SIZE_OUT.pack(written, 0)
 
     def _strips(self, request: Request, how: int) -> int:
-        """For whom a write takes set-id bits away: the kernel says it, where it was asked to."""
+        """The user whose write takes set-id bits away, 0 for none. With HANDLE_KILLPRIV_V2 the kernel decides whether they go."""
         if self.negotiated & Init.HANDLE_KILLPRIV_V2:
-            # Root without CAP_FSETID is no exception.
+            # Also for root without CAP_FSETID; -1 stands for that user.
             return (request.uid or -1) if how & protocol.WRITE_KILL_SUIDGID else 0
         return request.uid
 
     def flush(self, request: Request) -> bytes:
         if not self.tells_closers:
-            # A round trip less for every close(2).
+            # This saves a round trip for every close(2).
             raise _no_such_call()
         handle = protocol.FLUSH_IN.unpack_from(request.body)[0]
         self._gate.flushed(handle, request.pid)
@@ -358,7 +358,7 @@ class Operations:
     async def fsync(self, request: Request) -> bytes:
         handle, flags, _ = protocol.FSYNC_IN.unpack_from(request.body)
         opened = [] if handle else self._handles.of_node(self._overlay.node(request.node_id))
-        # Whatever there is will do; what may only be written could not be opened for reading.
+        # Any open file of the node will do. A file that may only be written could not be opened for reading.
         file = opened[0] if opened else self._file(request.node_id, handle, writing=False)
         await self._content.synchronise(file, bool(flags & protocol.FSYNC_FDATASYNC))
         return _DONE
@@ -418,7 +418,7 @@ class Operations:
                 if is_known:
                     record = self._entry((entry.node, entry.status)) + record
                 elif plus:
-                    # Node 0: the kernel lists the name and remembers nothing.
+                    # Node 0: the kernel lists the name and caches nothing.
                     record = protocol.absent_out(0) + record
                 if len(answer) + len(record) > min(size, _LARGEST_READ):
                     break
@@ -428,11 +428,11 @@ class Operations:
         return bytes(answer)
 
     def _unopened_directory(self, request: Request) -> DirectoryStream:
-        """Of a directory that the kernel has opened by itself."""
+        """The stream of a directory for which the kernel has sent no OPENDIR."""
         node = self._overlay.node(request.node_id)
         stream = self._streams.get(node.id)
         if stream is not None and stream.node is not node:
-            # Its number has become another directory's.
+            # The node id now belongs to another directory.
             self._streams.pop(node.id).close()
             stream = None
         if stream is None:
@@ -489,7 +489,7 @@ class Operations:
 
 
 def _no_such_call() -> OSError:
-    """What makes the kernel do without that request for good."""
+    """The error ENOSYS: the kernel stops sending that request for the whole connection."""
     return OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
 
@@ -504,7 +504,7 @@ def _time(valid: int, given: Attribute, now: Attribute, seconds: int, nanosecond
 
 
 def _sized(value: bytes, size: int) -> bytes:
-    """A value, or how long it is where that was the question (size 0). Raises ERANGE when it does not fit."""
+    """A value, or its length if `size` is 0. Raises OSError ERANGE when the value does not fit into `size` bytes."""
     if size == 0:
         return protocol.SIZE_OUT.pack(len(value), 0)
     if len(value) > size:

@@ -1,4 +1,4 @@
-"""The FUSE kernel protocol: numbers, layouts, and how answers become bytes. No I/O, nothing of ours.
+"""The FUSE kernel protocol: numbers, layouts, and the encoding of answers. No I/O, and nothing that is specific to fusehsm.
 
 Source: include/uapi/linux/fuse.h, protocol 7.31 (Linux 5.10 has 7.32) to 7.45. All integers are in the machine's byte order.
 """
@@ -16,10 +16,10 @@ NEWEST_MINOR: Final = 45
 
 ROOT_ID: Final = 1
 FOREVER: Final = 1 << 62  # seconds of validity
-LARGEST_WRITE: Final = 1 << 20  # bytes in one request; more than 256 pages an ordinary sysctl does not allow
+LARGEST_WRITE: Final = 1 << 20  # bytes in one request: 256 pages, the default of fs.fuse.max_pages_limit
 MAX_PAGES: Final = 256
 MAX_BACKGROUND: Final = 65535
-#: read(2) of /dev/fuse wants room for the largest request and its header.
+#: read(2) of /dev/fuse needs room for the largest request and its header, in bytes.
 BUFFER_SIZE: Final = LARGEST_WRITE + 65536
 
 
@@ -80,7 +80,7 @@ class Opcode(enum.IntEnum):
 
 
 class Init(enum.IntFlag):
-    """FUSE_* flags of INIT; from bit 32 on they travel in flags2."""
+    """FUSE_* flags of INIT; those from bit 32 on are sent in flags2."""
 
     ASYNC_READ = 1 << 0
     ATOMIC_O_TRUNC = 1 << 3
@@ -101,7 +101,7 @@ class Init(enum.IntFlag):
 
 
 class Attribute(enum.IntFlag):
-    """FATTR_*: what a SETATTR changes."""
+    """FATTR_*: the attributes that a SETATTR changes."""
 
     MODE = 1 << 0
     UID = 1 << 1
@@ -119,8 +119,8 @@ FOPEN_KEEP_CACHE: Final = 1 << 1
 FOPEN_CACHE_DIR: Final = 1 << 3
 FOPEN_NOFLUSH: Final = 1 << 5
 FOPEN_PARALLEL_DIRECT_WRITES: Final = 1 << 6
-NOFLUSH_MINOR: Final = 35  # the first that knows it: Linux 5.16
-READ_LOCKOWNER: Final = 1 << 1  # READ for a call, not for the page cache (measured on 6.1 and 6.18)
+NOFLUSH_MINOR: Final = 35  # first protocol minor with FOPEN_NOFLUSH: Linux 5.16
+READ_LOCKOWNER: Final = 1 << 1  # the READ is for a call, not for the page cache (docs/facts.md, section 12)
 WRITE_CACHE: Final = 1 << 0
 WRITE_KILL_SUIDGID: Final = 1 << 2
 FSYNC_FDATASYNC: Final = 1 << 0
@@ -182,25 +182,30 @@ _STORE: Final = struct.Struct("=QQII")
 _SECOND: Final = 1_000_000_000  # nanoseconds
 _STATX_BASIC_STATS: Final = 0x7FF
 _STATX_BTIME: Final = 0x800
-# What of a device number the kernel takes in 32 bits: new_encode_dev().
+# The low bits of a minor number in the 32 bits of new_encode_dev() in the kernel.
 _MINOR_LOW: Final = 0xFF
 
 
 @dataclass(slots=True)
 class Request:
-    """One request: fuse_in_header's fields, and the bytes that follow it. `pid` is the accessor's thread, 0 for nobody's."""
+    """One request: the fields of fuse_in_header, and the bytes after it."""
 
     opcode: int
+    #: The number of the request, by which it is answered.
     unique: int
     node_id: int
+    #: The accessor's user.
     uid: int
+    #: The accessor's group.
     gid: int
+    #: The accessor's thread, 0 if the request has no accessor (RELEASE, write-back).
     pid: int
+    #: The bytes after the header.
     body: bytes | memoryview
 
 
 def decode_request(data: bytes | memoryview) -> Request:
-    """The request in what one read(2) of /dev/fuse gave. ValueError for what the kernel does not send."""
+    """The request in the bytes of one read(2) of /dev/fuse. Raises ValueError for bytes that the kernel does not send."""
     if len(data) < IN_HEADER.size:
         raise ValueError(f"a request of {len(data)} bytes")
     length, opcode, unique, node_id, uid, gid, pid, extension_words, _ = IN_HEADER.unpack_from(data)
@@ -225,7 +230,7 @@ def fills_cache(request: Request) -> bool:
 
 
 def names_in(body: bytes | memoryview, start: int, count: int) -> list[bytes]:
-    """`count` NUL-terminated strings from `start` on. ValueError where there are fewer."""
+    """`count` NUL-terminated strings from byte `start` on. Raises ValueError where there are fewer."""
     parts = bytes(body[start:]).split(b"\0", count)
     if len(parts) <= count:
         raise ValueError("a name without its end")
@@ -239,25 +244,29 @@ def device_number(number: int) -> int:
 
 
 def number_of_device(encoded: int) -> int:
-    """The reverse."""
+    """The st_rdev of the protocol's 32 bits: the inverse of device_number()."""
     return os.makedev((encoded >> 8) & 0xFFF, (encoded & _MINOR_LOW) | (encoded >> 12) & 0xFFF00)
 
 
 @dataclass(slots=True)
 class Attributes:
-    """What an answer tells of a node: numbers as the kernel shall see them, `valid` seconds for which it may keep them, `mtime_ns` where
-    it shall not see that of the status."""
+    """The attributes of a node in an answer."""
 
     node_id: int
+    #: Differs when the node id was used for another file before.
     generation: int
+    #: attr_timeout: the seconds for which the kernel may cache them.
     valid: float
+    #: All attributes but those below.
     status: os.stat_result
+    #: The st_blocks to show, in blocks of 512 bytes.
     blocks: int
+    #: The st_mtime to show, in nanoseconds since 1970; None: that of the status.
     mtime_ns: int | None = None
 
     @property
     def shown_mtime(self) -> int:
-        """Nanoseconds since 1970."""
+        """The st_mtime to show, in nanoseconds since 1970."""
         return self.status.st_mtime_ns if self.mtime_ns is None else self.mtime_ns
 
 
@@ -302,7 +311,7 @@ def entry_out(attributes: Attributes, entry_valid: float) -> bytes:
 
 
 def absent_out(entry_valid: float) -> bytes:
-    """fuse_entry_out for a name that does not exist: the kernel remembers that for so many seconds."""
+    """fuse_entry_out for a name that does not exist. The kernel caches that for so many seconds."""
     seconds, ns = _valid(entry_valid)
     return _ENTRY_OUT.pack(0, 0, seconds, 0, ns, 0) + bytes(_ATTR.size)
 
@@ -314,7 +323,7 @@ def attr_out(attributes: Attributes) -> bytes:
 
 
 def statx_out(attributes: Attributes, birth: tuple[int, int] | None) -> bytes:
-    """fuse_statx_out; `birth` in seconds and nanoseconds, None where the backing has none."""
+    """fuse_statx_out; `birth` is (seconds, nanoseconds), None where the backing does not store it."""
     status = attributes.status
     seconds, ns = _valid(attributes.valid)
     mask = _STATX_BASIC_STATS | (_STATX_BTIME if birth is not None else 0)
@@ -354,7 +363,7 @@ def directory_entry(node_id: int, next_offset: int, name: bytes, mode: int) -> b
 
 
 def init_out(minor: int, max_readahead: int, flags: int) -> bytes:
-    """fuse_init_out, asking for as much at once as the protocol has words for."""
+    """fuse_init_out, with the largest limits for requests in progress at once."""
     return INIT_OUT.pack(
         MAJOR,
         minor,
@@ -371,12 +380,12 @@ def init_out(minor: int, max_readahead: int, flags: int) -> bytes:
 
 
 def reply(unique: int, body: bytes) -> bytes:
-    """The whole message of an answer."""
+    """The complete message of an answer with a body."""
     return OUT_HEADER.pack(OUT_HEADER.size + len(body), 0, unique) + body
 
 
 def failure(unique: int, number: int) -> bytes:
-    """The whole message of an answer that is an errno."""
+    """The complete message of an answer with an errno."""
     return OUT_HEADER.pack(OUT_HEADER.size, -number, unique)
 
 
@@ -385,20 +394,23 @@ def _notification(code: int, body: bytes) -> bytes:
 
 
 def invalidate_inode(node_id: int, offset: int, length: int) -> bytes:
-    """Drop a node's attributes, and its pages from `offset` on (`length` 0: to the end); a negative offset drops attributes only."""
+    """The notification that drops a node's cached attributes and pages of `length` bytes from `offset` on (0: to the end).
+
+    A negative offset drops attributes only.
+    """
     return _notification(NOTIFY_INVAL_INODE, _INVAL_INODE.pack(node_id, offset, length))
 
 
 def invalidate_entry(parent_id: int, name: bytes) -> bytes:
-    """Forget what a name in a directory is, or that there is none."""
+    """The notification that drops a cached name in a directory, also a negative entry."""
     return _notification(NOTIFY_INVAL_ENTRY, _INVAL_ENTRY.pack(parent_id, len(name), 0) + name + b"\0")
 
 
 def delete(parent_id: int, child_id: int, name: bytes) -> bytes:
-    """A name has been removed behind the kernel's back."""
+    """The notification that a name has been removed on the backing."""
     return _notification(NOTIFY_DELETE, _DELETE.pack(parent_id, child_id, len(name), 0) + name + b"\0")
 
 
 def store(node_id: int, offset: int, data: bytes) -> bytes:
-    """Put content into a node's page cache."""
+    """The notification that puts `data` into a node's page cache."""
     return _notification(NOTIFY_STORE, _STORE.pack(node_id, offset, len(data), 0) + data)

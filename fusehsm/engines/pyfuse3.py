@@ -1,7 +1,7 @@
-"""The gate as `pyfuse3.Operations`.
+"""The engine `pyfuse3`: passes the requests of the library pyfuse3 to the gate.
 
-What this engine cannot know (pyfuse3 hands on neither the caller of READ and WRITE nor INTERRUPT, and cannot set INIT fields): the accessor is
-taken to be a thread of the process that opened the file; accessors that are being killed are noticed by looking.
+pyfuse3 hides the caller of READ and WRITE (docs/facts.md, section 12) and INTERRUPT, and cannot set fields of INIT. So this engine takes the
+accessor to be a thread of the process that opened the file. It finds killed accessors by periodic checks.
 """
 
 import errno
@@ -40,7 +40,7 @@ _ResultT = TypeVar("_ResultT")
 def _errors_to_fuse(
     operation: Callable[_Parameters, Coroutine[Any, Any, _ResultT]],
 ) -> Callable[_Parameters, Coroutine[Any, Any, _ResultT]]:
-    """FUSE answers OSError with its errno, and anything else with EIO: one failing request must not end the mount."""
+    """Decorator that answers an OSError with its errno and any other exception with EIO: one failed request must not end the mount."""
 
     @functools.wraps(operation)
     async def wrapper(*arguments: _Parameters.args, **keywords: _Parameters.kwargs) -> _ResultT:
@@ -60,11 +60,11 @@ def _errors_to_fuse(
 
 
 class Operations(pyfuse3.Operations):
-    """One mount's requests."""
+    """The requests of one mount."""
 
     supports_dot_lookup = False
     enable_writeback_cache = False
-    # The kernel checks rights, so it must know the backing's ACLs: by mode bits alone it would let a group in that an ACL keeps out.
+    # The kernel checks permissions, so it must know the backing's ACLs. By mode bits alone it would admit a group that an ACL excludes.
     enable_acl = True
 
     def __init__(self, gate: Gate, policy: CachePolicy) -> None:
@@ -96,7 +96,7 @@ class Operations(pyfuse3.Operations):
         return entry
 
     def _absent(self, parent: Node) -> EntryAttributes:
-        """A name that does not exist, for the kernel to remember."""
+        """The negative entry of a name that does not exist, for the kernel to cache."""
         entry = EntryAttributes()
         entry.st_ino = 0
         entry.entry_timeout = self._policy.negative_timeout(parent)
@@ -119,7 +119,7 @@ class Operations(pyfuse3.Operations):
             for node_id, count in inode_list:
                 if self._gate.forget(node_id, count):
                     self._policy.forgotten(node_id)
-        except BaseException:  # pyfuse3 answers nothing here, and would end with it
+        except BaseException:  # FORGET has no answer, and an exception would end pyfuse3
             log.exception("forget failed")
 
     @_errors_to_fuse
@@ -227,7 +227,7 @@ class Operations(pyfuse3.Operations):
 
     @_errors_to_fuse
     async def flush(self, fh: int) -> None:
-        # The kernel then stops sending FLUSH: a round trip less for every close(2).
+        # The kernel then stops sending FLUSH, which saves a round trip for every close(2).
         raise FUSEError(errno.ENOSYS)
 
     @_errors_to_fuse
@@ -249,7 +249,7 @@ class Operations(pyfuse3.Operations):
         stream = await self._filesystem.readdir(fh, start_id)
         with closing(stream.entries(start_id, dots=True)) as entries:
             for entry in entries:
-                # A reply that was taken counts as a lookup of the entry, one that did not fit does not.
+                # A reply that fits counts as a lookup of the entry, one that does not fit does not.
                 if not pyfuse3.readdir_reply(
                     token,
                     entry.name,
@@ -314,7 +314,7 @@ def _inval_entry(parent_id: int, name: bytes) -> None:
 
 
 class KernelCaches:
-    """`gate.CacheControl` through pyfuse3 and sysfs."""
+    """`page_cache.CacheControl` through pyfuse3 and sysfs."""
 
     def __init__(self, device: tuple[int, int]) -> None:
         self._read_ahead = ReadAhead(device)
@@ -323,19 +323,19 @@ class KernelCaches:
         pyfuse3.invalidate_inode(node_id)
 
     def inval_range(self, node_id: int, offset: int, size: int) -> None:
-        # pyfuse3 knows no ranges.
+        # pyfuse3 cannot drop a range.
         pyfuse3.invalidate_inode(node_id)
 
     def inval_attributes(self, node_id: int) -> None:
         pyfuse3.invalidate_inode(node_id, attr_only=True)
 
     def set_page_exact(self, exact: bool) -> None:
-        # Without root, faults bring in up to 128 KiB, and the events say so.
+        # Without root, a fault brings in up to 128 KiB, and its event covers that range.
         self._read_ahead.switch(off=exact)
 
 
 class PyFuse3:
-    """`base.Engine`."""
+    """The engine `pyfuse3`; implements `base.Engine`."""
 
     def __init__(self, gate: Gate, *, private: bool) -> None:
         self._gate = gate
@@ -352,7 +352,7 @@ class PyFuse3:
                 ) from None
 
     def caches(self, device: tuple[int, int]) -> CacheControl:
-        # pyfuse3 cannot ask for it in INIT.
+        # pyfuse3 cannot set max_background in INIT.
         fusectl.raise_background_limit(device)
         return KernelCaches(device)
 
@@ -360,7 +360,7 @@ class PyFuse3:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._gate.listeners.kill_watch.run)
             nursery.start_soon(self._gate.leases.kill_watch.run)
-            # Waiting events must never use up the tasks, so there may be any number.
+            # Accesses that wait must never use up all tasks, so the limit is practically none.
             await pyfuse3.main(min_tasks=4, max_tasks=1_000_000)
             nursery.cancel_scope.cancel()
 
@@ -368,7 +368,7 @@ class PyFuse3:
         pyfuse3.terminate()
 
     def close(self) -> None:
-        # libfuse would unmount by path, whatever is mounted there by now.
+        # libfuse would unmount by path, and another filesystem may be mounted there by now.
         pyfuse3.close(unmount=False)
 
     def requests(self) -> dict[str, int]:
@@ -377,7 +377,7 @@ class PyFuse3:
 
 @contextmanager
 def _captured_stderr() -> Iterator[Callable[[], str]]:
-    """libfuse says on stderr why a mount failed: catch it, to say it in our one line."""
+    """Context manager that captures stderr, where libfuse reports why a mount failed. It gives a function that returns the text."""
     with tempfile.TemporaryFile() as catch:
         sys.stderr.flush()
         saved = os.dup(2)

@@ -1,20 +1,20 @@
-"""The read-ahead of a mount, which decides how much of a file a page fault brings in."""
+"""Switches the read-ahead of a mount, which decides how much of a file a page fault brings in (docs/facts.md, section 13)."""
 
 from contextlib import suppress
 from typing import Final
 
-_KIB: Final = 128  # the kernel's default for FUSE
+_KIB: Final = 128  # the kernel's default for FUSE, in KiB
 
 
 class ReadAhead:
-    """That of the mount with that (major, minor). Only root may change it; for others nothing happens."""
+    """The read-ahead of the mount with that (major, minor). Only root may change it; otherwise switch() has no effect."""
 
     def __init__(self, device: tuple[int, int]) -> None:
         self._setting = f"/sys/class/bdi/{device[0]}:{device[1]}/read_ahead_kb"
         self._off = False
 
     def switch(self, *, off: bool) -> None:
-        """Turn it off, so that a fault brings in one page, or on."""
+        """Turn read-ahead off, so that a fault brings in one page, or on again."""
         if off is self._off:
             return
         self._off = off
