@@ -1,4 +1,4 @@
-"""Changing attributes by way of a descriptor that is known to be the right inode."""
+"""Changes attributes of an inode through a descriptor of it, so that no name can lead to another inode."""
 
 from __future__ import annotations
 
@@ -25,27 +25,31 @@ _NOW_TOLERANCE: Final = 2_000_000_000  # nanoseconds
 
 @dataclass(frozen=True, slots=True)
 class AttributeChanges:
-    """What a SETATTR request changes; None leaves alone. `mode`: permission bits; `size`: bytes; times: nanoseconds
-    since 1970 (negative before), or TIME_NOW."""
+    """The changes of a SETATTR request. None leaves an attribute as it is."""
 
+    #: Permission bits.
     mode: int | None = None
     uid: int | None = None
     gid: int | None = None
+    #: In bytes.
     size: int | None = None
+    #: In nanoseconds since 1970 (negative: before), or TIME_NOW.
     atime_ns: int | None = None
+    #: As `atime_ns`.
     mtime_ns: int | None = None
 
 
 def path_of(fd: int) -> bytes:
-    """A path to what `fd` refers to. It goes through a magic link, so it leads to that inode and follows nothing more,
-    also where the inode is a symbolic link."""
+    """A path to the inode of `fd`. It goes through a magic link of /proc, so it leads to exactly that inode, also where
+    the inode is a symbolic link."""
     return b"/proc/self/fd/%d" % fd
 
 
 def apply(changes: AttributeChanges, fd: int, caller: Caller | None) -> None:
-    """Change the inode of `fd` (any open file of it, or O_PATH), never leaving more rights than before or after.
+    """Change the inode of `fd` (any open file of it, or O_PATH). At no moment are there more rights than before or after.
 
-    `caller`: whom to treat as the kernel treats one without CAP_FSETID; None when the kernel does so itself.
+    `caller`: the accessor, treated as the kernel treats a process without CAP_FSETID; None when the kernel does so itself.
+    Raises OSError.
     """
     path = path_of(fd)
     if changes.size is not None:
@@ -57,7 +61,7 @@ def apply(changes: AttributeChanges, fd: int, caller: Caller | None) -> None:
             os.truncate(path, changes.size)
     if changes.uid is not None or changes.gid is not None:
         if caller is not None:
-            # chown_common() in the kernel: also a set-gid bit without execute permission goes, unless he is a member.
+            # chown_common() in the kernel: a set-gid bit without execute permission goes, too, unless the caller is in the group.
             clear_foreign_sgid(fd, caller)
         os.chown(path, -1 if changes.uid is None else changes.uid, -1 if changes.gid is None else changes.gid)
     if changes.mode is not None:
@@ -85,8 +89,8 @@ def _set_times(path: bytes, atime_ns: int | None, mtime_ns: int | None) -> None:
     try:
         syscalls.set_times(path, atime_ns, mtime_ns, now=TIME_NOW)
     except PermissionError:
-        # touch(1) of someone else's file that one may write: allowed for "now" only. An engine that hands on "now" as
-        # a time (pyfuse3 does) must not turn that into an error.
+        # A process may touch(1) another user's writable file, but only with the time "now". pyfuse3 passes "now" as a
+        # time, which must not become an error.
         if atime_ns is None or mtime_ns is None or abs(atime_ns - mtime_ns) > _NOW_TOLERANCE:
             raise
         if abs(time.time_ns() - atime_ns) > _NOW_TOLERANCE:
@@ -95,9 +99,11 @@ def _set_times(path: bytes, atime_ns: int | None, mtime_ns: int | None) -> None:
 
 
 def clear_privileges(fd: int) -> bool:
-    """What a write or truncation by an ordinary user takes away: set-user-id, and set-group-id where the group may
-    execute (file_remove_privs() in the kernel, which looks at the server's capabilities, not at his). File capabilities
-    go by themselves: the kernel removes them whoever writes. Returns whether there was something to take."""
+    """Clear the bits that a write or truncation by an ordinary user clears; returns whether any was set.
+
+    They are set-user-id, and set-group-id where the group may execute (file_remove_privs() in the kernel, which checks the
+    capabilities of the server, not of the accessor). The kernel itself removes file capabilities at every write.
+    """
     mode = os.fstat(fd).st_mode
     if mode & _SUID_SGID and stat.S_ISREG(mode):
         kept = mode & ~(_SUID_SGID if mode & stat.S_IXGRP else stat.S_ISUID)
@@ -108,7 +114,7 @@ def clear_privileges(fd: int) -> bool:
 
 
 def clear_foreign_sgid(fd: int, caller: Caller) -> None:
-    """Take set-group-id from a file whose group `caller` is not in, where it means no execution."""
+    """Clear set-group-id of a file that its group may not execute, unless `caller` is in that group."""
     status = os.fstat(fd)
     mode = status.st_mode
     if (
@@ -121,10 +127,10 @@ def clear_foreign_sgid(fd: int, caller: Caller) -> None:
 
 
 def restore_mode(fd_path: bytes, wanted: int, status: os.stat_result, parent_path: bytes) -> bool:
-    """Undo the server's own umask on a new object: its mode came with the accessor's umask applied.
+    """Undo the effect of the server's umask on a new object; returns whether the mode was changed.
 
-    Bits may also be missing because of a default ACL, which takes the umask's place; those stay missing.
-    Returns whether the mode was changed.
+    `wanted` is the mode with the accessor's umask applied. Bits may also be missing because of a default ACL, which
+    replaces the umask. Those stay missing.
     """
     lost = wanted & 0o777 & ~status.st_mode
     if not lost:

@@ -1,4 +1,4 @@
-"""Who asks for an operation, and doing it in his name."""
+"""The accessor of a request, and operations on the backing in its name."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from fusehsm.linux import syscalls
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """The accessor of one request, as the FUSE header names him. `umask` is informative: the mode of a new
-    object arrives with it applied (the kernel does that unless FUSE_DONT_MASK was negotiated)."""
+    """The accessor of one request, as in the FUSE header."""
 
     uid: int
     gid: int
+    #: The thread, 0 if there is none.
     pid: int
+    #: For information only: the mode of a new object arrives with it applied, unless FUSE_DONT_MASK was negotiated.
     umask: int = 0
 
     def in_group(self, gid: int) -> bool:
-        """Is `gid` his own or a supplementary group? (in_group_p() in the kernel.) A process that cannot be read
-        counts as not being a member: the answer only ever decides whether a set-gid bit may stay."""
+        """Whether `gid` is the accessor's own or a supplementary group (in_group_p() in the kernel).
+
+        A process that cannot be read counts as no member. The answer only decides whether a set-gid bit may stay.
+        """
         if gid == self.gid:
             return True
         if self.pid <= 0:
@@ -37,7 +40,7 @@ class Caller:
 
 
 class Impersonation:
-    """Creates things in a caller's name where the server may, and says where it may not."""
+    """Creates objects in a caller's name where the server may do so, and tells where it may not."""
 
     def __init__(self) -> None:
         self._uid = os.geteuid()
@@ -46,20 +49,22 @@ class Impersonation:
         """May this server create files that belong to others?"""
 
     def as_caller(self, caller: Caller) -> AbstractContextManager[None]:
-        """While it lasts, what this thread creates belongs to `caller`: the backing's own kernel code then gives
-        set-gid parents, quotas and ACLs their due, and no object is ever root's for a moment."""
+        """Context manager in which the objects that this thread creates belong to `caller`.
+
+        So the backing's kernel code applies set-gid parents, quotas and ACLs, and no object belongs to root even for a moment.
+        """
         if not self.privileged or (caller.uid == self._uid and caller.gid == self._gid):
             return nullcontext()
         return syscalls.filesystem_identity(caller.uid, caller.gid)
 
     def allows_suid(self, caller: Caller) -> bool:
-        """May a new object keep set-user-id and set-group-id bits? Not where it would belong to the server's user
-        although someone else decides on its content."""
+        """Whether a new object may keep set-user-id and set-group-id bits. Not if it would belong to the server's user
+        while another user controls its content."""
         return self.privileged or (caller.uid == self._uid)
 
     def is_ordinary(self, caller: Caller) -> bool:
-        """Must the server do what the kernel does for a caller without CAP_FSETID? An ordinary server need not:
-        the kernel does it to the server itself."""
+        """Whether the server must clear bits as the kernel does for a caller without CAP_FSETID. An ordinary server need not:
+        the kernel treats the server itself so."""
         return self.privileged and caller.uid != 0
 
 

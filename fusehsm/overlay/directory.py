@@ -1,4 +1,4 @@
-"""Reading a directory of the backing: entries with attributes, at offsets that stay good while names come and go."""
+"""Reads a directory of the backing: entries with attributes, at offsets that stay valid while names are made and removed."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ _BUFFER_SIZE: Final = 32768  # bytes, as glibc's readdir(3)
 
 @dataclass(frozen=True, slots=True)
 class DirectoryEntry:
-    """One name. `next_offset` is where reading goes on after it.
+    """One name of a directory.
 
-    An entry that cannot be examined (EACCES in a directory that may be read but not searched) has a `status` of mode 0,
-    which makes the kernel list the name and remember nothing, and a `node` that stands for no file.
+    stat(2) of an entry may fail (EACCES in a directory that may be read but not searched). Its `status` then has mode 0,
+    upon which the kernel lists the name and caches nothing, and its `node` stands for no file.
     """
 
     name: bytes
     node: Node
     status: os.stat_result
+    #: The offset at which reading continues after it.
     next_offset: int
 
 
 class DirectoryStream:
     """An open directory.
 
-    Offsets are the backing's own (d_off of getdents64(2)), which filesystems keep stable against creation and removal
-    for the sake of NFS and of telldir(3); reading on from where the last call stopped does not seek at all.
+    Offsets are the backing's own (d_off of getdents64(2)). Filesystems keep them stable while names are made and removed,
+    because NFS and telldir(3) need that. Reading on from the end of the last call makes no lseek(2).
     """
 
     def __init__(self, node: Node, fd: int, table: NodeTable) -> None:
@@ -54,10 +55,10 @@ class DirectoryStream:
         (os.fdatasync if data_only else os.fsync)(self.fd)
 
     def entries(self, offset: int, *, dots: bool = False) -> Generator[DirectoryEntry, None, None]:
-        """The entries from `offset` (0 or a `next_offset`) on, names that vanish skipped, "." and ".." only with `dots`.
+        """The entries from `offset` (0 or a `next_offset`) on, without names that vanish; "." and ".." only with `dots`.
 
-        An entry counts as a lookup of its node only once `Overlay.remember` was called with it; one that was not (it
-        did not fit into the reply) is dropped when the iteration goes on or is closed, and comes again next time.
+        An entry counts as a lookup of its node once `Overlay.remember` is called for it. Otherwise (it did not fit into the
+        reply) its node may be dropped when the iteration continues or is closed, and the entry comes again next time.
         """
         self._seek(offset)
         buffer = ctypes.create_string_buffer(_BUFFER_SIZE)
@@ -81,7 +82,7 @@ class DirectoryStream:
 
     def _seek(self, offset: int) -> None:
         if offset == 0:
-            # rewinddir(3): what is buffered may be old.
+            # rewinddir(3): the buffered entries may be old.
             os.lseek(self.fd, 0, os.SEEK_SET)
             self._entries, self._index, self._offset = [], 0, 0
             return
@@ -95,8 +96,8 @@ class DirectoryStream:
         self._entries, self._index, self._offset = [], 0, offset
 
     def _dot(self, name: bytes, next_offset: int) -> DirectoryEntry:
-        """ "." or "..". Of these the kernel takes number and kind for getdents64(2), and neither attributes nor a reference
-        (fuse_direntplus_link() in the kernel)."""
+        """The entry of "." or "..". The kernel takes only its number and kind, for getdents64(2), but no attributes and no
+        reference (fuse_direntplus_link() in the kernel)."""
         parent = self.node.parent
         node = self.node if name == b"." or parent is None else parent
         return DirectoryEntry(name, node, os.fstat(self.fd), next_offset)

@@ -1,4 +1,4 @@
-"""Nodes: which inode of the backing the kernel means by a node id, and by which names it can be reached.
+"""The table of nodes: the inode of the backing for each node id of the kernel, and the names that lead to it.
 
 A node holds no descriptor. It knows its (parent, name) links, newest first, and the (device, inode number) that
 must be found at their end.
@@ -17,14 +17,14 @@ from fusehsm.linux import syscalls
 
 ROOT_ID: Final = 1
 
-# Node ids. The root's device shows its own inode numbers; every other device gets a range of its own above bit 62,
-# and what fits neither (numbers of 48 bits and more on those, 0 and 1, 2**62 and more) is numbered in the last range.
+# Node ids. On the root's device they are the inode numbers. Every other device has a range of its own from bit 62 on. Inodes
+# that fit neither (numbers of more than 48 bits on those devices; 0, 1, 2**62 and more on the root's) are numbered in the last range.
 _OWN_LIMIT: Final = 1 << 62
 _DEVICE_SHIFT: Final = 48
 _DEVICE_INODE_LIMIT: Final = 1 << _DEVICE_SHIFT
 _LAST_DEVICE_INDEX: Final = (1 << 14) - 1
 
-# One object for each kind instead of one a node.
+# One object for each kind, which all nodes of that kind share.
 _KINDS: Final = {
     kind: kind
     for kind in (
@@ -51,13 +51,7 @@ class Device:
 
 
 class Node:
-    """One inode of the backing that the kernel (or a mark, or a handle) knows.
-
-    `id`: the FUSE node id, shown as st_ino. `generation`: differs when an inode number was reused. `kind`: S_IFMT
-    bits. `lookups`: references the kernel holds, plus the overlay's users'. `children`: known links in this directory.
-    `told_size`: the size in bytes that the kernel takes it to have, -1 where it was told none.
-    `linked`: False once the last known name was removed through the mount; `parent` and `name` then say what it was.
-    """
+    """One inode of the backing that the kernel (or a mark, or a handle) knows."""
 
     __slots__ = (
         "children",
@@ -84,17 +78,27 @@ class Node:
         parent: Node | None,
         name: bytes,
     ) -> None:
+        #: The FUSE node id, shown as st_ino.
         self.id = node_id
         self.device = device
+        #: The inode number on the backing.
         self.inode = inode
+        #: Differs from that of an earlier file with the same inode number.
         self.generation = generation
+        #: The S_IFMT bits of st_mode.
         self.kind = _KINDS.get(kind, kind)
+        #: The directory of the newest link; None for the root. Without a link, that of the last one.
         self.parent = parent
+        #: The name of that link.
         self.name = name
         self.more_links: list[tuple[Node, bytes]] | None = None  # hard links beyond (parent, name)
+        #: References: those of the kernel and of users of the overlay.
         self.lookups = 0
+        #: How many known links are in this directory.
         self.children = 0
+        #: False once the last known name was removed through the mount.
         self.linked = True
+        #: The size in bytes that the kernel takes it to have; -1 where it was told none.
         self.told_size = -1
 
     def __repr__(self) -> str:
@@ -109,7 +113,7 @@ class Node:
         return self.kind == stat.S_IFREG
 
     def made_as_long_as(self, end: int) -> None:
-        """The kernel has had it written up to that byte, and takes it to be no shorter."""
+        """A write up to byte `end` is done, so the kernel takes the file to be at least that long."""
         self.told_size = max(self.told_size, end)
 
     def links(self) -> tuple[tuple[Node, bytes], ...]:
@@ -121,7 +125,7 @@ class Node:
         return ((self.parent, self.name), *self.more_links)
 
     def parents(self) -> tuple[int, ...]:
-        """Node ids of the directories it is known in (of an unlinked node: the last one), each once."""
+        """Node ids of the directories of its known names, each once; of an unlinked node, the last one."""
         if self.parent is None:
             return ()
         if self.more_links is None:
@@ -129,7 +133,7 @@ class Node:
         return tuple(dict.fromkeys([self.parent.id, *(parent.id for parent, _ in self.more_links)]))
 
     def matches(self, status: os.stat_result) -> bool:
-        """Is `status` this inode's?"""
+        """Whether `status` belongs to this inode."""
         return (
             status.st_ino == self.inode
             and status.st_dev == self.device.number
@@ -138,8 +142,11 @@ class Node:
 
 
 class NodeTable:
-    """All known nodes by id. `on_removed` is called with each node that leaves (also one whose number was reused),
-    `on_reused` with (old, new) in the latter case."""
+    """All known nodes, by id.
+
+    `on_removed` is called with each node that leaves the table, also with one whose inode number was reused. In that case
+    `on_reused` is called with (old, new), too.
+    """
 
     def __init__(self, root_status: os.stat_result, on_removed: Callable[[Node], None]) -> None:
         self._nodes: dict[int, Node] = {}
@@ -154,7 +161,7 @@ class NodeTable:
         self.root = Node(ROOT_ID, self._own, root_status.st_ino, 0, stat.S_IFDIR, None, b"")
         self.root.lookups = 1
         self._nodes[ROOT_ID] = self.root
-        # What a directory lists but nobody may examine; no request ever names it.
+        # Stands for directory entries of which stat(2) is not permitted. No request ever names it.
         unreadable_id = _OWN_LIMIT | _LAST_DEVICE_INDEX << _DEVICE_SHIFT | (_DEVICE_INODE_LIMIT - 1)
         self.unreadable = Node(unreadable_id, self._own, 0, 0, 0, None, b"")
 
@@ -177,9 +184,9 @@ class NodeTable:
         return None if node_id is None else self._nodes.get(node_id)
 
     def enter(self, status: os.stat_result, parent: Node, name: bytes, dir_fd: int) -> Node:
-        """The node of the inode that `status` describes, found as `name` in `parent` (open as `dir_fd`).
+        """The node of the inode that `status` describes, found as `name` in `parent` (open as `dir_fd`). Raises OSError.
 
-        Makes it when unknown, with `lookups` 0, adds the link, and notices a reused inode number.
+        Makes the node with `lookups` 0 if it is unknown, adds the link, and detects a reused inode number.
         """
         device = self._devices.get(status.st_dev)
         if device is None:
@@ -206,8 +213,8 @@ class NodeTable:
         return node
 
     def _replace(self, old: Node, status: os.stat_result, parent: Node, name: bytes, dir_fd: int) -> Node:
-        """The inode number seems reused. The name may also have changed between the stat and the handle, so look
-        again, through one descriptor."""
+        """Replace a node whose inode number seems to be reused, after a second check through one descriptor: the name may also
+        have changed between stat(2) and the reading of the file handle. Raises OSError ESTALE in that case."""
         fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
         try:
             now = os.fstat(fd)
@@ -223,7 +230,7 @@ class NodeTable:
 
     def _succeed(self, old: Node, generation: int, kind: int, parent: Node, name: bytes) -> Node:
         new = Node(old.id, old.device, old.inode, generation, kind, parent, name)
-        # The kernel counts both incarnations' lookups under the one id, and forgets them under it.
+        # The kernel counts the lookups of both under one id, and its FORGET names that id.
         new.lookups = old.lookups
         parent.children += 1
         self._nodes[new.id] = new
@@ -236,7 +243,7 @@ class NodeTable:
         return new
 
     def enter_unnamed(self, status: os.stat_result, parent: Node, fd: int) -> Node:
-        """The node of a new file without a name (O_TMPFILE) that was made in `parent` and is open as `fd`, with `lookups` 0."""
+        """A node, with `lookups` 0, of a new file without a name (O_TMPFILE) that was made in `parent` and is open as `fd`."""
         device = self._devices.get(status.st_dev) or self._device(status.st_dev)
         node_id = self._mapped_id(device, status.st_ino)
         generation, kind = self._generation(device, fd, b""), status.st_mode & 0o170000
@@ -254,7 +261,7 @@ class NodeTable:
     # links
 
     def add_link(self, node: Node, parent: Node, name: bytes) -> None:
-        """`node` was seen as `name` in `parent`: make that the first link. A directory has only one."""
+        """Make `name` in `parent`, where `node` was seen, its first link. A directory has only one link."""
         if node.parent is None:
             return
         if node.linked and node.parent is parent and node.name == name:
@@ -274,8 +281,8 @@ class NodeTable:
             parent.children -= 1
 
     def _break_loop(self, node: Node, parent: Node) -> None:
-        """`node` was just seen in `parent`. If names remembered from before say that `parent` lies below `node`, someone
-        has moved directories behind the mount; whichever of them hung in `node` is somewhere else now, unknown where."""
+        """`node` was just seen in `parent`. If the known links say that `parent` lies below `node`, directories were moved on
+        the backing. Then the one of them that was directly in `node` is elsewhere now; its link is removed."""
         below: Node | None = parent
         while below is not None:
             if below.parent is node:
@@ -286,7 +293,7 @@ class NodeTable:
             below = below.parent
 
     def drop_link(self, node: Node, parent: Node, name: bytes) -> None:
-        """`name` in `parent` is `node` no more. The last known link is kept as a memory, and `linked` is False."""
+        """Remove the link `name` in `parent` from `node`. The last known link stays as `parent` and `name`, with `linked` False."""
         if node.parent is None or not node.linked:
             return
         if node.parent is parent and node.name == name:
@@ -307,12 +314,12 @@ class NodeTable:
     # lifetime
 
     def forget(self, node: Node, count: int) -> None:
-        """Take `count` from its lookups; at zero, and with no known children, it leaves the table."""
+        """Subtract `count` from a node's lookups. At 0, and without known children, it leaves the table."""
         node.lookups = max(0, node.lookups - count)
         self.collect(node)
 
     def collect(self, node: Node) -> None:
-        """Drop `node`, and then its parents, where nothing refers to them any more."""
+        """Remove `node`, and then its parents, if nothing refers to them any more."""
         waiting = [node]
         while waiting:
             node = waiting.pop()
@@ -383,10 +390,10 @@ class NodeTable:
         return source(dir_fd, name)
 
     def _choose_generation(self, dir_fd: int, name: bytes) -> Callable[[int, bytes], int]:
-        """How this device tells two files that had one inode number after the other apart.
+        """The function that distinguishes two files with the same inode number, one after the other, on this device.
 
-        The file handle carries the inode's generation on every filesystem that can be exported (measured: ext4,
-        tmpfs, overlayfs with nfs_export). Else the birth time, except on overlayfs, where copy-up changes it.
+        It uses the file handle, which contains the inode's generation on every filesystem that can be exported (measured:
+        ext4, tmpfs, overlayfs with nfs_export). Otherwise it uses the birth time, except on overlayfs, where copy-up changes it.
         """
         try:
             self._handles.read(dir_fd, name)
@@ -405,7 +412,7 @@ class NodeTable:
         return _no_generation if syscalls.birth_time(dir_fd, name) is None else _birth_generation
 
     def _handle_generation(self, dir_fd: int, name: bytes) -> int:
-        # A CRC of 32 bits tells any two values of a 32-bit field apart when the rest is the same.
+        # A CRC of 32 bits differs for any two values of a 32-bit field when all other bytes are the same.
         return zlib.crc32(self._handles.read(dir_fd, name))
 
 

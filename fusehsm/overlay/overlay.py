@@ -1,11 +1,11 @@
-"""The filesystem: every POSIX operation on the backing, node by node; it knows nothing of events.
+"""The filesystem: every POSIX operation on nodes of the backing, without any events.
 
-Methods are synchronous and raise OSError with the backing's own errno; ESTALE says that the name no longer leads to the
-node, upon which the kernel looks it up again. They are meant for one thread (the event loop's); operations on
-descriptors alone may run in any. Permissions were checked by the kernel (default_permissions) before a request arrives.
+Methods are synchronous and raise OSError with the backing's errno. ESTALE means that the name no longer leads to the
+node, upon which the kernel looks it up again. Only one thread (that of the event loop) may call them; operations on
+descriptors alone may run in any thread. The kernel checks permissions (default_permissions) before it sends a request.
 
-Promises: nothing outside the source is ever reached; a new object belongs to the accessor from its first moment; set-id
-bits do not survive an ordinary user's write although a root server does the writing.
+Promises: no operation reaches anything outside the source. A new object belongs to the accessor from its first moment.
+A write by an ordinary user clears set-id bits, although a root server makes the write.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ __all__ = [
     "Overlay",
 ]
 
-# What of an accessor's open flags the backing file gets. Not O_APPEND: pwrite(2) ignores its offset on such a descriptor, also
-# after the accessor took the flag off with F_SETFL; what appends says so when it writes (emulator/backing_writes.py). Not O_DIRECT: it would ask
-# for aligned buffers here, and its promise is the engine's to keep. Not 0x20 (__FMODE_EXEC), O_NOFOLLOW, O_CREAT ...
+# The open flags of an accessor that the backing file gets, too. Not O_APPEND: pwrite(2) ignores its offset on such a descriptor, also after the
+# accessor has cleared the flag with F_SETFL; each appending write sets RWF_APPEND (emulator/backing_writes.py). Not O_DIRECT: it would need
+# aligned buffers here, and the engine provides what it promises. Not 0x20 (__FMODE_EXEC), O_NOFOLLOW, O_CREAT ...
 _BACKING_FLAGS: Final = os.O_ACCMODE | os.O_DSYNC | os.O_SYNC | os.O_NOATIME
-# A listener gets what it asked fanotify_init(2) for.
+# A listener's event fd also gets these, if event_f_flags of fanotify_init(2) has them.
 _EVENT_FLAGS: Final = _BACKING_FLAGS | os.O_APPEND | os.O_NONBLOCK
 _PATH_ONLY: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _ACL_ACCESS: Final = b"system.posix_acl_access"
@@ -53,9 +53,9 @@ _ACL_ACCESS: Final = b"system.posix_acl_access"
 class Overlay:
     """The tree below the directory `source`.
 
-    `directories`: how many directory descriptors to keep. `pins`: how many removed files that the kernel still knows
-    keep one, beyond those that are open (the others: overlay/unlinked.py). `trust_seconds`: how long a directory is taken to be where it was last
-    found.
+    `directories`: how many directory descriptors to keep. `pins`: how many removed files that the kernel still knows keep
+    a descriptor, beyond those that are open (for the others see overlay/unlinked.py). `trust_seconds`: how long a directory
+    is used without walking its names again.
     """
 
     def __init__(
@@ -67,11 +67,11 @@ class Overlay:
         self.root = self._table.root
 
     def close(self) -> None:
-        """Close every descriptor the overlay keeps; those it gave away are their owners'."""
+        """Close every descriptor that the overlay keeps. Descriptors that it has returned belong to the callers."""
         self._reach.close()
 
     def is_pinned(self, node: Node) -> bool:
-        """Whether a file that has no name any more can be opened all the same."""
+        """Whether a file can be opened although it has no name any more."""
         return self._reach.is_pinned(node)
 
     # Nodes
@@ -86,40 +86,41 @@ class Overlay:
         return list(self._table)
 
     def open_root(self) -> int:
-        """A new descriptor of the backing's root directory."""
+        """A new descriptor of the backing's root directory; the caller closes it."""
         return os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._reach.root_fd)
 
     def node_of_backing(self, major: int, minor: int, inode: int) -> Node | None:
-        """The node of a file of the backing, None if it is not one that the kernel knows of."""
+        """The node of the backing file with that device and inode number; None if the kernel does not know it."""
         return self._table.known_as(os.makedev(major, minor), inode)
 
     def node(self, node_id: int) -> Node:
-        """The node of an id the kernel uses; ESTALE when it is not known (any more)."""
+        """The node of an id. Raises OSError ESTALE when it is not known (any more)."""
         node = self._table.get(node_id)
         if node is None:
             raise stale()
         return node
 
     def remember(self, node: Node) -> None:
-        """Count one reference: the kernel got the node in a reply, or someone wants it to stay known."""
+        """Count one reference: the kernel got the node in a reply, or a user of the overlay needs it to stay in the table."""
         node.lookups += 1
 
     def forget(self, node: Node, count: int = 1) -> bool:
-        """Take back `count` references; True when the node left the table (it may stay for the sake of its children)."""
+        """Drop `count` references; returns whether the node has left the table. It may stay because of its children."""
         self._table.forget(node, count)
         return self._table.get(node.id) is not node
 
     def on_removed(self, call: Callable[[Node], None] | None) -> None:
-        """`call` is called with every node whose inode number turned out to belong to a new file: what is kept by its
-        id (marks, caches) is void."""
+        """Set the function that is called with every node whose inode number now belongs to a new file. All state that is
+        kept by its id (marks, caches) is invalid then."""
         self._table.on_reused = None if call is None else lambda old, new: call(old)
 
     def open_files_from(self, provider: Callable[[Node], int | None]) -> None:
-        """Let `provider` lend a descriptor of a node whose names are gone (it stays open after use)."""
+        """Set the function that gives a descriptor of a node without names. The descriptor still belongs to the provider."""
         self._reach.open_fd_of = provider
 
     def relative_path(self, node: Node) -> bytes:
-        """Path below the source by the name seen last, b"" for the root, " (deleted)" appended as the kernel does."""
+        """The path below the source by the name seen last; b"" for the root. After a removal " (deleted)" is appended, as in
+        the kernel."""
         names = []
         current: Node | None = node
         deleted = False
@@ -133,7 +134,7 @@ class Overlay:
     # Names
 
     def lookup(self, parent: Node, name: bytes) -> tuple[Node, os.stat_result]:
-        """Find `name` in `parent` and count one reference. ENOENT when there is none."""
+        """Find `name` in `parent`, and count one reference. Raises OSError ENOENT when there is none."""
         if name in (b".", b".."):
             node = parent if name == b"." or parent.parent is None else parent.parent
             status = self._reach.status(node)
@@ -145,7 +146,7 @@ class Overlay:
         return node, status
 
     def readlink(self, node: Node) -> bytes:
-        """Where a symbolic link points; EINVAL for anything else."""
+        """The target of a symbolic link. Raises OSError EINVAL for other nodes."""
         if node.kind != stat.S_IFLNK:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), node.name)
         fd = self._reach.path_fd(node)
@@ -185,7 +186,7 @@ class Overlay:
         dir_fd = self._directory(new_parent, new_name)
         fd = self._reach.path_fd(node)
         try:
-            # Through the magic link, so that it is this very inode, be it a symbolic link itself.
+            # Through the magic link, so that the new name is for exactly this inode, even if it is a symbolic link.
             os.link(path_of(fd), new_name, dst_dir_fd=dir_fd, follow_symlinks=True)
             status = os.fstat(fd)
         finally:
@@ -196,7 +197,7 @@ class Overlay:
         return node, status
 
     def unlink(self, parent: Node, name: bytes) -> None:
-        """Remove a name that is not a directory."""
+        """Remove a name that is not that of a directory."""
         dir_fd = self._directory(parent, name)
         node, fd = self._doomed(dir_fd, name)
         try:
@@ -220,7 +221,7 @@ class Overlay:
     def rename(
         self, old_parent: Node, old_name: bytes, new_parent: Node, new_name: bytes, flags: int = 0
     ) -> None:
-        """renameat2(2) with RENAME_NOREPLACE, RENAME_EXCHANGE or 0; other flags are EINVAL."""
+        """renameat2(2) with RENAME_NOREPLACE, RENAME_EXCHANGE or 0. Raises OSError EINVAL for other flags."""
         if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), old_name)
         old_dir_fd = self._directory(old_parent, old_name)
@@ -254,11 +255,11 @@ class Overlay:
     # Attributes
 
     def getattr(self, node: Node, fd: int | None = None) -> os.stat_result:
-        """stat(2) of the node, through `fd` where one is given (any open file of it)."""
+        """stat(2) of the node, through `fd` (any open file of it) where it is given."""
         return self._reach.status(node) if fd is None else os.fstat(fd)
 
     def birth_time(self, node: Node) -> tuple[int, int] | None:
-        """When the file was made, in seconds since 1970 and nanoseconds; None where the backing does not keep that."""
+        """The file's birth time as (seconds since 1970, nanoseconds); None where the backing does not store it."""
         fd = self._reach.path_fd(node)
         try:
             born = syscalls.birth_time(fd, b"")
@@ -269,10 +270,10 @@ class Overlay:
     def setattr(
         self, node: Node, changes: AttributeChanges, fd: int | None = None, caller: Caller | None = None
     ) -> tuple[Node, os.stat_result]:
-        """Change attributes on behalf of `caller` (None: the server itself), through `fd` where one is given (any open
-        file of the node: truncation then works without permission to open it for writing, as ftruncate(2)).
+        """Change attributes on behalf of `caller` (None: the server itself); returns the node and its new status.
 
-        EOPNOTSUPP for the mode of a symbolic link.
+        `fd` is any open file of the node. With one that is open for writing, a truncation needs no permission to open the file,
+        as with ftruncate(2). Raises OSError EOPNOTSUPP for the mode of a symbolic link.
         """
         if changes.mode is not None and node.kind == stat.S_IFLNK:
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), node.name)
@@ -288,7 +289,7 @@ class Overlay:
             os.close(fd)
 
     def access(self, node: Node, mode: int) -> bool:
-        """access(2) as the server (with default_permissions the kernel asks nobody)."""
+        """access(2) with the server's own rights. With default_permissions the kernel does not send this request."""
         fd = self._reach.path_fd(node)
         try:
             return os.access(path_of(fd), mode)
@@ -308,10 +309,10 @@ class Overlay:
     # Files
 
     def open(self, node: Node, flags: int, caller_uid: int = 0) -> int:
-        """Open the node's backing file with the access mode, O_TRUNC and O_SYNC of `flags`; the descriptor is the
-        caller's to close. Nothing but this very inode is ever opened, so nothing else is truncated or woken.
+        """Open the node's backing file with the access mode, O_TRUNC and O_SYNC of `flags`; the caller closes the descriptor.
 
-        With O_TRUNC set-id bits go unless `caller_uid` is 0.
+        It opens exactly this inode, so no other file is truncated and no device or fifo is opened. With O_TRUNC set-id bits are
+        cleared unless `caller_uid` is 0. Raises OSError.
         """
         self._check_openable(node)
         fd = self._reach.path_fd(node)
@@ -324,7 +325,7 @@ class Overlay:
             except OSError as error:
                 if error.errno != errno.EPERM or not flags & os.O_APPEND:
                     raise
-                # It can only be appended to (chattr(1)).
+                # The file is append-only (chattr(1)).
                 opened = self._reach.open(path, backing_flags | os.O_APPEND)
             if flags & os.O_TRUNC:
                 node.told_size = 0
@@ -335,10 +336,11 @@ class Overlay:
     def create(
         self, parent: Node, name: bytes, flags: int, mode: int, caller: Caller
     ) -> tuple[Node, os.stat_result, int]:
-        """Create and open a regular file; counts one reference, and the descriptor is the caller's to close.
+        """Create and open a regular file; counts one reference. Returns the node, its status and a descriptor, which the caller closes.
 
-        The kernel asks this for names it takes to be free. Where there is a file now, nobody has checked the accessor's
-        rights to it: EEXIST with O_EXCL, else ESTALE, upon which the kernel looks again and opens it properly.
+        The kernel sends CREATE for names that it takes to be free. If a file exists by now, the accessor's permission for it is
+        not checked. This then raises OSError EEXIST with O_EXCL, otherwise ESTALE, upon which the kernel looks the name up again
+        and opens the file with all checks.
         """
         dir_fd = self._directory(parent, name)
         mode = self._creation_mode(dir_fd, mode, caller)
@@ -364,7 +366,7 @@ class Overlay:
     def create_unnamed(
         self, parent: Node, flags: int, mode: int, caller: Caller
     ) -> tuple[Node, os.stat_result, int]:
-        """Create and open a regular file without a name (O_TMPFILE); counts one reference, and the descriptor is the caller's to close."""
+        """Create and open a regular file without a name (O_TMPFILE); counts one reference. Returns as create()."""
         directory = path_of(self._reach.directory_fd(parent))
         mode = self._creation_mode(self._reach.directory_fd(parent), mode, caller)
         backing_flags = flags & (_BACKING_FLAGS | os.O_EXCL) | os.O_TMPFILE | os.O_CLOEXEC
@@ -382,9 +384,12 @@ class Overlay:
         return node, status, fd
 
     def open_for_event(self, node: Node, flags: int, fd: int | None = None) -> int:
-        """A descriptor for a listener, opened by its event_f_flags (fanotify_init(2)); O_CLOEXEC always, O_LARGEFILE as
-        every descriptor of a 64-bit process. Files and directories only, directories for reading: the kernel opens its own
-        for writing, too, but open(2) does not. `fd`: any open file of the node, which saves finding it by its names."""
+        """An event fd for a listener, opened with its event_f_flags (fanotify_init(2)) in `flags`. Raises OSError.
+
+        O_CLOEXEC is always set, and O_LARGEFILE as on every descriptor of a 64-bit process. Only files and directories can be
+        opened, and directories for reading only: the kernel opens them for writing, too, but open(2) cannot. `fd`: any open file
+        of the node, which saves a walk of its names.
+        """
         if node.kind != stat.S_IFDIR:
             self._check_openable(node)
         else:
@@ -399,10 +404,13 @@ class Overlay:
             os.close(fd)
 
     def open_alone(self, node: Node) -> int:
-        """A descriptor of a regular file, for reading and writing, that nobody else has open or mapped on the backing; it is the caller's to
-        close. Raises BlockingIOError (EAGAIN) when somebody has, as far as the backing tells (syscalls.take_lease())."""
+        """A descriptor, for reading and writing, of a regular file that no other process has open or mapped on the backing.
+
+        The caller closes it. Raises BlockingIOError (EAGAIN) when another process has the file open, as far as the backing can tell
+        (syscalls.take_lease()).
+        """
         try:
-            # Not to wait for somebody's lease.
+            # O_NONBLOCK, so that it does not wait for the end of another lease.
             fd = self.open_for_event(node, os.O_RDWR | os.O_NONBLOCK)
         except OSError as error:
             if error.errno == errno.ETXTBSY:
@@ -414,7 +422,7 @@ class Overlay:
             except BlockingIOError:
                 raise
             except OSError:
-                pass  # a backing without leases, or somebody else's file
+                pass  # the backing has no leases, or the file belongs to another user
             else:
                 syscalls.give_lease_back(fd)
             os.set_blocking(fd, True)
@@ -424,19 +432,21 @@ class Overlay:
         return fd
 
     def change_time(self, node: Node) -> int | None:
-        """When the node was last changed in any way (st_ctime), in nanoseconds; None where nobody can tell."""
+        """The node's st_ctime, in nanoseconds; None where stat(2) fails."""
         try:
             return self._reach.status(node).st_ctime_ns
         except OSError:
             return None
 
     def is_being_written(self, node: Node) -> bool:
-        """Whether somebody, known here or not, has the node's backing file open for writing or mapped writable; True where nobody can tell.
-        Of files on overlayfs mappings are not seen."""
+        """Whether any process has the node's backing file open for writing or mapped writable; True where that is unknown.
+
+        On overlayfs mappings are not seen.
+        """
         if not node.is_regular:
             return False
         try:
-            # Not to wait for somebody's lease.
+            # O_NONBLOCK, so that it does not wait for the end of a lease.
             fd = self.open_for_event(node, os.O_RDONLY | os.O_NONBLOCK)
         except OSError:
             return True
@@ -448,14 +458,18 @@ class Overlay:
             os.close(fd)
 
     def before_write(self, node: Node, fd: int, caller_uid: int) -> bool:
-        """To be called before writing for user `caller_uid`: takes set-id bits away unless he is root, and returns whether there
-        were any. (File capabilities go with any write; an ordinary server's own writes clear everything.)"""
+        """Clear set-id bits before a write for user `caller_uid`, unless that is root; returns whether there were any.
+
+        The kernel clears file capabilities at every write, and set-id bits at the writes of an ordinary server.
+        """
         return caller_uid != 0 and self._impersonation.privileged and attributes.clear_privileges(fd)
 
     @staticmethod
     def before_placing(fd: int) -> None:
-        """To be called before writing at an offset, which a backing file with O_APPEND would ignore. EPERM for a file that can only be appended
-        to (open() gives that flag to no other)."""
+        """Clear O_APPEND of a backing file before a write at an offset, which that flag would override.
+
+        Raises OSError EPERM for an append-only file. open() sets the flag on no other file.
+        """
         flags = fcntl.fcntl(fd, fcntl.F_GETFL)
         if flags & os.O_APPEND:
             fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_APPEND)
@@ -478,7 +492,7 @@ class Overlay:
     # Extended attributes
 
     def getxattr(self, node: Node, name: bytes) -> bytes:
-        """Value of an extended attribute; ENODATA when there is none, and for fusehsm's own."""
+        """The value of an extended attribute. Raises OSError ENODATA when there is none, and for fusehsm's own."""
         attributes.hide_own(name, errno.ENODATA)
         fd = self._reach.path_fd(node)
         try:
@@ -489,7 +503,10 @@ class Overlay:
     def setxattr(
         self, node: Node, name: bytes, value: bytes, flags: int = 0, caller: Caller | None = None
     ) -> None:
-        """Set an extended attribute; `flags` is 0, os.XATTR_CREATE or os.XATTR_REPLACE. EOPNOTSUPP for fusehsm's own (which cp -a takes well)."""
+        """Set an extended attribute; `flags` is 0, os.XATTR_CREATE or os.XATTR_REPLACE.
+
+        Raises OSError EOPNOTSUPP for fusehsm's own, an error that cp -a ignores.
+        """
         attributes.hide_own(name, errno.EOPNOTSUPP)
         fd = self._reach.path_fd(node)
         try:
@@ -500,7 +517,7 @@ class Overlay:
             os.close(fd)
 
     def listxattr(self, node: Node, caller: Caller | None = None) -> list[bytes]:
-        """Names of the extended attributes, fusehsm's own left out; an ordinary `caller` is not shown trusted.* (xattr(7))."""
+        """Names of the extended attributes, without fusehsm's own; for an ordinary `caller` without trusted.* (xattr(7))."""
         fd = self._reach.path_fd(node)
         try:
             names = [
@@ -515,7 +532,7 @@ class Overlay:
         return names
 
     def removexattr(self, node: Node, name: bytes) -> None:
-        """Remove an extended attribute; ENODATA when there is none, and for fusehsm's own."""
+        """Remove an extended attribute. Raises OSError ENODATA when there is none, and for fusehsm's own."""
         attributes.hide_own(name, errno.ENODATA)
         fd = self._reach.path_fd(node)
         try:
@@ -533,14 +550,14 @@ class Overlay:
 
     @staticmethod
     def _check_openable(node: Node) -> None:
-        # The kernel opens fifos, sockets and devices of a FUSE mount by itself, and never asks for them.
+        # The kernel opens fifos, sockets and devices of a FUSE mount by itself, without a request.
         if node.kind == stat.S_IFREG:
             return
         code = {stat.S_IFDIR: errno.EISDIR, stat.S_IFLNK: errno.ELOOP}.get(node.kind, errno.ENXIO)
         raise OSError(code, os.strerror(code), node.name)
 
     def _creation_mode(self, dir_fd: int, mode: int, caller: Caller) -> int:
-        """The mode without set-id bits its maker may not give (mode_strip_sgid() in the kernel)."""
+        """The mode of a new object, without set-id bits that its creator may not set (mode_strip_sgid() in the kernel)."""
         if not mode & (stat.S_ISUID | stat.S_ISGID):
             return mode
         if not self._impersonation.allows_suid(caller):
@@ -566,7 +583,7 @@ class Overlay:
         return node, status
 
     def _doomed(self, dir_fd: int, name: bytes) -> tuple[Node | None, int]:
-        """The known node of a name about to go, and a descriptor (O_PATH) of it, or -1."""
+        """The known node of a name that is about to be removed, and a descriptor (O_PATH) of it; (None, -1) without such a node."""
         try:
             fd = self._reach.open(name, _PATH_ONLY, dir_fd=dir_fd)
         except OSError:

@@ -1,7 +1,7 @@
-"""How a node is reached on the backing: from the source's root, by name, never through a symbolic link.
+"""Opens nodes on the backing: from the source's root, by name, and never through a symbolic link.
 
-Whatever is found at the end of the names must be the very inode the node stands for; anything else is ESTALE, upon which
-the kernel looks the names up again. So no rename and no symlink planted in the backing leads outside or to another file.
+The inode at the end of the names must be that of the node. If it is another, the error is ESTALE, upon which the kernel
+looks the names up again. So no rename and no symbolic link in the backing leads outside of it or to another file.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from fusehsm.overlay.unlinked import Pins
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _ANYTHING: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
-# What opening a chain of names says when one of them has gone or became something else.
+# The errors of opening a chain of names when one of them is gone, or is another kind of file now.
 _GONE: Final = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV, errno.ESTALE, errno.EAGAIN))
 
 
 def stale(name: bytes | None = None) -> OSError:
-    """The error that makes the kernel look a name up again."""
+    """The error ESTALE, which makes the kernel look a name up again."""
     return OSError(errno.ESTALE, os.strerror(errno.ESTALE), name)
 
 
 class Reach:
-    """Descriptors of directories, and of files whose names are gone; all bounded.
+    """Keeps descriptors of directories, and of files whose names are gone. Their number is limited.
 
     `directories`: how many directory descriptors are kept. `pins`: how many removed but still known files keep a
-    descriptor (overlay/unlinked.py). `trust_seconds`: how long a kept directory is taken to be where it was; after that its names
-    are walked again. A directory that moved within the backing meanwhile is still the same directory.
+    descriptor (overlay/unlinked.py). `trust_seconds`: how long a kept directory is used without walking its names again. If
+    it has moved within the backing, it is still the same directory.
     """
 
     def __init__(self, source: str | bytes, *, directories: int, pins: int, trust_seconds: float) -> None:
@@ -50,7 +50,7 @@ class Reach:
         self._limit = max(4, directories)
         self._trust_seconds = trust_seconds
         self._openat2 = syscalls.have_openat2()
-        # Most recently used last: node -> (descriptor, monotonic seconds when its names were last walked).
+        # By node: descriptor, and when its names were last walked (monotonic seconds). The most recently used is last.
         self._directories: OrderedDict[Node, tuple[int, float]] = OrderedDict()
         self._pins = Pins(pins)
         self.table = NodeTable(os.fstat(self.root_fd), self.release)
@@ -69,7 +69,7 @@ class Reach:
             self.root_fd = -1
 
     def release(self, node: Node) -> None:
-        """Close what is kept for `node`."""
+        """Close the descriptors that are kept for `node`."""
         kept = self._directories.pop(node, None)
         if kept is not None:
             os.close(kept[0])
@@ -78,7 +78,7 @@ class Reach:
     # directories
 
     def directory_fd(self, node: Node) -> int:
-        """A descriptor (O_PATH) of that directory, good until the next call. ESTALE when it is not there any more."""
+        """A descriptor (O_PATH) of that directory, valid until the next call. Raises OSError ESTALE when it is not there any more."""
         kept = self._directories.get(node)
         if kept is not None and time.monotonic() - kept[1] < self._trust_seconds:
             self._directories.move_to_end(node)
@@ -118,9 +118,9 @@ class Reach:
         if not node.matches(os.fstat(fd)):
             os.close(fd)
             raise stale(node.name)
-        kept = self._directories.get(node)  # the walk may have closed it, to have room
+        kept = self._directories.get(node)  # the walk may have closed it to make room
         if kept is not None:
-            # The same directory: whoever still uses the older descriptor may go on.
+            # The same directory: code that still uses the older descriptor may go on.
             os.close(fd)
             fd = kept[0]
         self._directories[node] = (fd, now)
@@ -131,7 +131,7 @@ class Reach:
         return fd
 
     def open(self, path: bytes, flags: int, mode: int = 0, *, dir_fd: int | None = None) -> int:
-        """open(2), giving kept directories back when descriptors have run out."""
+        """open(2), which closes kept directories when the process has no free descriptor. Raises OSError."""
         while True:
             try:
                 return os.open(path, flags, mode, dir_fd=dir_fd)
@@ -146,8 +146,8 @@ class Reach:
                 self._make_room(error, fd)
 
     def _make_room(self, error: OSError, in_use: int | None) -> None:
-        """Close half of the kept directories, the most recently used never; raise any error but EMFILE, and that one too
-        when there is nothing left to close."""
+        """After EMFILE, close half of the kept directories, the least recently used. Raises every other error, and EMFILE
+        when there is nothing to close."""
         oldest = list(self._directories.items())[: len(self._directories) // 2]
         unused = [(node, fd) for node, (fd, _) in oldest if fd != in_use]
         if error.errno != errno.EMFILE or not unused:
@@ -159,7 +159,7 @@ class Reach:
     # any node
 
     def status(self, node: Node) -> os.stat_result:
-        """lstat(2) of the node. ESTALE when nothing leads to it any more."""
+        """lstat(2) of the node. Raises OSError ESTALE when nothing leads to it any more."""
         if node is self._root:
             return os.fstat(self.root_fd)
         for parent, name in node.links():
@@ -178,9 +178,9 @@ class Reach:
         return os.fstat(fd)
 
     def path_fd(self, node: Node) -> int:
-        """A new descriptor (O_PATH, or a duplicate of an open one) of exactly this inode, for the caller to close.
+        """A new descriptor (O_PATH, or a duplicate of an open one) of exactly this inode, which the caller closes.
 
-        ESTALE when nothing leads to it any more.
+        Raises OSError ESTALE when nothing leads to it any more.
         """
         if node.kind == stat.S_IFDIR:
             return self._duplicate(self.directory_fd(node))
@@ -201,7 +201,7 @@ class Reach:
         return self._duplicate(kept)
 
     def _forget_link(self, node: Node, parent: Node, name: bytes) -> None:
-        # The only link stays: the name may come back, and parents and paths are told from it.
+        # The last link stays: the name may come back, and parents and paths are taken from it.
         if node.more_links is not None:
             self.table.drop_link(node, parent, name)
 
@@ -216,7 +216,7 @@ class Reach:
     # removal
 
     def pin(self, node: Node, fd: int) -> None:
-        """Keep `fd` (O_PATH) as the way to a node whose last known name has just gone."""
+        """Keep `fd` (O_PATH) to reach a node whose last known name has just been removed."""
         self._pins.keep(node, fd)
 
     def is_pinned(self, node: Node) -> bool:

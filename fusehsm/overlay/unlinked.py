@@ -1,8 +1,8 @@
-"""Files that have no name any more, but that the kernel still knows: something must keep them, or their content is gone.
+"""Keeps files that have no name any more but that the kernel still knows. Without a pin their content would be gone.
 
-A descriptor does, but these are few (design: the limit may be 1024). Beyond them a mapping keeps a regular file as well: it needs no
-descriptor, and /proc/self/map_files/ leads back from it to the file. That way is open to CAP_SYS_ADMIN and CAP_CHECKPOINT_RESTORE only
-(proc(5)); without them the files that have been without a name for the longest are given up.
+A descriptor pins a file, but descriptors are few: the limit of a process may be 1024. Beyond them a mapping pins a regular file. It needs no
+descriptor, and /proc/self/map_files/ leads back from it to the file. Only processes with CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE may use that
+(proc(5)). Without these, the files that have had no name for the longest are given up.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fusehsm.overlay.nodes import Node
 
 
 class Pins:
-    """One for each node that is pinned; at most `limit` of them hold a descriptor."""
+    """The pins, one for each pinned node. At most `limit` of them hold a descriptor."""
 
     def __init__(self, limit: int) -> None:
         self._limit = max(1, limit)
@@ -28,7 +28,7 @@ class Pins:
         return node in self._descriptors or node in self._mappings
 
     def keep(self, node: Node, descriptor: int) -> None:
-        """Pin a node by a descriptor (O_PATH) of it, which is owned from now on."""
+        """Pin a node by a descriptor (O_PATH) of it. The table owns the descriptor from now on."""
         self.drop(node)
         self._descriptors[node] = descriptor
         while len(self._descriptors) > self._limit:
@@ -39,7 +39,7 @@ class Pins:
                 self._mappings[oldest] = address
 
     def get(self, node: Node) -> int | None:
-        """A descriptor (O_PATH) of a pinned node, good until the next call; None for others."""
+        """A descriptor (O_PATH) of a pinned node, valid until the next call; None for other nodes."""
         descriptor = self._descriptors.get(node)
         if descriptor is not None:
             self._descriptors.move_to_end(node)
@@ -52,7 +52,7 @@ class Pins:
         return descriptor
 
     def drop(self, node: Node) -> None:
-        """It needs no pin any more; nothing happens where there is none."""
+        """Remove the pin of a node, if it has one."""
         descriptor = self._descriptors.pop(node, None)
         if descriptor is not None:
             os.close(descriptor)
@@ -61,15 +61,15 @@ class Pins:
             syscalls.unmap_page(address)
 
     def close(self) -> None:
-        """Drop all."""
+        """Remove all pins."""
         for node in [*self._descriptors, *self._mappings]:
             self.drop(node)
 
 
 def _mapped(descriptor: int) -> int:
-    """The address of a mapping of that file from which it can be found again; 0 where that cannot be had."""
+    """Map a file, and return the address from which it can be opened again; 0 where that is impossible."""
     try:
-        # Nothing but regular files: opening others may wait, or do something.
+        # Regular files only: open(2) of others may wait, or have an effect.
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             return 0
         readable = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
