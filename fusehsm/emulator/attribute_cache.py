@@ -72,7 +72,7 @@ class AttributeCache:
         self._mtimes.pop(node_id, None)
         self._kept.pop(node_id, None)
 
-    # What the kernel is told
+    # Answers to the kernel
 
     def attr_timeout(self, node: Node, status: os.stat_result) -> float:
         """For how many seconds the kernel may cache these attributes; inf where no listener can change the file.
@@ -114,7 +114,7 @@ class AttributeCache:
         if node.id in self._mtimes:
             self._mtimes[node.id] = status.st_mtime_ns
 
-    # What happens meanwhile
+    # Events
 
     async def asking(self, node: Node, question: Coroutine[Any, Any, _Result]) -> _Result:
         """Await a question to listeners about an access of a node; returns its result.
@@ -164,7 +164,7 @@ class AttributeCache:
         # A listener may reopen a read-only event fd for writing. It cannot be seen before that.
         if any(group.event_f_flags & os.O_ACCMODE == os.O_RDONLY for group in self._listeners.groups):
             return False
-        # The order matters: the last writer may close the file between the two checks.
+        # First the check for writers: the last one may write and close the file between the two checks.
         return (
             not self._overlay.is_being_written(node)
             and self._overlay.change_time(node) == change_time

@@ -100,6 +100,7 @@ class Pending:
         self.permission = permission
         #: When it was made, in seconds of the group's clock.
         self.created = created
+        #: How far it has come.
         self.state = PendingState.QUEUED
         #: The answer: 0 for allowed, or an errno.
         self.errno = 0
@@ -129,8 +130,10 @@ class Group:
         if flags & (FAN_REPORT_FID_BITS | FAN_REPORT_MNT):
             message = f"fanotify_init flags {flags:#x}: groups with FAN_REPORT_*FID or FAN_REPORT_MNT are not emulated"
             raise OSError(errno.EOPNOTSUPP, message)
+        #: `flags` and `event_f_flags` of fanotify_init(2).
         self.flags = flags
         self.event_f_flags = event_f_flags
+        #: The pre-content ABI that its listener uses.
         self.dialect = dialect
         self.marks = MarkTable(dialect)
         #: 2 FAN_CLASS_PRE_CONTENT, 1 FAN_CLASS_CONTENT, 0 FAN_CLASS_NOTIF. Groups of a higher priority are asked first.
@@ -141,6 +144,7 @@ class Group:
         self.handle: Callable[[Pending], Coroutine[Any, Any, None]] | None = None
         #: The listener's process, 0 when it is not known.
         self.listener_pid = 0
+        #: Whether close() was called.
         self.closed = False
         self._max_queued = None if flags & FAN_UNLIMITED_QUEUE else max_queued_events
         self._clock = clock

@@ -76,6 +76,7 @@ class OpenFile(Generic[NodeT]):
 
     #: The number by which the kernel names it.
     handle: int
+    #: Its file.
     node: NodeT
     #: Its flags of open(2).
     flags: int
@@ -103,7 +104,7 @@ class OpenFile(Generic[NodeT]):
     users: int = 0
     #: Whether it stands for all open files of its node, which are not known one by one (FUSE_NO_OPEN_SUPPORT).
     stateless: bool = False
-    #: Whether its handle is gone from the table.
+    #: Whether its handle has left the table.
     released: bool = False
     #: Whether the kernel sends it past the page cache now.
     bypasses: bool = False
@@ -309,6 +310,6 @@ def _could_be_reopened(file: OpenFile[NodeT], is_kept: Callable[[NodeT], bool]) 
         return False
     if os.fstat(file.descriptor).st_nlink == 0 and not (os.geteuid() == 0 and is_kept(file.node)):
         return False
-    # Access mode 3 (for ioctl alone, open(2)) wants both.
+    # Access mode 3 (for ioctl(2) only; see open(2)) needs both.
     needed = {os.O_RDONLY: os.R_OK, os.O_WRONLY: os.W_OK}.get(file.flags & os.O_ACCMODE, os.R_OK | os.W_OK)
     return os.geteuid() == 0 or os.access(f"/proc/self/fd/{file.descriptor}", needed)

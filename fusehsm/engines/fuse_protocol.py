@@ -190,9 +190,11 @@ _MINOR_LOW: Final = 0xFF
 class Request:
     """One request: the fields of fuse_in_header, and the bytes after it."""
 
+    #: The kind of request: an Opcode, or a number that is not known here.
     opcode: int
     #: The number of the request, by which it is answered.
     unique: int
+    #: The node that it concerns.
     node_id: int
     #: The accessor's user.
     uid: int
@@ -252,6 +254,7 @@ def number_of_device(encoded: int) -> int:
 class Attributes:
     """The attributes of a node in an answer."""
 
+    #: Its id, shown as st_ino.
     node_id: int
     #: Differs when the node id was used for another file before.
     generation: int

@@ -29,13 +29,15 @@ class AttributeChanges:
 
     #: Permission bits.
     mode: int | None = None
+    #: The new owner.
     uid: int | None = None
+    #: The new group.
     gid: int | None = None
-    #: In bytes.
+    #: The new size, in bytes.
     size: int | None = None
-    #: In nanoseconds since 1970 (negative: before), or TIME_NOW.
+    #: The new time of access, in nanoseconds since 1970 (negative: before), or TIME_NOW.
     atime_ns: int | None = None
-    #: As `atime_ns`.
+    #: The new time of modification, as `atime_ns`.
     mtime_ns: int | None = None
 
 

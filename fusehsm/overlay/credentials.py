@@ -13,7 +13,9 @@ from fusehsm.linux import syscalls
 class Caller:
     """The accessor of one request, as in the FUSE header."""
 
+    #: The user for file access (fsuid).
     uid: int
+    #: The group for file access (fsgid).
     gid: int
     #: The thread, 0 if there is none.
     pid: int

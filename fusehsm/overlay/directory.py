@@ -22,8 +22,11 @@ class DirectoryEntry:
     upon which the kernel lists the name and caches nothing, and its `node` stands for no file.
     """
 
+    #: The name.
     name: bytes
+    #: The node that it leads to.
     node: Node
+    #: Its lstat(2).
     status: os.stat_result
     #: The offset at which reading continues after it.
     next_offset: int

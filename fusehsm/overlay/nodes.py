@@ -45,7 +45,9 @@ class Device:
     __slots__ = ("generation_of", "index", "number")
 
     def __init__(self, number: int, index: int) -> None:
+        #: Its st_dev.
         self.number = number
+        #: Its position in the order of discovery, which selects its range of node ids.
         self.index = index
         self.generation_of: Callable[[int, bytes], int] | None = None  # chosen at the first node
 
@@ -80,6 +82,7 @@ class Node:
     ) -> None:
         #: The FUSE node id, shown as st_ino.
         self.id = node_id
+        #: The device of the inode.
         self.device = device
         #: The inode number on the backing.
         self.inode = inode
