@@ -145,10 +145,8 @@ class Gate:
         self._stale.drop_heard_soon()
 
     async def mark(self, group: Group, flags: int, mask: int, node: Node | None) -> None:
-        """fanotify_mark(2) on a node of this mount (None: with FAN_MARK_FLUSH).
-
-        Raises OSError as the kernel does, and EOPNOTSUPP for the permission events that first-access mode cannot make.
-        """
+        """fanotify_mark(2) on a node of this mount (None: with FAN_MARK_FLUSH). Raises OSError as the kernel does, and EOPNOTSUPP for the
+        permission events that first-access mode cannot make."""
         if flags & FAN_MARK_FLUSH:
             rules.check_mark(group.flags, group.dialect, flags, mask, rules.ObjectKind.DIRECTORY)
             unheard = self._stale.unheard(None)
@@ -206,10 +204,8 @@ class Gate:
     async def map(
         self, node: Node, offset: int, length: int, flags: int, tid: int, *, writable: bool
     ) -> None:
-        """Ask for a mapping of `length` bytes at `offset` of an open file. Thread `tid` waits for the answer.
-
-        `flags` are the file's flags of open(2). Raises OSError when the mapping is denied.
-        """
+        """Ask for a mapping of `length` bytes at `offset` of an open file. Thread `tid` waits for the answer. `flags` are the file's flags of
+        open(2). Raises OSError when the mapping is denied."""
         await self.content.map(node, offset, length, flags, tid, writable=writable)
 
     async def drop(self, node: Node) -> None:
@@ -278,10 +274,8 @@ class Gate:
     async def created(
         self, node: Node, flags: int, descriptor: int, tid: int, uid: int, *, unnamed: bool = False
     ) -> tuple[OpenFile[Node], bool]:
-        """A file has just been created and opened (`unnamed`: by O_TMPFILE). Returns the open file and keep_cache, as open(). Raises OSError.
-
-        The file stays created even if its open is denied, as in the kernel (docs/facts.md, section 4). `descriptor` is closed then.
-        """
+        """A file has just been created and opened (`unnamed`: by O_TMPFILE). Returns as open(). Raises OSError when its open is denied: then it
+        stays created, as in the kernel (docs/facts.md, section 4), and `descriptor` is closed."""
         flags &= ~(_FMODE_EXEC | os.O_DIRECT)
         if self.listeners.idle:
             return self._opened(node, flags, descriptor, Armed.NO, self._all_direct, tid, 0, uid), True
@@ -417,10 +411,8 @@ class Gate:
         return self.listeners.left(tid)
 
     def stateless_open(self, node: Node, *, writing: bool) -> OpenFile[Node]:
-        """The stateless open file of a node, for kernels that send no OPEN (FUSE_NO_OPEN_SUPPORT).
-
-        It stands for all open files of the node, and is armed for everything, as their arming is not known.
-        """
+        """The stateless open file of a node, where the kernel sends no OPEN (FUSE_NO_OPEN_SUPPORT). It stands for all open files of the node,
+        and is armed for everything, as their arming is not known."""
         return self.handles.stateless(node, Armed.ALL, writing=writing)
 
     # Attributes and directories
@@ -428,10 +420,8 @@ class Gate:
     async def set_attributes(
         self, node: Node, changes: AttributeChanges, handle: int, caller_: Caller
     ) -> tuple[Node, os.stat_result]:
-        """Change attributes, through an open file where there is one (`handle` 0: any of the node's). Raises OSError.
-
-        A new size is a truncation, about which listeners are asked.
-        """
+        """Change attributes, through an open file where there is one (`handle` 0: any of the node's). A new size is a truncation, about which
+        listeners are asked. Raises OSError."""
         if changes.size is not None:
             await self.content.truncate(node, changes.size, caller_.pid)
             if node in self.leases:
