@@ -1,1 +1,1 @@
-"""Stubs on disk: the mark, the record of what is here, and one stub while it is served."""
+"""Stubs on disk: the mark, the record of the blocks that are here, and one stub while it is served."""

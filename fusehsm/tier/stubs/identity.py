@@ -1,4 +1,4 @@
-"""Which file it is, whatever its name, and which mount of its file system it is on."""
+"""Identity of a file, independent of its name, and of the mount of its file system."""
 
 import os
 from hashlib import blake2b
@@ -7,11 +7,11 @@ from pathlib import Path
 from fusehsm.linux import syscalls
 from fusehsm.tier.stubs.mark import generation
 
-# Which mount of a file system something was written on: what has not been brought to its disk may be gone when it is another one.
+# A record names the mount on which it was written. If the mount is another one now, data that was not synced may be lost.
 
 
 def place_of(fd: int) -> bytes:
-    """A digest (8 bytes) of the boot and the mount; something new each time where the kernel has no unique numbers of mounts (before 6.8)."""
+    """A digest (8 bytes) of the boot and the mount. Before Linux 6.8 a mount has no unique number: the value is then random, and new at each call."""
     mount = syscalls.unique_mount_id(fd)
     if mount is None:
         return os.urandom(8)

@@ -1,26 +1,25 @@
-"""How a stub is known as a stub: the extended attribute `user.fusehsm.stub` on the file itself.
+"""The mark of a stub: the extended attribute `user.fusehsm.stub` on the file itself.
 
-Why an attribute and not a database beside the tree: it is part of the inode, so it is made, renamed, linked and removed together with the file, in
-the same transactions of the file system's journal, and no crash leaves one without the other. Nothing has to be kept in step, and `rm -r` or
-`mv` of a part of the tree just work. Its 56 bytes fit into an inode of 256 bytes, so that a stub needs no block of its own (on ext4 a longer value
-takes 4 KiB each: 400 MB for 100,000 stubs), which is why the store's path and version are here as digests: only equality is ever asked, and the path
-of a stub that has been renamed is found again by the digests of the paths in the store's list.
+The mark is an attribute, not a database beside the tree. An attribute is part of the inode: it is made, renamed, linked and removed together with
+the file, in the same transactions of the file system's journal. So no crash leaves one without the other, and `rm -r` or `mv` of a part of the tree
+needs no other step. The mark's 56 bytes fit into an inode of 256 bytes, so a stub needs no block. A longer value takes 4 KiB on ext4, 400 MB for
+100,000 stubs (docs/facts.md, section 18). For this reason the mark holds the store's path and version as digests: fusehsm only asks whether they are
+equal. The path of a renamed stub is found by the digests of the paths in the store's list.
 
-What it is bound to, and against what:
+A mark is bound to:
 
-* inode number and generation, so that a copy that took the attribute along (cp -a, rsync -X, a restored backup) is no stub: its zeros may be
-  what somebody wanted to keep;
-* size and modification time, so that whatever wrote, truncated or touched the file by other ways than fusehsm makes it the user's. The
-  engine keeps the modification time when it fills, as a fill is no modification.
+* inode number and generation. A copy with the attribute (cp -a, rsync -X, a restored backup) is no stub: a user may want to keep its zeros.
+* size and modification time. A file that is written, truncated or touched by other ways than fusehsm belongs to the user. A fill keeps the
+  modification time, because a fill is no modification.
 
-A file is a stub only if its mark holds (`describes`) and it has no data at all (`is_all_hole`); everything else is somebody's content. A valid
-mark on a file with data says: filled, in part or wholly, from that version of that path. Which parts are here is to be told in an attribute of its
-own next to this one (`user.fusehsm.*`, which fusehsm's mounts hide and refuse; on the real kernel users see it).
+A file is a stub only if its mark holds (`describes`) and the file has no data at all (`is_all_hole`). Every other file is a user's content. A valid
+mark on a file with data means: filled, in part or wholly, from that version of that path. The record (tier/stubs/record.py) tells which blocks are
+here. Mounts of fusehsm hide and refuse the attributes `user.fusehsm.*`; on the real kernel users see them.
 
-Whoever may write to a file may set its mark, so root, who would fetch for them what is not theirs, does not believe every mark
-(tier/fetch/suspicion.py).
+Every user who may write to a file may set its mark. A fetch that runs as root could fetch files for such a user that the user has no right to. So it
+does not believe every mark (tier/fetch/suspicion.py).
 
-PENDING says that populate is about to give a stub another size or time, so that one which was killed in between is still a stub.
+PENDING says that populate is about to change the size or time of a stub. If populate is killed in between, the file is still a stub.
 """
 
 import errno
@@ -37,12 +36,12 @@ NAME: Final = "user.fusehsm.stub"
 # Format number, flags, (room for more), generation, inode, size, mtime, digests of path and version.
 _LAYOUT: Final = struct.Struct("<BBHIQQQ12s12s")
 _FORMAT: Final = 1
-_ALL_BITS: Final = (1 << 64) - 1  # of a time, which may be before 1970 or after 2554: only equality is asked
+_ALL_BITS: Final = (1 << 64) - 1  # a time may be before 1970 or after 2554; only equality is asked
 _FS_IOC_GETVERSION: Final = 0x80087601  # linux/fs.h
 
 
 class Flags(IntFlag):
-    """PENDING: size and time are being changed and need not be the mark's."""
+    """Bits of a mark. PENDING: size and time are being changed, and may differ from the mark's."""
 
     NONE = 0
     PENDING = 1
@@ -50,19 +49,26 @@ class Flags(IntFlag):
 
 @dataclass(frozen=True, slots=True)
 class StubMark:
-    """`size` in bytes, `mtime_ns` in nanoseconds since 1970; `path` and `version` are digests (12 bytes)."""
+    """The fields of a mark."""
 
+    # Inode number (st_ino).
     inode: int
+    # Generation of the inode (FS_IOC_GETVERSION), 0 where the file system has none.
     generation: int
+    # Bytes.
     size: int
+    # Nanoseconds since 1970, modulo 2**64.
     mtime_ns: int
+    # Digest of the path in the store, 12 bytes.
     path: bytes
+    # Digest of the version in the store, 12 bytes.
     version: bytes
+    # State of the mark.
     flags: Flags = Flags.NONE
 
     @classmethod
     def of(cls, fd: int, path: str, version: str | None) -> Self:
-        """The mark for what `fd` is now, as a stub of that path and version in the store."""
+        """The mark for the file `fd` as it is now, a stub of that path and version in the store."""
         status = os.fstat(fd)
         return cls(
             status.st_ino,
@@ -74,7 +80,7 @@ class StubMark:
         )
 
     def describes(self, fd: int, status: os.stat_result) -> bool:
-        """Whether the mark was made for this very file and nobody else has changed it since; `status` is its fstat(2)."""
+        """Whether the mark was made for this file, and only fusehsm has changed the file since; `status` is its fstat(2)."""
         if (self.inode, self.generation) != (status.st_ino, generation(fd)):
             return False
         if self.is_pending:
@@ -86,11 +92,11 @@ class StubMark:
         return bool(self.flags & Flags.PENDING)
 
     def pending(self) -> Self:
-        """The same mark, saying that size and time are being changed."""
+        """The same mark with the flag PENDING."""
         return replace(self, flags=self.flags | Flags.PENDING)
 
     def write(self, fd: int) -> None:
-        """Put it on a file that the caller may write to. EOPNOTSUPP where the file system has no such attributes."""
+        """Set the mark on a file that the caller may write to. Raises OSError EOPNOTSUPP where the file system has no such attributes."""
         os.setxattr(
             fd,
             NAME,
@@ -109,7 +115,7 @@ class StubMark:
 
 
 def read(fd: int) -> StubMark | None:
-    """The mark on a file that is open for reading; None where there is none, or one that this version does not understand."""
+    """The mark on a file that is open for reading; None if there is no mark, or one of an unknown format."""
     try:
         value = os.getxattr(fd, NAME)
     except OSError as error:
@@ -123,12 +129,12 @@ def read(fd: int) -> StubMark | None:
 
 
 def digest(text: str) -> bytes:
-    """What a mark keeps of a path or a version: 96 bits of BLAKE2b, too many for two of a store's to be alike by chance."""
+    """The digest of a path or a version in a mark: 96 bits of BLAKE2b, so that no two in a store are equal by chance."""
     return hashlib.blake2b(os.fsencode(text), digest_size=12).digest()
 
 
 def generation(fd: int) -> int:
-    """The inode's generation, which an inode number that is used again does not keep; 0 where the file system has none to tell."""
+    """The inode's generation; 0 where the file system has none. It changes when an inode number is used again (docs/facts.md, section 18)."""
     try:
         value = fcntl.ioctl(fd, _FS_IOC_GETVERSION, bytes(8))
     except OSError:
@@ -138,7 +144,7 @@ def generation(fd: int) -> int:
 
 
 def is_all_hole(fd: int) -> bool:
-    """Whether the file has no data, whatever its size."""
+    """Whether the file has no data; its size does not matter."""
     try:
         os.lseek(fd, 0, os.SEEK_DATA)
     except OSError as error:

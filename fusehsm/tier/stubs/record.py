@@ -1,20 +1,20 @@
-"""What is kept on disk of a stub that has been filled, in part or wholly: the extended attribute `user.fusehsm.resident` on the file itself.
+"""The record of a stub that has been filled, in part or wholly: the extended attribute `user.fusehsm.resident` on the file itself.
 
-Why it is safe. A block's bit is set after its content has been written and before anybody is let at it, so whoever is killed in between leaves at
-most a block without a bit that has some right content; and while somebody serves, nobody but the filler writes to a block without a bit, as every
-access waits for the bit first. So content is only ever put into *holes* of blocks without a bit, never over data, and data that is found there is
-either the store's or in doubt (tier/stubs/residue.py).
+A block's bit is set after the block's content has been written, and before any access to the block goes on. A fetch that is killed in between leaves
+at most a block without a bit that has some right content. While fetch serves, only a fill writes to a block without a bit: every access waits for
+the bit first. So fetch puts content only into *holes* of blocks without a bit, never over data. Data in such a block is either the store's or in
+doubt (tier/stubs/residue.py).
 
-What a power cut takes away are bits (harmless) or the data of blocks whose bits are there. Hence SYNCED, which is set only after the data has been
-brought to the disk: without it, and on another mount than the record was written on (`place`), a hole in a block with a bit counts as lost. It is
-fetched again if the file is as it was filled, and refused if somebody has modified it, who may have wanted the hole.
+A power cut loses bits, which is harmless, or the data of blocks with bits. For this reason SYNCED is set only after the data is on the disk. Without
+SYNCED, and on another mount than that of the record (`place`), a hole in a block with a bit counts as lost. Fetch fetches it again if the file is as
+it was filled. It refuses access if the file is modified, because the user may have wanted the hole.
 
-What explains the file's size and times: the record's, or OPEN, which says that it was being served when the record was written, so that fills and
-the user's writes were to be expected. Anything else was done while nobody served, and is the user's. Not to be told apart from what was done while
-somebody served: that after a kill on the real kernel, or in its moment, a file was made shorter and then longer again. A mount lets nobody do so.
+The file's size and times are explained if they are the record's, or if the record says OPEN: fetch served the file when the record was written, so
+fills and the user's writes are expected. Any other change was made while no fetch served the file, and is the user's. One change cannot be told
+apart: after a kill on the real kernel, or in its moment, a file is made shorter and then longer again. A mount does not permit this.
 
-`recorded_ns` stands for the change time, which no attribute can hold, as setting the attribute sets it: the record was written at that time or
-within SETTLING after it, so a change time outside is of somebody else's change.
+`recorded_ns` stands for the change time. No attribute can hold the change time, because setxattr(2) sets it. The record was written at `recorded_ns`
+or within SETTLING after it; a change time outside that range is of another change.
 """
 
 import errno
@@ -36,31 +36,36 @@ _FORMAT: Final = 1
 _ALL_BITS: Final = (1 << 64) - 1
 # All attributes of an ext4 inode share 4 KiB; this leaves room for others.
 _MOST_BLOCKS: Final = 16_384
-_SMALLEST_SHIFT: Final = 12  # of --block-size; a file on Linux has less than 1 << 63 bytes
+_SMALLEST_SHIFT: Final = 12  # of --block-size; a file on Linux is shorter than 1 << 63 bytes
 _LARGEST_SHIFT: Final = 62
 
 
 class Flags(IntFlag):
-    """OPEN: it was being served. MODIFIED: the user has written to it. SYNCED: all blocks with a bit are on the disk. UNEXPLAINED: the user's, and
-    what is a hole must not be read. COMPLETE: every block is here. RACED: it has been filled since it was last known that nobody wrote, so the time
-    of a modification may be lost: it is not to be taken away, as if it had been modified."""
+    """Bits of a record."""
 
     NONE = 0
+    # The file was being served.
     OPEN = 1
+    # The user has written to the file.
     MODIFIED = 2
+    # All blocks with a bit are on the disk.
     SYNCED = 4
+    # The file is the user's, and its holes must not be read.
     UNEXPLAINED = 8
+    # Every block is here.
     COMPLETE = 16
+    # A fill has set the modification time back, and a process may have had the file open for writing. A modification may
+    # be hidden, so the file counts as modified and is not evicted.
     RACED = 32
 
 
 class Blocks:
-    """Which blocks of a file are here: a set of numbers below `number`, counted."""
+    """The blocks of a file that are here: a set of block numbers below `number`. `here` is their count."""
 
     __slots__ = ("_bits", "here", "number")
 
     def __init__(self, number: int, bits: bytes = b"", *, full: bool = False) -> None:
-        """`bits`: as to_bytes() gives them, padded or cut to fit."""
+        """`bits`: as from to_bytes(), padded or cut to fit. `full`: all blocks are here."""
         self.number = number
         size = -(-number // 8)
         self._bits = bytearray(b"\xff" * size if full else bits[:size].ljust(size, b"\0"))
@@ -72,19 +77,19 @@ class Blocks:
         return bool(self._bits[block >> 3] >> (block & 7) & 1)
 
     def add(self, block: int) -> None:
-        """Say that it is here."""
+        """Note that the block is here."""
         if block not in self:
             self._bits[block >> 3] |= 1 << (block & 7)
             self.here += 1
 
     def discard(self, block: int) -> None:
-        """Say that it is not here."""
+        """Note that the block is not here."""
         if block in self:
             self._bits[block >> 3] &= ~(1 << (block & 7))
             self.here -= 1
 
     def copy(self) -> "Blocks":
-        """The same blocks."""
+        """An independent copy."""
         return Blocks(self.number, bytes(self._bits))
 
     def missing(self, first: int, end: int) -> list[int]:
@@ -98,36 +103,44 @@ class Blocks:
         return self.here == self.number
 
     def to_bytes(self) -> bytes:
-        """A bit for each block, without the zero bytes at the end."""
+        """One bit a block, the lowest first, without the zero bytes at the end."""
         return bytes(self._bits).rstrip(b"\0")
 
 
 def block_size_for(size: int, wanted: int) -> int:
-    """The block size for a file of `size` bytes: `wanted` (a power of two), doubled until the record is small enough to be kept."""
+    """The block size in bytes for a file of `size` bytes: `wanted` (a power of two), doubled until the record fits into an attribute."""
     while size > wanted * _MOST_BLOCKS:
         wanted *= 2
     return wanted
 
 
 def digest_of(mark: StubMark) -> bytes:
-    """What binds a record to a mark: a stub that was planted anew has none of the old one's content."""
+    """The digest (8 bytes) that binds a record to a mark. A stub that populate made anew has none of the old stub's content."""
     fields = (mark.inode, mark.generation, mark.size, mark.mtime_ns, mark.path, mark.version)
     return blake2b(repr(fields).encode(), digest_size=8).digest()
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """`mark` and `place`: digests (8 bytes). `size` and `limit` in bytes: the file's, and the smallest that it ever had, beyond which nothing is the
-    store's. `mtime_ns`, `recorded_ns`: nanoseconds since 1970. `bits`: of the blocks (Blocks.to_bytes)."""
+    """The fields of a record."""
 
+    # digest_of() the mark, 8 bytes.
     mark: bytes
+    # The mount on which the record was written, 8 bytes (identity.place_of).
     place: bytes
+    # State of the file.
     flags: Flags
+    # Bytes, a power of two.
     block_size: int
+    # Size of the file in bytes.
     size: int
+    # The smallest size in bytes that the file ever had. Beyond it no content is the store's.
     limit: int
+    # Modification time, nanoseconds since 1970.
     mtime_ns: int
+    # Time of writing the record, nanoseconds since 1970.
     recorded_ns: int
+    # The blocks that are here (Blocks.to_bytes).
     bits: bytes
 
     def blocks(self) -> Blocks:
@@ -135,11 +148,11 @@ class Record:
         return Blocks(-(-self.limit // self.block_size), self.bits, full=bool(self.flags & Flags.COMPLETE))
 
     def settled(self, ctime_ns: int) -> bool:
-        """Whether a file with that change time has not been changed since the record was written."""
+        """Whether a file with that change time (nanoseconds) is unchanged since the record was written."""
         return self.recorded_ns <= ctime_ns <= self.recorded_ns + SETTLING
 
     def write(self, fd: int) -> None:
-        """Put it on the file. Raises OSError ENOSPC or EDQUOT where there is no room for it."""
+        """Set the record on the file. Raises OSError ENOSPC or EDQUOT if there is no room for it."""
         head = _HEAD.pack(
             _FORMAT,
             self.flags,
@@ -155,9 +168,9 @@ class Record:
 
 
 def read(fd: int, mark: StubMark) -> Record | None:
-    """The record on a file with that mark; None where there is none, it belongs to another mark or format, or it tells something impossible.
+    """The record on a file with that mark; None if there is none, if it has another mark or format, or if a value is impossible.
 
-    The file's owner may have written it, so no number of it is used before it has been looked at.
+    The file's owner may have written the record, so every number is checked before use.
     """
     try:
         value = os.getxattr(fd, NAME)
@@ -172,14 +185,14 @@ def read(fd: int, mark: StubMark) -> Record | None:
     if of_mark != digest_of(mark) or not _SMALLEST_SHIFT <= shift <= _LARGEST_SHIFT:
         return None
     blocks = -(-limit >> shift)
-    # Nothing beyond the stub's own size has ever been the store's, and block_size_for() has kept the blocks few.
+    # Beyond the stub's own size no content is the store's, and block_size_for() limits the number of blocks.
     if limit > mark.size or blocks > _MOST_BLOCKS or len(bits) > -(-blocks // 8):
         return None
     return Record(of_mark, place, Flags(flags), 1 << shift, size, limit, mtime_ns, recorded_ns, bits)
 
 
 def remove(fd: int) -> None:
-    """Take the record off a file."""
+    """Remove the record from a file, if there is one."""
     try:
         os.removexattr(fd, NAME)
     except OSError as error:

@@ -1,7 +1,7 @@
-"""What is in a block that does not count as here: nothing, as a rule.
+"""Data in a block that does not count as here. As a rule there is none.
 
-A fill that was killed leaves some of the store's content. But the kernel, when a listener dies, lets go on whoever waits for it, so there may be
-what a user has written into a hole: the rest of the page is then zeros that nobody has ever meant.
+A fill that was killed leaves some of the store's content. But when a listener dies, the kernel lets every waiting access go on. So the block may hold
+a user's write into a hole. The rest of that page is then zeros that are neither the user's nor the store's.
 """
 
 import os
@@ -13,15 +13,18 @@ from fusehsm.tier.stubs.extents import holes
 
 
 class Residue(Enum):
-    """NONE: holes, or the store's own content. USERS: other content, in which no byte can be a zero that belongs to a hole. UNKNOWN: there may be."""
+    """The data found in a block that is not here."""
 
+    # Holes, or the store's own content.
     NONE = 0
+    # Other content, in which no zero can come from a hole.
     USERS = 1
+    # Other content, in which a zero may come from a hole.
     UNKNOWN = 2
 
 
 def residue(fd: int, start: int, end: int, pieces: Sequence[tuple[int, bytes]]) -> Residue:
-    """What is in [start, end) of a file; `pieces` are the store's content of it, as (offset, data), holes left out."""
+    """The residue in [start, end) of a file, in bytes; `pieces`: the store's content of that range as (offset, data), without its holes."""
     end = min(end, os.fstat(fd).st_size)
     if not _data(fd, start, end):
         return Residue.NONE
@@ -39,10 +42,10 @@ def residue(fd: int, start: int, end: int, pieces: Sequence[tuple[int, bytes]]) 
 
 
 def unfilled(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """The holes in [start, end) of blocks that are not here, ascending. `end` is a block's, or the limit of what is the store's.
+    """The holes in [start, end), in bytes and ascending, of blocks that are not here. `end`: of a block, or the limit of the store's content.
 
-    In the page with the limit there may be what the user has appended: the kernel asks for an append where the file position is, which is
-    elsewhere. Zeros below the limit are then none of theirs.
+    The page with the limit may hold data that the user has appended: the event of an append names the file position, not the end of the file.
+    The zeros of that page below the limit are not the user's.
     """
     last = start
     for hole, stop in holes(fd, start, end):
@@ -54,8 +57,8 @@ def unfilled(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 def doubtful(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """The parts of [start, end), blocks that are not here, of which it cannot be told what ought to be there: holes, and pages of which only a part
-    may have been written, as a page next to a hole or an end of the file is that begins or ends with a zero."""
+    """The extents of [start, end), in blocks that are not here, whose right content is unknown: holes, and pages that may be written only in part.
+    A page may be so if it is next to a hole or to the end of the file, and begins or ends with a zero there."""
     yield from unfilled(fd, start, end)
     for first, stop in _data(fd, start, min(end, os.fstat(fd).st_size)):
         page = first // PAGE_SIZE * PAGE_SIZE
@@ -66,14 +69,13 @@ def doubtful(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 def forget_clean_pages(fd: int) -> None:
-    """Let holes be seen as holes: where space has been allocated and nothing written, a page that somebody has read counts as data (lseek(2) in ext4
-    and XFS)."""
+    """Drop clean pages, so that lseek(2) finds holes. Where space is allocated but not written, ext4 and XFS count a cached page as data."""
     os.fdatasync(fd)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _data(fd: int, start: int, end: int) -> list[tuple[int, int]]:
-    """The parts of [start, end) that are not unfilled."""
+    """The extents of [start, end) that unfilled() leaves out."""
     found = []
     for hole, stop in unfilled(fd, start, end):
         if start < hole:

@@ -1,16 +1,16 @@
-"""One stub while it is served: which of its blocks are here, and how content comes and goes, so that its record is true at every moment.
+"""One stub while it is served: it knows which blocks are here, puts content in and takes it away. Its record is true at every moment.
 
-Its methods block (they write to the file and wait for each other), so all but the questions belong into threads. The descriptors that they want are
-of events, or others whose use makes no events.
+The methods block: they write to the file and wait for each other. So all methods except those under "Questions" belong into threads. They need the
+descriptor of an event, or another one whose use makes no events.
 
-What a mapping writes on the real kernel is told by the file's times alone, and a fill sets these back. So whoever had a file that was filled open
-for writing counts as having written to it.
+On the real kernel only the file's times tell of a write through a mapping, and a fill sets the times back. So if a process has a filled file open for
+writing, the file counts as modified.
 
-Not to be seen by any listener: the moment in which a truncation happens (open(2) with O_TRUNC asks nobody). When it is the moment of a fill, what is
-written must not make the file long again (tier/stubs/writer.py); where it may have done so, the file is in doubt from then on.
+No listener can see the moment of a truncation: open(2) with O_TRUNC makes no pre-content event. A fill in the same moment must not make the file long
+again (tier/stubs/writer.py). If it may have done so, the file is in doubt from then on.
 
-A kernel whose listener is killed lets everything go on that waits for it, so a block without a bit may hold what a user has written into a hole, with
-zeros around it. So what a fill finds there is compared with the store's content (tier/stubs/residue.py).
+When a listener is killed, the kernel lets every waiting access go on. So a block without a bit may hold a user's write into a hole, with zeros around
+it. A fill compares the data that it finds there with the store's content (tier/stubs/residue.py).
 """
 
 import errno
@@ -34,19 +34,15 @@ from fusehsm.tier.stubs.writer import may_have_grown_to, write_without_growing
 PINNED = "user.fusehsm.pinned"
 _CAPABILITIES = "security.capability"
 
-_TRIES = 3  # at a record whose time is right
+_TRIES = 3  # to write a record whose time is right
 
 
 class InDoubt(OSError):
-    """What a file lacks cannot be told from what its user wanted, so nothing is put there. EIO."""
+    """A missing part of a file cannot be told apart from a hole that the user made, so nothing is put there. The errno is EIO."""
 
 
 class StubFile:
-    """Public attributes are for reading. `path`: where it was seen last, below the destination. `size`, `limit`: bytes, the file's and the smallest
-    that it ever had: beyond `limit` nothing is the store's. `modified`: by the user, or perhaps by them. `unexplained`: changed while nobody
-    served it, so that its holes must not be read. `may_hide_changes`: it has been filled, which sets its times back, so that they need not tell
-    of a change by a mapping. `unrecorded`: there is something that the record lacks, and no access may go on before it is there (look()).
-    `used_ns`: when it was last asked for."""
+    """A served stub, of one inode. Callers read the public attributes. They set only `used_ns`, and `modified` when they see a write."""
 
     __slots__ = (
         "_ctime_ns",
@@ -75,22 +71,39 @@ class StubFile:
     def __init__(
         self, mark: StubMark, status: os.stat_result, path: str, place: bytes, block_size: int
     ) -> None:
+        """`status`: the file's fstat(2); `path`: below the destination; `place`: of the mount (tier/stubs/identity.py); `block_size`: bytes."""
         self.mark = mark
+        # The last path at which the file was seen, below the destination.
         self.path = path
+        # Bytes.
         self.block_size = block_size
+        # Bytes: the file's size, and the smallest size that it ever had. Beyond `limit` no content is the store's.
         self.size = self.limit = status.st_size
+        # The blocks that are here.
         self.blocks = Blocks(-(-self.limit // block_size))
+        # The user has changed the file, or may have.
         self.modified = False
+        # The file was changed while no fetch served it. Its holes must not be read.
         self.unexplained = False
+        # The user wants the content to stay.
         self.pinned = False
+        # A fill has set the file's times back, so they may not tell of a write through a mapping.
         self.may_hide_changes = False
+        # The file has a record.
         self.recorded = False
+        # All blocks with a bit are on the disk.
         self.synced = False
+        # The record lacks a change. No access may go on before the record has it (look()).
         self.unrecorded = False
+        # Number of changes to the record, for seal().
         self.changes = 0
+        # Time of the last access, nanoseconds since 1970.
         self.used_ns = status.st_atime_ns
+        # The record says that the file is being served.
         self._is_open = False
-        self._raced = False  # filled since it was last known that nobody wrote
+        # Filled since fetch last knew that no process had the file open for writing.
+        self._raced = False
+        # The file's times after the last change of ours, nanoseconds since 1970.
         self._mtime_ns = status.st_mtime_ns
         self._ctime_ns = status.st_ctime_ns
         self._place = place
@@ -98,10 +111,10 @@ class StubFile:
 
     @classmethod
     def recover(cls, fd: int, path: str, place: bytes, block_size: int) -> Self | None:
-        """What is known of the file from before; None if it is no stub and none that was filled, but somebody's own.
+        """The stub with its state from mark and record; None if the file is neither a stub nor a filled one, but a user's own.
 
-        `place`: of the mount (tier/stubs/identity.py); `block_size`: for files that have no record yet. Raises OSError EIO for a stub that is
-        not finished.
+        `place`: of the mount (tier/stubs/identity.py); `block_size`: bytes, for files without a record. Raises OSError EIO if populate has not
+        finished the stub.
         """
         mark = stub_mark.read(fd)
         status = os.fstat(fd)
@@ -123,7 +136,7 @@ class StubFile:
         elif not mark.describes(fd, status):
             file.unexplained = file.modified = True
         elif not stub_mark.is_all_hole(fd):
-            file.modified = True  # whatever it is, nobody has recorded it; it stays
+            file.modified = True  # no record explains the data, so it stays
         return file
 
     def _continue(self, fd: int, record: Record, status: os.stat_result) -> None:
@@ -161,16 +174,16 @@ class StubFile:
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing is to be fetched any more."""
+        """Whether every block is here and nothing is left to fetch."""
         return self.blocks.is_full and not self.unexplained
 
     @property
     def resident(self) -> int:
-        """Bytes that are here, by blocks."""
+        """Bytes that are here, counted by blocks."""
         return min(self.blocks.here * self.block_size, self.limit) + self.size - self.limit
 
     def lacks(self, fd: int, offset: int, end: int) -> bool:
-        """Whether there is something in [offset, end) that nobody knows, as the file was changed while nobody served it."""
+        """Whether the right content of a part of [offset, end), in bytes, is unknown because the file was changed while no fetch served it."""
         blocks = self.missing(0, self.limit) if self.missing(offset, end) else []
         return any(
             start < end and offset < stop
@@ -185,19 +198,19 @@ class StubFile:
     # Changes
 
     def look(self, fd: int) -> None:
-        """Take note of a size that the file has come to have. To be called before the access that tells of it goes on: whatever makes a file grow
-        makes an event first, so no growth can hide a truncation. Raises OSError ENOSPC or EDQUOT if that cannot be recorded."""
+        """Record the file's new size. The caller calls it before it answers the event. Each growth makes an event first, so no growth can hide a
+        truncation. Raises OSError ENOSPC or EDQUOT if the record cannot be written."""
         with self._lock:
             self._note(os.fstat(fd))
             if self.unrecorded:
                 self._record(fd)
 
     def user_modified(self, fd: int, written: bool = True) -> None:
-        """Take note that the user has written to it, for the first time, or (not `written`) may have done so."""
+        """Record that the user has written to the file (or, without `written`, may have done so) for the first time. Raises as look()."""
         with self._lock:
             status = os.fstat(fd)
             if written and (status.st_mtime_ns, status.st_ctime_ns) == (self._mtime_ns, self._ctime_ns):
-                # A fill that was at work in the same moment has put the old time back.
+                # A fill at the same time has set the old time again.
                 os.utime(fd, ns=(status.st_atime_ns, time.time_ns()))
                 status = os.fstat(fd)
             self._note(status)
@@ -205,7 +218,7 @@ class StubFile:
             self._record_modification(fd)
 
     def _record_modification(self, fd: int) -> None:
-        # All that is here goes to the disk: a hole would not be fetched again after a power cut, it might be the user's.
+        # After a power cut a hole in a modified file is not fetched again, as it may be the user's. So all that is here must be on the disk.
         os.fdatasync(fd)
         self.synced = True
         self._record(fd)
@@ -218,11 +231,11 @@ class StubFile:
         pieces: Iterable[tuple[int, bytes]],
         wanted: Callable[[], bool],
     ) -> int:
-        """Put content into the holes of the blocks [first, end): pieces as (offset, data); what they leave out is a hole in the store, too. Returns
-        how many bytes were written.
+        """Put content into the holes of the blocks [first, end). Returns the number of bytes written.
 
-        Does nothing if `wanted` says no by now, nor to blocks that have come meanwhile. Raises OSError ENOSPC, EDQUOT or EIO of the disk, InDoubt
-        for what may be the user's: the blocks then count as not here.
+        `pieces`: (offset, data); a range that they leave out is a hole in the store, too. `wanted`: if it returns False, nothing is done. Blocks
+        that are here by now are left alone. Raises OSError ENOSPC, EDQUOT or EIO of the disk, InDoubt if the blocks may hold the user's data. The
+        blocks then count as not here.
         """
         with self._lock:
             if not wanted():
@@ -244,7 +257,7 @@ class StubFile:
                 for offset, data in pieces:
                     written += self._fill_holes(fd, offset, data, first, end, before.st_size, parts)
             except OSError:
-                # Where a write fails for want of room the kernel leaves zeros, as data.
+                # A write that fails with ENOSPC leaves zeros that count as data.
                 _make_holes(fd, parts)
                 raise
             finally:
@@ -261,7 +274,7 @@ class StubFile:
             blocks = self.blocks.copy()
             for block in range(first, min(end, blocks.number)):
                 blocks.add(block)
-            # In this order: who sees the bit may write or make a hole, and it would be filled after a kill if the record came later.
+            # First the record, then the bit. An access that sees the bit may make a hole. Without the record, it would be filled after a kill.
             self._record(fd, blocks)
             self.blocks = blocks
             return written
@@ -271,7 +284,7 @@ class StubFile:
             raise InDoubt(errno.EIO, "was changed while nobody served it", self.path)
 
     def _find_residue(self, fd: int, first: int, end: int, pieces: list[tuple[int, bytes]]) -> bool:
-        """Whether there is something of the user's in blocks that are not here. Raises InDoubt if it cannot be told."""
+        """Whether blocks that are not here hold data of the user. Raises InDoubt if that is unknown."""
         users = False
         for block in self.blocks.missing(first, end):
             start = block * self.block_size
@@ -283,7 +296,7 @@ class StubFile:
         return users
 
     def _expect_not_grown(self, fd: int, before: int, after: int, parts: list[tuple[int, int]]) -> None:
-        """Raise InDoubt if a fill that wrote these parts of a file may have undone a truncation, and take away what it wrote. Sizes in bytes."""
+        """If a fill that wrote these parts may have undone a truncation, punch the parts and raise InDoubt. Sizes in bytes."""
         if not any(may_have_grown_to(after, before, stop) for _, stop in parts):
             return
         _make_holes(fd, parts)
@@ -314,7 +327,7 @@ class StubFile:
         return written
 
     def seal(self, fd: int, changes: int) -> None:
-        """Record that all blocks are on the disk, which the caller has seen to since `changes` were all; nothing if there are others."""
+        """Record that all blocks are on the disk: the caller has synced them after reading `changes`. Does nothing if there are newer changes."""
         with self._lock:
             if self.changes == changes and not self.synced:
                 self.synced = True
@@ -322,7 +335,7 @@ class StubFile:
                 self._record(fd)
 
     def rest(self, fd: int) -> None:
-        """Record that it is not served any more."""
+        """Record that the file is not served any more. Raises OSError ENOSPC or EDQUOT."""
         with self._lock:
             if self._is_open:
                 self._note(os.fstat(fd))
@@ -330,10 +343,11 @@ class StubFile:
                 self._write_record(fd)
 
     def punch(self, fd: int, sync: Callable[[], None]) -> int:
-        """Take the content away; `fd` belongs to someone who knows that nobody else has the file open (a lease). Returns how many bytes became free.
+        """Punch all content of the file. Returns the number of bytes that became free on the disk.
 
-        `sync` brings the record to the disk, before anything is taken away that it would tell of. Raises OSError EBUSY with the reason if it is not
-        to be: modified, unexplained, pinned, of a version that is not the store's.
+        The caller must hold a lease with `fd`, so that no other process has the file open. `sync` brings the new record to the disk before the
+        punch. Raises OSError EBUSY with the reason if the content must stay: the file is modified, unexplained, pinned, or was truncated. Raises
+        OSError EIO if the file system keeps some content.
         """
         with self._lock:
             status = os.fstat(fd)
@@ -345,8 +359,8 @@ class StubFile:
             self._record(fd)
             sync()
             if status.st_size:
-                # To the end of its last page, which would be zeroed in part otherwise, and may be on its way in a pipe or a socket (splice(2));
-                # zeros that stay count as content.
+                # To the end of the last page. A punch of a part of a page writes zeros into the page, which may be in a pipe or a socket
+                # (splice(2)), and zeros that stay count as content.
                 syscalls.fallocate(fd, _PUNCH, 0, -(-status.st_size // _LARGEST_PAGE) * _LARGEST_PAGE)
                 if not stub_mark.is_all_hole(fd):
                     self.unexplained = self.modified = True
@@ -360,7 +374,7 @@ class StubFile:
             return (kept - after.st_blocks) * 512
 
     def pin(self, fd: int, pinned: bool) -> bool:
-        """Let it stay here whatever happens, or not any more; whether that is news."""
+        """Set or clear the pin, which keeps the content here. Returns whether the state has changed. Raises OSError of setxattr(2)."""
         with self._lock:
             if self.pinned == pinned:
                 return False
@@ -376,14 +390,14 @@ class StubFile:
             return True
 
     def expect_evictable(self) -> None:
-        """Raise OSError EBUSY with the reason if its content is not to be taken away."""
+        """Raise OSError EBUSY with the reason if the content must stay."""
         if self.pinned:
             raise OSError(errno.EBUSY, "is pinned; unpin it first", self.path)
         if self.unexplained or self.modified or self.limit < self.size:
             raise OSError(errno.EBUSY, "is modified: its content is nowhere else", self.path)
 
     def _note(self, status: os.stat_result) -> None:
-        """Compare with what was there after the last change of ours; `status` is the file's now."""
+        """Compare the file with its state after the last change of ours; a difference is the user's. `status`: its fstat(2) now."""
         if (status.st_size, status.st_mtime_ns, status.st_ctime_ns) != (
             self.size,
             self._mtime_ns,
@@ -402,7 +416,7 @@ class StubFile:
 
     def _record(self, fd: int, blocks: Blocks | None = None) -> None:
         if self.unexplained:
-            self.unrecorded = False  # what is on the disk must go on being unexplained
+            self.unrecorded = False  # the record on the disk must keep UNEXPLAINED
             return
         self._is_open = True
         self.changes += 1
@@ -446,12 +460,12 @@ class StubFile:
 
 _WRITTEN_UNSERVED = "was written to while nobody served it, where it lacked content; end fetch, save what you need of it, remove it, populate again"
 _PUNCH = 0x01 | 0x02  # FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE (fallocate(2))
-_LARGEST_PAGE = 1 << 16  # bytes, of what Linux runs on
-_TICK = 10_000_000  # nanoseconds that the clock of file systems may lag behind
+_LARGEST_PAGE = 1 << 16  # bytes, of all machines that Linux runs on
+_TICK = 10_000_000  # nanoseconds; the clock of file systems may be that much behind
 
 
 def is_pinned(fd: int) -> bool:
-    """Whether the user wants it to stay here."""
+    """Whether the file is pinned."""
     try:
         os.getxattr(fd, PINNED)
     except OSError:
@@ -465,7 +479,7 @@ def _make_holes(fd: int, parts: list[tuple[int, int]]) -> None:
 
 
 def _may_be_written(fd: int) -> bool:
-    """Whether somebody may have the file open for writing."""
+    """Whether a process may have the file open for writing."""
     try:
         return syscalls.is_open_for_writing(fd)
     except OSError:
@@ -473,9 +487,9 @@ def _may_be_written(fd: int) -> bool:
 
 
 def _privileges(fd: int, status: os.stat_result) -> Callable[[], None]:
-    """What gives a program its set-user-id, set-group-id and capabilities back, which write(2) takes away."""
+    """A function that restores the set-user-id and set-group-id bits and the capabilities, which write(2) clears."""
     capabilities = None
-    with suppress(OSError):  # there are none, or they are not ours to see
+    with suppress(OSError):  # there are none, or we may not read them
         capabilities = os.getxattr(fd, _CAPABILITIES)
 
     def restore() -> None:

@@ -1,8 +1,8 @@
-"""Writing content into a file that somebody may truncate in the same moment, so that it does not become long again.
+"""Writing content into a file that another process may truncate at the same time. The write must not make the file long again.
 
-write(2) beyond the end of a file makes it longer, and no flag forbids it. Through a mapping nobody can write beyond the end, but that costs ten times
-as much. So only the page with the file's end is written through a mapping: what write(2) makes longer is then shorter than it was before, which
-the caller can see.
+write(2) beyond the end of a file makes the file longer, and no flag forbids it. A write through a mapping cannot go beyond the end, but costs ten
+times as much. So only the page with the file's end is written through a mapping. If write(2) makes a truncated file longer, the file is still shorter
+than before, and the caller can see that.
 """
 
 import errno
@@ -14,9 +14,9 @@ from fusehsm.linux.syscalls import PAGE_SIZE
 
 
 def write_without_growing(fd: int, data: memoryview, offset: int, size: int, path: str) -> int:
-    """Write at `offset` in a file that was `size` bytes long when last looked at, up to there at most; returns how many bytes.
+    """Write at `offset` in a file that was last seen with `size` bytes, at most up to `size`. Returns the number of bytes written.
 
-    Afterwards the file is `size` bytes long only if it was so all the time, or has grown again since. Raises OSError ENOSPC, EDQUOT or EIO.
+    Afterwards the file has `size` bytes only if it kept that size all the time, or has grown again since. Raises OSError ENOSPC, EDQUOT or EIO.
     """
     last_page = _last_page(size)
     body = min(max(last_page - offset, 0), len(data))
@@ -27,7 +27,7 @@ def write_without_growing(fd: int, data: memoryview, offset: int, size: int, pat
 
 
 def may_have_grown_to(now: int, size: int, end: int) -> bool:
-    """Whether a file that was `size` bytes long and is `now` may be so by our having written up to `end` after somebody made it shorter still."""
+    """Whether a file of `size` bytes may have been truncated, and then grown to `now` bytes by our write up to `end`."""
     return now < size and now in (end, min(end, _last_page(size)))
 
 
@@ -39,16 +39,16 @@ def _write_mapped(fd: int, data: memoryview, offset: int, page: int, path: str) 
     try:
         mapping = mmap.mmap(fd, offset - page + len(data), offset=page)
     except ValueError:
-        return  # shorter already
+        return  # already shorter
     except OSError as error:
         if error.errno != errno.ENODEV:
             raise
-        _write_all(fd, data, offset, path)  # there is no other way here
+        _write_all(fd, data, offset, path)  # this file system has no mappings
         return
     source = os.memfd_create("content")
     try:
         os.write(source, data)
-        # Read into the mapping by the kernel, which has an error for us where a store of our own would be the end of us (SIGBUS).
+        # preadv(2) copies into the mapping and fails with EFAULT where our own store instruction would raise SIGBUS.
         with closing(mapping), memoryview(mapping)[offset - page :] as target:
             os.preadv(source, [target], 0)
     except OSError as error:
