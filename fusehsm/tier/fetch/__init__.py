@@ -1,1 +1,1 @@
-"""`fusehsm fetch`: serve stubs from a store, and evict, pin and status, which ask a running fetch."""
+"""`fusehsm fetch` serves stubs from a store; `evict`, `pin` and `status` ask a running fetch."""

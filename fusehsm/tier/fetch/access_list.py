@@ -1,6 +1,6 @@
-"""Lists of what a run has touched, in that order: written by `fetch --record`, fetched ahead by `fetch --prefetch`.
+"""Lists of the ranges that a run has accessed, in the order of the accesses. `fetch --record` writes a list, `fetch --prefetch` fetches it ahead.
 
-One line a range: offset and length in bytes, and the path below the destination as a JSON string.
+Each line is a range: offset and length in bytes, and the path below the destination as a JSON string.
 """
 
 import json
@@ -21,7 +21,7 @@ from fusehsm.tier.fetch.errors import passed_over
 MOST_LINES: Final = 1_000_000
 """What of a list is written, or read: it is kept in memory."""
 
-_LONGEST_LINE: Final = 1 << 17  # bytes; of a path of 16 KiB each byte may take six
+_LONGEST_LINE: Final = 1 << 17  # bytes: a path of 16 KiB, of which each byte may take six
 _LARGEST: Final = (1 << 63) - 1  # off_t
 _AT_ONCE: Final = 8  # files, or parts of one
 _PIECE: Final = 4 << 20  # bytes of one read(2)
@@ -31,15 +31,18 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Touched:
-    """`offset`, `length`: bytes; `path`: below the destination."""
+    """One line of a list: a range of a file."""
 
+    # Below the destination.
     path: str
+    # Bytes.
     offset: int
+    # Bytes.
     length: int
 
     @classmethod
     def parse(cls, line: str) -> Self:
-        """One line of a list. ValueError for anything else."""
+        """Parse one line of a list. Raises ValueError if it is none."""
         offset, length, name = line.split(" ", 2)
         try:
             path = json.loads(name)
@@ -50,7 +53,7 @@ class Touched:
             raise ValueError(line)
         components(path)
         os.fsencode(path)
-        # Lines of one file follow each other, as a rule.
+        # As a rule, consecutive lines have the same path: keep it once.
         return cls(sys.intern(path), first, count)
 
     def __str__(self) -> str:
@@ -58,10 +61,10 @@ class Touched:
 
 
 class Recorder:
-    """Writes the list, each block once, at its first use; a context manager. begin() comes before anything is written."""
+    """Writes the list: each block once, at its first access. A context manager. Call begin() before the first access."""
 
     def __init__(self, path: str, block_size: int) -> None:
-        """Opens the list, and leaves in it what is there. Raises OSError where it cannot be written."""
+        """Open the list for writing, without truncating it. `block_size`: bytes. Raises OSError of open(2)."""
         self._path = path
         self._file: TextIO | None = open(path, "w", encoding="ascii", opener=_as_it_is)  # noqa: SIM115 (closed by __exit__)
         self._block_size = block_size
@@ -69,14 +72,14 @@ class Recorder:
         self._lines = 0
 
     def begin(self) -> None:
-        """Take out what is there. Not before this run is the only one here: it may be the list of another that is under way."""
+        """Truncate the list. Call it once this run holds the destination: until then the list may belong to a running fetch."""
         if self._file is not None and stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
             self._file.truncate(0)
 
     def __call__(self, path: str, offset: int, end: int) -> None:
-        """Somebody wants [offset, end) of a file."""
+        """Note an access to [offset, end), in bytes, of the file at `path` below the destination."""
         if self._file is None or not path:
-            return  # what has no path below the destination cannot be found there next time
+            return  # a file without a path below the destination cannot be found next time
         size = self._block_size
         first = offset // size
         seen = self._seen.setdefault(path, RangeSet())
@@ -84,7 +87,7 @@ class Recorder:
             seen.add(start, stop)
             line = str(Touched(path, start * size, min(stop * size, _LARGEST) - start * size))
             if len(line) > _LONGEST_LINE:
-                return  # what lies so deep cannot be found there next time
+                return  # a path that long cannot be opened next time
             if self._lines == MOST_LINES:
                 _log.warning("--record %s: has %d lines, and takes no more", self._path, MOST_LINES)
                 self._close()
@@ -111,7 +114,7 @@ class Recorder:
             self._give_up(error)
 
     def _give_up(self, error: OSError) -> None:
-        """A list that cannot be written is no reason to refuse an access."""
+        """Stop writing: an error of the list is no reason to refuse an access."""
         _log.error("--record %s: cannot be written, and is not complete: %s", self._path, error.strerror)
         self._file = None
 
@@ -121,7 +124,7 @@ def _as_it_is(path: str, flags: int) -> int:
 
 
 def read_list(path: str) -> list[Touched]:
-    """The ranges of a list, the first MOST_LINES of them. Raises OSError where it cannot be read, ValueError with the line where it is none."""
+    """The first MOST_LINES ranges of a list. Raises OSError if it cannot be read, ValueError with the number of the line that is no range."""
     found: list[Touched] = []
     with open(path, encoding="ascii", errors="replace") as lines:
         while line := lines.readline(_LONGEST_LINE + 1):
@@ -141,8 +144,9 @@ def read_list(path: str) -> list[Touched]:
 
 
 async def warm_up(destination: str, wanted: Sequence[Touched]) -> None:
-    """Have these ranges fetched, in that order, several at a time, by reading them below the directory `destination` as any program would. What is
-    not there any more, or fails, is left for whoever wants it."""
+    """Fetch these ranges in their order, several at a time, by reading them below the directory `destination` as any program does.
+
+    A file that does not exist any more is passed over; a failed range is counted in a warning. A later access fetches it."""
     turns = trio.Semaphore(_AT_ONCE)
     failures = 0
 

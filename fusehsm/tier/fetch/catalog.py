@@ -1,4 +1,4 @@
-"""Which file of the store a stub stands for, and in which version."""
+"""Finding the store's file and version that a stub stands for."""
 
 import errno
 import os
@@ -12,15 +12,18 @@ from fusehsm.tier.stubs.mark import StubMark, digest
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The file of the store that a stub's mark names. `rights`: what the store says of it. `is_renamed`: it has another path than the stub."""
+    """The file of the store that a stub's mark names."""
 
+    # In the store.
     path: str
+    # Owner, group and mode in the store; None if the store has none.
     rights: Rights | None
+    # The stub has another path than the store's file.
     is_renamed: bool
 
 
 class Catalog:
-    """Asks the store. May be used by any number of threads."""
+    """Finds the files of a store. Safe for any number of threads."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -28,10 +31,10 @@ class Catalog:
         self._lock = threading.Lock()
 
     def origin(self, mark: StubMark, path: str) -> Origin:
-        """What the stub at `path` (below the destination) was made of, as its mark says.
+        """The store's file that the mark of the stub at `path` (below the destination) names.
 
-        A stub that has been renamed or linked is found by the store's list, which is asked for once. Raises StoreChanged when the file is gone,
-        other OSErrors when the store does not answer.
+        For a stub that has been renamed or linked, the catalog searches the store's list, which it reads once. Raises StoreChanged if the file is
+        gone from the store, other OSErrors if the store does not answer.
         """
         is_renamed = digest(path) != mark.path
         if is_renamed:
@@ -42,7 +45,7 @@ class Catalog:
             raise self._gone(path) from None
 
     def version(self, mark: StubMark, path: str) -> str:
-        """The version to read of the store's file at `path`: the one that the mark names. Raises as origin(), and StoreChanged for another one."""
+        """The version of the store's file at `path`. Raises as origin(), and StoreChanged if it is not the version that the mark names."""
         try:
             version = self._store.version(path)
         except (FileNotFoundError, NotADirectoryError):
@@ -54,7 +57,7 @@ class Catalog:
     def version_and_range(
         self, mark: StubMark, path: str, offset: int, length: int
     ) -> tuple[str, bytes | None]:
-        """The same, together with a range of it where the store has both for one request: a first read of a small file is then the only one."""
+        """As version(), with a range (bytes) if the store gives both in one request, else None. A small file then takes one request in all."""
         try:
             found = self._store.read_if(path, offset, length, lambda version: digest(version) == mark.version)
         except StoreChanged:
@@ -87,7 +90,7 @@ class Catalog:
 
 
 def _pass_over(_: StoreError) -> None:
-    """What cannot be listed is not found, which is then said of the file that wants it."""
+    """Ignore a directory that cannot be listed: _renamed() reports the file that it does not find."""
 
 
 def below(root: str, path: str) -> str | None:
@@ -97,6 +100,6 @@ def below(root: str, path: str) -> str | None:
 
 
 def where(error: OSError) -> str:
-    """An error in a line: what, and why."""
+    """An error in one line: the file and the cause."""
     name = shown(os.fsdecode(error.filename)) + ": " if error.filename else ""
     return f"{name}{error.strerror or error}"

@@ -1,4 +1,4 @@
-"""Finding the `fusehsm fetch` that serves a path, and asking it."""
+"""The client of a running `fusehsm fetch`: finds the one that serves a path, and sends it requests."""
 
 import errno
 import json
@@ -12,26 +12,29 @@ from fusehsm.control import socket as control_socket
 from fusehsm.text import shown
 from fusehsm.tier.fetch.protocol import LARGEST_REPLY, Request, encode_request
 
-_PATIENCE: Final = 600.0  # seconds without a word
+_PATIENCE: Final = 600.0  # seconds without an answer
 
 
 def socket_name(destination: str) -> str:
-    """How a fetch is found: by what stat(2) says of its destination, as accessors see it. Raises OSError."""
+    """The name of a fetch's control socket: device and inode of its destination, as accessors see them. Raises OSError of stat(2)."""
     status = os.stat(destination)
     return f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}:{status.st_ino}"
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A connection to the fetch that serves a path, which is `path` below its destination `root`."""
+    """A connection to the fetch that serves a path."""
 
+    # The control socket.
     connection: socket.socket
+    # The destination of the fetch, absolute.
     root: str
+    # The path below `root`.
     path: str
 
     def ask(self, request: Request) -> Iterator[dict[str, Any]]:
-        """The lines of the answer as they come; the result is the last of them. Raises the OSError that the answer tells of, ENOTCONN when the
-        fetch has ended meanwhile."""
+        """Send a request, and yield the lines of the answer as they arrive; the last one is the result. Raises the OSError in the answer, ENOTCONN
+        if the fetch has ended or does not answer."""
         with self.connection as connection:
             connection.settimeout(_PATIENCE)
             try:
@@ -50,7 +53,7 @@ class Found:
 
 
 def find(path: str) -> Found | None:
-    """The fetch that serves `path` (whose last component is not followed); None if there is none. Raises OSError ENOENT where nothing is there."""
+    """The fetch that serves `path`; None if there is none. The last component is not followed. Raises OSError ENOENT if `path` does not exist."""
     absolute = os.path.abspath(path)
     name = os.path.basename(absolute)
     resolved = os.path.join(os.path.realpath(os.path.dirname(absolute)), name) if name else absolute
@@ -72,7 +75,7 @@ def find(path: str) -> Found | None:
 
 
 def found(path: str) -> Found:
-    """The same; OSError with the mend where there is none."""
+    """As find(), but raises OSError ENOTCONN with the fix if there is none."""
     fetch = find(path)
     if fetch is None:
         raise OSError(

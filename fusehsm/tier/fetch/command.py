@@ -1,4 +1,4 @@
-"""`fusehsm fetch STORE DST`: serve DST's stubs from a store, in place, until told to end."""
+"""`fusehsm fetch STORE DST`: serve the stubs of DST from a store, in place, until a signal ends it."""
 
 import errno
 import logging
@@ -37,40 +37,54 @@ from fusehsm.tier.stubs.identity import place_of
 from fusehsm.tier.text import parse_seconds, parse_size, size_text
 
 _EVENTS: Final = ("PRE_ACCESS", "MODIFY")
-# On the real kernel nothing tells of what is written through a mapping, but the end of its file. (A mount makes MODIFY of it.)
+# On the real kernel only the last close of a file tells of a write through a mapping. A mount makes MODIFY of it.
 _EVENTS_OF_KERNEL: Final = (*_EVENTS, "CLOSE_WRITE")
 _DENIALS: Final = {"EIO": errno.EIO, "EAGAIN": errno.EAGAIN}
 _SMALLEST_BLOCK: Final = 4096
-_LAST_LOOK: Final = 1.0  # seconds: who asks again and again must not keep it from ending
-_OTHER_FILES: Final = 32  # descriptors, of which those of a store over the network are some
-# On the real kernel an ignore mark is a system call. On a mount it costs more than the events of a file that is read once: its content and its end.
+_LAST_LOOK: Final = 1.0  # seconds: repeated accesses must not keep fetch from ending
+_OTHER_FILES: Final = 32  # descriptors, those of a store over the network included
+# On the real kernel an ignore mark costs one system call. On a mount it costs more than the two events of a file that is read once.
 _IGNORE_AFTER: Final = 2
-_HANDLERS: Final = 1000  # events that may wait at once
+_HANDLERS: Final = 1000  # most events that wait at once
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class FetchOptions:
-    """The command line of `fusehsm fetch`. `mount_arguments`: for `fusehsm mount`; `keep_interval`: Keeper's, in seconds."""
+    """The command line of `fusehsm fetch`. Sizes and times are texts, as the user writes them."""
 
+    # Path or URL of the store.
     store: str
+    # The directory with the stubs.
     destination: str
+    # "auto", "kernel" or "fuse".
     backend: str = "auto"
+    # Size of a block, a power of two.
     block_size: str = "1M"
+    # The largest prefetch window ahead of a reader.
     read_ahead: str = "32M"
+    # Most requests to the store at once.
     jobs: int = 16
+    # Time after which an access is refused if the store does not answer.
     deadline: str = "60s"
+    # Name of the errno of a refused access.
     on_error: str = "EIO"
+    # Bytes a second to read from the store, None without limit.
     limit_rate: str | None = None
+    # Disk space of the stubs above which content is evicted, None without limit.
     max_size: str | None = None
+    # Path of the list of accesses to write.
     record: str | None = None
+    # Path of the list of accesses to fetch ahead.
     prefetch: str | None = None
+    # Options for `fusehsm mount`.
     mount_arguments: tuple[str, ...] = ()
+    # Seconds between two syncs (Keeper).
     keep_interval: float = INTERVAL
 
     def policy(self) -> Policy:
-        """What it means. Raises ValueError with one line for what makes no sense."""
+        """The parsed options. Raises ValueError with one line for an impossible value."""
         block_size = parse_size("--block-size", self.block_size)
         if block_size < _SMALLEST_BLOCK or block_size & (block_size - 1):
             raise ValueError(f"--block-size {self.block_size}: must be a power of two of at least 4K")
@@ -93,25 +107,29 @@ class FetchOptions:
 
 @dataclass(frozen=True, slots=True)
 class _Wishes:
-    """What is done beside serving. `max_size`: bytes; `keep_interval`: seconds."""
+    """The tasks beside serving."""
 
+    # Bytes on the disk above which content is evicted.
     max_size: int | None
+    # Writes the list of --record.
     recorder: Recorder | None
+    # The ranges of --prefetch.
     warm: list[Touched] | None
+    # Seconds between two syncs.
     keep_interval: float
 
 
 def fetch(options: FetchOptions) -> int:
-    """Serve until SIGINT, SIGTERM or SIGHUP; prints `ready` on stderr (and tells a service manager) once accesses are served, and a
-    summary at the end. Returns the exit code.
+    """Serve until SIGINT, SIGTERM or SIGHUP. Returns the exit code.
 
-    Raises ValueError for bad usage, OSError with one line for what cannot be done, also when the mount or the group is gone, or of an error of
-    its own: a mount then stays and refuses.
+    Prints `ready` on stderr (and notifies a service manager) once accesses are served, and a summary at the end. Raises ValueError for bad usage.
+    Raises OSError with one line for every other error, also if the mount or the group is gone. After an error a mount stays, and refuses access to
+    missing content.
     """
     policy = options.policy()
     max_size = None if options.max_size is None else parse_size("--max-size", options.max_size)
     logging.basicConfig(level=logging.WARNING, handlers=[StderrHandler()], format="fusehsm: %(message)s")
-    # Not of what opens stores: botocore tells where it found credentials.
+    # Not for the libraries of stores: at this level botocore logs where it found credentials.
     logging.getLogger("fusehsm").setLevel(logging.INFO)
     logging.captureWarnings(True)
     warm = None if options.prefetch is None else read_list(options.prefetch)
@@ -124,7 +142,7 @@ def fetch(options: FetchOptions) -> int:
             if options.record is not None:
                 _expect_outside(options.record, os.path.realpath(options.destination))
                 recorder = stack.enter_context(Recorder(options.record, policy.block_size))
-            # Whatever can be refused has been: from here on only an ordered end takes a mount away.
+            # All checks are done. From here on only an ordered end unmounts.
             place = stack.enter_context(
                 destination(options.destination, options.backend, options.mount_arguments)
             )
@@ -137,7 +155,7 @@ def fetch(options: FetchOptions) -> int:
             totals = trio.run(_serve, store, place, policy, wishes, interruption)
             line = summary(options, totals, time.monotonic() - started)
     finally:
-        # Where nobody reads it, that is an error, which is none of the serving.
+        # Outside the body: a failed write of the summary is no error of the serving.
         if line is not None:
             print(line, flush=True)
     return 0
@@ -148,7 +166,7 @@ async def _serve(
 ) -> Totals:
     failures: list[OSError] = []
     events = _EVENTS_OF_KERNEL if place.backend == "kernel" else _EVENTS
-    # Of a whole file system also what other mounts show of it, and those of other namespaces (containers), which have no marks of their own.
+    # A filesystem mark also covers the file system's other mounts, and mounts in other namespaces (containers), which have no marks of their own.
     mark = "filesystem" if place.is_whole and place.path != "/" else "mount"
     async with (
         open_group(place.path, events, backend=place.backend, mark=mark) as group,
@@ -166,7 +184,7 @@ async def _serve(
                 )
                 fetcher.group = group
                 keeper = Keeper(fetcher, place.root_fd, wishes.keep_interval)
-                # However it ends: while the group still keeps everybody waiting.
+                # At every end, while accesses still wait for the group.
                 ending.callback(keeper.rest)
                 evictor = Evictor(fetcher, place, group)
 
@@ -199,14 +217,14 @@ async def _serve(
 
 
 def _expect_outside(record: str, destination: str) -> None:
-    """Writing the list would be an access, and wait for us who write it."""
+    """Raise ValueError if the list is in the destination: fetch would wait for itself when it writes the list."""
     place = os.path.realpath(record)
     if os.path.commonpath((place, destination)) == destination:
         raise ValueError(f"--record {shown(record)}: lies in the destination; choose a place outside")
 
 
 def _handlers(policy: Policy) -> int:
-    """How many events may be answered at once: each has up to four descriptors for as long as it waits. Takes all that this process may have."""
+    """The number of events to answer at once: each takes up to four descriptors. Raises the limit of descriptors (RLIMIT_NOFILE) to its maximum."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -218,7 +236,7 @@ def _handlers(policy: Policy) -> int:
 
 @asynccontextmanager
 async def _refusing_the_rest(group: Group) -> AsyncIterator[None]:
-    """At the end, refuse what nobody has looked at: the real kernel allows whatever waits in a group that is closed, and stubs were read as zeros."""
+    """At the end, refuse the events that wait. The real kernel allows them when the group is closed, and stubs would be read as zeros."""
     try:
         yield
     finally:
@@ -227,23 +245,23 @@ async def _refusing_the_rest(group: Group) -> AsyncIterator[None]:
             try:
                 events = group.take_events()
             except BlockingIOError:
-                break  # nothing is left
+                break  # no event is left
             except OSError as error:
                 if error.errno in GROUP_IS_GONE:
                     break
-                continue  # one whose file cannot be opened, which has been refused by that
+                continue  # an event whose file cannot be opened is refused already
             for event in events:
                 if event.fd < 0:
                     continue
                 os.close(event.fd)
                 if event.mask & group.permission_events:
-                    with suppress(OSError):  # who waited has been killed
+                    with suppress(OSError):  # the accessor has been killed
                         group.answer(event, errno.EIO)
 
 
 async def _watch_directories(group: Group, root_fd: int, mask: int) -> None:
-    """A mark on the mount holds in no other mount of the same tree, and in no other namespace: containers get copies of mounts, without marks. What
-    is marked on a directory holds everywhere for the files that are in it."""
+    """Mark each directory for its files. Such a mark holds in every mount and namespace. A mount mark holds only in its own mount: containers
+    get copies of mounts, without marks."""
     complained = False
 
     def complain(error: OSError) -> None:
@@ -261,7 +279,7 @@ async def _watch_directories(group: Group, root_fd: int, mask: int) -> None:
 
 
 async def _watch_mounts_below(group: Group, path: str, mask: int) -> None:
-    """What is mounted below a directory has its own marks on the real kernel. (A mount of fusehsm shows it all as one.)"""
+    """Mark the mounts below a directory. On the real kernel each mount needs its own mark; a mount of fusehsm shows all of them as one."""
     prefix = path.rstrip("/") + "/"
     for mount in list(read_mounts()):
         if mount.mount_point.startswith(prefix) and not mount.is_fusehsm:

@@ -1,4 +1,4 @@
-"""The directory whose stubs are served, in place: by the real kernel's events, or through a mount of the emulator over it."""
+"""The directory whose stubs are served in place: with the real kernel's events, or through a mount of the emulator over it."""
 
 import contextlib
 import errno
@@ -30,22 +30,25 @@ _REFUSING: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """`path`: absolute, without symbolic links, where accessors see it. `root_fd`: its directory, under a mount the backing. `backend`: "kernel",
-    where what is done through `root_fd` makes events as anything else, or "fuse". `is_whole`: it is the root of its file system."""
+    """A directory that is ready to be served."""
 
+    # Absolute, without symbolic links, as accessors see it.
     path: str
+    # Descriptor of the directory; under a mount, of the backing.
     root_fd: int
+    # "kernel": an access through `root_fd` makes events. "fuse": it makes none.
     backend: str
+    # The directory is the root of its file system.
     is_whole: bool = False
 
 
 @contextmanager
 def destination(path: str, backend: str, mount_arguments: Sequence[str]) -> Iterator[Destination]:
-    """Make `path` a place with events, and undo that at the end. `backend` as for open_group(), "auto": the real kernel where it can.
+    """Prepare `path` for events, and undo that at the end. `backend`: as for open_group(); "auto" is the real kernel where it can watch the path.
 
-    `mount_arguments`: of `fusehsm mount`, whose daemon is a process of its own: when whoever serves dies without a word, accesses are refused, so
-    that no stub is read as zeros, and the next one takes over that mount. Any error of the body leaves the mount, too: only its ordered end and
-    Interrupted take it away. Raises OSError with one line, EBUSY where somebody fills or populates already.
+    `mount_arguments`: options for `fusehsm mount`, whose daemon is a process of its own. If fetch is killed, the mount refuses accesses, so that no
+    stub is read as zeros, and the next fetch takes the mount over. An error of the body leaves the mount, too: only the ordered end and Interrupted
+    unmount. Raises ValueError for bad usage, OSError with one line; EBUSY if another fetch or populate works on the directory.
     """
     if backend not in BACKENDS:
         raise ValueError(f"--backend {backend}: choose one of {', '.join(BACKENDS)}")
@@ -86,11 +89,11 @@ def destination(path: str, backend: str, mount_arguments: Sequence[str]) -> Iter
 
 @contextmanager
 def _mounted(path: str, arguments: Sequence[str]) -> Iterator[None]:
-    """Mount, and unmount at the ordered end: a mount that nobody serves refuses what is not here, where the directory below it shows zeros."""
+    """Mount, and unmount at the ordered end only. An unserved mount refuses missing content; the directory below it would show zeros."""
     mounted: list[MountId] = []
     stays = False
     try:
-        _mount(path, arguments, mounted)  # a signal that came meanwhile is raised at its end
+        _mount(path, arguments, mounted)  # a signal that arrives meanwhile is raised at its end
         try:
             yield
         except Interrupted:
@@ -106,7 +109,7 @@ def _mounted(path: str, arguments: Sequence[str]) -> Iterator[None]:
 
 @contextmanager
 def _explained(path: str) -> Iterator[None]:
-    """Make any error of the body an OSError with one line, which also says what it means for those who use the directory."""
+    """Raise any error of the body as an OSError with one line, which also names the consequence for users of the directory."""
     try:
         yield
     except Interrupted:
@@ -117,17 +120,17 @@ def _explained(path: str) -> Iterator[None]:
 
 
 def _left_behind(path: str) -> str:
-    # By the list of mounts: asking the mount itself may wait for a server that has died.
+    # From the list of mounts: a request to the mount itself may wait for a dead server.
     if any(mount.mount_point == path and mount.is_fusehsm for mount in read_mounts()):
         return f"{shown(path)} stays mounted, and {_REFUSING.format(shown(path))}"
     return f"nobody serves {shown(path)} any more, and what is not here is read as zeros there; start fetch again"
 
 
 def _clear_dead_mount(path: str) -> None:
-    """Take away a mount of which the daemon was killed: it refuses everything, so nobody gets to see less than before."""
+    """Unmount a mount whose daemon was killed. It refuses everything, so no user loses access."""
     try:
         dead = id_at(path)
-        os.statvfs(path)  # asks the server, where attributes may be cached
+        os.statvfs(path)  # goes to the server; attributes may be cached
     except OSError as error:
         if error.errno == errno.ENOTCONN:
             _unmount(path, dead)
@@ -160,7 +163,7 @@ def _root_below(mount: Mount) -> Iterator[int]:
 
 
 def _mount(path: str, arguments: Sequence[str], mounted: list[MountId]) -> None:
-    """Mount, and add the new mount to `mounted`."""
+    """Mount `path` over itself, and add the new mount to `mounted`. Raises ValueError for bad usage, OSError EIO with the mount's error."""
     with signals_held():
         result = subprocess.run(
             own_command("mount", *arguments, path, path),

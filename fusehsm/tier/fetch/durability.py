@@ -1,4 +1,4 @@
-"""Making what has been filled last: records that say so once the disk has it, and records at rest when serving ends."""
+"""Making fills durable: records say SYNCED once the content is on the disk, and are closed when serving ends."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ from fusehsm.tier.stubs.identity import Key, key_of
 from fusehsm.tier.stubs.stub import StubFile
 
 INTERVAL: Final = 5.0  # seconds
-_LONGEST: Final = 6  # intervals for which files that are being filled all the time are let off
+_LONGEST: Final = 6  # intervals after which a sync happens although fills go on
 
 _NOT_KEPT: Final = "what was fetched is not known to be on the disk"
 _NOT_CLOSED: Final = "the record of a file is not closed, as if fetch had been killed"
@@ -26,18 +26,18 @@ _log = logging.getLogger(__name__)
 
 
 class Keeper:
-    """Of the files that a fetcher serves, below `root_fd`."""
+    """Keeps the records of the files that a fetcher serves, below `root_fd`."""
 
     def __init__(self, fetcher: Fetcher, root_fd: int, interval: float = INTERVAL) -> None:
-        """`interval`: seconds between two looks at whether something is to be brought to the disk."""
+        """`interval`: seconds between two checks for content to sync."""
         self._fetcher = fetcher
         self._root_fd = root_fd
         self._interval = interval
         self._put_off = 0
 
     async def keep(self) -> None:
-        """Bring content to the disk every now and then, while nothing is on its way, and say so in the records. Never returns: what goes wrong is
-        logged, and tried again the next time."""
+        """Sync the content from time to time, when there were no requests for an interval, and set SYNCED in the records. Never returns. An error is
+        logged, and the sync tried again after the next interval."""
         last = -1
         while True:
             await trio.sleep(self._interval)
@@ -70,12 +70,12 @@ class Keeper:
                         file.seal(fd, changes)
 
     def rest(self) -> None:
-        """At the end: everything on the disk, every record closed. To be called when nothing is filled any more and nobody is let go on yet: what
-        is done afterwards is not explained by these records."""
+        """At the end, sync all content and close every record. Call it when no fill is under way and all accesses still wait: the records do not
+        explain later changes."""
         with passed_over(_NOT_KEPT, _log):
             self._sync()
         moved: dict[Key, StubFile] = {}
-        # A thread that nobody waits for any more may still meet files.
+        # A copy: an abandoned thread may still add files.
         for key, served in list(self._fetcher.served.items()):
             if served.file is None or not served.file.recorded:
                 continue
@@ -90,7 +90,7 @@ class Keeper:
 
     @contextmanager
     def opened(self, key: Key, file: StubFile) -> Iterator[int | None]:
-        """A descriptor of the file by the path where it was seen; None if it is not there any more, which costs nothing but time later."""
+        """A descriptor of the file at its last known path; None if the file is not there any more. Fetch then only does more work later."""
         fd = None
         with suppress(OSError, ValueError):
             fd = open_beneath(self._root_fd, file.path, os.O_RDONLY | os.O_NONBLOCK) if file.path else None
@@ -107,12 +107,12 @@ class Keeper:
 
 
 def _rest(file: StubFile, fd: int) -> None:
-    with suppress(OSError):  # the disk is full: it stays as when somebody was killed
+    with suppress(OSError):  # the disk is full: the record stays as after a kill
         file.rest(fd)
 
 
 def _rest_moved(root_fd: int, files: dict[Key, StubFile]) -> None:
-    """Of files that are not where they were seen: renamed ones have to be looked for."""
+    """Close the records of files that are not at their last known path: search the tree for them."""
     numbers = {key[:2] for key in files}
     for directory_fd, names in directories(root_fd, _pass_over):
         for name in names:
@@ -131,4 +131,4 @@ def _rest_moved(root_fd: int, files: dict[Key, StubFile]) -> None:
 
 
 def _pass_over(_: OSError) -> None:
-    """A directory that cannot be looked at: its files stay as when somebody was killed."""
+    """Ignore a directory that cannot be read: the records of its files stay as after a kill."""

@@ -1,4 +1,4 @@
-"""Errors that nobody expected: each as one line, and kept from ending what goes on beside it."""
+"""Unexpected errors: each is one line, and does not end the serving."""
 
 import logging
 import os
@@ -9,7 +9,7 @@ from fusehsm.tier.fetch.catalog import where
 
 
 def in_a_line(error: BaseException) -> str:
-    """What went wrong, in one line. For what is no OSError it names the place in the code as well, which a report of the mistake needs."""
+    """An error in one line. If it is no OSError, the line also names the place in the code, for a bug report."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     if isinstance(error, OSError):
@@ -29,7 +29,7 @@ def _place(filename: str, line: int) -> str:
 
 @contextmanager
 def passed_over(what: str, log: logging.Logger) -> Iterator[None]:
-    """Log an error of the body in one line that begins with `what`, and go on: for what is done beside the serving, which it must never end."""
+    """Log an error of the body in one line that begins with `what`, and go on. For tasks beside the serving, which they must never end."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Taking content away again, while nobody has the file open, and only what the store has as well."""
+"""Eviction: punches content that the store has as well, while no process has the file open."""
 
 import errno
 import logging
@@ -37,18 +37,18 @@ from fusehsm.tier.stubs.identity import Key, key_of
 from fusehsm.tier.stubs.stub import StubFile
 
 _ADD = FAN_MARK_ADD | FAN_MARK_IGNORED_MASK | FAN_MARK_IGNORED_SURV_MODIFY | FAN_MARK_EVICTABLE
-_LOOKS: Final = 1000  # a millisecond each
+_LOOKS: Final = 1000  # checks for events, a millisecond each
 _REMOVE = FAN_MARK_REMOVE | FAN_MARK_IGNORED_MASK
 
 
-_SHORTEST: Final = 0.5  # seconds until what was in use is looked at again
-_AFTER_TROUBLE: Final = 30.0  # seconds until the tree is looked at again when that has failed
+_SHORTEST: Final = 0.5  # seconds until files that were in use are tried again
+_AFTER_TROUBLE: Final = 30.0  # seconds until a failed look at the tree is tried again
 
 _log = logging.getLogger(__name__)
 
 
 class Kept(Enum):
-    """Why content stays where it is."""
+    """The reason for which content stays."""
 
     MODIFIED = "modified"
     PINNED = "pinned"
@@ -59,17 +59,20 @@ class Kept(Enum):
 
 @dataclass(slots=True)
 class Outcome:
-    """Of many: how many were evicted, how many bytes became free, what stays and why; `complaints`: (path, why) of what is neither the user's wish
-    nor in use."""
+    """The result of an eviction of many files."""
 
+    # Number of files evicted.
     evicted: int = 0
+    # Bytes that became free on the disk.
     freed: int = 0
+    # Number of files that stay, by reason.
     kept: Counter[Kept] = field(default_factory=Counter)
+    # (path, cause) of files that stay because of an error.
     complaints: list[tuple[str, str]] = field(default_factory=list)
 
 
 class Evictor:
-    """For the files that a fetcher serves."""
+    """Evicts files that a fetcher serves."""
 
     def __init__(self, fetcher: Fetcher, place: Destination, group: Group) -> None:
         self.fetcher = fetcher
@@ -78,25 +81,25 @@ class Evictor:
         self._has_left_out = False
 
     async def inventory(self, path: str) -> list[Item]:
-        """items() at or below a path, looked at in a thread."""
+        """items() at or below a path, made in a thread. Raises as items()."""
         listing = partial(items, self._place.root_fd, path, self.known, self._leave_out, self.fetcher.place)
         return await trio.to_thread.run_sync(lambda: list(listing()))
 
     def _leave_out(self, error: OSError) -> None:
-        # Once: whoever makes such directories may make many, and the tree is looked at again and again.
+        # Once: there may be many such directories, and the tree is read again and again.
         if not self._has_left_out:
             self._has_left_out = True
             _log.warning("%s; it and others like it are not counted, evicted or pinned", where(error))
 
     def known(self, key: Key) -> StubFile | None:
-        """The file that is served under that key, if it is one."""
+        """The served stub with that key, or None."""
         served = self.fetcher.served.get(key)
         return None if served is None else served.file
 
     async def evict_many(
         self, candidates: Sequence[Item], *, older_than: float | None = None, free: int | None = None
     ) -> Outcome:
-        """Evict the files of a list: those that have not been used for `older_than` seconds, and until `free` bytes have become free."""
+        """Evict the candidates that were not used for `older_than` seconds, in their order, until `free` bytes have become free."""
         outcome = Outcome()
         youngest = time.time_ns() - int((older_than or 0) * 1e9)
         for item in candidates:
@@ -125,13 +128,13 @@ class Evictor:
             outcome.kept[Kept.MODIFIED if modified else Kept.FAILED] += 1
             if not modified and error.errno != errno.ENOENT:
                 outcome.complaints.append((path, error.strerror or str(error)))
-        except Exception as error:  # a mistake of ours: others can be evicted all the same
+        except Exception as error:  # a bug of ours: evict the other files all the same
             outcome.kept[Kept.FAILED] += 1
             outcome.complaints.append((path, in_a_line(error)))
 
     async def evict(self, path: str) -> int:
-        """Evict one file; how many bytes became free. Raises BlockingIOError (EAGAIN) while it is in use, EBUSY if it is to stay, and ESTALE when
-        another file has come to be at that path."""
+        """Evict one file. Returns the number of bytes that became free. Raises BlockingIOError (EAGAIN) while it is in use, OSError EBUSY if it must
+        stay, ESTALE if another file is at that path by now."""
         key, served = await trio.to_thread.run_sync(self._meet, path)
         file = served.file
         if file is None:
@@ -153,7 +156,8 @@ class Evictor:
         else:
             target = os.path.join(self._place.path, path)
         try:
-            await self._hear_of_changes()  # events of this file cannot be read while it is leased
+            # During the lease the group cannot read events of this file (docs/facts.md, section 17).
+            await self._hear_of_changes()
             async with leased(target) as lease:
                 fd = lease.descriptor
                 if self._place.backend == "kernel" and self._is_told():
@@ -161,7 +165,7 @@ class Evictor:
                 status = os.fstat(fd)
                 if key_of(fd, status) != key:
                     raise OSError(errno.ESTALE, "is another file by now", path)
-                # Punching makes events of ours where the descriptor is watched, which could not even be read during the lease.
+                # A punch on a watched descriptor makes events, which cannot be read during the lease.
                 if self._place.backend == "kernel":
                     served.ignored |= self._group.dialect.pre_content | FAN_MODIFY | FAN_CLOSE_WRITE
                     await self._group.mark(_ADD, served.ignored, fd)
@@ -177,8 +181,8 @@ class Evictor:
         return freed
 
     async def _hear_of_changes(self) -> None:
-        """Let the fetcher hear what has been told so far: that the file was closed by somebody who could have written to it, for one. Raises
-        BlockingIOError when there is so much of it that it takes too long for a lease."""
+        """Wait until the fetcher has read all events so far, for example the close of a writable descriptor. Raises BlockingIOError if there are too
+        many events."""
         for _ in range(_LOOKS):
             if not self._is_told():
                 await trio.lowlevel.checkpoint()
@@ -188,13 +192,13 @@ class Evictor:
         raise BlockingIOError(errno.EAGAIN, "too much is going on")
 
     def _is_told(self) -> bool:
-        """Whether there are events that the fetcher has not heard of."""
+        """Whether there are events that the fetcher has not read."""
         waiting = select.poll()
         waiting.register(self._group.fileno(), select.POLLIN)
         return bool(waiting.poll(0))
 
     async def _unignore(self, served: Served, fd: int) -> None:
-        """From now on there are events of it again."""
+        """Remove the ignore mark: the file makes events again."""
         if served.ignored:
             with suppress(FileNotFoundError):  # the kernel has forgotten the inode, and the mark with it
                 await self._group.mark(_REMOVE, served.ignored, fd)
@@ -211,16 +215,16 @@ class Evictor:
 
 
 async def keep_below(evictor: Evictor, most: int, complain: Callable[[str], None]) -> None:
-    """Evict what was used least recently whenever the stubs take more than `most` bytes on the disk, down to nine tenths of it. Never returns.
+    """Whenever the stubs take more than `most` bytes on the disk, evict the least recently used, down to nine tenths of `most`. Never returns.
 
-    Files in use stay, so for a while it may be more: `complain` is told when there is nothing to evict, once until there is again. What goes wrong is
-    logged and tried again later.
+    Files in use stay, so the size may be larger for a while. If nothing can be evicted, `complain` gets one message, and the next one only after the
+    size was below `most` again. An error is logged, and the eviction is tried again later.
     """
     fetcher = evictor.fetcher
     is_said = False
 
     async def look() -> int:
-        """How many bytes more there may be before it is too much."""
+        """Evict if necessary. Returns the bytes left below `most`; negative if there are too many."""
         nonlocal is_said
         taken = await evictor.inventory("")
         total = sum(item.disk for item in taken if item.stub)
@@ -244,7 +248,7 @@ async def keep_below(evictor: Evictor, most: int, complain: Callable[[str], None
         if room is None:
             await trio.sleep(_AFTER_TROUBLE)
             continue
-        # Not at every block: the whole tree is looked at each time. What was in use may be free after a while, of which nobody tells.
+        # Not at every block, because each look reads the whole tree. No event tells that a file is not in use any more, so wait a while.
         patience = max(10 * (trio.current_time() - started), _SHORTEST) if room < 0 else math.inf
         with trio.move_on_after(patience):
             while fetcher.totals.filled - filled <= max(room, most // 20):
@@ -252,7 +256,7 @@ async def keep_below(evictor: Evictor, most: int, complain: Callable[[str], None
 
 
 def kept_text(outcome: Outcome) -> str:
-    """What stays and why, in words."""
+    """The files that stay and the reasons, in words."""
     return (
         ", ".join(f"{count:,} {reason.value}" for reason, count in outcome.kept.items())
         or "all of it is on its way"

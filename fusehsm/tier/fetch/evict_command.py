@@ -1,4 +1,4 @@
-"""`fusehsm evict` and `fusehsm pin`: what the user asks of a running fetch."""
+"""`fusehsm evict`, `fusehsm pin` and `fusehsm unpin`: the user's requests to a running fetch."""
 
 import os
 import sys
@@ -13,9 +13,10 @@ from fusehsm.tier.text import parse_seconds, parse_size, size_text
 
 
 def evict(paths: Sequence[str], *, older_than: str | None, free: str | None) -> int:
-    """Do it, print a summary, return the exit code: 1 if a file that was named stays, or less became free than was wanted, or anything failed.
+    """Evict the files at or below the paths, and print a summary. `older_than`, `free`: texts of the options.
 
-    Raises ValueError for bad usage, OSError where nothing is, or nobody serves it.
+    Returns the exit code: 1 if a named file stays, if less became free than `free`, or after an error. Raises ValueError for bad usage, OSError
+    ENOENT if a path does not exist, ENOTCONN if no fetch serves it.
     """
     seconds = None if older_than is None else parse_seconds("--older-than", older_than)
     wanted = None if free is None else parse_size("--free", free)
@@ -45,7 +46,7 @@ def evict(paths: Sequence[str], *, older_than: str | None, free: str | None) -> 
 
 
 def pin(paths: Sequence[str], *, pinned: bool) -> int:
-    """Pin or unpin; prints a summary. Raises OSError where nothing is, or nobody serves it."""
+    """Pin or unpin the files at or below the paths, and print a summary. Raises OSError as evict(). Returns 0."""
     changed = 0
     for path in paths:
         fetch = found(path)

@@ -1,7 +1,7 @@
-"""The handler of `fusehsm fetch`: fills what an access is about to touch, then lets it go on, or refuses it with an errno.
+"""The handler of `fusehsm fetch`: fills the range of an access, then lets the access go on, or refuses it with an errno.
 
-Everybody who waits for a block waits for the same fill; it goes on when those who wanted it are killed, and what a store delivers after everybody
-has been refused is thrown away.
+All accesses that wait for a block wait for the same fill. The fill goes on if their accessors are killed. Content that a store delivers after the
+accesses have been refused is thrown away.
 """
 
 import contextlib
@@ -38,10 +38,10 @@ from fusehsm.tier.stubs.stub import InDoubt, StubFile
 
 _IGNORE = FAN_MARK_ADD | FAN_MARK_IGNORED_MASK | FAN_MARK_IGNORED_SURV_MODIFY | FAN_MARK_EVICTABLE
 _CHANGES = FAN_MODIFY | FAN_CLOSE_WRITE
-# What waiting does not mend. ENOSPC and EDQUOT are of the destination's disk and are told as they are.
+# Errors of the destination's disk that a later try does not fix. The accessor gets them unchanged.
 _FINAL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS))
-_AT_ONCE = 16  # fills of one access
-_COMPLAINT_INTERVAL = 5.0  # seconds between two lines about the same store
+_AT_ONCE = 16  # fills of one access at the same time
+_COMPLAINT_INTERVAL = 5.0  # seconds between two log lines about the store
 
 
 _log = logging.getLogger(__name__)
@@ -49,53 +49,72 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """`block_size`, `prefetch_window` and `span` (the most that one request asks for ahead of a reader) in bytes, `deadline` in seconds, `rate` in
-    bytes a second or None; `denial`: the errno when a store does not answer; `connections`: requests at once; `ignore_after`: events of a complete
-    file before no more are asked for."""
+    """The settings of a fetcher."""
 
+    # Bytes.
     block_size: int = 1 << 20
+    # Bytes: the largest window that is fetched ahead of a reader.
     prefetch_window: int = 32 << 20
+    # Bytes: the most that one fill reads in one request.
     span: int = 4 << 20
+    # Seconds for the attempts of one fill.
     deadline: float = 60.0
+    # Errno of a refused access when the store does not answer.
     denial: int = errno.EIO
+    # Bytes a second, None without limit.
     rate: int | None = None
+    # Most requests at once.
     connections: int = 16
+    # Events of a complete file before its events are ignored.
     ignore_after: int = 0
 
 
 @dataclass(slots=True)
 class Totals:
-    """What a run has done. `fetched`: bytes read from the store; `filled`: bytes written to stubs; `prefetched`: bytes nobody had asked for yet."""
+    """The counts of a run."""
 
+    # Events of regular files.
     events: int = 0
+    # Successful requests to the store.
     requests: int = 0
+    # Bytes read from the store.
     fetched: int = 0
+    # Bytes written to stubs.
     filled: int = 0
+    # Bytes read from the store before an access asked for them.
     prefetched: int = 0
+    # Attempts that failed and were repeated.
     retries: int = 0
+    # Refused accesses.
     denied: int = 0
+    # Files that became complete.
     completed: int = 0
 
 
 class _Fill:
-    """Blocks [first, end) of a file on their way, for somebody who waits or as a prefetch. `error`: what to refuse with, once `done`.
-    `abandoned`: nobody wants it any more."""
+    """Blocks [first, end) of a file that are being fetched, for an access that waits or as a prefetch."""
 
     __slots__ = ("_attempts", "_queue", "abandoned", "done", "end", "error", "first", "is_prefetch")
 
     def __init__(self, first: int, end: int, *, is_prefetch: bool) -> None:
+        # Block numbers.
         self.first = first
         self.end = end
+        # No access waits for it yet.
         self.is_prefetch = is_prefetch
+        # Set when the fill has ended.
         self.done = trio.Event()
+        # The error to refuse accesses with, once `done`.
         self.error: OSError | None = None
+        # The fill has ended: a store's late answer is thrown away.
         self.abandoned = False
+        # Scopes of the wait for a turn, and of the attempts.
         self._queue: trio.CancelScope | None = None
         self._attempts: trio.CancelScope | None = None
 
     @contextlib.asynccontextmanager
     async def turn(self, prefetches: trio.CapacityLimiter) -> AsyncIterator[None]:
-        """A prefetch's turn among the others; at once when somebody comes to want it."""
+        """Wait for a prefetch's turn among the others. The wait ends at once when an access wants the fill."""
         has_turn = False
         with trio.CancelScope() as self._queue:
             if self.is_prefetch:
@@ -109,12 +128,12 @@ class _Fill:
                 prefetches.release_on_behalf_of(self)
 
     def attempts(self, deadline: float) -> trio.CancelScope:
-        """What bounds the attempts to that many seconds."""
+        """A scope that limits the attempts to `deadline` seconds."""
         self._attempts = trio.move_on_after(deadline)
         return self._attempts
 
     def demand(self, deadline: float) -> None:
-        """Somebody wants it, and waits for so many seconds from now."""
+        """Note that an access wants the fill, and waits at most `deadline` seconds from now."""
         if not self.is_prefetch:
             return
         self.is_prefetch = False
@@ -126,24 +145,32 @@ class _Fill:
 
 @dataclass(slots=True)
 class Served:
-    """What the fetcher knows of one inode. `file` is None for what is no stub: it is the user's own. `origin`, `version`: of the store's file, once
-    they were asked for. `ignored`: the events of which it wants none.
-    `idle_events`: those for which nothing was left to be fetched. `evicting` is there while its content is being taken away: accesses wait for it."""
+    """The fetcher's knowledge of one inode."""
 
+    # None if the file is no stub but a user's own.
     file: StubFile | None
+    # The readers' streams, for prefetching.
     streams: Streams | None = None
+    # The store's file, once it is known.
     origin: Origin | None = None
+    # The version of the store's file, once it is known.
     version: str | None = None
+    # Fills under way, by block number.
     fills: dict[int, _Fill] = field(default_factory=dict)
+    # The events that an ignore mark holds back.
     ignored: int = 0
-    active: int = 0  # accesses that are being answered
+    # Number of accesses that are being answered.
+    active: int = 0
+    # Number of events of the complete file since it was last ignored.
     idle_events: int = 0
+    # Set while the content is being evicted: accesses wait for this event.
     evicting: trio.Event | None = None
+    # An error of the file has been logged.
     complained: bool = False
 
 
 class Fetcher:
-    """An event handler (fusehsm.serve). Its tasks run in `nursery`."""
+    """The event handler (fusehsm.serve). Its tasks run in `nursery`."""
 
     def __init__(
         self,
@@ -154,14 +181,14 @@ class Fetcher:
         nursery: trio.Nursery,
         touched: Callable[[str, int, int], None] | None = None,
     ) -> None:
-        """`destination`: the absolute path that events' paths begin with; `place`: tier/stubs/identity.py; `touched(path, offset, end)` hears
-        what is asked for."""
+        """`destination`: the absolute path with which the events' paths begin; `place`: of the mount (tier/stubs/identity.py);
+        `touched(path, offset, end)`: called for each access, in bytes."""
         self.totals = Totals()
         self.group: Group | None = None
         self.policy = policy
         self.served: dict[Key, Served] = {}
-        self.filled = trio.Event()  # set when there is more, then replaced: for those who watch the size
-        self.under_way: dict[_Fill, StubFile] = {}  # the oldest first
+        self.filled = trio.Event()  # set after each fill, then replaced; --max-size waits for it
+        self.under_way: dict[_Fill, StubFile] = {}  # fills that run, the oldest first
         self._store = store
         self._catalog = Catalog(store)
         self._destination = destination
@@ -172,7 +199,7 @@ class Fetcher:
         self._threads = trio.CapacityLimiter(policy.connections)
         self._prefetches = trio.CapacityLimiter(max(policy.connections // 2, 1))
         self._own_pid = os.getpid()
-        # Who is not root asks the store with no more than the own rights.
+        # Only root asks the store with more rights than the user of a file has.
         self._is_root = os.geteuid() == 0
         self._quiet_until = 0.0
         self._meeting = threading.Lock()
@@ -180,9 +207,9 @@ class Fetcher:
     # Events
 
     async def __call__(self, event: Event) -> None:
-        """Return when what the event is about is here; an OSError refuses it."""
+        """Return when the event's range is here. Raises OSError to refuse the access."""
         if event.pid == self._own_pid and not event.mask & event.dialect.permission:
-            return  # what we do is no modification
+            return  # our own writes are no modification
         status = os.fstat(event.fd)
         if not stat.S_ISREG(status.st_mode):
             return
@@ -214,18 +241,18 @@ class Fetcher:
             await trio.to_thread.run_sync(file.look, event.fd)
         if event.mask & FAN_MODIFY or (event.mask & FAN_CLOSE_WRITE and file.may_hide_changes):
             if not file.modified:
-                file.modified = True  # at once: whoever is about to evict it must know
+                file.modified = True  # at once: an eviction that begins now must see it
                 await trio.to_thread.run_sync(file.user_modified, event.fd, bool(event.mask & FAN_MODIFY))
             await self._ignore(served, event.fd, _CHANGES)
         if event.offset is None or event.count is None or not event.mask & event.dialect.permission:
             return
-        # A clone of a whole file is announced as the empty range at 0.
+        # The event of a clone of a whole file has the empty range at 0.
         end = min(event.offset + event.count or file.limit, file.limit)
         await self.recall(served, event.fd, event.offset, end)
         if file.is_complete:
             served.idle_events += 1
             if served.idle_events > self.policy.ignore_after:
-                # Again where that was done before: the mark has gone with an inode that the kernel had no room for.
+                # Also if it was ignored before: the kernel drops the (evictable) mark together with the inode.
                 served.idle_events = 0
                 served.ignored &= ~event.dialect.pre_content
                 await self._ignore(served, event.fd, event.dialect.pre_content)
@@ -235,7 +262,7 @@ class Fetcher:
         return self.meet(key, event.fd, path or "")
 
     def meet(self, key: Key, fd: int, path: str) -> Served:
-        """What is known of a file, from now on, seen at `path` below the destination. From any thread: an inode must never be known twice."""
+        """The Served of a file at `path` below the destination, made at the first call. Safe in any thread: an inode has one. Raises as recover()."""
         with self._meeting:
             served = self.served.get(key)
             if served is None:
@@ -247,19 +274,19 @@ class Fetcher:
             return served
 
     async def _ignore(self, served: Served, fd: int, mask: int) -> None:
-        """Have no events of these kinds any more of what nothing will be fetched for: it then costs no more than any file."""
+        """Ignore these kinds of events of a file for which no fetch is necessary. An access then costs no more than with any file."""
         if self.group is None or mask & ~served.ignored == 0:
             return
         served.ignored |= mask
         try:
             await self.group.mark(_IGNORE, served.ignored, fd)
-        except OSError as error:  # only slower
+        except OSError as error:  # the file is only slower
             _log.debug("no ignore mark: %s", error.strerror)
 
     # Content
 
     async def recall(self, served: Served, fd: int, offset: int, end: int) -> None:
-        """Return when [offset, end) is here. Raises OSError with what to refuse an access with."""
+        """Return when [offset, end), in bytes, is here. Raises the OSError to refuse an access with."""
         file = served.file
         assert file is not None
         if self._touched is not None:
@@ -271,7 +298,7 @@ class Fetcher:
         ahead = end, end
         if served.streams is not None:
             ahead = served.streams.note(offset, end)
-        # A mapping may be larger than what there are descriptors for.
+        # In portions: a mapping may need more fills than there are descriptors.
         most = max(_AT_ONCE * self.policy.span // file.block_size, 1)
         while missing:
             waits = self._start(served, fd, missing[:most], is_prefetch=False)
@@ -298,7 +325,7 @@ class Fetcher:
         raise OSError(errno.EIO, "was changed while nobody served it", file.path)
 
     def _start(self, served: Served, fd: int, missing: Sequence[int], *, is_prefetch: bool) -> set[_Fill]:
-        """The fills of these blocks, those that are on their way already and new ones."""
+        """The fills of these blocks: those under way, and new ones, which are started. Raises OSError EIO if there is no descriptor."""
         fills = {served.fills[block] for block in missing if block in served.fills}
         if not is_prefetch:
             for fill in fills:
@@ -312,7 +339,7 @@ class Fetcher:
                 own_fd = os.dup(fd)
             except OSError as error:
                 if is_prefetch or fills:
-                    break  # more when these have come
+                    break  # the caller asks again when these have ended
                 raise OSError(errno.EIO, f"cannot be filled: {error.strerror}", file.path) from None
             for block in range(first, end):
                 served.fills[block] = fill
@@ -342,14 +369,14 @@ class Fetcher:
                     min(fill.end * served.file.block_size, served.file.limit)
                     - fill.first * served.file.block_size
                 )
-                # Outside the deadline, which is the store's: that it takes long is the user's wish.
+                # Outside the deadline, which is for the store: the user wants this delay.
                 if wait := self._allowance.take(max(size, 0)):
                     await trio.sleep(wait)
                 await self._try_until_deadline(served, fd, fill)
         except OSError as error:
             fill.error = error
         except Exception:
-            # A mistake of ours, or of a library that a store is made of: it must not end serving.
+            # A bug of ours or of a store's library must not end the serving.
             _log.exception("%s: cannot be filled", served.file.path)
             fill.error = OSError(errno.EIO, "cannot be filled", served.file.path)
         finally:
@@ -383,7 +410,7 @@ class Fetcher:
                         raise
                     failure = error
                 if fill.is_prefetch:
-                    break  # whoever wants it will try again
+                    break  # an access that wants it tries again
                 self.totals.retries += 1
                 self._warn(failure)
                 await trio.sleep(back_off.wait())
@@ -395,7 +422,7 @@ class Fetcher:
         raise OSError(self.policy.denial, why, file.path)
 
     async def _transfer(self, served: Served, fd: int, fill: _Fill) -> None:
-        # The thread may be left alone with a store that hangs: it has a descriptor of its own then.
+        # If the store hangs, the thread is abandoned. So it has a descriptor of its own.
         descriptor = SharedDescriptor(os.dup(fd))
         try:
             written, fetched = await trio.to_thread.run_sync(
@@ -445,7 +472,7 @@ class Fetcher:
                 pieces = [(start, data)]
             else:
                 raise shorter(self._store, path)
-            self._expect_no_forgery(descriptor.number, file, origin)  # it may have been given away meanwhile
+            self._expect_no_forgery(descriptor.number, file, origin)  # its owner may have changed meanwhile
             written = file.fill(descriptor.number, fill.first, fill.end, pieces, lambda: not fill.abandoned)
             return written, sum(len(data) for _, data in pieces)
         finally:
@@ -467,4 +494,4 @@ class Fetcher:
 
 
 class _Suspicious(OSError):
-    """A mark may be forged: the file is not to be filled, "cause; mend"."""
+    """A mark may be forged, so the file must not be filled. strerror is "cause; fix"."""

@@ -1,4 +1,4 @@
-"""What is here of a tree: one Item a regular file, whether or not somebody serves it."""
+"""Inventory of a tree: one Item for each regular file, whether or not a fetch serves it."""
 
 import os
 import stat
@@ -12,21 +12,28 @@ from fusehsm.tier.stubs.identity import Key, key_of
 from fusehsm.tier.stubs.stub import StubFile
 
 _FILE: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
-_BLOCK_SIZE: Final = 1 << 20  # for files that have no record; of no importance, as nothing of them is here
+_BLOCK_SIZE: Final = 1 << 20  # for files without a record; any value does, as no block of them is here
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """`path`: below the destination. `size`, `resident` (what is here), `disk` (what it takes): bytes. `stub`: made by populate, else the user's own.
-    `used_ns`: when it was last used, as far as can be told, nanoseconds since 1970."""
+    """One regular file."""
 
+    # Below the destination.
     path: str
+    # Bytes.
     size: int
+    # Bytes that are here.
     resident: int
+    # Bytes on the disk.
     disk: int
+    # Made by populate; False: the user's own.
     stub: bool
+    # The user has changed it, or may have.
     modified: bool
+    # Its content must stay.
     pinned: bool
+    # The last known time of use, nanoseconds since 1970.
     used_ns: int
 
 
@@ -37,11 +44,11 @@ def items(
     left_out: Callable[[OSError], None],
     place: bytes = b"",
 ) -> Iterator[Item]:
-    """The regular files at or below `path` ("": all), in the order of their bytes; each inode once. No symbolic link is followed.
+    """The regular files at or below `path` ("": all), in byte order of the names; each inode once. No symbolic link is followed.
 
-    `known`: of the files that are served just now. `left_out` hears of directories that are not looked at. `place`: the destination's
-    (tier/stubs/identity.py).
-    Raises OSError ENOENT where there is nothing at `path`, ValueError for a path that leads elsewhere. What cannot be opened below it is left out.
+    `known`: finds the stubs that are served now. `left_out`: called with the error of each directory that cannot be read. `place`: of the mount
+    (tier/stubs/identity.py). Raises OSError ENOENT if `path` does not exist, ValueError for a path that leads elsewhere. Files that cannot be
+    opened are left out.
     """
     if path:
         components(path)
@@ -66,7 +73,7 @@ def _below(
     left_out: Callable[[OSError], None],
     place: bytes,
 ) -> Iterator[Item]:
-    """The files below a directory, which is `above` itself."""
+    """The files below the directory `root_fd`, whose path is `above`."""
     prefix = f"{above}/" if above else ""
     seen: set[Key] = set()
 
@@ -83,7 +90,7 @@ def _below(
             try:
                 fd = os.open(name, _FILE, dir_fd=level.fd)
             except OSError:
-                continue  # a symbolic link, a socket, gone, or not ours to read
+                continue  # a symbolic link, a socket, removed, or not readable for us
             is_kept = False
             try:
                 status = os.fstat(fd)
@@ -110,7 +117,7 @@ def _item(fd: int, path: str, status: os.stat_result, file: StubFile | None, pla
         try:
             file = StubFile.recover(fd, path, place, _BLOCK_SIZE)
         except Exception:
-            file = None  # whatever its owner has made of its attributes: others are counted all the same
+            file = None  # its owner may have written any value into its attributes; go on with other files
     used_ns = status.st_atime_ns if file is None else max(file.used_ns, status.st_atime_ns)
     disk = status.st_blocks * 512
     if file is None:

@@ -1,4 +1,4 @@
-"""What a running fetch tells: a line that changes on a terminal, log lines, and that it serves now (sd_notify(3))."""
+"""The output of a running fetch: a line on a terminal that changes, log lines, and the message that it serves (sd_notify(3))."""
 
 import logging
 import os
@@ -14,11 +14,11 @@ from fusehsm.tier.fetch.errors import passed_over
 from fusehsm.tier.fetch.handler import Fetcher
 from fusehsm.tier.text import Progress, size_text
 
-# Telling whoever has started a service that it serves now (sd_notify(3), Type=notify of systemd.service(5)).
+# The message to the service manager that fetch serves now (sd_notify(3), Type=notify of systemd.service(5)).
 
 
 def say_ready() -> None:
-    """Does nothing where nobody has asked for it (NOTIFY_SOCKET), or nobody listens any more."""
+    """Send READY=1 to the service manager. Does nothing without NOTIFY_SOCKET, or if the manager does not listen."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address.startswith(("/", "@")):
         return
@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 
 async def show_progress(fetcher: Fetcher) -> None:
-    """Keep the line up to date, as long as the terminal takes it."""
+    """Keep the line up to date until the terminal fails. Returns at once if stderr is no terminal."""
     if not sys.stderr.isatty():
         return
     meter = Meter(fetcher)
@@ -45,7 +45,7 @@ async def show_progress(fetcher: Fetcher) -> None:
 
 
 class Meter:
-    """Makes the line; remembers what it needs for the rate."""
+    """Makes the line; keeps the values that it needs for the rate."""
 
     def __init__(self, fetcher: Fetcher) -> None:
         self._fetcher = fetcher
@@ -54,7 +54,7 @@ class Meter:
         self._rate = 0.0
 
     def line(self, seconds: float) -> str:
-        """After so many seconds."""
+        """The line after `seconds` of the run."""
         totals = self._fetcher.totals
         if seconds > self._seconds:
             rate = (totals.fetched - self._fetched) / (seconds - self._seconds)
@@ -71,7 +71,7 @@ class Meter:
 
 
 class StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """Logs to what sys.stderr is by then, which a changing line has taken over so that others do not end up in the middle of it."""
+    """Logs to the present sys.stderr. The changing line replaces sys.stderr, so that log lines do not end up in the middle of it."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)

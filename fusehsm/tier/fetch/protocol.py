@@ -1,4 +1,4 @@
-"""What a running `fusehsm fetch` is asked, and what it answers: JSON, one value a packet."""
+"""The requests to a running `fusehsm fetch` and its answers: JSON, one value a packet."""
 
 import json
 import os
@@ -11,32 +11,36 @@ LARGEST_REQUEST: Final = 1 << 16  # bytes
 LARGEST_REPLY: Final = 1 << 17
 MOST_AT_ONCE: Final = (
     1 << 16
-)  # bytes of a list in one packet; one line is less than half of it, whatever is in its path
+)  # bytes of a list in one packet; with any path, one line takes less than half of it
 
 
 @dataclass(frozen=True, slots=True)
 class Evict:
-    """Take the content away of what is at or below `path` (relative to the destination, "": all): of files that have not been used for `older_than`
-    seconds if that is given, the least recently used first until `free` bytes have become free if that is given. Answered with a line for each file
-    that was wanted and could not be, and the counts."""
+    """Evict the files at or below `path`. The answer has a line for each file that could not be evicted because of an error, and the counts."""
 
+    # Relative to the destination; "": all.
     path: str
+    # Seconds: only files that were not used for that long. None: all.
     older_than: float | None = None
+    # Bytes: the least recently used first, until that much has become free. None: all.
     free: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class List:
-    """Answered with a line for each regular file at or below `path`."""
+    """List the regular files at or below `path`. The answer has a line for each."""
 
+    # Relative to the destination; "": all.
     path: str
 
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """Let what is at or below `path` stay here, or not any more. Answered with the count of files that were changed."""
+    """Pin or unpin the stubs at or below `path`. The answer is the count of files whose state has changed."""
 
+    # Relative to the destination; "": all.
     path: str
+    # False: unpin.
     pinned: bool
 
 
@@ -49,17 +53,17 @@ decode_request: Final = _CODEC.decode
 
 
 def encode_lines(lines: list[dict[str, Any]]) -> bytes:
-    """A packet with a part of a list; another one follows."""
+    """A packet with a part of a list; another packet follows."""
     return json.dumps({"lines": lines}).encode()
 
 
 def encode_result(result: dict[str, Any]) -> bytes:
-    """The last packet."""
+    """The last packet of an answer."""
     return json.dumps({"result": result}).encode()
 
 
 def encode_failure(error: OSError) -> bytes:
-    """The last packet, if it went wrong."""
+    """The last packet of a failed request."""
     message = error.strerror or str(error)
     if error.filename:
         message = f"{os.fsdecode(error.filename)}: {message}"

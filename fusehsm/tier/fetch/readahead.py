@@ -1,16 +1,21 @@
-"""Noticing that somebody reads a file from the beginning to the end, and what they will want next."""
+"""Detection of sequential readers of a file, and of the range that they need next."""
 
 from typing import Final
 
-_MOST_STREAMS: Final = 4  # of one file at once; a listener sees no descriptors, only ranges
+_MOST_STREAMS: Final = 4  # of one file at once; a listener sees ranges, not the descriptors of the readers
 
 
 class _Stream:
+    """One sequential reader."""
+
     __slots__ = ("ahead", "next", "window")
 
     def __init__(self, end: int) -> None:
+        # Offset of the next access.
         self.next = end
+        # Offset up to which content is fetched ahead.
         self.ahead = end
+        # Size of the window.
         self.window = 0
 
 
@@ -20,17 +25,17 @@ class Streams:
     __slots__ = ("_block", "_largest", "_streams")
 
     def __init__(self, block: int, largest: int) -> None:
-        """`block`: of the fetches; `largest` window ahead of a reader, 0 to prefetch nothing."""
+        """`block`: size of a block; `largest`: size of the largest window ahead of a reader, 0 to prefetch nothing."""
         self._block = block
         self._largest = largest
         self._streams: list[_Stream] = []
 
     def note(self, offset: int, end: int) -> tuple[int, int]:
-        """Take note of an access; the range that should be fetched now beyond it, empty for one that belongs to no stream.
+        """Note an access. Returns the range to fetch now beyond it; empty if the access continues no stream.
 
-        An access that goes on where another ended (or overlaps its end, as readers of pages do) is a stream's second: from then on a window is
-        kept filled ahead of it, one block at first and twice as much each time it has been used up. An access elsewhere begins another, and
-        the one that was used longest ago is forgotten, with its window: who jumps about gets nothing fetched that they did not ask for.
+        An access that begins at the end of another one (or overlaps it, as readers of pages do) continues a stream. From then on a window is kept
+        filled ahead of the stream: one block at first, and doubled each time it has been used up. An access elsewhere begins a new stream, and the
+        least recently used one is forgotten with its window. So a reader at random offsets causes no prefetch.
         """
         if not self._largest or offset >= end:
             return end, end
@@ -40,7 +45,7 @@ class Streams:
                     self._streams.insert(0, self._streams.pop(position))
                 return self._go_on(stream, end)
             if offset < stream.next and end <= stream.next and offset >= stream.next - 2 * self._block:
-                return end, end  # again, or in part: says nothing
+                return end, end  # a repeated access: no sign of a stream
         self._streams.insert(0, _Stream(end))
         del self._streams[_MOST_STREAMS:]
         return end, end

@@ -1,4 +1,4 @@
-"""How long to go on asking a store that does not answer."""
+"""Delays between requests to a store: back-off after a failure, and a limit of the rate."""
 
 import random
 import time
@@ -11,8 +11,9 @@ _LONGEST: Final = 5.0
 
 @dataclass(slots=True)
 class BackOff:
-    """Waits that double, each shortened at random by up to half, so that many who wait do not all come back at once."""
+    """Waits that double up to 5 s. Each is shortened at random by up to half, so that many waiting fills do not try again at once."""
 
+    # Seconds of the next wait, before it is shortened.
     _next: float = _FIRST
 
     def wait(self) -> float:
@@ -23,14 +24,14 @@ class BackOff:
 
 
 class RateLimiter:
-    """A rate: so many bytes a second, of which up to a second's may be saved up. `rate` None: without limit."""
+    """A token bucket: `rate` bytes a second, of which up to one second's may be saved. None: no limit."""
 
     def __init__(self, rate: int | None) -> None:
         self._rate = rate
-        self._due = 0.0  # when everything that has been taken will have been earned (monotonic seconds)
+        self._due = 0.0  # monotonic seconds when the rate has covered all bytes taken
 
     def take(self, count: int) -> float:
-        """Take that many bytes; the seconds to wait before using them."""
+        """Take `count` bytes. Returns the seconds to wait before they are used."""
         if self._rate is None:
             return 0.0
         now = time.monotonic()

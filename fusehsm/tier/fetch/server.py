@@ -1,6 +1,6 @@
-"""The running fetch's end of its control socket: evict, list, pin.
+"""The server of a running fetch's control socket: evict, list, pin.
 
-Whatever a client does, it is answered with an error or disconnected, and nobody else waits for it.
+A client that behaves wrongly gets an error or is disconnected. No other client waits for it.
 """
 
 import contextlib
@@ -43,16 +43,18 @@ _log = logging.getLogger(__name__)
 
 
 class FetchServer:
-    """Answers for a fetcher."""
+    """Answers requests about the files of a fetcher."""
 
     def __init__(self, fetcher: Fetcher, evictor: Evictor, root_fd: int) -> None:
         self._fetcher = fetcher
         self._evictor = evictor
         self._root_fd = root_fd
-        self._evicting = trio.Lock()  # one at a time: a second would find the first one's files in use
+        self._evicting = (
+            trio.Lock()
+        )  # one eviction at a time: a second would find the files of the first in use
 
     async def serve(self, listener: socket.socket) -> None:
-        """Answer connections of this user's and root's processes. Never returns."""
+        """Answer connections from processes of this user and of root. Never returns."""
         while True:
             with passed_over("the control socket", _log):
                 await serve_connections(listener, {0, os.getuid()}, _MOST_CONNECTIONS, self._serve)
@@ -72,7 +74,7 @@ class FetchServer:
             await _send(connection, encode_failure(OSError(errno.EPROTO, str(error))))
         except OSError as error:
             await _send(connection, encode_failure(error))
-        except Exception as error:  # a mistake of ours, which costs nobody but this client anything
+        except Exception as error:  # a bug of ours, which concerns only this client
             _log.error("a request by the control socket has failed: %s", in_a_line(error))
             await _send(connection, encode_failure(OSError(errno.EIO, in_a_line(error))))
 
@@ -92,7 +94,7 @@ class FetchServer:
                 await _send(connection, encode_result({"changed": changed}))
 
     async def _evict(self, connection: socket.socket, request: Evict) -> None:
-        async with self._evicting:  # not while answering, which takes as long as the client likes
+        async with self._evicting:  # released before the answer, which may wait for a slow client
             items = await self._evictor.inventory(request.path)
             if request.free is not None:
                 items.sort(key=lambda item: item.used_ns)

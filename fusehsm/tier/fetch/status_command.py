@@ -1,4 +1,4 @@
-"""`fusehsm status PATH` where stubs are: what of each file is here."""
+"""`fusehsm status PATH` for stubs: how much of each file is here."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from fusehsm.tier.text import size_text
 
 
 def file_status(path: str, *, as_json: bool) -> bool:
-    """Print it; False, and nothing printed, where neither a fetch serves nor any stub is. Raises OSError where nothing is at `path`."""
+    """Print the status. Returns False, without output, if no fetch serves `path` and it has no stub. Raises OSError ENOENT if it does not exist."""
     found = _found(path)
     if found is None:
         return False
@@ -46,7 +46,7 @@ def _found(path: str) -> Iterable[Item] | None:
 
 
 def _local(path: str) -> Iterator[Item]:
-    """Of what nobody serves; the records tell."""
+    """The items of a tree that no fetch serves, from the records."""
     above, name = os.path.split(os.path.realpath(path)) if not os.path.isdir(path) else (path, "")
     root_fd = os.open(above, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -83,7 +83,7 @@ def _total(files: list[Item]) -> dict[str, Any]:
 
 
 def total_text(total: dict[str, Any]) -> str:
-    """The last line."""
+    """The last line, with the totals."""
     share = f" ({100 * total['resident'] // total['size']} %)" if total["size"] else ""
     return (
         f"{total['files']:,} files of {size_text(total['size'])}, {size_text(total['resident'])} here{share}; "

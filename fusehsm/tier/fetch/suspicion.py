@@ -1,7 +1,7 @@
-"""Whether a stub's mark may be somebody else's forgery.
+"""The check whether a stub's mark may be forged.
 
-A mark is an attribute that everybody may set who may write to the file. Root's fetch asks the store with root's rights, so a forged mark would show
-its author any file of the store. So root's fetch believes a mark only if nobody can have written it but root or people who have that file anyway.
+A mark is an attribute. Every user who may write to the file may set it. A fetch that runs as root asks the store with root's rights, so a forged mark
+could show its author any file of the store. So root's fetch believes a mark only if its writer must be root or have a right to that file.
 """
 
 import os
@@ -16,11 +16,11 @@ _BY_OTHERS = stat.S_IROTH | stat.S_IWOTH
 
 
 def suspicion(status: os.stat_result, origin: Origin) -> str | None:
-    """Why root must not fill the file of that status (fstat(2)) from there: "cause; mend"; None if it may.
+    """The reason, as "cause; fix", for which root must not fill the file from `origin`; None if it may. `status`: the file's fstat(2).
 
-    Only root can make a file of root's, and only root can give a file away. So the owner is who could have written the mark, and must be the owner of
-    the file in the store, or root. Others who may write to the file could have written the mark, too. They must be those who have a right to the
-    store's file; else the file must be at the path that the mark names.
+    Only root can make a file that root owns, and only root can give a file away. So the file's owner can have written the mark, and must be root or
+    the owner of the file in the store. Other users who may write to the file can have written the mark, too. They must have a right to the store's
+    file, or the file must be at the path that the mark names.
     """
     rights = origin.rights
     if status.st_uid != 0 and (rights is None or status.st_uid != rights.uid):
@@ -36,7 +36,7 @@ def suspicion(status: os.stat_result, origin: Origin) -> str | None:
 
 
 def _granted(status: os.stat_result, rights: Rights | None) -> int:
-    """The write permissions, of those that a file may have, that only people have who may use the store's file."""
+    """The write permission bits of group and others whose users all have a right to the store's file."""
     granted = 0
     if rights is not None and rights.mode is not None:
         if rights.mode & _BY_OTHERS:
