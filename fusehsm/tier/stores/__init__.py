@@ -1,1 +1,1 @@
-"""Where content comes from: the interface of a store, and one module for each kind."""
+"""Stores, the sources of content: their interface, and one module for each kind."""

@@ -1,7 +1,7 @@
-"""zip and tar files as stores, wherever fsspec reads them from. Their lists are read once, when they are opened, and tell modes, times and links.
+"""zip and tar files as stores, from any place that fsspec reads. Opening one reads its list once, which has modes, times and links.
 
-An archive has one position, so ranges are read one after the other; one in a compressed file costs unpacking it from its beginning. The archive
-itself must stay what it was: it is looked at before and after each range.
+An archive has one position, so ranges are read one after the other. A range in a compressed file costs unpacking the file from its beginning. The
+archive itself must not change: its version is checked before and after each range.
 """
 
 import errno
@@ -23,7 +23,7 @@ _UNIX: Final = 3  # ZipInfo.create_system
 
 
 class ArchiveStore(FsspecStore):
-    """What both kinds share: an index made from `entries`, and a container that must not change."""
+    """The common part of both kinds: an index of the members, and a container that must not change."""
 
     def __init__(self, name: str, filesystem: Any, root: str, url: str) -> None:
         super().__init__(name, filesystem, root)
@@ -35,24 +35,24 @@ class ArchiveStore(FsspecStore):
         """Names that no directory can have or that lead out of the tree; whoever makes files refuses them."""
 
     def tree(self, on_error: Callable[[StoreError], None] | None = None) -> Iterator[Entry]:
-        """From the index."""
+        """As Store.tree(), from the index."""
         yield from self._strange
         yield from super().tree(*(() if on_error is None else (on_error,)))
 
     def version(self, path: str) -> str:
-        """As the index tells; StoreChanged if the archive is another than when it was opened."""
+        """The version in the index. Raises StoreChanged if the archive has changed since it was opened."""
         entry = self._file(path)
         self._expect_same_container(path)
         assert entry.version is not None
         return entry.version
 
     def rights(self, path: str) -> Rights | None:
-        """As the index tells: of a tar file."""
+        """The owner and mode in the index; None in a zip file."""
         entry = self._file(path)
         return None if entry.uid is None else Rights(entry.uid, entry.gid, entry.mode)
 
     def read(self, path: str, offset: int, length: int, version: str) -> bytes:
-        """From the member."""
+        """Read the member; the archive's version is checked before and after."""
         with self.complaining(path, "cannot be read", reading=True), self._turn:
             entry = self._file(path)
             if entry.version != version:
@@ -93,7 +93,7 @@ class ArchiveStore(FsspecStore):
         yield from self._children.get(path, ())
 
     def _index(self, entries: dict[str, Entry]) -> None:
-        """Take in the members that lie below the root; the directories above each need no members of their own."""
+        """Index the members below the root. A directory above a member needs no member of its own. Raises FileNotFoundError if there is no root."""
         prefix = f"{self._root}/" if self._root else ""
         for path, entry in entries.items():
             if not path.startswith(prefix):
@@ -116,13 +116,13 @@ class ArchiveStore(FsspecStore):
 
 
 def _tidy(name: str) -> str:
-    """A member's name without what means nothing ("./a//b/"): "." alone is ""."""
+    """A member's name without empty and "." components: "./a//b/" is "a/b", "." is ""."""
     names = [part for part in name.split("/") if part not in ("", ".")]
     return ("/" if name.startswith("/") else "") + "/".join(names)
 
 
 class ZipStore(ArchiveStore):
-    """A zip file. Its times have no zone and count as local ones, as for unzip; it knows no owners."""
+    """A zip file. It has no owners. Its times have no zone and count as local times, as in unzip."""
 
     def __init__(self, name: str, filesystem: Any, root: str, url: str) -> None:
         super().__init__(name, filesystem, root, url)
@@ -151,7 +151,7 @@ class ZipStore(ArchiveStore):
 
 
 class TarStore(ArchiveStore):
-    """A tar file, compressed or not. It knows everything but the holes of files that were not stored as sparse ones."""
+    """A tar file, compressed or not. It has all attributes; holes only of members that are stored as sparse."""
 
     def __init__(self, name: str, filesystem: Any, root: str, url: str) -> None:
         super().__init__(name, filesystem, root, url)
@@ -161,7 +161,7 @@ class TarStore(ArchiveStore):
             path = _tidy(member.name)
             if path:
                 original = self._members.get(_tidy(member.linkname)) if member.islnk() else member
-                # A link to what is not there stays a link, and so becomes something that cannot be fetched.
+                # A hard link without its original stays a link: a special file, which cannot be fetched.
                 self._members[path] = original or member
                 if member.islnk() and original is not None:
                     linked.add(id(original))
@@ -172,7 +172,7 @@ class TarStore(ArchiveStore):
         self._index(entries)
 
     def data(self, path: str, offset: int, length: int) -> Iterator[tuple[int, int]]:
-        """What a member stored as a sparse one lists."""
+        """The extents that a sparse member lists."""
         member = self._members[self.full(path)]
         pieces: Any = member.sparse if member.issparse() else [(0, member.size)]
         for start, size in pieces:

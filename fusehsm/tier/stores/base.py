@@ -1,9 +1,9 @@
-"""What a store is: a tree that can be listed, and files of which ranges can be read, each range in one known version.
+"""The interface of a store: a tree that can be listed, and files whose ranges can be read, each range in one known version.
 
-Every method may be called from any number of threads at once, and the ranges are then fetched at the same time as far as what lies below
-permits (a local directory and everything asynchronous in fsspec: without limit; s3: 64; sftp: a few; the rest: one after the other).
+Any number of threads may call every method at once. The ranges are then fetched at the same time, as far as the layer below permits: a local
+directory, http and all asynchronous kinds of fsspec without limit, s3 up to 64, sftp up to 4, all others one after the other.
 
-What a store cannot tell is None, never a guess: an http server knows no owner, a git repository no times.
+An unknown value is None, never a guess: an http server has no owners, a git repository has no times.
 """
 
 import abc
@@ -16,7 +16,7 @@ from typing import Self
 
 
 class Kind(Enum):
-    """What a path is. OTHER: sockets, devices and FIFOs, of which nothing can be fetched."""
+    """The type of a path. OTHER: sockets, devices and FIFOs, which have no content to fetch."""
 
     FILE = "file"
     DIRECTORY = "directory"
@@ -26,99 +26,109 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One name of a tree.
+    """One name of a tree."""
 
-    `path`: relative to the store's root, components separated by "/", undecodable bytes as surrogates (os.fsdecode). It is what the store says
-    and may be hostile: whoever makes files from it checks it. `size`: bytes. `mode`: permission bits. `mtime_ns`: nanoseconds since 1970.
-    `target`: a symbolic link's. `identity`: the same for all names of one file with several (hard links), else None. `version`: what read() wants.
-    """
-
+    # Relative to the store's root, components separated by "/", undecodable bytes as surrogates (os.fsdecode). The text comes
+    # from the store and may be hostile: code that makes files from it must check it.
     path: str
+    # Type.
     kind: Kind
+    # Bytes.
     size: int | None = None
+    # Permission bits.
     mode: int | None = None
+    # Owner.
     uid: int | None = None
+    # Group.
     gid: int | None = None
+    # Modification time, nanoseconds since 1970.
     mtime_ns: int | None = None
+    # Target of a symbolic link.
     target: str | None = None
+    # The same for all names of one file with several names (hard links), else None.
     identity: Hashable = None
+    # The version token for read().
     version: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Rights:
-    """The owner and permission bits that a store names for a file. `gid`, `mode`: None where it does not tell."""
+    """The owner and permission bits of a file in the store."""
 
+    # Owner.
     uid: int
+    # Group, None if unknown.
     gid: int | None = None
+    # Permission bits, None if unknown.
     mode: int | None = None
 
 
 class StoreError(OSError):
-    """A store does not answer, or not sensibly. `filename` is what was asked for, `strerror` the cause and the mend."""
+    """A store does not answer, or its answer is wrong. `filename`: the path; `strerror`: the cause and the fix."""
 
 
 class StoreChanged(StoreError):
-    """A file has another version than the one that was asked for: it was changed, replaced or removed meanwhile."""
+    """A file does not have the requested version any more: it was changed, replaced or removed."""
 
 
 def throw(error: StoreError) -> None:
-    """Raise it."""
+    """Raise the error: the default for `on_error`."""
     raise error
 
 
 class Store(abc.ABC):
-    """A tree of files somewhere else. Opened by open_store() (opening.py); a context manager that closes it."""
+    """A tree of files in another place. Opened by open_store() (tier/stores/open.py); a context manager that closes it."""
 
     name: str
     """How the user calls it, without passwords."""
 
     @abc.abstractmethod
     def tree(self, on_error: Callable[[StoreError], None] = throw) -> Iterator[Entry]:
-        """Everything below the root, which is left out itself: a directory right before all that it holds, names in one directory in the
-        order of their bytes, so that two runs over the same tree see it in the same order.
+        """All entries below the root, without the root. A directory comes directly before its content. Names in a directory are in byte order,
+        so that two runs over the same tree see the same order.
 
-        Raises OSError when the root cannot be listed. What cannot be listed below it is handed to `on_error`, which raises it or lets the rest
-        go on: it is not silently missing.
+        Raises OSError if the root cannot be listed. For a failure below the root, `on_error` gets the error. It raises the error, or the listing
+        goes on.
         """
 
     @abc.abstractmethod
     def version(self, path: str) -> str:
-        """The file's present version: its ETag or object id, else its modification time and size. Raises OSError (ENOENT: no such file)."""
+        """The file's present version: its ETag or object id, else its modification time and size. Raises OSError; ENOENT if there is no such file."""
 
     def rights(self, path: str) -> Rights | None:
-        """The file's owner and mode, the same that its Entry has; None, without a request, from a store that tells no owners. Raises as version()."""
+        """The file's owner and mode, as in its Entry. None, without a request, from a store that has no owners. Raises as version()."""
         return None
 
     @abc.abstractmethod
     def read(self, path: str, offset: int, length: int, version: str) -> bytes:
-        """`length` bytes at `offset`, fewer only at the file's end, all of that version.
+        """`length` bytes at `offset` of that version, fewer only at the file's end.
 
-        Raises StoreChanged when the file is not that version any more (or becomes another during the read), StoreError or another OSError
-        when it cannot be read. As good as the token: a file changed twice within one tick of its clock (nginx and sftp: a second) with its size
-        kept looks unchanged to everybody.
+        Raises StoreChanged if the file does not have that version any more (or changes during the read), StoreError or another OSError if it
+        cannot be read. The check is only as exact as the token: a file that is changed twice within one tick of its clock (nginx and sftp: a
+        second), with the same size, looks unchanged.
         """
 
     def read_if(
         self, path: str, offset: int, length: int, is_wanted: Callable[[str], bool]
     ) -> tuple[str, bytes] | None:
-        """version() and read() in one request: the file's present version, and a range of it if `is_wanted` says yes to that version; None from a
-        store for which that is no less work. Raises StoreChanged for an unwanted version, else what those two raise.
+        """version() and read() in one request: the file's present version and a range of it. None from a store for which this saves no work.
+
+        `is_wanted` checks the version. Raises StoreChanged if it returns False, else as version() and read().
         """
         return None
 
     def data(self, path: str, offset: int, length: int) -> Iterator[tuple[int, int]]:
-        """The parts of [offset, offset + length) that are no holes, as (offset, length) in ascending order; all of it where the store cannot tell.
+        """The extents of [offset, offset + length) that are no holes, as (offset, length), ascending; all of it if the store does not know holes.
 
-        A hint, which goes with the version that the file has now: who leaves holes out checks the version afterwards.
+        The answer is a hint for the file's present version: a caller that leaves holes out must check the version afterwards.
         """
         if length:
             yield offset, length
 
     def content(self, path: str, offset: int, length: int, version: str) -> Iterator[tuple[int, bytes]]:
-        """What [offset, offset + length) holds in that version, as (offset, bytes) in ascending order; what is left out is a hole.
+        """The content of [offset, offset + length) in that version, as (offset, bytes), ascending; a range that is left out is a hole.
 
-        Raises as read(), and StoreChanged where the file is shorter. Nothing of it is to be believed before the end has been reached.
+        Raises as read(), and StoreChanged if the file is shorter. The content is valid only after the iteration has ended without an error.
         """
         something = False
         for start, count in self.data(path, offset, length):
@@ -131,7 +141,7 @@ class Store(abc.ABC):
             raise changed(self, path)
 
     def close(self) -> None:  # noqa: B027 (most have nothing to close)
-        """Give back descriptors and connections."""
+        """Close descriptors and connections."""
 
     def __enter__(self) -> Self:
         return self
@@ -141,7 +151,7 @@ class Store(abc.ABC):
 
 
 def changed(store: Store, path: str) -> StoreChanged:
-    """The error for a file whose version is not the one wanted."""
+    """The error for a file whose version is not the requested one."""
     return StoreChanged(
         errno.EIO,
         f"has changed in {store.name} since its stub was made; populate again",
@@ -150,10 +160,10 @@ def changed(store: Store, path: str) -> StoreChanged:
 
 
 def shorter(store: Store, path: str) -> StoreChanged:
-    """The error for a file that ends before its stub does."""
+    """The error for a file that is shorter than its stub."""
     return StoreChanged(errno.EIO, f"is shorter in {store.name} than its stub", path)
 
 
 def byte_order(name: str) -> bytes:
-    """The sort key of a directory's names."""
+    """The sort key of the names in a directory."""
     return os.fsencode(name)

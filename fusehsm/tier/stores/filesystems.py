@@ -1,4 +1,4 @@
-"""The fsspec filesystem that a URL names, with the options that stores need."""
+"""Opening the fsspec filesystem of a URL, with the options that stores need."""
 
 import errno
 from typing import Any, Final
@@ -9,7 +9,7 @@ from fsspec.core import url_to_fs
 from fusehsm.tier.stores.base import StoreError
 from fusehsm.tier.stores.fsspec import PATIENCE, store_error, without_password
 
-# What `pip install 'fusehsm[NAME]'` brings (pyproject.toml), by protocol.
+# NAME of `pip install 'fusehsm[NAME]'` (pyproject.toml), by protocol.
 _EXTRAS: Final = {
     "http": "http",
     "https": "http",
@@ -29,7 +29,7 @@ _INSIDE_ANOTHER: Final = frozenset(("zip", "tar", "libarchive"))
 
 
 def filesystem_of(url: str) -> tuple[Any, str]:
-    """What fsspec makes of a URL: its filesystem and the path in it. Raises as open_store()."""
+    """The fsspec filesystem of a URL, and the path in it. Raises as open_store()."""
     shown_url = without_password(url)
     options: dict[str, Any] = {}
     for part in url.split("::"):
@@ -58,7 +58,7 @@ def filesystem_of(url: str) -> tuple[Any, str]:
         raise ValueError(f"{shown_url}: lacks something that its kind of store needs: {error}") from error
     except Exception as error:
         raise store_error(error, shown_url, "cannot be opened") from error
-    # A list that is remembered does not change when the store does.
+    # No cache of lists: it would hide changes of the store.
     filesystem.dircache.use_listings_cache = False
     return filesystem, path
 
@@ -67,7 +67,7 @@ def _http_options() -> dict[str, Any]:
     import aiohttp
 
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=PATIENCE, sock_read=PATIENCE)
-    # Sizes and ranges are to be those of the file, not of something compressed.
+    # "identity": sizes and ranges must be those of the file, not of a compressed form.
     return {"client_kwargs": {"timeout": timeout, "headers": {"Accept-Encoding": "identity"}}}
 
 

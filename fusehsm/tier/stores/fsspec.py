@@ -1,7 +1,7 @@
-"""Any store that fsspec opens, as far as fsspec itself tells about it; kinds that tell more have modules of their own.
+"""Any store that fsspec opens, with the attributes that fsspec itself gives. Kinds with more attributes have modules of their own.
 
-Threads: filesystems that are asynchronous inside (s3, gcs, abfs, ...) take any number of calls at once; the others are not made for threads
-(a tar file has one position), so their calls wait for each other.
+Threads: asynchronous filesystems (s3, gcs, abfs, ...) take any number of calls at once. The others are not safe for threads (a tar file has one
+position), so their calls wait for each other.
 """
 
 import errno
@@ -16,16 +16,16 @@ from typing import Any, Final
 
 from fusehsm.tier.stores.base import Entry, Kind, Rights, Store, StoreError, byte_order, changed, throw
 
-PATIENCE: Final = 60.0  # seconds without a byte after which an http server is given up on
+PATIENCE: Final = 60.0  # seconds without a byte after which a request to an http server fails
 
 
 def without_password(url: str) -> str:
-    """The URL for messages."""
+    """The URL for messages, with *** as the password."""
     return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", url)
 
 
 def store_error(error: Exception, path: str, what: str) -> OSError:
-    """An exception of any library as an OSError: StoreError, or FileNotFoundError. `path`, `what`: the words of the message."""
+    """An exception of any library as an OSError: StoreError or FileNotFoundError. `path` and `what` are in the message."""
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(errno.ENOENT, "is not there", path)
     cause = str(error).strip() or type(error).__name__
@@ -34,10 +34,10 @@ def store_error(error: Exception, path: str, what: str) -> OSError:
 
 
 class FsspecStore(Store):
-    """The tree at `root` in an fsspec filesystem."""
+    """The tree below `root` in an fsspec filesystem."""
 
     def __init__(self, name: str, filesystem: Any, root: str) -> None:
-        """`name`: the URL for messages."""
+        """`name`: the URL for messages, without password; `root`: path in the filesystem."""
         self.name = name
         self._filesystem = filesystem
         self._root = root.rstrip("/")
@@ -46,16 +46,16 @@ class FsspecStore(Store):
         )
 
     def tree(self, on_error: Callable[[StoreError], None] = throw) -> Iterator[Entry]:
-        """Depth first, a directory's list at a time."""
+        """As Store.tree(); lists one directory at a time."""
         return self.walk(lambda path: self._list(path, on_error), on_error)
 
     def walk(
         self, list_directory: Callable[[str], Iterable[Entry]], on_error: Callable[[StoreError], None]
     ) -> Iterator[Entry]:
-        """tree(), where `list_directory` tells what a directory holds, in any order."""
+        """tree() by means of `list_directory`, which gives the entries of a directory in any order."""
 
         def listed(path: str) -> list[Entry]:
-            """The last first."""
+            """The entries in reverse order, so that pop() takes the first."""
             entries = {entry.path: entry for entry in list_directory(path)}
             return sorted(entries.values(), key=lambda entry: byte_order(entry.path), reverse=True)
 
@@ -77,12 +77,12 @@ class FsspecStore(Store):
                     on_error(StoreError(error.errno, f"cannot be listed: {error.strerror}", entry.path))
 
     def version(self, path: str) -> str:
-        """As version_of() finds it in what fsspec tells."""
+        """version_of() the file's information in fsspec."""
         with self.complaining(path, "cannot be looked up"), self._turn:
             return version_of(self._info(path))
 
     def rights(self, path: str) -> Rights | None:
-        """As fsspec tells; kinds of which it is known that they tell no owners do not ask."""
+        """The owner and mode in fsspec. Kinds without owners override this, so that they make no request."""
         with self.complaining(path, "cannot be looked up"), self._turn:
             information = self._info(path)
         uid, mode = information.get("uid"), information.get("mode")
@@ -91,7 +91,7 @@ class FsspecStore(Store):
         return Rights(uid, information.get("gid"), None if mode is None else stat.S_IMODE(mode))
 
     def read(self, path: str, offset: int, length: int, version: str) -> bytes:
-        """The version is looked up before and after."""
+        """Read the range; the version is checked before and after."""
         with self.complaining(path, "cannot be read", reading=True), self._turn:
             information = self._info(path)
             if version_of(information) != version:
@@ -109,12 +109,12 @@ class FsspecStore(Store):
         return data
 
     def full(self, path: str) -> str:
-        """The path as fsspec takes it."""
+        """The path in the fsspec filesystem."""
         return f"{self._root}/{path}" if path and self._root else path or self._root
 
     @contextmanager
     def complaining(self, path: str, what: str, *, reading: bool = False) -> Iterator[None]:
-        """Make one of our errors of whatever is raised inside; `reading`: a file that has gone is one that has changed."""
+        """Raise any error of the body as StoreError or FileNotFoundError. `reading`: a missing file raises StoreChanged."""
         try:
             yield
         except StoreError:
@@ -131,7 +131,7 @@ class FsspecStore(Store):
         return information
 
     def _list(self, path: str, on_error: Callable[[StoreError], None]) -> Iterator[Entry]:
-        """What the directory `path` holds, in any order."""
+        """The entries of the directory `path`, in any order."""
         full = self.full(path)
         with self._turn:
             if not path and self._filesystem.info(full)["type"] != "directory":
@@ -139,7 +139,7 @@ class FsspecStore(Store):
             listed = self._filesystem.ls(full, detail=True)
         for information in listed:
             name = str(information["name"]).rstrip("/").rpartition("/")[2]
-            if str(information["name"]).strip("/") != full.strip("/"):  # some list the directory itself, too
+            if str(information["name"]).strip("/") != full.strip("/"):  # some list the directory, too
                 yield self._entry(f"{path}/{name}" if path else name, information)
 
     def _entry(self, path: str, information: Mapping[str, Any]) -> Entry:
@@ -161,7 +161,7 @@ class FsspecStore(Store):
         )
 
     def _target(self, path: str, information: Mapping[str, Any]) -> str | None:
-        """Where a symbolic link leads to: some tell it, for others it is the content."""
+        """The target of a symbolic link: in the information, or else the content."""
         told = information.get("destination")
         if told is not None:
             return os.fsdecode(told)
@@ -183,14 +183,14 @@ _MODIFIED: Final = (
 
 
 def version_of(information: Mapping[str, Any]) -> str:
-    """The version token in what fsspec tells of a file: a name for its content where there is one, else its time, and its size."""
+    """The version token of a file's fsspec information: an ETag or digest and the size, else the time and the size, else the size."""
     size = information.get("size")
     for name in _IDENTIFYING:
         if information.get(name) is not None:
             return f"{name} {information[name]} size {size}"
     for name in _MODIFIED:
         if information.get(name) is not None:
-            # Some tell times in one form in lists and in another of single files.
+            # Some filesystems use one form of times in lists and another one for single files.
             return f"{name} {_nanoseconds(information[name]) or information[name]} size {size}"
     return f"size {size}"
 
@@ -201,7 +201,7 @@ def _mtime_ns(information: Mapping[str, Any]) -> int | None:
 
 
 def _nanoseconds(value: object) -> int | None:
-    """A time in one of the forms that fsspec's filesystems use, as nanoseconds since 1970; no finer than microseconds."""
+    """A time in any of fsspec's forms, as nanoseconds since 1970, exact to a microsecond; None for other values."""
     if isinstance(value, datetime):
         value = value.timestamp()
     if isinstance(value, int):

@@ -1,8 +1,7 @@
-"""A commit of a local git repository as a store. It tells modes and symbolic links, no owners and no times; submodules are left out as special files.
+"""A commit of a local git repository as a store. It has modes and symbolic links, but no owners and no times. Submodules count as special files.
 
-The reference is looked up at every call, so a branch that moves changes files; a version is the object's id, so content is always that of its
-version.
-fsspec has the repository; its own look-up takes a name with "@" or ":" for something else.
+Every call looks the reference up, so a branch that moves changes the files. A version is the id of the object, so the content always is that of its
+version. fsspec opens the repository. The look-up of a path is here, because fsspec's misreads a name with "@" or ":".
 """
 
 import errno
@@ -20,23 +19,23 @@ _KINDS: Final = {0o100644: Kind.FILE, 0o100755: Kind.FILE, 0o120000: Kind.SYMLIN
 
 
 class GitStore(FsspecStore):
-    """The tree at `root` in the repository. One call at a time: libgit2's objects are not for several threads."""
+    """The tree below `root` in the repository. One call at a time: libgit2's objects are not safe for threads."""
 
     def __init__(self, name: str, filesystem: Any, root: str) -> None:
         super().__init__(name, filesystem, root)
-        self._last: tuple[str, bytes] = ("", b"")  # the blob that was read last, for its next range
+        self._last: tuple[str, bytes] = ("", b"")  # version and content of the last blob, for its next range
 
     def version(self, path: str) -> str:
-        """The object's id."""
+        """The id of the object."""
         with self.complaining(path, "cannot be looked up"), self._turn:
             return f"object {self._object(path).id}"
 
     def rights(self, path: str) -> Rights | None:
-        """A repository tells no owners."""
+        """None: a repository has no owners."""
         return None
 
     def read(self, path: str, offset: int, length: int, version: str) -> bytes:
-        """From the object, if the reference still has it there."""
+        """Read the object, if it still is at that path of the reference."""
         with self.complaining(path, "cannot be read", reading=True), self._turn:
             blob = self._object(path)
             if f"object {blob.id}" != version or not isinstance(blob, pygit2.Blob):

@@ -1,8 +1,8 @@
-"""A web server's directory pages as a store: the tree is what they link to, a file's size and version are in the answer to HEAD.
+"""A web server's directory pages as a store: the tree is made of their links; a file's size and version are in the answer to HEAD.
 
-Lists are asked for over fsspec's connections, but what is asked is here, because fsspec takes whatever a server answers to a Range for that range,
-and drops links to files whose names begin with "http". Content is read over connections of the threads that want it (urllib3): all of fsspec's are
-of one thread, which took longer over a byte than the network. Any number of ranges can be fetched at a time.
+Lists come over fsspec's connections, but the requests are made here: fsspec accepts any answer to a Range as that range, and drops links to files
+whose names begin with "http". Content comes over connections of the reading threads (urllib3): all connections of fsspec belong to one thread, which
+takes longer for a byte than the network. Any number of ranges can be fetched at a time.
 """
 
 import asyncio
@@ -23,22 +23,22 @@ from yarl import URL
 from fusehsm.tier.stores.base import Entry, Kind, Rights, StoreError, changed
 from fusehsm.tier.stores.fsspec import PATIENCE, FsspecStore
 
-_AT_ONCE: Final = 16  # HEAD requests of a list
-_CONNECTIONS: Final = 32  # that are kept, of the threads that read
+_AT_ONCE: Final = 16  # HEAD requests of a list at the same time
+_CONNECTIONS: Final = 32  # idle connections that are kept for the reading threads
 _REDIRECTS: Final = 10
 _PIECE: Final = 1 << 20  # bytes
 _CONTENT_RANGE: Final = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)")
 
 
 class HttpStore(FsspecStore):
-    """The tree below a URL. It tells sizes, times of modification (Last-Modified) and versions: ETags, else time and size."""
+    """The tree below a URL. It has sizes, modification times (Last-Modified) and versions: ETags, else time and size."""
 
     def __init__(self, name: str, filesystem: Any, root: str) -> None:
         super().__init__(name, filesystem, root)
         if urlsplit(root).query:
             raise ValueError(f"{name}: a query names no directory; leave it away")
         parts = parse_url(root)
-        # One more try for a connection that the server has closed while it was idle.
+        # One more try: the server may have closed an idle connection.
         retries = urllib3.Retry(total=None, connect=0, read=1, other=0, status=0, redirect=_REDIRECTS)
         self._pool = urllib3.PoolManager(
             maxsize=_CONNECTIONS,
@@ -51,7 +51,7 @@ class HttpStore(FsspecStore):
         )
 
     def version(self, path: str) -> str:
-        """Of the answer to HEAD."""
+        """The version in the answer to HEAD. Raises StoreError EIO if the answer has neither ETag nor size."""
         with self.complaining(path, "cannot be looked up"):
             headers = self._looked_up(path)
         version = _version(headers, _content_length(headers))
@@ -62,11 +62,11 @@ class HttpStore(FsspecStore):
         return version
 
     def rights(self, path: str) -> Rights | None:
-        """A web server tells no owners."""
+        """None: a web server has no owners."""
         return None
 
     def read(self, path: str, offset: int, length: int, version: str) -> bytes:
-        """One GET with a Range. What comes is checked against the range and the version that the answer itself names."""
+        """One GET with a Range. The range and the version that the answer names are checked."""
         if not length:
             return b""
         with self.complaining(path, "cannot be read", reading=True):
@@ -77,7 +77,7 @@ class HttpStore(FsspecStore):
         return f"{self._root}/{quote(os.fsencode(path))}"
 
     def close(self) -> None:
-        """Close the connections of the calling threads."""
+        """Close the connections of the reading threads."""
         self._pool.clear()
 
     def _sync(self, coroutine: Any) -> Any:
@@ -106,19 +106,19 @@ class HttpStore(FsspecStore):
             skip, expected = self._expect_range(path, answer, offset, length, version)
             data = self._body(path, answer, skip, expected)
             if answer.status == 206:
-                answer.drain_conn()  # at the end already: this gives the connection back
+                answer.drain_conn()  # already at its end: this returns the connection to the pool
             return data
         finally:
-            answer.close()  # and with it a connection that still has something to say
+            answer.close()  # also closes a connection with data left
 
     def _expect_range(
         self, path: str, answer: urllib3.BaseHTTPResponse, offset: int, length: int, version: str
     ) -> tuple[int, int]:
-        """How many bytes of the body are before the range, and how many of the range are there. Raises where it is another range or version."""
+        """Bytes of the body before the range, and bytes of the range in the body. Raises StoreError or StoreChanged for another range or version."""
         if answer.headers.get("Content-Encoding", "identity") not in ("", "identity"):
             raise self._nonsense(path, "compressed content, although asked for plain")
         if answer.status == 416:
-            # Nothing there: the end of the file, unless it has become shorter. This answer need not name a version.
+            # The range is beyond the end of the file, unless the file is shorter now. This answer need not have a version.
             now = self._looked_up(path)
             total = _content_length(now)
             if _version(now, total) != version:
@@ -135,7 +135,7 @@ class HttpStore(FsspecStore):
             if expected < length and total is not None and end + 1 != total:
                 raise self._nonsense(path, "a part of the range only")
         elif answer.status == 200:
-            # The server knows no ranges and sends the whole file: what lies before the range is thrown away.
+            # The server does not support ranges and sends the whole file: skip the bytes before the range.
             total = _content_length(answer.headers)
             if total is None:
                 raise self._nonsense(path, "neither a range nor the file's size")
@@ -147,7 +147,7 @@ class HttpStore(FsspecStore):
         return skip, expected
 
     def _body(self, path: str, answer: urllib3.BaseHTTPResponse, skip: int, expected: int) -> bytes:
-        """`expected` bytes after the first `skip` bytes; the rest is not waited for."""
+        """`expected` bytes after the first `skip` bytes, without waiting for the rest."""
         while skip and (piece := answer.read(min(skip, _PIECE), decode_content=False)):
             skip -= len(piece)
         pieces: list[bytes] = []
@@ -194,7 +194,7 @@ class HttpStore(FsspecStore):
         return await asyncio.gather(*map(head, paths), return_exceptions=True)
 
     async def _links(self, path: str) -> list[tuple[str, bool]]:
-        """The names that a directory's page links to, and whether each is a directory's (they end with a slash)."""
+        """The names that a directory's page links to, and whether each is a directory (the link ends with a slash)."""
         session = await self._filesystem.set_session()
         url = self.full(path).rstrip("/") + "/"
         async with session.get(URL(url, encoded=True)) as answer:
@@ -222,12 +222,12 @@ class _Links(HTMLParser):
 
 
 def _name_in(base: str, link: str) -> tuple[str, bool]:
-    """The name that `link` on the page `base` has in that directory, and whether it is a directory's; "" for all other links."""
+    """The name in the directory `base` to which `link` on its page leads, and whether it is a directory; "" for other links."""
     there, here = urlsplit(urljoin(base, link)), urlsplit(base)
     directory = here.path.rpartition("/")[0] + "/"
     if (there.scheme, there.netloc, there.query, there.fragment) != (here.scheme, here.netloc, "", ""):
         return "", False
-    # Which characters are escaped is the server's choice, so what is compared is what they stand for.
+    # The server chooses which characters it escapes, so compare the decoded paths.
     path, above = _decoded(there.path), _decoded(directory)
     is_deeper = there.path.rstrip("/").count("/") != directory.count("/")
     if not path.startswith(above) or path == above or is_deeper:
@@ -243,7 +243,7 @@ def _expect_success(status: int, reason: str | None) -> None:
     if status in (404, 410):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
     if status >= 300:
-        # Not raise_for_status(): its text has the URL, passwords included.
+        # Not raise_for_status(): its text has the URL with the password.
         raise OSError(errno.EIO, f"the server answered {status} {reason}")
 
 
@@ -254,7 +254,7 @@ def _content_length(headers: Mapping[str, str]) -> int | None:
 
 
 def _range_of(headers: Mapping[str, str]) -> tuple[int | None, int | None, int | None]:
-    """First byte, last byte and the file's size as Content-Range tells (RFC 9110, 14.4)."""
+    """First byte, last byte and file size in Content-Range (RFC 9110, section 14.4); None for each that is missing."""
     match = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", ""))
     if match is None:
         return None, None, None

@@ -1,4 +1,4 @@
-"""A local directory as a store. It knows everything: modes, owners, links, holes. Any number of threads may read at once."""
+"""A local directory as a store. It has all attributes: modes, owners, links, holes. Any number of threads may read at once."""
 
 import errno
 import os
@@ -11,20 +11,20 @@ from fusehsm.linux.walk import Descent
 from fusehsm.tier.stores.base import Entry, Kind, Rights, Store, StoreError, changed, shorter, throw
 
 _SMALL = 1 << 16  # bytes
-_READ = os.O_RDONLY | os.O_NONBLOCK  # whoever puts a FIFO in a file's place does not make us wait
+_READ = os.O_RDONLY | os.O_NONBLOCK  # O_NONBLOCK: a FIFO in the place of a file must not make us wait
 
 
 class LocalStore(Store):
     """The tree below `root`. No symbolic link below it is followed."""
 
     def __init__(self, root: str) -> None:
-        """Raises OSError when `root` is no directory that can be read."""
+        """Raises OSError if `root` is no readable directory."""
         self.name = root
         self.root = os.path.abspath(root)
         self._root_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def tree(self, on_error: Callable[[StoreError], None] = throw) -> Iterator[Entry]:
-        """Depth first, from directory to directory by descriptors, so that neither renames nor links lead elsewhere."""
+        """As Store.tree(). It opens directories by descriptor, so that no rename and no link leads out of the tree."""
 
         def unlisted(error: OSError) -> None:
             path = os.fsdecode(error.filename or "")
@@ -66,7 +66,7 @@ class LocalStore(Store):
             os.close(fd)
 
     def rights(self, path: str) -> Rights:
-        """All of them."""
+        """Owner, group and mode."""
         fd = open_beneath(self._root_fd, path, os.O_PATH)
         try:
             status = os.fstat(fd)
@@ -75,16 +75,16 @@ class LocalStore(Store):
         return Rights(status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode))
 
     def read(self, path: str, offset: int, length: int, version: str) -> bytes:
-        """The version is looked at before and after: what is written meanwhile changes the modification time."""
+        """Read the range; the version is checked before and after. A write meanwhile changes the modification time."""
         with self._opened(path, version) as fd:
             return _read(fd, offset, length)
 
     def content(self, path: str, offset: int, length: int, version: str) -> Iterator[tuple[int, bytes]]:
-        """Opens the file once. Holes are not looked for in what is read faster than that."""
+        """As Store.content(), with one open(2). Holes of small ranges are not searched: reading is faster."""
         with self._opened(path, version) as fd:
             parts: Iterable[tuple[int, int]] = ((offset, length),)
             if length > _SMALL:
-                # A descriptor that has just been opened reads ahead in small steps: the disk is told at once.
+                # The read-ahead of a new descriptor begins with small steps: announce the whole range.
                 os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
                 parts = _data(fd, offset, offset + length)
             for start, count in parts:
@@ -94,7 +94,7 @@ class LocalStore(Store):
                 yield start, data
 
     def data(self, path: str, offset: int, length: int) -> Iterator[tuple[int, int]]:
-        """As SEEK_DATA and SEEK_HOLE of lseek(2) tell."""
+        """The extents with data, by SEEK_DATA and SEEK_HOLE (lseek(2))."""
         fd = self._open(path)
         try:
             yield from _data(fd, offset, offset + length)
@@ -102,14 +102,14 @@ class LocalStore(Store):
             os.close(fd)
 
     def close(self) -> None:
-        """Close the root's descriptor."""
+        """Close the descriptor of the root."""
         if self._root_fd >= 0:
             os.close(self._root_fd)
             self._root_fd = -1
 
     @contextmanager
     def _opened(self, path: str, version: str) -> Iterator[int]:
-        """A descriptor of the file, which is that version at the beginning and at the end."""
+        """A descriptor of the file. Raises StoreChanged if the file does not have that version before and after the body."""
         try:
             fd = self._open(path)
         except FileNotFoundError:
@@ -142,14 +142,14 @@ def _read(fd: int, offset: int, length: int) -> bytes:
 
 
 def _data(fd: int, offset: int, end: int) -> Iterator[tuple[int, int]]:
-    """The parts of [offset, end) that are no holes, as (offset, length)."""
+    """The extents of [offset, end) that are no holes, as (offset, length) in bytes."""
     while offset < end:
         try:
             start = os.lseek(fd, offset, os.SEEK_DATA)
         except OSError as error:
             if error.errno != errno.ENXIO:
                 raise
-            return  # nothing but a hole up to the end of the file
+            return  # only a hole up to the end of the file
         if start >= end:
             return
         offset = min(os.lseek(fd, start, os.SEEK_HOLE), end)

@@ -1,4 +1,4 @@
-"""open_store(): from what the user writes to the store that it means."""
+"""open_store(): opens the store that the user's text names."""
 
 import errno
 import os
@@ -21,10 +21,8 @@ _ARCHIVES: Final = {
 def open_store(url_or_path: str) -> Store:
     """The store at a path (a directory, or a zip or tar file) or at any URL that fsspec opens, chains (zip://::https://...) included.
 
-    To be opened in the process that uses it: neither connections nor fsspec's own thread survive fork(2).
-
-    Raises ValueError for a URL whose protocol nobody knows or that lacks something, OSError when it cannot be opened: ENOPKG, with the command that
-    installs it, where a package is missing.
+    Open it in the process that uses it: connections and fsspec's thread do not survive fork(2). Raises ValueError for a URL with an unknown protocol
+    or without a necessary part. Raises OSError if the store cannot be opened: ENOPKG, with the command to install it, if a package is missing.
     """
     path = url_or_path.removeprefix("file://")
     if "://" not in path:
@@ -36,7 +34,7 @@ def open_store(url_or_path: str) -> Store:
                 errno.ENOTDIR, "is no directory, nor a zip or tar file; name one of these", path
             )
         url_or_path = f"{protocol}://::file://{os.path.abspath(path)}"
-    # fsspec takes a while to load, and a local directory does without.
+    # Imported late: fsspec loads slowly, and a local directory does not need it.
     from fusehsm.tier.stores.filesystems import filesystem_of
     from fusehsm.tier.stores.fsspec import FsspecStore, without_password
 
@@ -72,7 +70,7 @@ def open_store(url_or_path: str) -> Store:
 
 
 def expect_apart(store: Store, destination: str) -> None:
-    """Raise ValueError if a store in a local directory and the destination lie one in the other: stubs would be filled from stubs."""
+    """Raise ValueError if one of store (a local directory) and destination lies in the other: stubs would be filled from stubs."""
     if not isinstance(store, LocalStore):
         return
     here, there = os.path.realpath(destination), os.path.realpath(store.root)

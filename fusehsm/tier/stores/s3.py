@@ -1,19 +1,19 @@
-"""A bucket of S3, or of whatever else speaks it, or the part of one below a prefix.
+"""A bucket of S3 or of a compatible server as a store, or the part of a bucket below a prefix.
 
-Where the server is and who asks, botocore finds out: AWS_* in the environment, ~/.aws, and fsspec's own FSSPEC_S3_*. Any number of ranges can be
-fetched at a time, up to CONNECTIONS of them in fact.
+botocore finds the server and the credentials: AWS_* in the environment, ~/.aws, and fsspec's FSSPEC_S3_*. Any number of threads can fetch ranges at a
+time, over at most CONNECTIONS connections.
 
-An object's version is its ETag, which lists tell, too (they tell no version ids, and an object that is written again with the same content may
-as well count as the same). read() sends it along as If-Match, so what comes is of that version from the first byte to the last, also where
-the object is replaced in the middle; servers that ignore If-Match are told by the ETag in the answer. So is who knows a version only when they see
-it (read_if), which saves a HEAD for each file: a stub has room for no more than a digest of its version.
+An object's version is its ETag. Lists have ETags, too, but no version ids; an object that is written again with the same content counts as the same.
+read() sends the ETag as If-Match. So all bytes of an answer are of that version, also if the object is replaced meanwhile. For servers that ignore
+If-Match, the ETag in the answer is checked. read_if() checks only that ETag, which saves a HEAD for each file: a stub has room only for a digest of
+the version, so the ETag is not known before the answer.
 
-Lists tell neither owner nor mode, nor the times that rclone and s3fs keep as metadata (x-amz-meta-mtime): only HEAD does, one request for each
-object instead of one for a thousand (measured on loopback, for a thousand objects: a list took 0.25 s, HEADs, 16 at a time, 4 to 7 s). So they are
-left alone, and a file's time is when the object was made.
+Lists have neither owner nor mode, nor the times that rclone and s3fs keep as metadata (x-amz-meta-mtime). Only HEAD has them: one request for each
+object instead of one for a thousand (measured on loopback, for a thousand objects: a list took 0.25 s, HEADs, 16 at a time, 4 to 7 s). So this store
+does not use them, and a file's time is the time when the object was made.
 
-A key is a path: components separated by "/". A key that ends in "/" is a directory. What no file system can have is handed to `on_error` and left
-out: keys with an empty component, "." or "..", and an object whose key is also a directory's name.
+A key is a path: components separated by "/". A key that ends in "/" is a directory. Keys that no file system can have go to `on_error` and are left
+out: keys with an empty component, "." or "..", and an object whose key is also the name of a directory.
 """
 
 import asyncio
@@ -43,10 +43,10 @@ from fsspec.asyn import sync
 from fusehsm.tier.stores.base import Entry, Kind, Rights, StoreError, byte_order, changed, throw
 from fusehsm.tier.stores.fsspec import FsspecStore
 
-# What botocore raises, in one line that says what to do. Its own texts have whole URLs and several lines.
+# botocore's errors as one line with the fix. botocore's own texts have whole URLs and several lines.
 
 
-# Answers to HEAD have no text, so the code that is told of them is the status.
+# An answer to HEAD has no body, so the code of its error is the status.
 GONE: Final = frozenset(("NoSuchKey", "404"))
 CHANGED: Final = frozenset(("PreconditionFailed", "412"))
 OUT_OF_RANGE: Final = frozenset(("InvalidRange", "416"))
@@ -63,12 +63,12 @@ _ELSEWHERE: Final = frozenset(("PermanentRedirect", "301", "AuthorizationHeaderM
 
 
 def code_of(error: ClientError) -> str:
-    """The code of an answer that is an error: a word of S3's, or the status."""
+    """The code of an error answer: a name of S3, or the status."""
     return str(error.response.get("Error", {}).get("Code", ""))
 
 
 def explained(error: Exception, path: str, what: str, bucket: str, endpoint: str) -> OSError | None:
-    """The error as one of ours, None if it is of a kind that is not S3's. `what`: "cannot be read", ...; `endpoint`: the server's URL."""
+    """The error as a StoreError; None if it is not botocore's. `what`: "cannot be read", ...; `endpoint`: the server's URL."""
     number, why = errno.EIO, ""
     match error:
         case ClientError():
@@ -88,7 +88,7 @@ def explained(error: Exception, path: str, what: str, bucket: str, endpoint: str
 
 
 def _answer(error: ClientError, bucket: str) -> tuple[int, str]:
-    """Number, and cause with mend."""
+    """The errno, and the cause with the fix."""
     code = code_of(error)
     if code == "NoSuchBucket":
         return errno.ENOENT, f"there is no bucket {bucket}; see that its name and AWS_ENDPOINT_URL are right"
@@ -110,28 +110,26 @@ def _answer(error: ClientError, bucket: str) -> tuple[int, str]:
     return errno.EIO, f"the server answered {code} {text}".rstrip()
 
 
-# The lists of a tree's directories, asked for before their turn comes: where each takes a round trip, a walk would spend its time waiting.
+# Lists of a tree's directories, requested before their turn. Each takes a round trip, and a walk without this would mostly wait.
 
 
 _Listed = TypeVar("_Listed")
 
-AHEAD: Final = (
-    8  # directories of each level of the tree that are listed at a time, or have been and wait for their turn
-)
+AHEAD: Final = 8  # directories of each level of the tree whose lists are requested, or wait for their turn
 
 
 class ListsAhead(Generic[_Listed]):
-    """For one walk, depth first. `ask(directory)` lists one; it runs in `loop`, which must be another thread's."""
+    """Lists ahead for one walk, depth first. `ask(directory)` lists a directory. It runs in `loop`, which must be in another thread."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, ask: Callable[[str], Awaitable[_Listed]]) -> None:
         self._loop = loop
         self._ask = ask
         self._asked: dict[str, Future[_Listed]] = {}
-        # Directories that have not been asked for yet, by the one before whose turn they are not.
+        # Directories that are not requested yet, by each requested sibling.
         self._siblings: dict[str, deque[str]] = {}
 
     def take(self, directory: str) -> _Listed:
-        """The directory's list. Raises what asking for it raised."""
+        """The list of the directory. Raises the error of its request."""
         siblings = self._siblings.pop(directory, None)
         asked = self._asked.pop(directory, None) or self._start(directory)
         if siblings:
@@ -141,16 +139,16 @@ class ListsAhead(Generic[_Listed]):
         return asked.result()
 
     def expect(self, directories: Iterable[str]) -> None:
-        """These will be taken in this order, each with all below it before the next."""
+        """Request these directories ahead. The walk takes them in this order, each with all directories below it before the next."""
         coming = deque(directories)
         first = [coming.popleft() for _ in range(min(AHEAD, len(coming)))]
         for directory in first:
             self._asked[directory] = self._start(directory)
-            # Each that is taken makes room for one more.
+            # Each list that is taken makes room for one more.
             self._siblings[directory] = coming
 
     def close(self) -> None:
-        """Give up what was asked for and not taken."""
+        """Cancel the requests whose lists were not taken."""
         for asked in self._asked.values():
             asked.cancel()
         self._asked.clear()
@@ -162,15 +160,15 @@ class ListsAhead(Generic[_Listed]):
         return asyncio.run_coroutine_threadsafe(ask(), self._loop)
 
 
-CONNECTIONS: Final = 64  # at most, and so requests at a time
+CONNECTIONS: Final = 64  # at most; also the most requests at a time
 _TRIES: Final = 3
-_CONNECTING: Final = 10.0  # seconds for a connection to come about
+_CONNECTING: Final = 10.0  # seconds to make a connection
 _SILENCE: Final = 30.0  # seconds without a byte
 _BROKEN: Final = (HTTPClientError, ResponseStreamingError, aiohttp.ClientError, TimeoutError, ConnectionError)
 
 
 def options() -> dict[str, Any]:
-    """What s3fs is to be made with: a server that does not answer is given up on after _TRIES times _SILENCE. FSSPEC_S3 can say otherwise."""
+    """The options of s3fs. A request without an answer fails after _TRIES times _SILENCE seconds. The setting FSSPEC_S3 overrides these options."""
     ours = {
         "connect_timeout": _CONNECTING,
         "read_timeout": _SILENCE,
@@ -179,16 +177,16 @@ def options() -> dict[str, Any]:
     }
     told = fsspec.config.conf.get("s3", {}).get("config_kwargs")
     theirs = told if isinstance(told, Mapping) else {}
-    # An instance that others use, too, could be of another endpoint or have other credentials: the environment may have changed.
+    # No cached instance: it may have another endpoint or other credentials, because the environment may have changed.
     return {"config_kwargs": {**ours, **theirs}, "skip_instance_cache": True}
 
 
-# Names: of objects, with what a list tells of each, and of directories.
+# Names of objects, each with its attributes in the list, and names of directories.
 _Keys: TypeAlias = tuple[dict[str, Mapping[str, Any]], set[str]]
 
 
 class S3Store(FsspecStore):
-    """The tree below s3://BUCKET/PREFIX. It tells sizes, versions, and when each object was made (in seconds or milliseconds, as the server does)."""
+    """The tree below s3://BUCKET/PREFIX. It has sizes, versions, and the time when each object was made (exact to 1 s or 1 ms, as the server's)."""
 
     def __init__(self, name: str, filesystem: Any, root: str) -> None:
         super().__init__(name, filesystem, root)
@@ -198,26 +196,26 @@ class S3Store(FsspecStore):
         self._prefix = f"{prefix}/" if prefix else ""
 
     def tree(self, on_error: Callable[[StoreError], None] = throw) -> Iterator[Entry]:
-        """As above, with directories listed ahead of their turn."""
+        """As Store.tree(); lists directories ahead of their turn."""
         with closing(ListsAhead(self._filesystem.loop, self._keys)) as ahead:
             yield from self.walk(lambda path: self._entries(path, ahead, on_error), on_error)
 
     def full(self, path: str) -> str:
-        """The key; for "" the prefix, which ends in a slash or is empty."""
+        """The key of the path; for "" the prefix, which ends in a slash or is empty."""
         return self._prefix + path
 
     def version(self, path: str) -> str:
-        """Of the answer to HEAD."""
+        """The ETag in the answer to HEAD."""
         with self.complaining(path, "cannot be looked up"):
             version, _ = self._sync(self._head(path))
         return str(version)
 
     def rights(self, path: str) -> Rights | None:
-        """S3 tells no owners."""
+        """None: S3 has no owners."""
         return None
 
     def read(self, path: str, offset: int, length: int, version: str) -> bytes:
-        """One GET with Range and If-Match; again where the connection breaks in the middle."""
+        """One GET with Range and If-Match, repeated if the connection breaks in the middle."""
         if not length:
             return b""
         with self.complaining(path, "cannot be read", reading=True):
@@ -226,7 +224,7 @@ class S3Store(FsspecStore):
     def read_if(
         self, path: str, offset: int, length: int, is_wanted: Callable[[str], bool]
     ) -> tuple[str, bytes] | None:
-        """One GET with Range: its answer begins with the ETag."""
+        """One GET with Range; its answer begins with the ETag. None for an empty range."""
         if not length:
             return None
         with self.complaining(path, "cannot be read"):
@@ -251,12 +249,12 @@ class S3Store(FsspecStore):
 
     def close(self) -> None:
         """Close the connections."""
-        with suppress(Exception):  # what else than let it be could be done about it?
+        with suppress(Exception):  # a failed close has no consequence
             sync(self._filesystem.loop, self._close, timeout=_CONNECTING)
 
     @contextmanager
     def complaining(self, path: str, what: str, *, reading: bool = False) -> Iterator[None]:
-        """As above, for what botocore raises."""
+        """As FsspecStore.complaining(), also for the errors of botocore."""
         with super().complaining(path, what, reading=reading):
             try:
                 yield
@@ -286,7 +284,7 @@ class S3Store(FsspecStore):
             await self._filesystem._s3.close()
 
     async def _head(self, path: str) -> tuple[str, int]:
-        """Version and size."""
+        """The version, and the size in bytes."""
         client = await self._client()
         answer = await client.head_object(Bucket=self._bucket, Key=self.full(path))
         return _version(answer), int(answer["ContentLength"])
@@ -294,7 +292,7 @@ class S3Store(FsspecStore):
     async def _get(
         self, path: str, offset: int, length: int, version: str | None, is_wanted: Callable[[str], bool]
     ) -> tuple[str, bytes]:
-        """The version that the object has, and the range. `version`: the one to ask for, if it is known."""
+        """The object's version, and the range. `version`: for If-Match, if it is known. Raises StoreChanged if `is_wanted` refuses the version."""
         client = await self._client()
         condition = {} if version is None else {"IfMatch": version.removeprefix(_ETAG)}
         try:
@@ -307,7 +305,7 @@ class S3Store(FsspecStore):
         except ClientError as error:
             if code_of(error) not in OUT_OF_RANGE:
                 raise
-            # Nothing there: the end of the file, unless it has become shorter.
+            # The range is beyond the end of the object, unless the object is shorter now.
             now, size = await self._head(path)
             if not is_wanted(now):
                 raise changed(self, path) from error
@@ -328,7 +326,7 @@ class S3Store(FsspecStore):
         return now, data
 
     def _expected(self, path: str, answer: Mapping[str, Any], offset: int, length: int) -> int:
-        """How many bytes the answer is to have. Raises StoreError where it is not for the range that was asked for."""
+        """The number of bytes that the answer must have. Raises StoreError if it is not for the requested range."""
         told = str(answer.get("ContentRange", ""))
         within, _, total = told.removeprefix("bytes ").partition("/")
         first, _, last = within.partition("-")
@@ -345,7 +343,7 @@ class S3Store(FsspecStore):
     def _entries(
         self, path: str, ahead: ListsAhead[_Keys], on_error: Callable[[StoreError], None]
     ) -> Iterator[Entry]:
-        """What lies right below `path`, in any order."""
+        """The entries directly below `path`, in any order."""
         above = f"{path}/" if path else ""
         objects, directories = ahead.take(above)
         if not path and self._prefix and not objects and not directories:
@@ -376,7 +374,7 @@ class S3Store(FsspecStore):
                 )
 
     def _expect_no_object(self) -> None:
-        """Raise the right error where the root is an object, not a directory of them."""
+        """Raise StoreError ENOTDIR if the root is an object, not a prefix."""
         with suppress(FileNotFoundError):
             with self.complaining("", "cannot be looked up"):
                 self._sync(self._head_root())
@@ -391,7 +389,7 @@ class S3Store(FsspecStore):
         await client.head_object(Bucket=self._bucket, Key=self._prefix.rstrip("/"))
 
     async def _keys(self, above: str) -> _Keys:
-        """What lies right below, asked for up to a thousand names at a time."""
+        """The keys directly below `above`, requested in pages of up to a thousand names."""
         start = self.full(above)
         objects: dict[str, Mapping[str, Any]] = {}
         directories: set[str] = set()
@@ -408,7 +406,7 @@ class S3Store(FsspecStore):
 
 
 class _BodyBroken(Exception):
-    """The connection went away in the middle of an answer; the cause says how."""
+    """The connection broke in the middle of an answer. __cause__ has the error."""
 
 
 _ETAG: Final = "etag "
@@ -429,7 +427,7 @@ def _impossible(key: str, consequence: str) -> StoreError:
 
 
 def _nanoseconds(time: datetime | None) -> int | None:
-    """Exact, as timestamp() is not."""
+    """Nanoseconds since 1970, rounded to milliseconds, because timestamp() is not exact."""
     if time is None:
         return None
     return round(time.timestamp() * 1000) * 1_000_000

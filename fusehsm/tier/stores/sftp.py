@@ -1,7 +1,7 @@
-"""A directory on a host that is reached with ssh. It tells modes, owners, times (in seconds) and symbolic links, but neither hard links nor holes.
+"""A directory on a host that ssh reaches, as a store. It has modes, owners, times (in seconds) and symbolic links, but no hard links and no holes.
 
-Up to four files are read at a time, each over a channel of its own; more callers wait. Host keys must be known (~/.ssh/known_hosts), and keys
-come from an agent or ~/.ssh; ~/.ssh/config is not read.
+Up to four files are read at a time, each over a channel of its own; more callers wait. The host's key must be in ~/.ssh/known_hosts. The user's keys
+come from an agent or from ~/.ssh. ~/.ssh/config is not read.
 """
 
 import errno
@@ -22,12 +22,12 @@ from fusehsm.tier.stores.fsspec import FsspecStore
 _CHANNELS: Final = 4  # sshd permits 10 for a connection (MaxSessions)
 _REQUEST: Final = (
     255 * 1024
-)  # bytes; the most that OpenSSH answers at once, and who answers with less is asked again
+)  # bytes; the most in one answer of OpenSSH. A server with shorter answers is asked again
 _PATIENCE: Final = 60.0  # seconds
 
 
 class _KnownHosts(SFTPFileSystem):  # type: ignore[misc]
-    """fsspec's own accepts any host key."""
+    """fsspec's filesystem, but only for known host keys: fsspec's own accepts any."""
 
     cachable = False
 
@@ -38,13 +38,13 @@ class _KnownHosts(SFTPFileSystem):  # type: ignore[misc]
         self.client.connect(
             self.host, **{"timeout": _PATIENCE, "banner_timeout": _PATIENCE, **self.ssh_kwargs}
         )
-        # Requests are small, and Nagle's algorithm would keep each of them until the last answer is acknowledged: 40 ms a time.
+        # Nagle's algorithm would hold each small request until the last answer is acknowledged: 40 ms each.
         self.client.get_transport().sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.ftp = self.client.open_sftp()
 
 
 def connect(url: str) -> tuple[Any, str]:
-    """The filesystem and the path of an sftp URL. Raises StoreError, which says what to do about it."""
+    """The filesystem and the path of an sftp URL. Raises ValueError without a host, StoreError with cause and fix."""
     arguments = _KnownHosts._get_kwargs_from_urls(url)
     host = arguments.get("host")
     if not host:
@@ -83,19 +83,19 @@ class SftpStore(FsspecStore):
         return f"{self._root}/{path}"
 
     def version(self, path: str) -> str:
-        """Modification time and size."""
+        """The modification time and size."""
         with self.complaining(path, "cannot be looked up"), self._channel() as channel:
             return _version(channel.stat(self.full(path)))
 
     def rights(self, path: str) -> Rights | None:
-        """Of what read() reads."""
+        """The owner and mode; symbolic links are followed, as in read()."""
         with self.complaining(path, "cannot be looked up"), self._channel() as channel:
             status = channel.stat(self.full(path))
         mode = None if status.st_mode is None else stat.S_IMODE(status.st_mode)
         return None if status.st_uid is None else Rights(status.st_uid, status.st_gid, mode)
 
     def read(self, path: str, offset: int, length: int, version: str) -> bytes:
-        """The version of the open file is looked at before and after."""
+        """Read the range; the version of the open file is checked before and after."""
         with (
             self.complaining(path, "cannot be read", reading=True),
             self._channel() as channel,
@@ -106,7 +106,7 @@ class SftpStore(FsspecStore):
                 raise changed(self, path)
             length = max(0, min(length, status.st_size - offset))
             file.MAX_REQUEST_SIZE = _REQUEST
-            # readv() has many requests under way at once, read() one after the other.
+            # readv() sends many requests at once, read() sends one after the other.
             data = b"".join(file.readv([(offset, length)])) if length else b""
             if _version(file.stat()) != version:
                 raise changed(self, path)
@@ -135,7 +135,7 @@ class SftpStore(FsspecStore):
                 self._idle.append(channel)
                 raise
             except BaseException:
-                channel.close()  # it may be in the middle of an answer
+                channel.close()  # it may have an unread answer
                 raise
             self._idle.append(channel)
 
