@@ -1,1 +1,1 @@
-"""`fusehsm populate`: a stub for every file of a store."""
+"""`fusehsm populate` makes a stub for every file of a store."""

@@ -1,7 +1,7 @@
-"""`fusehsm populate STORE DST`: a stub in DST for every file of the store, and its directories and links.
+"""`fusehsm populate STORE DST`: makes a stub in DST for every file of the store, and the store's directories and links.
 
-It may be killed at any moment and run again: what is right stays as it is, what is missing is made, and stubs of what has changed in the store are
-changed. Content is never overwritten. It does not run while somebody fills the same stubs (tier/populate/lock.py).
+It may be killed at any moment and run again. The next run keeps right entries, makes missing ones, and updates the stubs of files that have changed
+in the store. It never overwrites content. It does not run while a fetch fills the same stubs (tier/populate/lock.py).
 """
 
 import errno
@@ -23,25 +23,32 @@ from fusehsm.tier.stores.open import expect_apart, open_store
 from fusehsm.tier.stubs import mark as stub_mark
 from fusehsm.tier.text import Progress, progress_line, size_text
 
-_TRIAL_SIZE: Final = 1 << 20  # bytes; larger than what a file system keeps in an inode
+_TRIAL_SIZE: Final = 1 << 20  # bytes; more than a file system keeps in an inode
 
 
 @dataclass(frozen=True, slots=True)
 class PopulateOptions:
     """The command line of `fusehsm populate`."""
 
+    # Path or URL of the store.
     store: str
+    # The directory for the stubs.
     destination: str
+    # Look, and change nothing.
     dry_run: bool = False
 
 
 @dataclass(slots=True)
 class Counts:
-    """How far a run is. `size`: bytes of the files that have stubs."""
+    """The progress of a run."""
 
+    # Number of entries that did not fail, by type.
     kinds: Counter[Kind] = field(default_factory=Counter)
+    # Number of entries by outcome.
     outcomes: Counter[Outcome] = field(default_factory=Counter)
+    # Bytes of the files that have stubs.
     size: int = 0
+    # Number of messages about failures.
     complaints: int = 0
 
     @property
@@ -49,7 +56,7 @@ class Counts:
         return self.outcomes.total()
 
     def add(self, entry: Entry, outcome: Outcome) -> None:
-        """One entry more."""
+        """Count one entry."""
         self.outcomes[outcome] += 1
         if outcome is not Outcome.FAILED:
             self.kinds[entry.kind] += 1
@@ -57,9 +64,9 @@ class Counts:
 
 
 def populate(options: PopulateOptions) -> int:
-    """Do it, and return the exit code: 1 if anything failed, of which each has had its line. Prints a summary.
+    """Make the stubs, and print a line for each failure and a summary. Returns the exit code: 1 if anything failed.
 
-    Raises ValueError for a URL or path that cannot be meant, OSError when the store or the destination is no good at all.
+    Raises ValueError for an impossible URL or path, OSError if the store or the destination cannot be used at all.
     """
     started = time.monotonic()
     counts = Counts()
@@ -94,7 +101,7 @@ def populate(options: PopulateOptions) -> int:
 
 
 def summary(options: PopulateOptions, counts: Counts, seconds: float) -> str:
-    """The line at the end."""
+    """The last line, with the counts; `seconds` of the run."""
 
     def number(count: int, word: str) -> str:
         return f"{count:,} {word if count == 1 else _PLURALS[word]}"
@@ -120,7 +127,7 @@ _PLURALS: Final = {"file": "files", "directory": "directories", "symbolic link":
 
 @contextmanager
 def _destination(options: PopulateOptions, store: Store) -> Iterator[int | None]:
-    """The destination's descriptor; it is made if it is not there, except in a dry run, which has None then."""
+    """The destination's descriptor; None in a dry run if it does not exist. Else it is made, tried and locked. Raises OSError, ValueError."""
     path = options.destination
     expect_apart(store, path)
     if not os.path.lexists(path):
@@ -146,7 +153,7 @@ def _destination(options: PopulateOptions, store: Store) -> Iterator[int | None]
 
 
 def _try_file_system(root_fd: int, path: str) -> None:
-    """See on a file without a name (where that is possible) that stubs can be made and known here. Raises OSError if not."""
+    """Try with a file without a name (if possible) whether stubs can be made and recognized here. Raises OSError EOPNOTSUPP if not."""
     mend = "choose a destination on ext4, xfs or btrfs"
     try:
         fd = _trial_file(root_fd)
@@ -162,7 +169,7 @@ def _try_file_system(root_fd: int, path: str) -> None:
             os.close(fd)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return  # perhaps there is nothing to be made
+            return  # perhaps nothing needs to be made
         why = error.strerror
         if error.errno == errno.EOPNOTSUPP and mend not in str(why):
             why = f"its file system keeps no attributes (user.*), so no stub could be known; {mend}"
@@ -170,7 +177,7 @@ def _try_file_system(root_fd: int, path: str) -> None:
 
 
 def _trial_file(root_fd: int) -> int | None:
-    """A file to try things on, without a name any more; None where that needs a name and it is taken (the planter looks whose it is)."""
+    """A file without a name, for a trial. None if it needs a name and that name exists (the planter deals with it). Raises OSError of open(2)."""
     try:
         return os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=root_fd)
     except OSError as error:

@@ -1,12 +1,11 @@
 """Making stubs in a directory: one entry of a store after the other, in the order of Store.tree().
 
-Whatever is made appears at once and finished: a file is made without a name, gets its size, owner, time and mark, and then its name (O_TMPFILE and
-linkat(2), which never replaces anything). So a run that was killed leaves nothing half made, and the next goes on where it stopped. Directories get
-their modes and times when all that they hold is there.
+A new file appears at once and complete: it is made without a name, gets its size, owner, time and mark, and then its name (O_TMPFILE and linkat(2),
+which never replaces a file). So a killed run leaves no half-made file, and the next run goes on where it stopped. A directory gets its mode and time
+after its content is made.
 
-Nothing outside of the destination is touched: every name is one component, used with the descriptor of its directory, and no symbolic link is
-followed.
-Nothing is touched that is not a stub (tier/stubs/mark.py). Nobody may fill stubs at the same time: tier/populate/lock.py.
+Populate touches nothing outside the destination: every name is one component, used with the descriptor of its directory, and no symbolic link is
+followed. It changes no file that is not a stub (tier/stubs/mark.py). No fetch may fill stubs at the same time (tier/populate/lock.py).
 """
 
 import errno
@@ -35,50 +34,59 @@ _NOT_A_STUB: Final = "is not a stub but somebody's content; remove or rename it"
 NO_UNNAMED_FILES: Final = frozenset((errno.EOPNOTSUPP, errno.EISDIR))
 """What open(2) says to O_TMPFILE where the file system or the kernel does not have it."""
 
-# With these every further entry would fail, too.
+# After one of these errors every further entry would fail, too.
 FATAL: Final = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE))
 
 
 class Outcome(Enum):
-    """What became of an entry. KEPT: content that is here already (or an empty file) was left alone. LEFT_OUT: sockets, devices, FIFOs."""
+    """The result for an entry."""
 
+    # Made.
     NEW = "new"
+    # Existed, and was changed.
     UPDATED = "updated"
+    # Existed, and needs no change.
     RIGHT = "right"
+    # Has content already, or is an empty file, and was left alone.
     KEPT = "kept"
+    # A socket, device or FIFO.
     LEFT_OUT = "left out"
+    # Not made; a message tells the cause.
     FAILED = "failed"
 
 
 class Refusal(Exception):
-    """An entry cannot be made: "cause; mend"."""
+    """An entry cannot be made. The text is "cause; fix"."""
 
 
 @dataclass(slots=True)
 class _Level:
-    """A directory that is being filled. `fd` None: a dry run has not made it. `entry` None: the destination itself, whose attributes stay.
+    """A directory whose content is being made."""
 
-    `mode`: what it had before it was opened up, or is to have if the store does not tell. `parked`: which directory it is, while it is closed because
-    there are too many levels; `fd` is no good then.
-    """
-
+    # Below the destination.
     path: str
+    # Descriptor; None in a dry run that would make the directory.
     fd: int | None
+    # None: the destination itself, whose attributes stay.
     entry: Entry | None
+    # The mode before _open_up(), or the mode to set if the store has none.
     mode: int = 0
+    # Identity of the directory while it is closed because there are too many levels. `fd` is then invalid.
     parked: Identity | None = None
 
 
 @dataclass(slots=True)
 class _Opened:
-    """A file that is open for reading. `mode`: what it gets back because it was opened up for that; None: as it is now."""
+    """A file that is open for reading."""
 
+    # Descriptor.
     fd: int
+    # The mode to restore, because it was changed for open(2). None: keep the present mode.
     mode: int | None = None
 
 
 class Planter:
-    """Plants entries below `root_fd` (None: a dry run, and there is no such directory). `complain(path, "cause; mend")` is called for what fails.
+    """Makes entries below `root_fd` (None: a dry run without a destination). Calls `complain(path, "cause; fix")` for each failure.
 
     `dry_run`: look, and change nothing. `unnamed`: try O_TMPFILE first.
     """
@@ -97,17 +105,17 @@ class Planter:
         self._ownership = Ownership()
         self._root_fd = root_fd
         self._levels = [_Level("", root_fd, None)]
-        # Where a directory could not be made, what it holds is not tried.
+        # Path of a directory that could not be made: its content is not tried.
         self._failed: str | None = None
-        # Files with several names: the name that was seen first, and its inode (None in a dry run that would make it).
+        # Files with several names: the first name, and its inode (None in a dry run that would make it).
         self._first_names: dict[object, tuple[str, int | None]] = {}
-        # Files that had several names before we came, and have been dealt with under one of them.
+        # Files that had several names before this run, and are handled already under one of them.
         self._shared: set[tuple[int, int]] = set()
         if root_fd is not None:
             self._remove_unfinished(self._levels[0])
 
     def plant(self, entry: Entry) -> Outcome:
-        """Make one entry, or see that it is right. Raises OSError when it makes no sense to go on (no space, read-only)."""
+        """Make one entry, or check an existing one. Raises OSError of FATAL (ENOSPC, EROFS, ...), and StoreError for a wrong order of entries."""
         if self._failed is not None:
             if entry.path.startswith(self._failed + "/"):
                 return Outcome.FAILED
@@ -133,12 +141,12 @@ class Planter:
             return self._fail(entry, f"the store tells something impossible of it: {error}")
 
     def finish(self) -> None:
-        """Leave all directories. To be called after the last entry, and after a failure with `close` only."""
+        """Leave all directories. Call it after the last entry; after a failure call only close()."""
         while len(self._levels) > 1:
             self._leave()
 
     def close(self) -> None:
-        """Close the descriptors of directories that have not been left."""
+        """Close the descriptors of directories that were not left."""
         for level in self._levels[1:]:
             if level.fd is not None and level.parked is None:
                 os.close(level.fd)
@@ -164,7 +172,7 @@ class Planter:
     # Directories
 
     def _level_of(self, path: str) -> _Level:
-        """The level of the directory `path`: the innermost, once all others have been left."""
+        """The level of the directory `path`, which is the innermost after the levels below it are left."""
         while (level := self._levels[-1]).path != path:
             if len(self._levels) == 1:
                 raise StoreError(
@@ -182,7 +190,7 @@ class Planter:
             inner.mode = self._ownership.default(Kind.DIRECTORY)
             if not self._dry_run:
                 self._open_up(level)
-                # Nobody else's, until it has its owner; but what the store does not tell is right at once, for it would not be mended later.
+                # Closed to other users until it has its owner. Without a mode in the store the mode is final now: no later step sets it.
                 os.mkdir(name, 0o777 if entry.mode is None else 0o700, dir_fd=level.fd)
         else:
             outcome = Outcome.UPDATED if self._ownership.differs(entry, status) else Outcome.RIGHT
@@ -195,7 +203,7 @@ class Planter:
         return outcome
 
     def _park(self) -> None:
-        """Close a directory far above, for a store may be deeper than there are descriptors; the destination itself stays open."""
+        """Close a directory far above: a store may be deeper than the limit of descriptors. The destination itself stays open."""
         if len(self._levels) > MOST_OPEN + 1:
             level = self._levels[-MOST_OPEN - 1]
             if level.fd is not None:
@@ -203,7 +211,7 @@ class Planter:
                 os.close(level.fd)
 
     def _unpark(self, level: _Level, inner_fd: int | None) -> None:
-        """Open it again, by way of a directory in it if that is there. Raises OSError ESTALE where it has been moved."""
+        """Open a parked directory again, from the directory `inner_fd` in it if given. Raises OSError ESTALE if it has been moved."""
         if level.parked is not None:
             assert self._root_fd is not None
             level.fd = reopened(self._root_fd, level.path, level.parked, inner_fd)
@@ -220,7 +228,7 @@ class Planter:
             os.close(fd)
 
     def _open_up(self, level: _Level) -> None:
-        """Let us write to a directory of our own that we may not write to (any more: this is the second run), until it is left."""
+        """Add our write permission to a directory of ours that lacks it, for example in a second run. _leave() sets the final mode."""
         if level.fd is not None and level.entry is not None:
             status = os.fstat(level.fd)
             if self._shuts_out(status, 0o700):
@@ -231,7 +239,7 @@ class Planter:
         return is_ours and status.st_mode & wanted != wanted
 
     def _leave(self) -> None:
-        # First: afterwards its mode may not let us go through it.
+        # Before the mode is set: afterwards the mode may forbid the way through it.
         self._unpark(self._levels[-2], self._levels[-1].fd)
         level = self._levels.pop()
         if level.fd is None:
@@ -246,13 +254,13 @@ class Planter:
             os.close(level.fd)
 
     def _remove_unfinished(self, level: _Level) -> None:
-        """Remove what a killed run has left where it needed a name."""
+        """Remove the named unfinished file of a killed run. Calls complain() if it is not ours."""
         status = _status(level.fd, UNFINISHED)
         if status is None or self._dry_run:
             return
         if stat.S_ISREG(status.st_mode):
             with self._opened(level.fd, UNFINISHED, status) as file:
-                # A second name of a file of ours, or a stub that has not got its first yet.
+                # A second name of a file of ours, or a stub without its first name.
                 if is_all_hole(file.fd) or (status.st_nlink > 1 and stub_mark.read(file.fd) is not None):
                     os.unlink(UNFINISHED, dir_fd=level.fd)
                     return
@@ -295,7 +303,7 @@ class Planter:
             inode = None if self._dry_run else self._make(level, name, entry)
             outcome = Outcome.NEW
         elif (status.st_dev, status.st_ino) in self._shared:
-            # Names of one file here and of several in the store, where they have been parted since.
+            # Names of one file here, but of several files in the store, which has separated them.
             self._expect_stub(level, name, status)
             inode = None if self._dry_run else self._make(level, name, entry, replacing=True)
             outcome = Outcome.UPDATED
@@ -303,13 +311,13 @@ class Planter:
             inode, outcome = status.st_ino, self._existing(level, name, entry, status)
             if status.st_nlink > 1:
                 self._shared.add((status.st_dev, status.st_ino))
-        # An empty file of somebody else is no name of this one.
+        # An empty file of a user is no name of this file.
         if entry.identity is not None and (entry.size or outcome is not Outcome.KEPT):
             self._first_names[entry.identity] = (entry.path, inode)
         return outcome
 
     def _make(self, level: _Level, name: str, entry: Entry, *, replacing: bool = False) -> int:
-        """Make a stub and give it its name, `replacing` another stub or else nothing; returns its inode number."""
+        """Make a stub and give it its name; `replacing`: it replaces a stub. Returns its inode number. Raises OSError EEXIST without `replacing`."""
         self._open_up(level)
         fd = self._new_file(level)
         try:
@@ -343,7 +351,7 @@ class Planter:
         )
 
     def _shape(self, fd: int, entry: Entry, default_mode: int) -> None:
-        """Make an empty file (or a stub) that its owner may write to the stub of `entry`. The mode comes last: it may take that right away."""
+        """Make the stub of `entry` from an empty file (or a stub) that its owner may write to. The mode comes last: it may remove that right."""
         assert entry.size is not None
         os.truncate(path_of(fd), entry.size)
         _set_time(entry, fd)
@@ -351,14 +359,14 @@ class Planter:
         self._ownership.apply(entry, fd, default_mode)
 
     def _existing(self, level: _Level, name: str, entry: Entry, status: os.stat_result) -> Outcome:
-        """Make an existing file the right stub, if it is a stub; `status` is from before it is opened up."""
+        """Update an existing stub. `status`: from before its mode is changed. Raises Refusal if the file is no stub, or has other content."""
         if not stat.S_ISREG(status.st_mode):
             raise _in_the_way(status, "a file")
         with self._opened(level.fd, name, status) as file:
             mark = stub_mark.read(file.fd)
             if mark is None:
                 if not status.st_size and not entry.size:
-                    return Outcome.KEPT  # an empty file has nothing to be lost or fetched
+                    return Outcome.KEPT  # an empty file has no content to lose or to fetch
                 raise Refusal(_NOT_A_STUB)
             empty = is_all_hole(file.fd)
             if not mark.describes(file.fd, os.fstat(file.fd)) or (mark.is_pending and not empty):
@@ -386,7 +394,7 @@ class Planter:
 
     @contextmanager
     def _opened(self, dir_fd: int | None, name: str, status: os.stat_result) -> Iterator[_Opened]:
-        """Open the regular file of that status for reading; one's own without the right to be read is opened up meanwhile."""
+        """Open the regular file of that status for reading. A file of ours without read permission gets it meanwhile. Raises Refusal."""
         path_fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
         mode = None
         try:
@@ -449,7 +457,7 @@ class Planter:
 
 
 def _status(dir_fd: int | None, name: str) -> os.stat_result | None:
-    """lstat(2); None where there is nothing."""
+    """lstat(2); None if the name does not exist."""
     if dir_fd is None:
         return None
     try:

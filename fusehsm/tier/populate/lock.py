@@ -1,4 +1,4 @@
-"""Only one at a time may make or fill the stubs of a directory."""
+"""The lock of a destination: only one process at a time makes or fills its stubs."""
 
 import errno
 import fcntl
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def locked(root_fd: int, path: str) -> Iterator[None]:
-    """Be the only one who makes or fills stubs below a directory (flock(2)). Raises OSError EBUSY if somebody else is."""
+    """Hold the exclusive lock (flock(2)) of the directory `root_fd`. Raises OSError EBUSY if another fetch or populate holds it."""
     lock = os.open(f"/proc/self/fd/{root_fd}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         try:

@@ -1,4 +1,4 @@
-"""Owners and modes of what populate makes: as in the store, as far as this process may give them."""
+"""Owners and modes of the entries that populate makes: as in the store, as far as this process may set them."""
 
 import errno
 import os
@@ -13,21 +13,21 @@ _NOT_PERMITTED: Final = frozenset((errno.EPERM, errno.EINVAL))
 
 
 class Ownership:
-    """What an entry's owner and mode should be for this process, and how they get there."""
+    """Computes and sets the owner and mode of an entry, with the rights of this process."""
 
     def __init__(self) -> None:
         self.is_root = os.geteuid() == 0
         self._groups = {os.getegid(), *os.getgroups()}
-        # The mask can only be read by setting it.
+        # umask(2) can be read only by setting it.
         self._umask = os.umask(0o077)
         os.umask(self._umask)
 
     def default(self, kind: Kind) -> int:
-        """The mode of something new whose mode the store does not tell."""
+        """The mode of a new entry without a mode in the store."""
         return (0o777 if kind is Kind.DIRECTORY else 0o666) & ~self._umask
 
     def differs(self, entry: Entry, status: os.stat_result) -> bool:
-        """Whether something is to be set, as far as that is permitted."""
+        """Whether owner or mode need a change that is permitted."""
         owner = self._owner(entry, status)
         if owner != (status.st_uid, status.st_gid):
             return True
@@ -35,7 +35,7 @@ class Ownership:
         return entry.kind is not Kind.SYMLINK and _mode(entry, *owner, mode) != mode
 
     def apply(self, entry: Entry, fd: int, default: int) -> None:
-        """Set owner, then mode (chown(2) clears set-user-id) of a file or directory; `default` is the mode if the store tells none."""
+        """Set the owner, then the mode (chown(2) clears set-user-id), of a file or directory. `default`: the mode if the store has none."""
         status = os.fstat(fd)
         owner = self._owner(entry, status)
         if owner != (status.st_uid, status.st_gid):
@@ -67,12 +67,12 @@ class Ownership:
 
 
 def _mode(entry: Entry, uid: int, gid: int, default: int) -> int:
-    """The mode for something that belongs to `uid` and `gid`."""
+    """The mode of an entry that belongs to `uid` and `gid`."""
     if entry.mode is None:
         return default
     mode = entry.mode & 0o7777
     if entry.kind is Kind.FILE:
-        # A program must not run with the rights of somebody to whom it does not belong in the store (or of whom the store knows nothing).
+        # A program must not run with the rights of a user or group who does not own it in the store, or whom the store does not name.
         if uid != entry.uid:
             mode &= ~stat.S_ISUID
         if gid != entry.gid:

@@ -1,1 +1,1 @@
-"""`fusehsm validate`: read files of a tree at random places and compare with the store."""
+"""`fusehsm validate` reads files of a tree at random places and compares them with the store."""

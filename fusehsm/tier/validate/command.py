@@ -1,7 +1,7 @@
-"""`fusehsm validate STORE DST`: is every byte that is read through DST the store's?
+"""`fusehsm validate STORE DST`: checks that the bytes read through DST are the store's.
 
-Random ranges of every file are read as programs read them, by read calls and by page faults, and compared. Reads may fail, kill who makes them or
-never come back; they are made by processes of their own (tier/validate/reader.py), and the rest goes on.
+It reads random ranges of every file as programs do, with read calls and with page faults, and compares them. A read may fail, kill its process or
+never return. So processes of their own make the reads (tier/validate/reader.py), and validate goes on.
 """
 
 import errno
@@ -27,28 +27,36 @@ from fusehsm.tier.validate.reader import Reader
 from fusehsm.tier.validate.report import Failed, FileFindings, Report, progress_line
 from fusehsm.tier.validate.trees import Pair, listed_within, pairs
 
-_BACKLOG: Final = 64  # files that have been listed and wait to be read
-_LOOK: Final = 0.1  # seconds between two looks whether there is something to show
+_BACKLOG: Final = 64  # listed files that wait to be read
+_LOOK: Final = 0.1  # seconds between two updates of the progress line
 
 
 @dataclass(frozen=True, slots=True)
 class ValidateOptions:
-    """The command line of `fusehsm validate`. `seed` None: a new one; `timeout` in seconds, for one read."""
+    """The command line of `fusehsm validate`."""
 
+    # Path or URL of the store.
     store: str
+    # The directory to compare.
     destination: str
+    # Random ranges of each file in each way.
     reads: int = 8
+    # Seed of the random ranges, None: a new one.
     seed: int | None = None
+    # Files that are read at a time.
     jobs: int = 4
+    # The ways to read, of BY.
     by: tuple[str, ...] = BY
+    # Seconds for one read.
     timeout: float = 120.0
+    # Print one JSON object.
     json: bool = False
 
 
 def validate(options: ValidateOptions) -> int:
-    """Do it, and return the exit code: 1 unless everything agrees. Prints a line for each finding and a summary, or one JSON object.
+    """Compare, and print a line for each finding and a summary, or one JSON object. Returns the exit code: 1 unless everything agrees.
 
-    Raises ValueError for options that make no sense, OSError when the store or the destination cannot be listed at all.
+    Raises ValueError for impossible options, OSError if the store or the destination cannot be listed at all.
     """
     unknown = [way for way in options.by if way not in BY]
     if unknown or not options.by:
@@ -105,10 +113,10 @@ def _print(options: ValidateOptions, report: Report, seed: int, seconds: float) 
 
 
 def _files(report: Report, pair: Pair) -> Entry | None:
-    """The file that is to be read, where both have one of the same size; whatever is not the same is reported."""
+    """The file to read, if both sides have one of the same size; else None, and differences are reported."""
     theirs, ours = pair.theirs, pair.ours
     if theirs is None or ours is None:
-        # Special files have no content that could be fetched, so stubs are not made of them.
+        # Special files have no content to fetch, so populate makes no stubs of them.
         if theirs is None or theirs.kind is not Kind.OTHER:
             report.add_missing(theirs, ours)
         return None
@@ -137,7 +145,7 @@ def _directory(path: str) -> Iterator[int]:
 
 
 class Crew:
-    """Threads that read files, each with a reader's process of its own. All methods are for one thread."""
+    """Threads that read files, each with a reader process of its own. Only one thread may call the methods."""
 
     def __init__(
         self, store: Store, root_fd: int, report: Report, options: ValidateOptions, seed: int
@@ -151,13 +159,13 @@ class Crew:
         self._failure: BaseException | None = None
         self._stopped = False
         self._told_the_end = 0
-        # Daemons: one that waits for its store may not keep the command from ending when it is interrupted.
+        # Daemon threads: a thread that waits for its store must not keep an interrupted command from ending.
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(options.jobs)]
         for thread in self._threads:
             thread.start()
 
     def take(self, entry: Entry | None) -> bool:
-        """Have a file read; False when that had to wait and has to be tried again. Raises what a thread has failed with."""
+        """Queue a file; False if the queue is full, and the caller must try again. Raises the error of a failed thread."""
         self._raise_failure()
         try:
             self._files.put(entry, timeout=_LOOK)
@@ -166,7 +174,7 @@ class Crew:
         return True
 
     def is_done(self) -> bool:
-        """Whether all has been read; waits a moment for it. No more files come."""
+        """Whether all files are read; waits a moment. Call it after the last file. Raises the error of a failed thread."""
         while self._told_the_end < len(self._threads):
             if not self.take(None):
                 return False
@@ -179,7 +187,7 @@ class Crew:
         return True
 
     def close(self) -> None:
-        """Stop, whatever is still to be read: what cannot stop at once is left behind."""
+        """Stop, although files may be left. A thread that cannot stop at once is left behind."""
         self._stopped = True
         for thread in self._threads:
             thread.join(_LOOK)
@@ -204,7 +212,7 @@ class Crew:
         try:
             version = entry.version or self._version(entry.path)
             self._compare(reader, entry, version, found)
-            # Who sees other bytes may see newer ones.
+            # Other bytes may be newer ones.
             changed = bool(found.differences) and self._version(entry.path) != version
         except StoreChanged:
             changed = True
@@ -214,7 +222,7 @@ class Crew:
         self._report.add_file(found, changed=changed)
 
     def _compare(self, reader: Reader, entry: Entry, version: str, found: FileFindings) -> None:
-        """Raises StoreError when the store cannot be read, StoreChanged when it has changed."""
+        """Read and compare one file. Raises StoreError if the store cannot be read, StoreChanged if the file has changed there."""
         path, size = entry.path, entry.size
         assert size is not None
         reads = plan(path, size, seed=self._seed, reads=self._options.reads, by=self._options.by)
@@ -225,7 +233,7 @@ class Crew:
                 if outcome.gave_up or self._stopped:
                     return
 
-    # All errors of the store are made StoreErrors, so that they are not taken for the reader's own.
+    # All errors of the store become StoreErrors, to tell them apart from the reader's errors.
 
     def _version(self, path: str) -> str:
         try:

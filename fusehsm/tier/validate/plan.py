@@ -1,7 +1,7 @@
-"""Which ranges of a file validate reads, in which way, and which parts of the store it needs for that. No I/O.
+"""The plan of validate: the ranges of a file to read, the way to read each, and the parts of the store to fetch. No I/O.
 
-A file's reads follow from the seed, its path and its size alone, so that they are the same again whatever else the tree holds, and however
-many files are read at a time.
+Only the seed, the path and the size of a file determine its reads. So they are the same in the next run, with any other files in the tree and any
+number of files at a time.
 """
 
 import math
@@ -17,26 +17,29 @@ BY: Final = ("pread", "mmap", "both")
 """What --by chooses among. "both": the same range mapped and read, one after the other, the mapping still in place."""
 
 LONGEST: Final = 256 << 10  # bytes of one random read
-SMALL: Final = 64 << 10  # bytes of a file that is read as a whole, too
-WINDOW: Final = 4 << 20  # bytes of the store that are fetched at once, and kept
-_GAP: Final = 1 << 20  # bytes that nobody asked for which cost less than a request of their own
+SMALL: Final = 64 << 10  # bytes; a file up to this size is also read as a whole
+WINDOW: Final = 4 << 20  # bytes of the store that are fetched at once and kept in memory
+_GAP: Final = 1 << 20  # bytes; to fetch a gap of this size costs less than another request
 
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """One range, in bytes, which may reach beyond the end of the file. `steps`: "pread" and "mmap" in the order in which they are done."""
+    """One range, which may extend beyond the end of the file."""
 
+    # "pread" and "mmap", in their order.
     steps: tuple[str, ...]
+    # Bytes.
     offset: int
+    # Bytes.
     length: int
 
     @property
     def by(self) -> str:
-        """One of BY."""
+        """The way to read, one of BY."""
         return self.steps[0] if len(self.steps) == 1 else "both"
 
     def step_name(self, step: int) -> str:
-        """What a report calls one of the steps."""
+        """The name of a step in a report."""
         if len(self.steps) == 1:
             return self.steps[0]
         return f"{self.steps[step]} {'after' if step else 'before'} {self.steps[1 - step]}"
@@ -44,18 +47,21 @@ class Read:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """A part of the file, in bytes, not beyond its end, that holds all bytes of the file that its reads want."""
+    """A part of the file, not beyond its end, with all bytes that its reads need."""
 
+    # Bytes.
     offset: int
+    # Bytes.
     length: int
+    # In the order of the plan.
     reads: tuple[Read, ...]
 
 
 def plan(path: str, size: int, *, seed: int, reads: int, by: Sequence[str]) -> list[Read]:
-    """What to read of a file of `size` bytes, in random order: which way comes to a page first is left to chance, too.
+    """The reads of a file of `size` bytes, in random order, so that chance decides which way reaches a page first.
 
-    In each way: the first byte, the last byte, across the end, all of a small file, and up to `reads` random ranges, but no more than it has pages.
-    An empty file cannot be mapped, so it is only read.
+    For each way: the first byte, the last byte, a range across the end, all of a small file, and up to `reads` random ranges, at most one for each
+    page. An empty file cannot be mapped, so it is only read.
     """
     chance = Random(b"%d %s" % (seed, os.fsencode(path)))
     if not size:
@@ -74,8 +80,8 @@ def plan(path: str, size: int, *, seed: int, reads: int, by: Sequence[str]) -> l
 
 
 def windows(reads: Sequence[Read], size: int) -> list[Window]:
-    """The reads in groups that are near each other, each with the part of the store that it needs, of at most WINDOW bytes."""
-    groups: list[tuple[int, int, list[int]]] = []  # first byte, last byte + 1, numbers of the reads
+    """The reads in groups of neighbours, each with the part of the store that it needs, at most WINDOW bytes."""
+    groups: list[tuple[int, int, list[int]]] = []  # first byte, last byte + 1, indexes of the reads
     for number in sorted(range(len(reads)), key=lambda number: reads[number].offset):
         read = reads[number]
         start, end = min(read.offset, size), min(read.offset + read.length, size)
@@ -85,7 +91,7 @@ def windows(reads: Sequence[Read], size: int) -> list[Window]:
                 groups[-1] = (first, max(last, end), [*members, number])
                 continue
         groups.append((start, end, [number]))
-    # In the plan's order, windows by their first read: it is the order that decides which way sees a page first.
+    # Keep the plan's order, windows by their first read: it decides which way reaches a page first.
     groups.sort(key=lambda group: min(group[2]))
     return [
         Window(first, last - first, tuple(reads[number] for number in sorted(members)))
@@ -99,7 +105,7 @@ def _across_the_end(chance: Random, size: int) -> tuple[int, int]:
 
 
 def _anywhere(chance: Random, size: int) -> tuple[int, int]:
-    """Short ranges are as likely as long ones; one in four is of whole pages."""
+    """A random range; short ones are as likely as long ones, and one in four is of whole pages."""
     length = round(2 ** chance.uniform(0, math.log2(min(max(size, 2), LONGEST))))
     offset = chance.randrange(size)
     if chance.random() < 0.25:
