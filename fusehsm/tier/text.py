@@ -1,4 +1,4 @@
-"""Text that commands print and parse: a line that shows how far a command is, sizes and times."""
+"""Text that commands print and parse: a progress line, sizes and times."""
 
 import sys
 import time
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from rich.live import Live
 import re
 
-# Sizes and times as people write them.
+# Sizes and times as users write them.
 
 
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMGTP]?)(i?B?)")
@@ -20,7 +20,7 @@ _SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
 def parse_size(option: str, text: str) -> int:
-    """Bytes: a number, with K, M, G, T or P (powers of 1024; kB, MB, ... are powers of 1000). ValueError, which names `option`, for anything else."""
+    """Bytes: a number, with K, M, G, T or P (powers of 1024; kB, MB, ... are powers of 1000). Raises ValueError with `option` for other text."""
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"{option} {text}: not a size; write something like 500M or 10G")
@@ -31,7 +31,7 @@ def parse_size(option: str, text: str) -> int:
 
 
 def parse_seconds(option: str, text: str) -> float:
-    """Seconds: a number, with s, m, h, d or w. ValueError, which names `option`, for anything else."""
+    """Seconds: a number, with s, m, h, d or w. Raises ValueError with `option` for other text."""
     match = _TIME.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"{option} {text}: not a time; write something like 90s, 12h or 30d")
@@ -45,11 +45,11 @@ def _within_reason(option: str, text: str, value: float) -> float:
     return value
 
 
-_INTERVAL: Final = 0.1  # seconds between two looks of the line
+_INTERVAL: Final = 0.1  # seconds between two updates of the line
 
 
 class Progress:
-    """A context manager; tick() is to be called often. `line` gives what is shown, from the seconds since the beginning."""
+    """A line on the terminal. A context manager; call tick() often. `line(seconds since the beginning)` gives the text."""
 
     def __init__(self, line: Callable[[float], str]) -> None:
         self._line = line
@@ -71,7 +71,7 @@ class Progress:
             self._live.stop()
 
     def tick(self) -> None:
-        """Show what there is to show, if it is time."""
+        """Update the line, if its interval has passed."""
         if self._live is None or (now := time.monotonic()) < self._next:
             return
         self._next = now + _INTERVAL
@@ -81,14 +81,14 @@ class Progress:
 
 
 def progress_line(entries: int, size: int, failures: int, seconds: float) -> str:
-    """What a terminal shows. `size` in bytes."""
+    """The line on a terminal. `size` in bytes."""
     rate = entries / max(seconds, 1e-3)
     line = f"{entries:,} entries ({rate:,.0f} a second), {size_text(size)}"
     return f"{line}, {failures:,} failed" if failures else line
 
 
 def size_text(size: int) -> str:
-    """Bytes as people read them, in powers of 1000."""
+    """Bytes as text, in powers of 1000."""
     number = float(size)
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if number < 1000:

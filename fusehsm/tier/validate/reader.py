@@ -1,5 +1,4 @@
-"""Reads of files by a process of its own (tier/validate/worker.py), which may die of them or never come back: then they end with what happened to
-it."""
+"""Reads of files by another process (tier/validate/worker.py). If it dies or never answers, the outcome of the read says so."""
 
 import errno
 import marshal
@@ -21,41 +20,49 @@ from fusehsm.tier.validate.worker import DIED, LONGEST_MESSAGE, STARTED, WINDOW_
 
 TIMEOUT: Final = "TIMEOUT"
 _AT_ONCE: Final = 256  # reads in one message
-_START: Final = 60.0  # seconds for a worker to come up
-_DEATH: Final = 5.0  # seconds for a killed reader to go; one that waits for an answer need not be able to
+_START: Final = 60.0  # seconds for a worker to start
+_DEATH: Final = 5.0  # seconds for a killed reader to end; a reader that waits for an answer may not end
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """`offset`: of the first byte that differs, in the file. `zeros`: the page around it was all zeros, as far as it was read."""
+    """A read saw other bytes than the store has."""
 
+    # Name of the step (Read.step_name).
     step: str
+    # Offset in the file of the first byte that differs.
     offset: int
+    # The part of its page that was read is all zeros.
     zeros: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """`error`: the name of an errno, of the signal that the reader died of, or TIMEOUT."""
+    """A read failed."""
 
+    # Name of the step, or "open".
     step: str
+    # Name of an errno, of the signal that killed the reader, or TIMEOUT.
     error: str
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of one read: how many bytes were compared, and what was wrong. `gave_up`: the rest of the file is not to be read."""
+    """The result of one read."""
 
+    # Bytes compared.
     compared: int = 0
+    # Differences and failures of the steps.
     problems: tuple[Difference | Failure, ...] = ()
+    # The rest of the file must not be read.
     gave_up: bool = False
 
 
 class Reader:
-    """One process that reads below the directory `root_fd`, and is replaced when it dies. For one thread, which alone may close it."""
+    """A process that reads below the directory `root_fd`, and is replaced when it dies. Only one thread may use and close it."""
 
     def __init__(self, root_fd: int, timeout: float) -> None:
-        """`timeout`: seconds after which a read is given up on."""
+        """`timeout`: seconds for one step of a read."""
         self._root_fd = root_fd
         self._timeout = timeout
         self._window_fd = os.memfd_create("fusehsm-validate")
@@ -67,7 +74,7 @@ class Reader:
         self._serial = 0
 
     def read(self, path: str, size: int, window: Window, data: bytes) -> Iterator[tuple[Read, Outcome]]:
-        """Every read of the window with what came of it, up to one that gives up. `data` is what the store has there, `size` the file's, in bytes."""
+        """Each read of the window and its outcome, up to one that gives up. `data`: the store's content there; `size`: of the file in bytes."""
         self._window[: len(data)] = data
         self._window[len(data) : len(data) + PAGE_SIZE] = bytes(PAGE_SIZE)
         waiting = list(window.reads)
@@ -80,13 +87,13 @@ class Reader:
                     return
 
     def close(self) -> None:
-        """End the processes."""
+        """Kill the processes, and close the window."""
         self._stop()
         self._window.close()
         os.close(self._window_fd)
 
     def _batch(self, path: str, size: int, base: int, reads: Sequence[Read]) -> Iterator[Outcome]:
-        """Outcomes of the first of the reads, of all unless the reader died or the last of them gave up."""
+        """The outcomes of the reads in their order; they end early if the reader dies or a read gives up."""
         connection = self._ready()
         self._serial += 1
         wanted = [(read.steps, read.offset, read.length) for read in reads]
@@ -110,7 +117,7 @@ class Reader:
             yield Outcome(compared, tuple(problems))
 
     def _next_answer(self, connection: socket.socket) -> tuple[int, int, Problem | None] | str:
-        """What the reader says to the next step of the present request, or the name of what ended it."""
+        """The reader's answer (index of the read, bytes, problem) to the next step, or the name of the signal or TIMEOUT that ended it."""
         connection.settimeout(self._timeout)
         try:
             while True:
@@ -130,7 +137,7 @@ class Reader:
             return TIMEOUT
 
     def _ready(self) -> socket.socket:
-        """The connection to a reader that waits for a request."""
+        """The connection to a reader that waits for a request. Raises OSError ETIMEDOUT or ECHILD if no reader starts."""
         while True:
             if self._connection is None:
                 self._start()
@@ -138,7 +145,7 @@ class Reader:
             assert connection is not None
             try:
                 if self._pidfd >= 0:
-                    connection.settimeout(0)  # somebody may have killed it while it had nothing to do
+                    connection.settimeout(0)  # the idle reader may have been killed
                 else:
                     connection.settimeout(_START)
                 message, descriptors, _, _ = socket.recv_fds(connection, LONGEST_MESSAGE, 1)
@@ -162,7 +169,7 @@ class Reader:
     def _start(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         descriptors = (theirs.fileno(), self._window_fd, self._root_fd)
-        # -P: modules are not looked for in the working directory, which may be anybody's.
+        # -P: no modules from the working directory, which may belong to any user.
         command = [sys.executable, "-P", "-m", "fusehsm.tier.validate.worker", *map(str, descriptors)]
         with theirs:
             self._keeper = subprocess.Popen(
@@ -170,7 +177,7 @@ class Reader:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=descriptors,
-                start_new_session=True,  # Ctrl-C is for who asked
+                start_new_session=True,  # Ctrl-C is for the command only
                 env=own_environment(),
             )
         self._connection = ours
@@ -181,7 +188,7 @@ class Reader:
             self._pidfd = -1
 
     def _kill_reader(self) -> None:
-        """Kill it; where it does not die of that, leave it behind, and start anew."""
+        """Kill the reader. If it does not end, leave it behind; the next request starts a new one."""
         connection = self._connection
         assert connection is not None
         with suppress(ProcessLookupError):
@@ -197,7 +204,7 @@ class Reader:
         self._stop()
 
     def _stop(self) -> None:
-        """End the keeper, before it can fork another reader, and the reader."""
+        """Kill the keeper, before it can fork another reader, then the reader."""
         if self._keeper is not None:
             self._keeper.kill()
             self._keeper.wait()
@@ -215,7 +222,7 @@ def _signal_name(number: int) -> str:
     try:
         return signal.Signals(number).name
     except ValueError:
-        return f"signal {number}"  # a real-time one
+        return f"signal {number}"  # a real-time signal
 
 
 def _problem(step: str, problem: Problem) -> Difference | Failure:

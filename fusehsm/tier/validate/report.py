@@ -1,4 +1,4 @@
-"""What validate has found: counted, told line by line as it comes, and summed up as text or as JSON. May be told by several threads at once."""
+"""The findings of validate: counts, a line for each as it comes, and the summary as text or JSON. Safe for several threads."""
 
 import threading
 from collections import Counter
@@ -16,50 +16,67 @@ Tell = Callable[[str, str], None]
 
 @dataclass(slots=True)
 class Differing:
-    """Reads of one kind that saw other bytes in a file than the store has. `offset`, of the first such byte, and `zeros` are those of the read
-    that saw it first in the file. The fields are keys of the JSON report, here and below."""
+    """Reads of one kind that saw other bytes in a file than the store has. The fields here and below are keys of the JSON report."""
 
+    # Below the destination.
     path: str
+    # Name of the step.
     kind: str
+    # The lowest offset of a byte that differs.
     offset: int
+    # The read that saw this byte saw only zeros in its page.
     zeros: bool
+    # Number of such reads.
     reads: int = 1
 
 
 @dataclass(slots=True)
 class Failed:
-    """What could not be read, with an errno's name, a signal's, or TIMEOUT. `kind`: a kind of read, "open", "store" (its content), or "list"
-    (a directory). `why` where there is more to say than the name does."""
+    """A file or directory that could not be read."""
 
+    # Below the destination.
     path: str
+    # Name of the step, "open", "store" (its content), or "list" (a directory).
     kind: str
+    # Name of an errno or a signal, or TIMEOUT.
     error: str
+    # Number of such failures.
     reads: int = 1
+    # The cause, if it says more than the name.
     why: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Unlike:
-    """`what` (type, size or target) is not the same."""
+    """A path whose type, size or target is not the same."""
 
+    # Below the destination.
     path: str
+    # "type", "size" or "target".
     what: str
+    # The value in the store.
     store: str | int | None
+    # The value in the destination.
     destination: str | int | None
 
 
 @dataclass(slots=True)
 class FileFindings:
-    """What the reads of one file have come to."""
+    """The findings in one file."""
 
+    # Below the destination.
     path: str
+    # Number of reads by way.
     reads: Counter[str] = field(default_factory=Counter)
+    # Bytes compared.
     compared: int = 0
+    # Differences by step.
     differences: dict[str, Differing] = field(default_factory=dict)
+    # Failures by step and error.
     failures: dict[tuple[str, str], Failed] = field(default_factory=dict)
 
     def add(self, by: str, outcome: Outcome) -> None:
-        """One read more."""
+        """Add the outcome of one read."""
         self.reads[by] += 1
         self.compared += outcome.compared
         for problem in outcome.problems:
@@ -69,7 +86,7 @@ class FileFindings:
                 self._differ(problem)
 
     def fail(self, kind: str, error: str, why: str | None = None) -> None:
-        """One more of this error."""
+        """Add one error of this kind."""
         if (known := self.failures.get((kind, error))) is not None:
             known.reads += 1
         else:
@@ -87,24 +104,35 @@ class FileFindings:
 
 @dataclass(slots=True)
 class Report:
-    """`compared` in bytes; `tell` is called with a path and what is wrong there, a line for each finding."""
+    """The findings of a run."""
 
+    # Called with a path and a line for each finding.
     tell: Tell
+    # Seconds for one read, for the messages.
     timeout: float
+    # Number of files read.
     files: int = 0
+    # Number of reads by way.
     reads: Counter[str] = field(default_factory=Counter)
+    # Bytes compared.
     compared: int = 0
+    # Files with other bytes.
     differences: list[Differing] = field(default_factory=list)
+    # Files and directories that could not be read.
     errors: list[Failed] = field(default_factory=list)
+    # Paths of another type, size or target.
     unlike: list[Unlike] = field(default_factory=list)
+    # Paths that only the store has.
     only_in_store: list[str] = field(default_factory=list)
+    # Paths that only the destination has.
     only_in_destination: list[str] = field(default_factory=list)
+    # Files that changed in the store while they were read.
     changed_in_store: list[str] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def problems(self) -> int:
-        """How many lines there have been."""
+        """The number of findings."""
         return (
             len(self.differences)
             + len(self.errors)
@@ -115,7 +143,7 @@ class Report:
         )
 
     def add_file(self, found: FileFindings, *, changed: bool) -> None:
-        """A file that has been read. `changed`: in the store meanwhile, so what differed says nothing."""
+        """Add a file that has been read. `changed`: it changed in the store meanwhile, so its differences do not count."""
         with self._lock:
             self.files += 1
             self.reads += found.reads
@@ -131,7 +159,7 @@ class Report:
                 self._fail(failure)
 
     def fail(self, failure: Failed) -> None:
-        """An error that is no read's."""
+        """Add an error that is not of a read."""
         with self._lock:
             self._fail(failure)
 
@@ -140,7 +168,7 @@ class Report:
         self.tell(failure.path, _failure_line(failure, self.timeout))
 
     def add_missing(self, theirs: Entry | None, ours: Entry | None) -> None:
-        """A path that one side lacks."""
+        """Add a path that one side lacks."""
         with self._lock:
             if theirs is not None:
                 self.only_in_store.append(theirs.path)
@@ -152,7 +180,7 @@ class Report:
     def add_unlike(
         self, path: str, what: str, store: str | int | None, destination: str | int | None
     ) -> None:
-        """Something other than content that is not the same."""
+        """Add a difference of type, size or target."""
         with self._lock:
             self.unlike.append(Unlike(path, what, store, destination))
             here, there = (
@@ -161,14 +189,14 @@ class Report:
             self.tell(path, f"has another {what}: {here}, in the store {there}")
 
     def errors_by_name(self) -> dict[str, int]:
-        """How many reads ended with each error."""
+        """The number of failures by error."""
         counts: Counter[str] = Counter()
         for failure in self.errors:
             counts[failure.error] += failure.reads
         return dict(sorted(counts.items()))
 
     def as_json(self) -> dict[str, Any]:
-        """What `--json` prints, but for what the command itself knows."""
+        """The report's part of the `--json` output; the command adds its own."""
 
         def in_order(found: Sequence[Any]) -> list[dict[str, Any]]:
             return [asdict(one) for one in sorted(found, key=lambda one: (one.path, asdict(one).get("kind")))]
@@ -188,7 +216,7 @@ class Report:
         }
 
     def problems_text(self) -> str:
-        """What is wrong, in numbers; empty if nothing is."""
+        """The counts of findings in words; "" if there are none."""
         parts = [
             (len({found.path for found in self.differences}), "{} with other bytes"),
             (len({found.path for found in self.errors}), "{} with errors" + self._errors_text()),
@@ -200,7 +228,7 @@ class Report:
         return ", ".join(text.format(f"{count:,}") for count, text in parts if count)
 
     def counts_text(self) -> str:
-        """What was read."""
+        """The counts of files, reads and bytes in words."""
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.reads.items()))
         total = self.reads.total()
         files = f"{self.files:,} {'file' if self.files == 1 else 'files'}"
@@ -212,7 +240,7 @@ class Report:
 
 
 def progress_line(reads: int, size: int, problems: int, seconds: float) -> str:
-    """What a terminal shows. `size` in bytes."""
+    """The line on a terminal. `size` in bytes."""
     line = f"{reads:,} reads ({reads / max(seconds, 1e-3):,.0f} a second), {size_text(size)}"
     return f"{line}, {problems:,} problems" if problems else line
 

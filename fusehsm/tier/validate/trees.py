@@ -1,4 +1,4 @@
-"""Two trees side by side: every path of either, with what each has there."""
+"""Comparison of two trees: every path of either, with the entry of each."""
 
 import errno
 import os
@@ -12,15 +12,17 @@ from fusehsm.linux.beneath import components
 from fusehsm.tier.stores.base import Entry, StoreError
 from fusehsm.tier.stores.local import LocalStore
 
-_AHEAD: Final = 1024  # entries that are listed before they are wanted
-_LOOK: Final = 0.1  # seconds between two looks whether anybody still wants them
+_AHEAD: Final = 1024  # entries that are listed ahead
+_LOOK: Final = 0.1  # seconds between two checks whether the listing is still needed
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """What the store and the destination have at one path; None: nothing. One of them has something."""
+    """The entries at one path. At most one of them is None."""
 
+    # In the store; None: nothing is there.
     theirs: Entry | None
+    # In the destination; None: nothing is there.
     ours: Entry | None
 
 
@@ -29,10 +31,10 @@ Tree = Callable[[Callable[[StoreError], None]], Iterator[Entry]]  # Store.tree()
 
 
 def pairs(store: Tree, destination: Tree, complain: Complain) -> Iterator[Pair]:
-    """Both trees' entries in one order, without keeping either: stores list in the order of the names' bytes, directories before what they hold.
+    """The entries of both trees in one order, without keeping a tree: both list in byte order of the names, directories before their content.
 
-    What cannot be listed in one tree is handed to `complain` ("store" or "destination", and why), and what the other has there left out:
-    nobody knows whether it is missing. So are paths in the store that no file can have.
+    If a directory of one tree cannot be listed, `complain` gets "store" or "destination" and the error. The other tree's entries there are left out,
+    because it is unknown whether they are missing. Paths that no file can have are handled in the same way.
     """
     sides = (_Side(store, "store", complain), _Side(destination, "destination", complain))
     theirs, ours = sides
@@ -52,7 +54,7 @@ def pairs(store: Tree, destination: Tree, complain: Complain) -> Iterator[Pair]:
 
 
 class _Side:
-    """One tree: the entry that is next in it, and which parts could not be listed."""
+    """One tree: its next entry, and the directories that could not be listed."""
 
     def __init__(self, tree: Tree, name: str, complain: Complain) -> None:
         self._name = name
@@ -87,14 +89,17 @@ class _Side:
 
 @dataclass(frozen=True, slots=True)
 class _Ended:
-    """A listing's end, or why it has failed."""
+    """The end of a listing."""
 
+    # The error, if it has failed.
     failure: BaseException | None = None
 
 
 def listed_within(path: str, timeout: float, on_error: Callable[[StoreError], None]) -> Iterator[Entry]:
-    """LocalStore(path).tree(on_error), but in a thread of its own, which is left behind when a directory is never answered for: opening and reading
-    directories can make events, too, and who waits for the answer to one hears nothing but SIGKILL. Raises OSError ETIMEDOUT then."""
+    """LocalStore(path).tree(on_error) in a thread of its own. Raises OSError ETIMEDOUT if no entry comes for `timeout` seconds.
+
+    open(2) and getdents(2) of a directory can make events, too. A thread that waits for the answer to an event reacts only to SIGKILL. If the answer
+    never comes, the thread is left behind."""
     found: queue.Queue[Entry | StoreError | _Ended] = queue.Queue(_AHEAD)
     stopped = threading.Event()
 

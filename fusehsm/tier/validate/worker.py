@@ -1,15 +1,15 @@
-"""The process that touches files for validate, and may die of it: `python -m fusehsm.tier.validate.worker SOCKET WINDOW ROOT` (descriptors).
+"""The process that reads files for validate, and may die of a read: `python -m fusehsm.tier.validate.worker SOCKET WINDOW ROOT` (descriptors).
 
-A mapping is read as programs read it, by page faults of a user's process, and what cannot be read then kills that process with SIGBUS. (To have the
-kernel copy from the mapping, as write(2) into a pipe does, would give EFAULT and save the process; but that is another path in the kernel, which
-may sleep where a page fault may not, and what validate is to say is what programs see.) So there are two processes: the keeper forks the reader,
-waits for its end, says what it died of and forks the next. A fork costs a millisecond, a new Python fifty.
+A mapping is read as programs read it, by page faults of a user's process. A page that cannot be read kills the process with SIGBUS. (A copy by the
+kernel, as in write(2) from the mapping into a pipe, would fail with EFAULT and keep the process. But that is another path in the kernel, which may
+sleep where a page fault may not, and validate must report what programs see.) So there are two processes. The keeper forks the reader, waits for its
+end, reports the signal that killed it, and forks the next one. A fork costs a millisecond, a new Python fifty.
 
-Over SOCKET (SOCK_SEQPACKET) in marshal's form:
+Messages over SOCKET (SOCK_SEQPACKET) in the format of marshal:
 
     to the reader    (serial, path, size, base, [(steps, offset, length), ...])
-                     WINDOW (a memfd, WINDOW bytes and a page) has what the store has from `base` on, and zeros after the file's end
-    from the reader  for every step: (serial, number of the read or -1: the file cannot be opened, bytes compared, problem or None)
+                     WINDOW (a memfd, WINDOW bytes and a page) has the store's content from `base` on, and zeros after the file's end
+    from the reader  for every step: (serial, index of the read or -1: the file cannot be opened, bytes compared, problem or None)
                      problem: (errno, 0, False), or (0, offset of the first byte that differs, whether zeros were seen)
     from the keeper  STARTED with the reader's pidfd, or DIED and a signal
 """
@@ -34,20 +34,20 @@ from fusehsm.tier.validate.plan import WINDOW
 
 STARTED: Final = "started"
 DIED: Final = "died"
-LONGEST_MESSAGE: Final = 128 << 10  # bytes; below what a socket's buffer takes by default
+LONGEST_MESSAGE: Final = 128 << 10  # bytes; less than the default buffer of a socket
 WINDOW_FILE_SIZE: Final = WINDOW + PAGE_SIZE  # bytes
 
 Problem = tuple[int, int, bool]
 
 _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
-_READ: Final = os.O_RDONLY | os.O_NONBLOCK  # whoever puts a FIFO in a file's place does not make us wait
+_READ: Final = os.O_RDONLY | os.O_NONBLOCK  # O_NONBLOCK: a FIFO in the place of a file must not make us wait
 
 
 def main(connection: socket.socket, window: mmap.mmap, root_fd: int) -> None:
-    """The keeper. Returns when the other end is closed."""
-    # Whoever reads for nobody any more goes: the keeper with the thread that started it, the reader with the keeper.
+    """The keeper. Returns when the other end of `connection` is closed."""
+    # The keeper ends with the thread that started it, the reader ends with the keeper.
     prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    # Who dies of SIGBUS on purpose is not to fill the disk, nor to be written about.
+    # A SIGBUS is expected here: it must not leave a core dump or a report of one.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         while True:
@@ -64,7 +64,7 @@ def main(connection: socket.socket, window: mmap.mmap, root_fd: int) -> None:
                 return
             connection.send(marshal.dumps((DIED, os.WTERMSIG(status))))
     except ConnectionError:
-        return  # nobody wants to know any more; the reader goes with us
+        return  # the other end has gone; the reader ends with this process
 
 
 def _read_what_is_asked(connection: socket.socket, window: mmap.mmap, root_fd: int) -> None:
@@ -101,7 +101,7 @@ def _open(root_fd: int, path: str) -> int:
 def _read(
     fd: int, store: memoryview, steps: tuple[str, ...], offset: int, length: int, size: int
 ) -> Iterator[tuple[int, Problem | None]]:
-    """Do a read's steps and compare; `store` begins at `offset`. Yields how many bytes were compared, and what was wrong."""
+    """Do the steps of a read and compare; `store` begins at `offset`. Yields the bytes compared and the problem of each step."""
     with ExitStack() as mapped:
         for step in steps:
             try:
@@ -122,7 +122,7 @@ def _read(
 
 
 def _pread(fd: int, offset: int, length: int) -> bytes:
-    """pread(2), again where it was short, up to the end of the file."""
+    """pread(2), repeated after a short read, up to the end of the file."""
     data = os.pread(fd, length, offset)
     while 0 < len(data) < length and (piece := os.pread(fd, length - len(data), offset + len(data))):
         data += piece
@@ -130,7 +130,7 @@ def _pread(fd: int, offset: int, length: int) -> bytes:
 
 
 def _mmap(mapped: ExitStack, fd: int, offset: int, length: int, size: int) -> bytes:
-    """What a mapping shows there, which stays in place; up to the end of the file's last page, where zeros follow the file's end (mmap(2))."""
+    """The bytes in a mapping, up to the end of the file's last page: zeros follow the file's end there (mmap(2)). The mapping stays in `mapped`."""
     start = offset - offset % PAGE_SIZE
     end = -(-min(offset + length, size) // PAGE_SIZE) * PAGE_SIZE
     address = mapped.enter_context(mapped_for_reading(fd, start, end - start))
@@ -138,11 +138,11 @@ def _mmap(mapped: ExitStack, fd: int, offset: int, length: int, size: int) -> by
 
 
 def _first_difference(seen: bytes, expected: memoryview) -> int:
-    """The index of the first byte that differs, or that one of them lacks; they are not the same."""
+    """The index of the first byte that differs, or that one side lacks. The two must differ."""
     low, high = 0, min(len(seen), len(expected))
     if seen[:high] == expected[:high]:
         return high
-    while high - low > 1:  # it is in [low, high)
+    while high - low > 1:  # the byte is in [low, high)
         middle = (low + high) // 2
         if seen[low:middle] == expected[low:middle]:
             low = middle
@@ -152,7 +152,7 @@ def _first_difference(seen: bytes, expected: memoryview) -> int:
 
 
 def _is_page_of_zeros(seen: bytes, at: int, offset: int) -> bool:
-    """Whether the page with the byte `at` was nothing but zeros as far as it was read: that is what a hole looks like."""
+    """Whether the part of the page with the byte `at` that was read is all zeros, as a hole is."""
     start = at - (offset + at) % PAGE_SIZE
     page = seen[max(0, start) : start + PAGE_SIZE]
     return at < len(seen) and page.count(0) == len(page)
