@@ -16,7 +16,7 @@ A file is a stub only if its mark holds (`describes`) and the file has no data a
 mark on a file with data means: filled, in part or wholly, from that version of that path. The record (tier/stubs/record.py) tells which blocks are
 here. Mounts of fusehsm hide and refuse the attributes `user.fusehsm.*`; on the real kernel users see them.
 
-Every user who may write to a file may set its mark. A fetch that runs as root could fetch files for such a user that the user has no right to. So it
+Every user who may write to a file may set its mark. With a forged mark, root's fetch could give that user a file that the user has no right to. So it
 does not believe every mark (tier/fetch/suspicion.py).
 
 PENDING says that populate is about to change the size or time of a stub. If populate is killed in between, the file is still a stub.

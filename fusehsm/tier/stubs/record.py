@@ -115,7 +115,7 @@ def block_size_for(size: int, wanted: int) -> int:
 
 
 def digest_of(mark: StubMark) -> bytes:
-    """The digest (8 bytes) that binds a record to a mark. A stub that populate made anew has none of the old stub's content."""
+    """The digest (8 bytes) that binds a record to a mark. A stub that populate made again has none of the old stub's content."""
     fields = (mark.inode, mark.generation, mark.size, mark.mtime_ns, mark.path, mark.version)
     return blake2b(repr(fields).encode(), digest_size=8).digest()
 
