@@ -26,7 +26,7 @@ from fusehsm.linux import mountinfo
 from tests.support import guardian, leftovers
 from tests.support.leftovers import command_line as command_line
 from tests.support.leftovers import kill as kill
-from tests.support.requirements import require, require_fuse, require_root
+from tests.support.requirements import require, require_fuse
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = (sys.executable, "-m", "fusehsm")
@@ -337,7 +337,7 @@ class Guardian:
 @contextmanager
 def fuse_device_for_everybody() -> Iterator[None]:
     """/dev/fuse as udev makes it; some test machines keep it for root. Needs root. One session at a time: none finds it closed by another."""
-    require_root()
+    require(os.geteuid() == 0, "needs root")  # not require_root(): some tests take it where they are root, and can do without
     device = os.open("/dev/fuse", os.O_RDONLY | os.O_CLOEXEC)
     fcntl.flock(device, fcntl.LOCK_EX)
     mode = os.stat("/dev/fuse").st_mode & 0o777
