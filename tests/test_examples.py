@@ -208,7 +208,7 @@ def test_random_operations_look_like_a_plain_file(place: Place, tmp_path: Path, 
     name = f"model-{seed}"
     content = bytes_of(name, random.Random(seed).randrange(1, 60_000))
     (tmp_path / name).write_bytes(content)
-    script = str(ROOT / "tests" / "mirror_model.py")
+    script = str(ROOT / "tests" / "support" / "mirror_model.py")
     command = [sys.executable, script, place.add(name, content), str(tmp_path / name), str(seed), "60"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=harness.PATIENCE, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
