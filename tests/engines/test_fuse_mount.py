@@ -32,7 +32,7 @@ from tests.support.harness import (
 )
 from tests.support.requirements import require_root
 
-pytestmark = [pytest.mark.fuse, pytest.mark.usefixtures("fuse")]
+pytestmark = [pytest.mark.fuse, pytest.mark.root, pytest.mark.usefixtures("fuse")]
 
 USUAL = frozenset(("default_permissions", "subtype=fusehsm", "fsname=/the/source"))
 
@@ -183,7 +183,6 @@ def refusal_where(
 # The mount's line
 
 
-@pytest.mark.root
 @pytest.mark.parametrize(
     ("options", "of_mount", "of_filesystem"),
     [
@@ -215,7 +214,6 @@ def test_options(mount_point: Path, options: str, of_mount: str, of_filesystem: 
         assert not lines_at(mount_point)
 
 
-@pytest.mark.root
 @pytest.mark.parametrize("more", [(), ("auto_unmount",)], ids=["mount(2)", "fusermount3"])
 def test_what_the_kernel_keeps(mount_point: Path, more: tuple[str, ...]) -> None:
     with connected(mount_point, "allow_other", "max_read=8192", "noatime", "diratime", "ro", "suid", *more):
@@ -224,7 +222,6 @@ def test_what_the_kernel_keeps(mount_point: Path, more: tuple[str, ...]) -> None
         assert mount_at(mount_point).source == "fusehsm"
 
 
-@pytest.mark.root
 @pytest.mark.parametrize("options", ["auto_unmount", "suid,noexec,noatime,dirsync,allow_other,fsname=name"])
 def test_the_line_is_the_other_engines(make_mount: MakeMount, mount_point: Path, options: str) -> None:
     theirs = make_mount("--engine", "pyfuse3", "-o", options + ",fsname=name")
@@ -233,7 +230,6 @@ def test_the_line_is_the_other_engines(make_mount: MakeMount, mount_point: Path,
         assert mount_at(mount_point).filesystem_type == mount_at(theirs.path).filesystem_type
 
 
-@pytest.mark.root
 @pytest.mark.parametrize("more", [(), ("auto_unmount",)], ids=["mount(2)", "fusermount3"])
 @pytest.mark.parametrize(
     "source", ["a,b", "back\\slash\\,", "new\nline", "a b\t#", "größe", "=", "a=b,ro", "x" * 300]
@@ -244,7 +240,6 @@ def test_sources(mount_point: Path, source: str, more: tuple[str, ...]) -> None:
         assert lines_at(mount_point) == [("rw,nosuid,nodev,relatime", "rw,user_id=0,group_id=0")]
 
 
-@pytest.mark.root
 @pytest.mark.parametrize("more", [(), ("auto_unmount",)], ids=["mount(2)", "fusermount3"])
 @pytest.mark.parametrize(
     "name", ["with space, and comma", "-o", "tab\tnewline\nbackslash\\", "größe", os.fsdecode(b"\xff\xfe")]
@@ -258,7 +253,6 @@ def test_mount_points(mount_point: Path, name: str, more: tuple[str, ...]) -> No
         assert not lines_at(place)
 
 
-@pytest.mark.root
 def test_the_descriptor(mount_point: Path) -> None:
     """It is not inherited, does not block, and has the kernel's first request at once."""
     for more in ((), ("auto_unmount",)):
@@ -307,7 +301,6 @@ def test_contradictions(mount_point: Path) -> None:
     assert text == "-o max_read=8192: another max_read is given too; give one"
 
 
-@pytest.mark.root
 def test_an_option_that_this_kernel_lacks(mount_point: Path) -> None:
     text = refusal(mount_point, "fscontext=no such context")
     assert text == f"{mount_point}: Invalid argument; leave out the -o options that this kernel lacks"
@@ -449,7 +442,6 @@ def open_root(path: Path) -> "subprocess.Popen[str]":
     return process
 
 
-@pytest.mark.root
 def test_unmounting_what_is_in_use(mount_point: Path) -> None:
     with connected(mount_point):
         in_use = open_root(mount_point)
@@ -464,7 +456,6 @@ def test_unmounting_what_is_in_use(mount_point: Path) -> None:
             in_use.communicate(timeout=PATIENCE)
 
 
-@pytest.mark.root
 def test_what_lies_below_is_not_unmounted(mount_point: Path) -> None:
     """With SRC = DST the mount point may be a mount already, and stays when ours has gone."""
     subprocess.run(["mount", "--bind", mount_point, mount_point], check=True)
@@ -482,7 +473,6 @@ def test_what_lies_below_is_not_unmounted(mount_point: Path) -> None:
         subprocess.run(["umount", mount_point], check=True)
 
 
-@pytest.mark.root
 def test_the_holder_dies(mount_point: Path, hold: MakeHolder) -> None:
     hold(mount_point).kill()
     assert len(lines_at(mount_point)) == 1
@@ -491,7 +481,6 @@ def test_the_holder_dies(mount_point: Path, hold: MakeHolder) -> None:
     assert not lines_at(mount_point)
 
 
-@pytest.mark.root
 def test_the_holder_dies_with_auto_unmount(mount_point: Path, hold: MakeHolder) -> None:
     holder = hold(mount_point, *USUAL, "auto_unmount")
     assert len(lines_at(mount_point)) == 1
@@ -540,7 +529,6 @@ def test_an_ordinary_user_dies_with_auto_unmount(
     assert hold(users_mount_point, "auto_unmount", uid=NOBODY).said == [told, "mounted"]
 
 
-@pytest.mark.root
 def test_closing(mount_point: Path) -> None:
     """Without auto_unmount a dead mount stays, to be unmounted; with it, nothing."""
     connection = mount(str(mount_point), USUAL)

@@ -337,7 +337,9 @@ class Guardian:
 @contextmanager
 def fuse_device_for_everybody() -> Iterator[None]:
     """/dev/fuse as udev makes it; some test machines keep it for root. Needs root. One session at a time: none finds it closed by another."""
-    require(os.geteuid() == 0, "needs root")  # not require_root(): some tests take it where they are root, and can do without
+    require(
+        os.geteuid() == 0, "needs root"
+    )  # not require_root(): some tests take it where they are root, and can do without
     device = os.open("/dev/fuse", os.O_RDONLY | os.O_CLOEXEC)
     fcntl.flock(device, fcntl.LOCK_EX)
     mode = os.stat("/dev/fuse").st_mode & 0o777

@@ -24,7 +24,6 @@ _OF_FIXTURES: dict[str, tuple[str, ...]] = {
     "mounts": ("root",),
     "open_device": ("root",),
     "users_mount_point": ("root",),
-    "refusal_where": ("root",),
 }
 
 
