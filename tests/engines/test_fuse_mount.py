@@ -79,7 +79,7 @@ def connected(path: str | Path, *options: str) -> Iterator[Connection]:
 # Holds a mount as another process, says what came of it, and does what stdin says.
 HOLDER = """
 import logging, sys
-from fusehsm import mountinfo
+from fusehsm.linux import mountinfo
 from fusehsm.engines import fuse_mount
 point, *options = sys.argv[1:]
 logging.basicConfig(stream=sys.stdout, format="%(message)s")

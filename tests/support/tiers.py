@@ -1,8 +1,8 @@
 """The tiers of the tests: what each test needs of the machine, as marks that `pytest -m` selects by.
 
 `fuse`: /dev/fuse. `root`: the rights of root. `kernel`: Linux 6.14 or later, and root. `pure`: none of these. A test has a mark for each thing it
-needs; `kernel` brings `root`. Most marks follow from a test's fixtures, by the table below. The others stand at the test or its module. A test
-that asks for root or FUSE without the mark fails (requirements.py), so a tier holds what its name says.
+needs; `kernel` brings `root`. Most marks follow from a test's fixtures, by the table below. The others stand at the test or its module. A pure
+test that asks for root or FUSE fails (requirements.py).
 """
 
 import pytest
