@@ -354,7 +354,7 @@ def test_an_ordinary_user(users_mount_point: Path, hold: MakeHolder) -> None:
     assert (found.is_fusehsm, found.source, found.owner_uid) == (True, "a,b\\c", NOBODY)
     assert holder.ask("") == "unmounted"
     assert not lines_at(users_mount_point)
-    assert holder.ask("") == f"{errno.EINVAL} not a fusehsm mount"
+    assert holder.ask("") == f"{errno.EINVAL} another mount is there, or none"
 
 
 def test_an_ordinary_user_gets_no_suid(users_mount_point: Path, hold: MakeHolder) -> None:
