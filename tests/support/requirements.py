@@ -19,25 +19,8 @@ def require(condition: bool, reason: str) -> None:
     pytest.skip(reason)
 
 
-_announced: dict[str, set[str]] = {}  # the test that runs now, and the needs that it has marks for
-
-
-def announce(test: str, marks: set[str]) -> None:
-    """From now on this test runs, which has these marks."""
-    _announced.clear()
-    _announced[test] = marks
-
-
-def _expect_mark(name: str) -> None:
-    """Fail the running test if it is `pure` and asks for this all the same: its tier would be wrong (tiers.py)."""
-    for test, marks in _announced.items():
-        if not marks:
-            pytest.fail(f"{test} asks for {name}, and has no mark pytest.mark.{name}", pytrace=False)
-
-
 def require_root() -> None:
     """Mounts, loop devices and pre-content groups need it."""
-    _expect_mark("root")
     require(os.geteuid() == 0, "needs root")
 
 
@@ -51,7 +34,6 @@ def require_pre_content_kernel() -> None:
 
 def require_fuse() -> None:
     """Go on if FUSE file systems can be mounted here; else skip, or fail in CI."""
-    _expect_mark("fuse")
     try:
         os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:

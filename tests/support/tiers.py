@@ -1,8 +1,7 @@
 """The tiers of the tests: what each test needs of the machine, as marks that `pytest -m` selects by.
 
 `fuse`: /dev/fuse. `root`: the rights of root. `kernel`: Linux 6.14 or later, and root. `pure`: none of these. A test has a mark for each thing it
-needs; `kernel` brings `root`. Most marks follow from a test's fixtures, by the table below. The others stand at the test or its module. A pure
-test that asks for root or FUSE fails (requirements.py).
+needs; `kernel` brings `root`. Most marks follow from a test's fixtures, by the table below. The others stand at the test or its module.
 """
 
 import pytest
@@ -42,7 +41,6 @@ def mark(items: list[pytest.Item]) -> None:
 def enter(item: pytest.Item) -> None:
     """Before a test's fixtures are made: what it has marks for is there, or it is skipped; in CI it fails."""
     marks = {name for name in NEEDS if item.get_closest_marker(name)}
-    requirements.announce(item.nodeid, marks)
     if "kernel" in marks:
         requirements.require_pre_content_kernel()
     elif "root" in marks:
