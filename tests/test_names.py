@@ -25,9 +25,9 @@ WORKLOAD = re.compile(
 )
 SETTING = re.compile(r"\bFUSEHSM_\w+")
 COMMENT = re.compile(r"(?:^|\s)# (.*)", re.MULTILINE)
-# Names that stand for others, and files that are made when they are needed.
+# Names that stand for others, files that are made when they are needed, and the recording, which is not read here.
 PLACEHOLDER = re.compile(r"\b[A-Z]{3,}\b")
-MADE = ("bench/results", "tests/test_inner.py")
+MADE = ("bench/results", "tests/test_inner.py", "fusehsm/conform/recorded/kernel.json")
 
 
 @functools.cache
@@ -130,7 +130,8 @@ def test_tests() -> None:
 
 def test_workloads() -> None:
     keys = {workload.key for workload in WORKLOADS}
-    documents = [name for name in files() if name.endswith(".md")]
+    # A page that tells how to add a workload names one that is not there yet.
+    documents = [name for name in files() if name.endswith(".md") and name != "docs/howto-workload.md"]
     found = ((file, name) for file in documents for name in WORKLOAD.findall(files()[file]))
     assert missing((file, name) for file, name in found if not is_among(name, keys)) == []
 
