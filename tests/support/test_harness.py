@@ -182,7 +182,7 @@ def test_a_session_that_hangs_in_the_kernel_is_killed(tmp_path: Path, kernel_eve
         tmp_path,
         "import os\n"
         "from fusehsm.linux import syscalls\n"
-        "from tests import harness\n"
+        "from tests.support import harness\n"
         "def test_it(ext4):\n"
         "    group = syscalls.fanotify_init(8, os.O_RDONLY)\n"
         "    syscalls.fanotify_mark(group, 0x101, 0x10000, path=os.fsencode(ext4))\n"
