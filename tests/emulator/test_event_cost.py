@@ -34,10 +34,10 @@ class Most:
 
 
 MOST = {
-    ("devfuse", "inside"): Most(9, 137),
-    ("devfuse", "socket"): Most(15, 243),
-    ("pyfuse3", "inside"): Most(9, 170),
-    ("pyfuse3", "socket"): Most(14, 245),
+    ("devfuse", "inside"): Most(9, 144),
+    ("devfuse", "socket"): Most(15, 250),
+    ("pyfuse3", "inside"): Most(9, 180),
+    ("pyfuse3", "socket"): Most(15, 252),
 }
 
 
