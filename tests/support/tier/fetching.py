@@ -12,6 +12,9 @@ from fusehsm.control import socket as control_socket
 from fusehsm.engines.fuse_mount import unmount
 from fusehsm.linux import mountinfo
 from fusehsm.linux.mountinfo import id_of, read_mounts
+from fusehsm.tier.stubs import mark as stub_mark
+from fusehsm.tier.stubs import record as residency
+from fusehsm.tier.stubs.record import Flags
 from tests.support import harness
 
 
@@ -73,6 +76,19 @@ def clear(path: Path) -> None:
                 os.kill(control_socket.peer_of(connection).pid, signal.SIGKILL)
         with suppress(OSError):
             unmount(mount.mount_point, id_of(mount), lazily=True)
+
+
+def expect_record_at_rest(path: str | Path, dir_fd: int | None = None) -> None:
+    """The file has a record, and the record says that no fetch works on the file any more."""
+    fd = os.open(path, os.O_RDONLY, dir_fd=dir_fd)
+    try:
+        mark = stub_mark.read(fd)
+        assert mark is not None
+        record = residency.read(fd, mark)
+        assert record is not None
+        assert not record.flags & Flags.OPEN
+    finally:
+        os.close(fd)
 
 
 def is_mounted(path: Path) -> bool:

@@ -8,12 +8,9 @@ from pathlib import Path
 import pytest
 
 from fusehsm.linux.walk import LONGEST_PATH
-from fusehsm.tier.stubs import mark as stub_mark
-from fusehsm.tier.stubs import record as residency
-from fusehsm.tier.stubs.record import Flags
 from tests.support import harness
 from tests.support.tier.deep import LEVELS, innermost, nested
-from tests.support.tier.fetching import fetching, run
+from tests.support.tier.fetching import expect_record_at_rest, fetching, run
 from tests.support.tier.populated import plant
 from tests.support.tier.trees import content_of
 
@@ -56,15 +53,7 @@ def test_a_fetch_serves_and_the_commands_answer(store: Path, target: Path, backe
             assert (served.process.returncode, said) == (0, "")
         done = harness.fusehsm("status", target)
         assert (done.returncode, "2 files of 1.2 MB, 1.2 MB here" in done.stdout) == (0, True)
-        fd = os.open("b", os.O_RDONLY, dir_fd=bottom)
-        try:
-            mark = stub_mark.read(fd)
-            assert mark is not None
-            record = residency.read(fd, mark)
-            assert record is not None
-            assert not record.flags & Flags.OPEN
-        finally:
-            os.close(fd)
+        expect_record_at_rest("b", dir_fd=bottom)
 
 
 def test_what_lies_too_deep_is_left_out_with_a_line(store: Path, target: Path, backend: str) -> None:

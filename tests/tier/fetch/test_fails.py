@@ -15,7 +15,7 @@ from fusehsm.tier.stubs import record as residency
 from fusehsm.tier.stubs.record import Flags
 from tests.support import harness
 from tests.support.requirements import require
-from tests.support.tier.fetching import Fetching, fetching, is_mounted, run
+from tests.support.tier.fetching import Fetching, expect_record_at_rest, fetching, is_mounted, run
 from tests.support.tier.populated import plant
 from tests.support.tier.trees import content_of
 
@@ -71,15 +71,7 @@ def test_its_records_are_closed(big: Path, target: Path, backend: str) -> None:
     with fetching(big, target, "--backend", backend, command=command, stdin=subprocess.PIPE) as served:
         assert run("head", "-c1", target / "big").returncode == 0
         fail(served)
-    fd = os.open(target / "big", os.O_RDONLY)
-    try:
-        mark = stub_mark.read(fd)
-        assert mark is not None
-        record = residency.read(fd, mark)
-        assert record is not None
-        assert not record.flags & Flags.OPEN
-    finally:
-        os.close(fd)
+    expect_record_at_rest(target / "big")
 
 
 _READING_AT_ONCE = """

@@ -10,12 +10,9 @@ import pytest
 
 from fusehsm.control import socket as control_socket
 from fusehsm.linux.mountinfo import id_at, read_mounts
-from fusehsm.tier.stubs import mark as stub_mark
-from fusehsm.tier.stubs import record as residency
-from fusehsm.tier.stubs.record import Flags
 from tests.support.harness import Mount
 from tests.support.requirements import require_root
-from tests.support.tier.fetching import fetching, run
+from tests.support.tier.fetching import expect_record_at_rest, fetching, run
 from tests.support.tier.populated import plant
 from tests.support.tier.soak import Soak, soaking
 from tests.support.tier.trees import content_of
@@ -76,12 +73,4 @@ def test_a_renamed_file_comes_to_rest(source: Path, target: Path, kernel_events:
         assert run("head", "-c1", target / "big").returncode == 0
         os.rename(target / "big", target / "sub" / "bigger")
         served.end()
-    fd = os.open(target / "sub" / "bigger", os.O_RDONLY)
-    try:
-        mark = stub_mark.read(fd)
-        assert mark is not None
-        record = residency.read(fd, mark)
-        assert record is not None
-        assert not record.flags & Flags.OPEN
-    finally:
-        os.close(fd)
+    expect_record_at_rest(target / "sub" / "bigger")
