@@ -4,15 +4,13 @@ command.py     the mounts, the command, signals, the exit code
 launch.py      starts the command under the filter (a program of its own)
 filters.py     the BPF program for seccomp(2): which system calls the supervisor answers
 notifier.py    receives those system calls and sends the answers (seccomp_unotify(2))
-workers.py     a thread for each call that is being answered
-calls.py       does each system call
+calls.py       does each system call, in a thread of its own
 groups.py      a group as the processes of the command share it
 readiness.py   a group's descriptor in the command: readable while events wait, and a notice when its last copy is closed
 delivery.py    events into a process: its descriptors, its memory
 parked.py      calls that wait for events or for an answer, and the signals that end them
 mappings.py    mmap(2) of files on fusehsm mounts
-tasks.py       the state of a thread, from /proc
+tasks.py       the state of a thread, from /proc, and the memory of its process
 lookup.py      a path as a process of the command sees it
-memory.py      a process's memory
 numbers.py     system call numbers and constants, by architecture
 """

@@ -1,6 +1,9 @@
 """Does each system call that the filter hands over, with the errnos that a group of the kernel would give.
 
 A descriptor with a reserved number need not be a group's. A call on a descriptor of another kind goes on in the kernel.
+
+Each call that is being answered has a thread: a call that waits for memory, a file system or a listener delays no other. The threads receive
+the calls themselves, so that the usual call is answered without a switch of threads.
 """
 
 import contextlib
@@ -26,12 +29,12 @@ from fusehsm.fanotify.abi import (
     Dialect,
     decode_response,
 )
-from fusehsm.supervisor import memory, tasks
+from fusehsm.supervisor import tasks
 from fusehsm.supervisor.delivery import Reading
 from fusehsm.supervisor.groups import Leaving, SupervisedGroup
 from fusehsm.supervisor.lookup import find, of_this_process
 from fusehsm.supervisor.mappings import Mappings
-from fusehsm.supervisor.notifier import CallIsOver, Notifier, TrappedCall
+from fusehsm.supervisor.notifier import CallIsOver, Ended, Notifier, TrappedCall
 from fusehsm.supervisor.numbers import Architecture
 from fusehsm.supervisor.parked import ParkedCalls
 from fusehsm.supervisor.readiness import Bell, Closings
@@ -49,6 +52,10 @@ _NO_POSITION: Final = 0xFFFF_FFFF_FFFF_FFFF  # preadv2(2) without an offset, as 
 
 _F_SETPIPE_SZ: Final = 1031  # linux/fcntl.h
 _F_GETPIPE_SZ: Final = 1032
+
+_MOST_THREADS: Final = 8192  # threads; further calls wait until one is free
+_IDLE_THREADS: Final = 4  # idle threads that are kept
+_STACK_SIZE: Final = 512 * 1024  # bytes
 
 _log = logging.getLogger(__name__)
 
@@ -238,7 +245,7 @@ class Calls:
         flags, dirfd = call.unsigned(1), call.signed(3)
 
         def look_up() -> FoundObject:
-            path = memory.read_string(call.tid, address, _PATH_MAX) if address else None
+            path = tasks.read_string(call.tid, address, _PATH_MAX) if address else None
             self._notifier.check(call)
             if path is not None:
                 path = of_this_process(path, call.tid)
@@ -270,7 +277,7 @@ class Calls:
         return self._parts(call)
 
     def _parts(self, call: TrappedCall) -> list[tuple[int, int]]:
-        parts = memory.read_vector(call.tid, call.arguments[1], call.arguments[2])
+        parts = tasks.read_vector(call.tid, call.arguments[1], call.arguments[2])
         self._notifier.check(call)
         return parts
 
@@ -310,10 +317,10 @@ class Calls:
     def _response(self, call: TrappedCall, address: int, size: int) -> bytes:
         """The bytes of a response, and of any further bytes only as many as matter."""
         try:
-            data = memory.read(call.tid, address, min(size, RESPONSE_LENGTH))
+            data = tasks.read_memory(call.tid, address, min(size, RESPONSE_LENGTH))
             if len(data) == RESPONSE_LENGTH and decode_response(data)[1] & FAN_INFO:
                 rest = min(size, _LARGEST_RESPONSE) - RESPONSE_LENGTH
-                data += memory.read(call.tid, address + RESPONSE_LENGTH, rest)
+                data += tasks.read_memory(call.tid, address + RESPONSE_LENGTH, rest)
         except ProcessLookupError:
             raise CallIsOver from None
         self._notifier.check(call)
@@ -331,10 +338,10 @@ class Calls:
         request, address = call.unsigned(1), call.arguments[2]
         if request == termios.FIONREAD:
             self._notifier.check(call)
-            memory.write(call.tid, address, _INT.pack(group.queued_bytes))
+            tasks.write_memory(call.tid, address, _INT.pack(group.queued_bytes))
             return 0
         if request == termios.FIONBIO:
-            group.nonblocking = any(memory.read(call.tid, address, _INT.size))
+            group.nonblocking = any(tasks.read_memory(call.tid, address, _INT.size))
             return 0
         raise _GoOn
 
@@ -402,3 +409,45 @@ def _limit_of_descriptors(tid: int) -> int:
     except OSError:
         raise CallIsOver from None
     return soft
+
+
+class Workers:
+    """Answers every call until no process runs under the filter any more."""
+
+    def __init__(self, notifier: Notifier, calls: Calls) -> None:
+        self._notifier = notifier
+        self._calls = calls
+        self._lock = threading.Lock()
+        self._threads = 0
+        self._idle = 0
+        threading.stack_size(_STACK_SIZE)
+        self._start()
+
+    def _start(self) -> bool:
+        """Start one more thread if the limits on threads allow it; returns whether it was started."""
+        if self._threads >= _MOST_THREADS:
+            return False
+        try:
+            threading.Thread(target=self._work, name="worker", daemon=True).start()
+        except RuntimeError:
+            return False
+        self._threads += 1
+        self._idle += 1
+        return True
+
+    def _work(self) -> None:
+        while True:
+            try:
+                call = self._notifier.receive()
+            except Ended:
+                return
+            with self._lock:
+                self._idle -= 1
+                # The last thread that receives calls must not wait for the effect of another call.
+                may_wait = self._idle > 0 or self._start()
+            self._calls.answer(call, may_wait=may_wait)
+            with self._lock:
+                if self._idle >= _IDLE_THREADS:
+                    self._threads -= 1
+                    return
+                self._idle += 1

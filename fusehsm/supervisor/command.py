@@ -24,7 +24,7 @@ from fusehsm.linux.subprocesses import own_command, own_environment
 from fusehsm.linux.syscalls import prctl
 from fusehsm.mount import unmount
 from fusehsm.supervisor import filters
-from fusehsm.supervisor.calls import Calls
+from fusehsm.supervisor.calls import Calls, Workers
 from fusehsm.supervisor.launch import FAILURE
 from fusehsm.supervisor.notifier import Notifier
 from fusehsm.supervisor.numbers import (
@@ -36,7 +36,6 @@ from fusehsm.supervisor.numbers import (
     Architecture,
     architecture,
 )
-from fusehsm.supervisor.workers import Workers
 
 NOT_FOUND, NOT_EXECUTABLE = 127, 126  # the exit codes of shells
 

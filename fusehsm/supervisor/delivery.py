@@ -16,7 +16,7 @@ from fusehsm.fanotify.abi import (
     FAN_NOFD,
     FAN_REPORT_FD_ERROR,
 )
-from fusehsm.supervisor import memory
+from fusehsm.supervisor import tasks
 from fusehsm.supervisor.groups import Source, SupervisedGroup
 from fusehsm.supervisor.notifier import CallIsOver, Notifier, TrappedCall
 from fusehsm.supervisor.parked import Parked, ParkedCalls
@@ -151,13 +151,13 @@ class Reading:
             _INT.pack_into(data, EVENT_PIDFD_OFFSET, FAN_NOFD)
         self.notifier.check(self.call)
         try:
-            memory.write(tid, address, data)
+            tasks.write_memory(tid, address, data)
             number = received.fd
             if number >= 0:
                 number = self._add(received.fd, bool(self.group.event_f_flags & os.O_CLOEXEC))
-                memory.write(tid, address + EVENT_FD_OFFSET, _INT.pack(number))
+                tasks.write_memory(tid, address + EVENT_FD_OFFSET, _INT.pack(number))
             if pidfd >= 0:
-                memory.write(tid, address + EVENT_PIDFD_OFFSET, _INT.pack(self._add(pidfd, True)))
+                tasks.write_memory(tid, address + EVENT_PIDFD_OFFSET, _INT.pack(self._add(pidfd, True)))
         except ProcessLookupError:
             raise CallIsOver from None
         return number

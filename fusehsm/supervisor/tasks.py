@@ -1,13 +1,24 @@
-"""Reads the state of a thread of the command from /proc. No function touches another file system, so none of them waits."""
+"""Reads the state of a thread of the command from /proc, and reads and writes the memory of its process (process_vm_readv(2)).
 
+No function for the state touches another file system, so none of them waits. A function for the memory may wait as long as the memory does: a
+mapping of a file on a fusehsm mount waits for that same listener. So only the call's own thread uses these, with no lock held, while it waits
+for an answer. Each raises OSError: EFAULT as the kernel would, ESRCH if the thread has gone.
+"""
+
+import errno
+import mmap
 import os
 import re
+import struct
 from dataclasses import dataclass
+from typing import Final
 
-from fusehsm.linux import mountinfo, proc
+from fusehsm.linux import mountinfo, proc, syscalls
 
 _FIELD = re.compile(rb"^([A-Za-z_]+):[ \t]*(.*)$", re.MULTILINE)
 _SIGNAL_FIELDS = (b"SigPnd", b"ShdPnd", b"SigBlk")
+_VECTOR: Final = struct.Struct("=QQ")
+_MOST_PARTS: Final = 1024  # UIO_MAXIOV
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,3 +133,46 @@ def mount_of(tid: int, mount_id: int) -> mountinfo.Mount | None:
     except OSError:
         return None
     return next((mount for mount in mounts if mount.mount_id == mount_id), None)
+
+
+def _fault() -> OSError:
+    return OSError(errno.EFAULT, os.strerror(errno.EFAULT))
+
+
+def read_memory(tid: int, address: int, size: int) -> bytes:
+    """`size` bytes at an address in the process of that thread."""
+    if not size:
+        return b""
+    data = syscalls.read_memory(tid, address, size)
+    if len(data) != size:
+        raise _fault()
+    return data
+
+
+def write_memory(tid: int, address: int, data: bytes | bytearray) -> None:
+    """Write bytes at an address in the process of that thread."""
+    if syscalls.write_memory(tid, address, data) != len(data):
+        raise _fault()
+
+
+def read_string(tid: int, address: int, limit: int) -> bytes:
+    """The string at an address, without its final NUL, which must come within `limit` bytes. Also raises OSError ENAMETOOLONG."""
+    text = b""
+    while len(text) < limit:
+        # Not past the end of a page: the next page may not be there.
+        size = min(limit - len(text), mmap.PAGESIZE - (address + len(text)) % mmap.PAGESIZE)
+        piece, nul, _ = read_memory(tid, address + len(text), size).partition(b"\0")
+        text += piece
+        if nul:
+            return text
+    raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+
+
+def read_vector(tid: int, address: int, count: int) -> list[tuple[int, int]]:
+    """The (address, size) of each part of a struct iovec array. Also raises OSError EINVAL as readv(2) does."""
+    if count > _MOST_PARTS:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    parts = list(_VECTOR.iter_unpack(read_memory(tid, address, count * _VECTOR.size)))
+    if any(length >> 63 for _, length in parts):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    return parts
