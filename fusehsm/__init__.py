@@ -13,9 +13,8 @@ from fusehsm.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from fusehsm.backends.base import Group
-    from fusehsm.backends.dropping import drop
-    from fusehsm.backends.leasing import leased
     from fusehsm.backends.opening import open_group
+    from fusehsm.backends.punch import drop, leased
     from fusehsm.events import Event
     from fusehsm.handler import serve
 
@@ -38,8 +37,8 @@ __all__ = [
 _HOMES = {
     "Event": "fusehsm.events",
     "Group": "fusehsm.backends.base",
-    "drop": "fusehsm.backends.dropping",
-    "leased": "fusehsm.backends.leasing",
+    "drop": "fusehsm.backends.punch",
+    "leased": "fusehsm.backends.punch",
     "open_group": "fusehsm.backends.opening",
     "serve": "fusehsm.handler",
 }

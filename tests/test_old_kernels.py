@@ -17,8 +17,8 @@ from fusehsm.control.protocol import Status
 from fusehsm.engines import fuse_protocol as protocol
 from fusehsm.engines.fuse_mount import mount
 from fusehsm.engines.fuse_protocol import Init
-from fusehsm.linux.kernel_version import kernel_version
 from fusehsm.linux.mountinfo import mount_of
+from fusehsm.linux.syscalls import kernel_version
 from tests.conftest import MakeMount
 from tests.support.async_listener import listening
 from tests.support.harness import PATIENCE, Mount, unmount_lazily

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-from fusehsm.linux.kernel_version import kernel_version
+from fusehsm.linux.syscalls import kernel_version
 
 ENGINES: Final = ("pyfuse3", "devfuse")
 

@@ -5,7 +5,7 @@ from typing import Final
 
 from fusehsm.emulator.gate import Gate
 from fusehsm.emulator.handles import OpenFile
-from fusehsm.linux.kernel_version import kernel_version
+from fusehsm.linux.syscalls import kernel_version
 from fusehsm.overlay.overlay import Node
 
 FOREVER: Final = 1e9  # seconds; FUSE has no value for "until it is invalidated"

@@ -21,7 +21,7 @@ from fusehsm.engines import fuse_protocol as protocol
 from fusehsm.engines.cache_policy import CachePolicy
 from fusehsm.engines.fuse_operations import Answer, Body, Operations
 from fusehsm.engines.fuse_protocol import Init, Opcode, Request
-from fusehsm.engines.read_ahead import ReadAhead
+from fusehsm.linux.fuse_settings import ReadAhead
 from fusehsm.linux.suspension import ReadingTurn, is_cancellation, noting_suspension
 
 log = logging.getLogger(__name__)

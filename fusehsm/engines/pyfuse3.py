@@ -25,9 +25,8 @@ from fusehsm.emulator.page_cache import CacheControl
 from fusehsm.engines.base import MountRefused
 from fusehsm.engines.cache_policy import CachePolicy
 from fusehsm.engines.filesystem import Filesystem
-from fusehsm.engines.read_ahead import ReadAhead
-from fusehsm.linux import fusectl
 from fusehsm.linux.file_io import Buffer
+from fusehsm.linux.fuse_settings import ReadAhead, raise_background_limit
 from fusehsm.linux.suspension import is_cancellation
 from fusehsm.overlay.overlay import AttributeChanges, Caller, Node
 
@@ -353,7 +352,7 @@ class PyFuse3:
 
     def caches(self, device: tuple[int, int]) -> CacheControl:
         # pyfuse3 cannot set max_background in INIT.
-        fusectl.raise_background_limit(device)
+        raise_background_limit(device)
         return KernelCaches(device)
 
     async def serve(self) -> None:

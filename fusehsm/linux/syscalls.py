@@ -1,4 +1,5 @@
-"""Wraps the system calls that Python's os module lacks. Each function is small and raises OSError with the kernel's errno.
+"""Wraps the system calls that Python's os module lacks, and tells the kernel's version. Each function is small and raises OSError with the
+kernel's errno.
 
 libc is opened here. (supervisor/launch.py opens it again, because it runs by its path with the standard library alone. So do the programs
 of conform/, which test system calls.)
@@ -502,3 +503,9 @@ def filesystem_identity(uid: int, gid: int) -> Iterator[None]:
         # Back at fsuid 0 the kernel raises the filesystem capabilities again from the permitted set. A capability that
         # was not effective before must not stay.
         _capset(header, capabilities)
+
+
+def kernel_version() -> tuple[int, int]:
+    """(major, minor) of the running kernel; (0, 0) if its release string does not begin with two numbers."""
+    found = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    return (int(found[1]), int(found[2])) if found else (0, 0)

@@ -54,7 +54,7 @@ class Overlay:
     """The tree below the directory `source`.
 
     `directories`: how many directory descriptors to keep. `pins`: how many removed files that the kernel still knows keep
-    a descriptor, beyond those that are open (for the others see overlay/unlinked.py). `trust_seconds`: how long a directory
+    a descriptor, beyond those that are open (for the others see overlay/reach.py). `trust_seconds`: how long a directory
     is used without walking its names again.
     """
 

@@ -11,7 +11,7 @@ import pytest
 
 from fusehsm.conform.accessor import Accessor
 from fusehsm.events import Event
-from fusehsm.linux.kernel_version import kernel_version
+from fusehsm.linux.syscalls import kernel_version
 from tests.support.async_listener import listening
 from tests.support.kernel_and_mount import World
 from tests.support.posix_trees import Errno, Tree, outcome

@@ -17,7 +17,7 @@ import pytest
 import trio
 
 from fusehsm import leased
-from fusehsm.backends.leasing import LeasedFile
+from fusehsm.backends.punch import LeasedFile
 from fusehsm.conform.accessor import Accessor
 from fusehsm.control.client import ControlConnection, request
 from fusehsm.control.protocol import Lease, LeaseStatus, Status, Unlease

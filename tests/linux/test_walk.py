@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fusehsm.linux.walk import LONGEST_PATH, MOST_OPEN, Descent, directories
+from fusehsm.linux.beneath import LONGEST_PATH, MOST_OPEN, Descent, directories
 from fusehsm.tier.fetch.inventory import items
 from fusehsm.tier.stores.base import StoreError
 from fusehsm.tier.stores.local import LocalStore

@@ -602,7 +602,7 @@ def test_pins_are_bounded(source: Path, monkeypatch: pytest.MonkeyPatch, may_map
     if may_map:
         require_root()
     else:
-        monkeypatch.setattr("fusehsm.overlay.unlinked._mapped", lambda descriptor: 0)
+        monkeypatch.setattr("fusehsm.overlay.reach._mapped", lambda descriptor: 0)
     before = open_descriptors()
     tree = Overlay(str(source), pins=3)
     made = [make(tree, tree.root, b"%d" % number, b"%d" % number) for number in range(10)]

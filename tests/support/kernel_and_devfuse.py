@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fusehsm.linux.kernel_version import kernel_version
+from fusehsm.linux.syscalls import kernel_version
 from tests.support.kernel_and_mount import World
 from tests.support.requirements import require
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from fusehsm.linux.kernel_version import kernel_version
+from fusehsm.linux.syscalls import kernel_version
 
 _PRE_CONTENT_KERNEL = (6, 14)
 

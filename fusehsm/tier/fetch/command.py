@@ -18,9 +18,9 @@ from fusehsm.backends.opening import open_group
 from fusehsm.control import socket as control_socket
 from fusehsm.fanotify.abi import FAN_EVENT_ON_CHILD, FAN_MARK_ADD, FAN_MARK_MOUNT, parse_mask
 from fusehsm.handler import GROUP_IS_GONE, serve
+from fusehsm.linux.beneath import directories
 from fusehsm.linux.mountinfo import read_mounts
 from fusehsm.linux.signals import Interrupted, Interruption, interruptible
-from fusehsm.linux.walk import directories
 from fusehsm.text import shown
 from fusehsm.tier.fetch.access_list import Recorder, Touched, read_list, warm_up
 from fusehsm.tier.fetch.catalog import where

@@ -9,8 +9,7 @@ from typing import Final
 import trio
 
 from fusehsm.linux import syscalls
-from fusehsm.linux.beneath import open_beneath
-from fusehsm.linux.walk import directories
+from fusehsm.linux.beneath import directories, open_beneath
 from fusehsm.tier.fetch.errors import passed_over
 from fusehsm.tier.fetch.handler import Fetcher
 from fusehsm.tier.stubs.identity import Key, key_of

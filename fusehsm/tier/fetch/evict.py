@@ -17,7 +17,7 @@ from typing import Final
 import trio
 
 from fusehsm.backends.base import Group
-from fusehsm.backends.leasing import leased
+from fusehsm.backends.punch import leased
 from fusehsm.fanotify.abi import (
     FAN_CLOSE_WRITE,
     FAN_MARK_ADD,

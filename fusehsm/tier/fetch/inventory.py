@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from fusehsm.linux.beneath import components, open_beneath
-from fusehsm.linux.walk import LIST, Descent
+from fusehsm.linux.beneath import LIST, Descent, components, open_beneath
 from fusehsm.tier.stubs.identity import Key, key_of
 from fusehsm.tier.stubs.stub import StubFile
 

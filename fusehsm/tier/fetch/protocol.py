@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from typing import Any, Final
 
-from fusehsm.control.requests import RequestCodec
+from fusehsm.control.protocol import RequestCodec
 
 LARGEST_REQUEST: Final = 1 << 16  # bytes
 LARGEST_REPLY: Final = 1 << 17

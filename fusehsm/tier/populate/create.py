@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-from fusehsm.linux.beneath import components, open_beneath
-from fusehsm.linux.walk import MOST_OPEN, Identity, identity_of, reopened
+from fusehsm.linux.beneath import MOST_OPEN, Identity, components, identity_of, open_beneath, reopened
 from fusehsm.overlay.attributes import path_of
 from fusehsm.tier.populate.ownership import Ownership
 from fusehsm.tier.stores.base import Entry, Kind, StoreError

@@ -6,8 +6,7 @@ import stat
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 
-from fusehsm.linux.beneath import open_beneath
-from fusehsm.linux.walk import Descent
+from fusehsm.linux.beneath import Descent, open_beneath
 from fusehsm.tier.stores.base import Entry, Kind, Rights, Store, StoreError, changed, shorter, throw
 
 _SMALL = 1 << 16  # bytes

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fusehsm.linux.walk import LONGEST_PATH
+from fusehsm.linux.beneath import LONGEST_PATH
 from tests.support import harness
 from tests.support.tier.deep import LEVELS, innermost, nested
 from tests.support.tier.fetching import expect_record_at_rest, fetching, run

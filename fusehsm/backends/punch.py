@@ -1,4 +1,7 @@
-"""Leases a file in order to take its content away: no process has it open or mapped, and a process that opens it waits."""
+"""For a listener that punches out a file's content: leases the file, and drops a mount's cached pages of it.
+
+No process has a leased file open or mapped, and a process that opens it waits.
+"""
 
 import abc
 import errno
@@ -11,7 +14,7 @@ import trio
 
 from fusehsm.backends.lookup import FoundObject, look_up
 from fusehsm.control.client import ControlConnection
-from fusehsm.control.protocol import Lease, LeaseStatus, Unlease
+from fusehsm.control.protocol import Drop, Lease, LeaseStatus, Unlease
 from fusehsm.fanotify.rules import ObjectKind
 from fusehsm.linux import syscalls
 from fusehsm.linux.mountinfo import Mount, mount_of_descriptor
@@ -154,3 +157,25 @@ def _open(found: int) -> int:
         if error.errno == errno.ETXTBSY:
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from None
         raise
+
+
+async def drop(path: str | bytes | os.PathLike[str]) -> None:
+    """Drop the kernel's cached pages of a file on a fusehsm mount, so that its next access makes an event again.
+
+    Call it after content was punched out of the file (FALLOC_FL_PUNCH_HOLE) through an event descriptor or on the backing, and no mark
+    changes that the mount would notice by itself. It waits until the pages are gone. On any other filesystem it does nothing, because the page
+    cache there is the file's own. Raises OSError as open(2) does, ENOTCONN if the mount's server is gone, EBUSY if a page of the file waits for
+    its listener for more than a second.
+    """
+    found, mount = await trio.to_thread.run_sync(_find, os.fspath(path))
+    try:
+        if not mount.is_fusehsm:
+            return
+        connection = await ControlConnection.open(mount)
+        try:
+            await connection.request(Drop(*found.device, found.inode))
+        finally:
+            connection.close()
+    finally:
+        # In a thread: close(2) of a mount's file may send the mount a request.
+        await trio.to_thread.run_sync(os.close, found.descriptor)

@@ -1,8 +1,9 @@
-"""Changes the settings of a FUSE connection that only the FUSE control filesystem offers."""
+"""Changes settings of a FUSE mount under /sys, which no request carries: the limit of waiting READs, and the read-ahead."""
 
 import logging
 import os
 from contextlib import suppress
+from typing import Final
 
 from fusehsm.linux import syscalls
 
@@ -10,6 +11,7 @@ log = logging.getLogger(__name__)
 
 CONNECTIONS = "/sys/fs/fuse/connections"
 MOST_BACKGROUND = 65535  # the largest value that the kernel stores
+_KIB: Final = 128  # the kernel's default for FUSE, in KiB
 
 
 def raise_background_limit(device: tuple[int, int]) -> None:
@@ -44,3 +46,22 @@ def _control_directories() -> "list[int]":
     with suppress(OSError):
         found.append(syscalls.new_filesystem(b"fusectl"))
     return found
+
+
+class ReadAhead:
+    """The read-ahead of the mount with that (major, minor): how much of a file a page fault brings in (docs/facts.md, section 13).
+
+    Only root may change it; otherwise switch() has no effect.
+    """
+
+    def __init__(self, device: tuple[int, int]) -> None:
+        self._setting = f"/sys/class/bdi/{device[0]}:{device[1]}/read_ahead_kb"
+        self._off = False
+
+    def switch(self, *, off: bool) -> None:
+        """Turn read-ahead off, so that a fault brings in one page, or on again."""
+        if off is self._off:
+            return
+        self._off = off
+        with suppress(OSError), open(self._setting, "w", encoding="ascii") as setting:
+            setting.write("0" if off else str(_KIB))
