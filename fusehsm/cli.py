@@ -394,7 +394,7 @@ def evict(
     ] = None,
 ) -> int:
     """Take content that came from the store off the disk again, of unmodified files that no process has open. The running fetch does it."""
-    from fusehsm.tier.fetch.evict_command import evict as do_evict
+    from fusehsm.tier.fetch.evict import evict as do_evict
 
     return do_evict(paths, older_than=older_than, free=free)
 
@@ -406,7 +406,7 @@ def pin(
     ],
 ) -> int:
     """Keep these files from being evicted. It fetches nothing."""
-    from fusehsm.tier.fetch.evict_command import pin as do_pin
+    from fusehsm.tier.fetch.evict import pin as do_pin
 
     return do_pin(paths, pinned=True)
 
@@ -418,7 +418,7 @@ def unpin(
     ],
 ) -> int:
     """Undo `pin`: these files can be evicted again."""
-    from fusehsm.tier.fetch.evict_command import pin as do_pin
+    from fusehsm.tier.fetch.evict import pin as do_pin
 
     return do_pin(paths, pinned=False)
 

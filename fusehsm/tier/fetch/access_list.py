@@ -16,7 +16,7 @@ import trio
 
 from fusehsm.linux.beneath import components, open_beneath
 from fusehsm.linux.ranges import RangeSet
-from fusehsm.tier.fetch.errors import passed_over
+from fusehsm.tier.fetch.failures import passed_over
 
 MOST_LINES: Final = 1_000_000
 """What of a list is written, or read: it is kept in memory."""

@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import resource
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -24,17 +25,17 @@ from fusehsm.linux.signals import Interrupted, Interruption, interruptible
 from fusehsm.text import shown
 from fusehsm.tier.fetch.access_list import Recorder, Touched, read_list, warm_up
 from fusehsm.tier.fetch.catalog import where
-from fusehsm.tier.fetch.client import socket_name
 from fusehsm.tier.fetch.destination import Destination, destination
 from fusehsm.tier.fetch.durability import INTERVAL, Keeper
 from fusehsm.tier.fetch.evict import Evictor, keep_below
+from fusehsm.tier.fetch.failures import passed_over
 from fusehsm.tier.fetch.handler import Fetcher, Policy, Totals
-from fusehsm.tier.fetch.progress import StderrHandler, say_ready, show_progress
+from fusehsm.tier.fetch.protocol import socket_name
 from fusehsm.tier.fetch.server import FetchServer
 from fusehsm.tier.stores.base import Store
 from fusehsm.tier.stores.open import expect_apart, open_store
-from fusehsm.tier.stubs.identity import place_of
-from fusehsm.tier.text import parse_seconds, parse_size, size_text
+from fusehsm.tier.stubs.mark import place_of
+from fusehsm.tier.text import Progress, parse_seconds, parse_size, size_text
 
 _EVENTS: Final = ("PRE_ACCESS", "MODIFY")
 # On the real kernel only the last close of a file tells of a write through a mapping. A mount makes MODIFY of it.
@@ -45,6 +46,8 @@ _LAST_LOOK: Final = 1.0  # seconds: repeated accesses must not keep fetch from e
 _OTHER_FILES: Final = 32  # descriptors, those of a store over the network included
 # On the real kernel an ignore mark costs one system call. On a mount it costs more than the two events of a file that is read once.
 _IGNORE_AFTER: Final = 2
+_LINE_INTERVAL: Final = 0.2  # seconds between two states of the line that tells the progress
+_LONGEST_PATH: Final = 60  # letters of a path in it
 _HANDLERS: Final = 1000  # most events that wait at once
 
 _log = logging.getLogger(__name__)
@@ -314,3 +317,64 @@ def summary(options: FetchOptions, totals: Totals, seconds: float) -> str:
     if totals.denied:
         parts.append(f"{totals.denied:,} accesses refused")
     return f"served {shown(options.destination)} for {seconds:.1f} s: {', '.join(parts)}"
+
+
+def say_ready() -> None:
+    """Send READY=1 to the service manager (sd_notify(3), Type=notify of systemd.service(5)).
+
+    Does nothing without NOTIFY_SOCKET, or if the manager does not listen.
+    """
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as speaker, suppress(OSError):
+        speaker.setblocking(False)
+        speaker.sendto(b"READY=1", "\0" + address[1:] if address[0] == "@" else address)
+
+
+async def show_progress(fetcher: Fetcher) -> None:
+    """Keep the line up to date until the terminal fails. Returns at once if stderr is no terminal."""
+    if not sys.stderr.isatty():
+        return
+    meter = Meter(fetcher)
+    with passed_over("no more is shown of how far it is", _log), Progress(meter.line) as progress:
+        while True:
+            progress.tick()
+            await trio.sleep(_LINE_INTERVAL)
+
+
+class Meter:
+    """Makes the line; keeps the values that it needs for the rate."""
+
+    def __init__(self, fetcher: Fetcher) -> None:
+        self._fetcher = fetcher
+        self._seconds = 0.0
+        self._fetched = 0
+        self._rate = 0.0
+
+    def line(self, seconds: float) -> str:
+        """The line after `seconds` of the run."""
+        totals = self._fetcher.totals
+        if seconds > self._seconds:
+            rate = (totals.fetched - self._fetched) / (seconds - self._seconds)
+            self._rate = rate if not self._rate else 0.7 * self._rate + 0.3 * rate
+            self._seconds, self._fetched = seconds, totals.fetched
+        text = f"{size_text(totals.fetched)} fetched"
+        if not self._fetcher.under_way:
+            return f"{text}, nothing under way"
+        text += f", {size_text(round(self._rate))}/s, {len(self._fetcher.under_way):,} requests under way"
+        file = next(iter(self._fetcher.under_way.values()))
+        share = 100 * file.resident // file.size if file.size else 100
+        path = shown(file.path)
+        return f"{text}: {path if len(path) <= _LONGEST_PATH else '...' + path[-_LONGEST_PATH:]} ({share} %)"
+
+
+class StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Logs to the present sys.stderr. The changing line replaces sys.stderr, so that log lines do not end up in the middle of it."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> object:
+        return sys.stderr

@@ -20,7 +20,7 @@ from fusehsm.linux.signals import Interrupted, signals_held
 from fusehsm.linux.subprocesses import own_command, own_environment
 from fusehsm.mount import unmount
 from fusehsm.text import shown
-from fusehsm.tier.fetch.errors import in_a_line
+from fusehsm.tier.fetch.failures import in_a_line
 from fusehsm.tier.populate.lock import locked
 
 _REFUSING: Final = (

@@ -10,9 +10,9 @@ import trio
 
 from fusehsm.linux import syscalls
 from fusehsm.linux.beneath import directories, open_beneath
-from fusehsm.tier.fetch.errors import passed_over
+from fusehsm.tier.fetch.failures import passed_over
 from fusehsm.tier.fetch.handler import Fetcher
-from fusehsm.tier.stubs.identity import Key, key_of
+from fusehsm.tier.stubs.mark import Key, key_of
 from fusehsm.tier.stubs.stub import StubFile
 
 INTERVAL: Final = 5.0  # seconds

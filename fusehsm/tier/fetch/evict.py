@@ -1,10 +1,14 @@
-"""Eviction: punches content that the store has as well, while no process has the file open."""
+"""Eviction: punches content that the store has as well, while no process has the file open.
+
+`fusehsm evict`, `fusehsm pin` and `fusehsm unpin` ask a running fetch for it.
+"""
 
 import errno
 import logging
 import math
 import os
 import select
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -28,13 +32,16 @@ from fusehsm.fanotify.abi import (
     FAN_MODIFY,
 )
 from fusehsm.linux.beneath import open_beneath
+from fusehsm.text import shown
 from fusehsm.tier.fetch.catalog import where
 from fusehsm.tier.fetch.destination import Destination
-from fusehsm.tier.fetch.errors import in_a_line, passed_over
+from fusehsm.tier.fetch.failures import in_a_line, passed_over
 from fusehsm.tier.fetch.handler import Fetcher, Served
 from fusehsm.tier.fetch.inventory import Item, items
-from fusehsm.tier.stubs.identity import Key, key_of
+from fusehsm.tier.fetch.protocol import Evict, Pin, found
+from fusehsm.tier.stubs.mark import Key, key_of
 from fusehsm.tier.stubs.stub import StubFile
+from fusehsm.tier.text import parse_seconds, parse_size, size_text
 
 _ADD = FAN_MARK_ADD | FAN_MARK_IGNORED_MASK | FAN_MARK_IGNORED_SURV_MODIFY | FAN_MARK_EVICTABLE
 _LOOKS: Final = 1000  # checks for events, a millisecond each
@@ -261,3 +268,65 @@ def kept_text(outcome: Outcome) -> str:
         ", ".join(f"{count:,} {reason.value}" for reason, count in outcome.kept.items())
         or "all of it is on its way"
     )
+
+
+def evict(paths: Sequence[str], *, older_than: str | None, free: str | None) -> int:
+    """Evict the files at or below the paths, and print a summary. `older_than`, `free`: texts of the options.
+
+    Returns the exit code: 1 if a named file stays, if less became free than `free`, or after an error. Raises ValueError for bad usage, OSError
+    ENOENT if a path does not exist, ENOTCONN if no fetch serves it.
+    """
+    seconds = None if older_than is None else parse_seconds("--older-than", older_than)
+    wanted = None if free is None else parse_size("--free", free)
+    counts: Counter[str] = Counter()
+    failed = False
+    for path in paths:
+        left = None if wanted is None else max(wanted - counts["freed"], 0)
+        fetch = found(path)
+        where, root = fetch.path, fetch.root
+        *lines, result = fetch.ask(Evict(where, seconds, left))
+        for line in lines:
+            _complain(os.path.join(root, str(line["path"])), str(line["why"]))
+        counts.update({name: int(count) for name, count in result.items()})
+        failed |= bool(lines)
+        if os.path.isfile(path) and (why := _why(result)):
+            _complain(path, why)
+            failed = True
+    kept = ", ".join(f"{counts[k.name.lower()]:,} {k.value}" for k in Kept if counts[k.name.lower()])
+    print(
+        f"evicted {counts['evicted']:,} files, {size_text(counts['freed'])} freed"
+        + (f"; stay: {kept}" if kept else "")
+    )
+    if wanted is not None and counts["freed"] < wanted:
+        _complain("--free", f"no more than {size_text(counts['freed'])} could be freed")
+        failed = True
+    return int(failed)
+
+
+def pin(paths: Sequence[str], *, pinned: bool) -> int:
+    """Pin or unpin the files at or below the paths, and print a summary. Raises OSError as evict(). Returns 0."""
+    changed = 0
+    for path in paths:
+        fetch = found(path)
+        *_, result = fetch.ask(Pin(fetch.path, pinned))
+        changed += int(result["changed"])
+    print(f"{'pinned' if pinned else 'unpinned'} {changed:,} files")
+    return 0
+
+
+def _why(result: dict[str, int]) -> str:
+    for reason, why in _REASONS.items():
+        if result[reason.name.lower()]:
+            return why
+    return ""
+
+
+def _complain(path: str, why: str) -> None:
+    print(f"fusehsm: {shown(path)}: {why}", file=sys.stderr, flush=True)
+
+
+_REASONS = {
+    Kept.MODIFIED: "is modified: its content is nowhere else",
+    Kept.PINNED: "is pinned; `fusehsm unpin` it first",
+    Kept.IN_USE: "is in use; close it first (fuser shows by whom)",
+}

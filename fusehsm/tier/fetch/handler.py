@@ -27,13 +27,12 @@ from fusehsm.fanotify.abi import (
     FAN_MODIFY,
 )
 from fusehsm.linux.file_io import SharedDescriptor
-from fusehsm.tier.fetch.catalog import Catalog, Origin, below, where
+from fusehsm.tier.fetch.catalog import Catalog, Origin, below, suspicion, where
+from fusehsm.tier.fetch.failures import BackOff, RateLimiter
 from fusehsm.tier.fetch.readahead import Streams
-from fusehsm.tier.fetch.retry import BackOff, RateLimiter
-from fusehsm.tier.fetch.suspicion import suspicion
 from fusehsm.tier.stores.base import Store, StoreChanged, shorter
-from fusehsm.tier.stubs.extents import extents_of
-from fusehsm.tier.stubs.identity import Key, key_of
+from fusehsm.tier.stubs.content import extents_of
+from fusehsm.tier.stubs.mark import Key, key_of
 from fusehsm.tier.stubs.stub import InDoubt, StubFile
 
 _IGNORE = FAN_MARK_ADD | FAN_MARK_IGNORED_MASK | FAN_MARK_IGNORED_SURV_MODIFY | FAN_MARK_EVICTABLE
@@ -181,7 +180,7 @@ class Fetcher:
         nursery: trio.Nursery,
         touched: Callable[[str, int, int], None] | None = None,
     ) -> None:
-        """`destination`: the absolute path with which the events' paths begin; `place`: of the mount (tier/stubs/identity.py);
+        """`destination`: the absolute path with which the events' paths begin; `place`: of the mount (tier/stubs/mark.py);
         `touched(path, offset, end)`: called for each access, in bytes."""
         self.totals = Totals()
         self.group: Group | None = None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from fusehsm.linux.beneath import LIST, Descent, components, open_beneath
-from fusehsm.tier.stubs.identity import Key, key_of
+from fusehsm.tier.stubs.mark import Key, key_of
 from fusehsm.tier.stubs.stub import StubFile
 
 _FILE: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -46,7 +46,7 @@ def items(
     """The regular files at or below `path` ("": all), in byte order of the names; each inode once. No symbolic link is followed.
 
     `known`: finds the stubs that are served now. `left_out`: called with the error of each directory that cannot be read. `place`: of the mount
-    (tier/stubs/identity.py). Raises OSError ENOENT if `path` does not exist, ValueError for a path that leads elsewhere. Files that cannot be
+    (tier/stubs/mark.py). Raises OSError ENOENT if `path` does not exist, ValueError for a path that leads elsewhere. Files that cannot be
     opened are left out.
     """
     if path:

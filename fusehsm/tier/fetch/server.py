@@ -18,8 +18,8 @@ import trio
 from fusehsm.control.accept import serve_connections
 from fusehsm.control.socket import Peer
 from fusehsm.linux.beneath import open_beneath
-from fusehsm.tier.fetch.errors import in_a_line, passed_over
 from fusehsm.tier.fetch.evict import Evictor, Kept
+from fusehsm.tier.fetch.failures import in_a_line, passed_over
 from fusehsm.tier.fetch.handler import Fetcher
 from fusehsm.tier.fetch.inventory import Item
 from fusehsm.tier.fetch.protocol import (
@@ -34,7 +34,7 @@ from fusehsm.tier.fetch.protocol import (
     encode_lines,
     encode_result,
 )
-from fusehsm.tier.stubs.identity import key_of
+from fusehsm.tier.stubs.mark import key_of
 
 _MOST_CONNECTIONS: Final = 64
 _AFTER_TROUBLE: Final = 1.0  # seconds

@@ -11,9 +11,8 @@ from typing import Any
 from fusehsm.linux.mountinfo import mount_of
 from fusehsm.text import shown
 from fusehsm.tier.fetch.catalog import where
-from fusehsm.tier.fetch.client import find
 from fusehsm.tier.fetch.inventory import Item, items
-from fusehsm.tier.fetch.protocol import List
+from fusehsm.tier.fetch.protocol import List, find
 from fusehsm.tier.text import size_text
 
 

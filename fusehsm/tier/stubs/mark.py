@@ -1,4 +1,4 @@
-"""The mark of a stub: the extended attribute `user.fusehsm.stub` on the file itself.
+"""The mark of a stub: the extended attribute `user.fusehsm.stub` on the file itself, and the file's identity, independent of its name.
 
 The mark is an attribute, not a database beside the tree. An attribute is part of the inode: it is made, renamed, linked and removed together with
 the file, in the same transactions of the file system's journal. So no crash leaves one without the other, and `rm -r` or `mv` of a part of the tree
@@ -17,7 +17,7 @@ mark on a file with data means: filled, in part or wholly, from that version of 
 here. Mounts of fusehsm hide and refuse the attributes `user.fusehsm.*`; on the real kernel users see them.
 
 Every user who may write to a file may set its mark. With a forged mark, root's fetch could give that user a file that the user has no right to. So it
-does not believe every mark (tier/fetch/suspicion.py).
+does not believe every mark (tier/fetch/catalog.py).
 
 PENDING says that populate is about to change the size or time of a stub. If populate is killed in between, the file is still a stub.
 """
@@ -29,7 +29,10 @@ import os
 import struct
 from dataclasses import dataclass, replace
 from enum import IntFlag
+from pathlib import Path
 from typing import Final, Self
+
+from fusehsm.linux import syscalls
 
 NAME: Final = "user.fusehsm.stub"
 
@@ -38,6 +41,8 @@ _LAYOUT: Final = struct.Struct("<BBHIQQQ12s12s")
 _FORMAT: Final = 1
 _ALL_BITS: Final = (1 << 64) - 1  # a time may be before 1970 or after 2554; only equality is asked
 _FS_IOC_GETVERSION: Final = 0x80087601  # linux/fs.h
+
+Key = tuple[int, int, int]  # device, inode, generation
 
 
 class Flags(IntFlag):
@@ -152,3 +157,20 @@ def is_all_hole(fd: int) -> bool:
             raise
         return True
     return False
+
+
+def place_of(fd: int) -> bytes:
+    """A digest (8 bytes) of the boot and the mount. Before Linux 6.8 a mount has no unique number: the value is then random, and new at each call.
+
+    A record names the mount on which it was written. If the mount is another one now, data that was not synced may be lost.
+    """
+    mount = syscalls.unique_mount_id(fd)
+    if mount is None:
+        return os.urandom(8)
+    boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
+    return hashlib.blake2b(boot + mount.to_bytes(8, "little"), digest_size=8).digest()
+
+
+def key_of(fd: int, status: os.stat_result) -> Key:
+    """The key of an open file; `status` is its fstat(2)."""
+    return status.st_dev, status.st_ino, generation(fd)

@@ -3,7 +3,7 @@
 A block's bit is set after the block's content has been written, and before any access to the block goes on. A fetch that is killed in between leaves
 at most a block without a bit that has some right content. While fetch serves, only a fill writes to a block without a bit: every access waits for
 the bit first. So fetch puts content only into *holes* of blocks without a bit, never over data. Data in such a block is either the store's or in
-doubt (tier/stubs/residue.py).
+doubt (tier/stubs/content.py).
 
 A power cut loses bits, which is harmless, or the data of blocks with bits. For this reason SYNCED is set only after the data is on the disk. Without
 SYNCED, and on another mount than that of the record (`place`), a hole in a block with a bit counts as lost. Fetch fetches it again if the file is as

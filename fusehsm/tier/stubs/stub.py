@@ -7,10 +7,10 @@ On the real kernel only the file's times tell of a write through a mapping, and 
 writing, the file counts as modified.
 
 No listener can see the moment of a truncation: open(2) with O_TRUNC makes no pre-content event. A fill in the same moment must not make the file long
-again (tier/stubs/writer.py). If it may have done so, the file is in doubt from then on.
+again (tier/stubs/content.py). If it may have done so, the file is in doubt from then on.
 
 When a listener is killed, the kernel lets every waiting access go on. So a block without a bit may hold a user's write into a hole, with zeros around
-it. A fill compares the data that it finds there with the store's content (tier/stubs/residue.py).
+it. A fill compares the data that it finds there with the store's content (tier/stubs/content.py).
 """
 
 import errno
@@ -25,11 +25,19 @@ from typing import Self
 from fusehsm.linux import syscalls
 from fusehsm.tier.stubs import mark as stub_mark
 from fusehsm.tier.stubs import record as residency
-from fusehsm.tier.stubs.extents import extents_of, holes
+from fusehsm.tier.stubs.content import (
+    Residue,
+    doubtful,
+    extents_of,
+    forget_clean_pages,
+    holes,
+    may_have_grown_to,
+    residue,
+    unfilled,
+    write_without_growing,
+)
 from fusehsm.tier.stubs.mark import StubMark
 from fusehsm.tier.stubs.record import Blocks, Flags, Record, block_size_for, digest_of
-from fusehsm.tier.stubs.residue import Residue, doubtful, forget_clean_pages, residue, unfilled
-from fusehsm.tier.stubs.writer import may_have_grown_to, write_without_growing
 
 PINNED = "user.fusehsm.pinned"
 _CAPABILITIES = "security.capability"
@@ -71,7 +79,7 @@ class StubFile:
     def __init__(
         self, mark: StubMark, status: os.stat_result, path: str, place: bytes, block_size: int
     ) -> None:
-        """`status`: the file's fstat(2); `path`: below the destination; `place`: of the mount (tier/stubs/identity.py); `block_size`: bytes."""
+        """`status`: the file's fstat(2); `path`: below the destination; `place`: of the mount (tier/stubs/mark.py); `block_size`: bytes."""
         self.mark = mark
         # The last path at which the file was seen, below the destination.
         self.path = path
@@ -113,7 +121,7 @@ class StubFile:
     def recover(cls, fd: int, path: str, place: bytes, block_size: int) -> Self | None:
         """The stub with its state from mark and record; None if the file is neither a stub nor a filled one, but a user's own.
 
-        `place`: of the mount (tier/stubs/identity.py); `block_size`: bytes, for files without a record. Raises OSError EIO if populate has not
+        `place`: of the mount (tier/stubs/mark.py); `block_size`: bytes, for files without a record. Raises OSError EIO if populate has not
         finished the stub.
         """
         mark = stub_mark.read(fd)

@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 
-from fusehsm.tier.stubs.identity import place_of
+from fusehsm.tier.stubs.mark import place_of
 from fusehsm.tier.stubs.stub import StubFile
 
 CALLS = {"os.setxattr", "os.utime", "os.removexattr"}

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fusehsm.tier.fetch.client import found
-from fusehsm.tier.fetch.protocol import Evict, encode_request
+from fusehsm.tier.fetch.protocol import Evict, encode_request, found
 from tests.support import harness
 from tests.support.tier.fetching import clear, fetching, is_mounted, run
 from tests.support.tier.populated import plant

@@ -15,11 +15,10 @@ import pytest
 from fusehsm.linux import syscalls
 from fusehsm.tier.stubs import mark as stub_mark
 from fusehsm.tier.stubs import record as residency
-from fusehsm.tier.stubs.identity import place_of
-from fusehsm.tier.stubs.mark import StubMark
+from fusehsm.tier.stubs.content import may_have_grown_to, write_without_growing
+from fusehsm.tier.stubs.mark import StubMark, place_of
 from fusehsm.tier.stubs.record import Flags
 from fusehsm.tier.stubs.stub import InDoubt, StubFile
-from fusehsm.tier.stubs.writer import may_have_grown_to, write_without_growing
 from tests.support import harness
 from tests.support.requirements import require_root
 from tests.support.tier.populated import plant
