@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fusehsm.conform.accessor import Accessor, Zygote
-from fusehsm.conform.ext4 import ext4_image
+from fusehsm.conform.sides import ext4_image
 from tests.support import engines, harness, leftovers, tiers
 from tests.support.harness import Guardian, Mount
 from tests.support.kernel_and_mount import World

@@ -13,11 +13,9 @@ from rich.markup import escape
 
 from fusehsm.conform.accessor import Zygote
 from fusehsm.conform.divergences import applying
-from fusehsm.conform.ext4 import ext4_image
 from fusehsm.conform.perform import Comparison, Performer, Verdict
-from fusehsm.conform.recording import SHIPPED, Recording
-from fusehsm.conform.sides import NoKernelEvents, Side, emulated_side, kernel_side
-from fusehsm.conform.stream import ended_early, to_json
+from fusehsm.conform.sides import NoKernelEvents, Side, emulated_side, ext4_image, kernel_side
+from fusehsm.conform.stream import SHIPPED, Recording, ended_early, to_json
 from fusehsm.conform.workload import Workload
 from fusehsm.conform.workloads import WORKLOADS, chosen
 from fusehsm.engines.choice import ENGINES, resolved

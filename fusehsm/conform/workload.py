@@ -14,7 +14,7 @@ _KNOWN = frozenset(entry.name for entry in DIVERGENCES)
 class Workload:
     """A small program that runs in the same way on both sides."""
 
-    #: The module's family, the first part of the key.
+    #: The family, the first part of the key.
     family: str
     #: The name in the family. It is a key of recordings, so it stays.
     name: str

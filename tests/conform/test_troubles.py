@@ -16,10 +16,9 @@ import trio
 from fusehsm.conform import command
 from fusehsm.conform.accessor import Zygote
 from fusehsm.conform.perform import Comparison, Performer
-from fusehsm.conform.recording import Recording
 from fusehsm.conform.scene import Scene
 from fusehsm.conform.sides import Emulator, NoKernelEvents, Side, emulated_side, kernel_side
-from fusehsm.conform.stream import UNFINISHED, Did, Heard, Stream, lines
+from fusehsm.conform.stream import UNFINISHED, Did, Heard, Recording, Stream, lines
 from fusehsm.conform.workload import Workload, one_call
 from fusehsm.conform.workloads import WORKLOADS, chosen
 from fusehsm.daemon.child import ForegroundMount

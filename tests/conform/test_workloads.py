@@ -12,13 +12,14 @@ from fusehsm.conform import command
 from fusehsm.conform.accessor import Zygote
 from fusehsm.conform.divergences import applying
 from fusehsm.conform.perform import Comparison, Performer, Verdict
-from fusehsm.conform.recording import SHIPPED, Recording
 from fusehsm.conform.scene import Scene
 from fusehsm.conform.sides import Side, emulated_side, kernel_side
 from fusehsm.conform.stream import (
+    SHIPPED,
     UNFINISHED,
     Did,
     Heard,
+    Recording,
     Stream,
     arranged,
     ended_early,

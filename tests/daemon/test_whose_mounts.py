@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fusehsm.conform.accessor import Accessor
-from fusehsm.conform.ext4 import ext4_image
+from fusehsm.conform.sides import ext4_image
 from fusehsm.linux.mountinfo import MountId, id_at, id_of, read_mounts
 from fusehsm.linux.syscalls import MNT_DETACH, umount2
 from tests.conftest import MakeMount

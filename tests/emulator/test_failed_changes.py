@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from fusehsm.conform.ext4 import ext4_image
+from fusehsm.conform.sides import ext4_image
 from tests.conftest import POSIX_WORLDS, MakeMount
 from tests.support.engines import diverges
 from tests.support.harness import NOBODY, Mount, start

@@ -17,7 +17,7 @@ import trio
 from fusehsm.backends.emulated import EmulatedGroup
 from fusehsm.backends.opening import DEFAULT_EVENT_F_FLAGS, DEFAULT_FLAGS, open_group
 from fusehsm.conform.accessor import Accessor, PendingCall
-from fusehsm.conform.ext4 import ext4_image
+from fusehsm.conform.sides import ext4_image
 from fusehsm.control.socket import connect
 from fusehsm.fanotify.abi import (
     FAN_MARK_ADD,

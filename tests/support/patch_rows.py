@@ -23,8 +23,7 @@ from fusehsm.conform.workloads.reading import (
     read_through_duplicate,
     readv,
 )
-from fusehsm.conform.workloads.truncating import ftruncate, truncate
-from fusehsm.conform.workloads.writing import pwrite_only, pwritev, write_on
+from fusehsm.conform.workloads.writing import ftruncate, pwrite_only, pwritev, truncate, write_on
 from tests.support.kernel_and_mount import CONTENT, MIB, PAGE, SIZE, A, Expected, Failed, O, P, Row, bytes_at
 
 DO_OPEN = "03, fs/namei.c, do_open"

@@ -1,17 +1,14 @@
-"""All workloads, by family. A new workload goes into the list at the end of its family's module."""
+"""All workloads, by family. A new workload goes into the list of its family at the end of a module."""
 
 from collections.abc import Sequence
 from fnmatch import fnmatch
 
 from fusehsm.conform.workload import Workload
 from fusehsm.conform.workloads import (
-    aio,
-    allocating,
+    async_io,
     calls,
     copying,
     denying,
-    dying,
-    executing,
     groups,
     mapping,
     marks,
@@ -21,34 +18,27 @@ from fusehsm.conform.workloads import (
     processes,
     programs,
     reading,
-    truncating,
-    uring,
     writing,
 )
 
-_FAMILIES = (
+_MODULES = (
     opening,
     reading,
     writing,
-    truncating,
-    allocating,
     copying,
     mapping,
     names,
-    executing,
     processes,
     denying,
     marks,
     groups,
-    dying,
     calls,
     notifying,
-    aio,
-    uring,
+    async_io,
     programs,
 )
 
-WORKLOADS: tuple[Workload, ...] = tuple(workload for family in _FAMILIES for workload in family.WORKLOADS)
+WORKLOADS: tuple[Workload, ...] = tuple(workload for module in _MODULES for workload in module.WORKLOADS)
 
 
 def chosen(patterns: Sequence[str]) -> list[Workload]:

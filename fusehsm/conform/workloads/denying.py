@@ -22,7 +22,7 @@ from fusehsm.conform.scene import (
     Scene,
 )
 from fusehsm.conform.workload import Workload
-from fusehsm.conform.workloads import aio, allocating, opening, uring
+from fusehsm.conform.workloads import async_io, opening, writing
 from fusehsm.fanotify.abi import FAN_CLASS_CONTENT, FAN_CLOEXEC, FAN_ONDIR
 
 ANSWERS = (PLAIN_DENY, *sorted(number for number in DIALECT.deny_errnos if number))
@@ -313,20 +313,20 @@ WORKLOADS = [
     row("a direct read", ACCESS, read_direct),
     row("pwritev", PRE, pwritev),
     row("write", PRE, write),
-    row("io_submit's PREAD", PRE, aio.submit, [(aio.PREAD, 5000, 100)], differs=PIECES),
-    row("io_submit's PREAD", ACCESS, aio.submit, [(aio.PREAD, 5000, 100)], differs=PIECES),
-    row("io_submit's PWRITE", PRE, aio.submit, [(aio.PWRITE, 5000, 100)], differs=PIECES),
-    row("io_uring's READ", PRE, uring.submit, uring.READ, 5000, 100, steps=BUT_EAGAIN),
-    row("io_uring's READ", ACCESS, uring.submit, uring.READ, 5000, 100, steps=BUT_EAGAIN),
-    row("io_uring's WRITE", PRE, uring.submit, uring.WRITE, 5000, 100, steps=BUT_EAGAIN),
+    row("io_submit's PREAD", PRE, async_io.submit_requests, [(async_io.PREAD, 5000, 100)], differs=PIECES),
+    row("io_submit's PREAD", ACCESS, async_io.submit_requests, [(async_io.PREAD, 5000, 100)], differs=PIECES),
+    row("io_submit's PWRITE", PRE, async_io.submit_requests, [(async_io.PWRITE, 5000, 100)], differs=PIECES),
+    row("io_uring's READ", PRE, async_io.submit_entry, async_io.READ, 5000, 100, steps=BUT_EAGAIN),
+    row("io_uring's READ", ACCESS, async_io.submit_entry, async_io.READ, 5000, 100, steps=BUT_EAGAIN),
+    row("io_uring's WRITE", PRE, async_io.submit_entry, async_io.WRITE, 5000, 100, steps=BUT_EAGAIN),
     row(
-        *("io_uring's READ, with EAGAIN", PRE, uring.submit, uring.READ, 5000, 100),
+        *("io_uring's READ, with EAGAIN", PRE, async_io.submit_entry, async_io.READ, 5000, 100),
         steps=(errno.EAGAIN,),
         times=5,
         differs="EAGAIN for io_uring",
     ),
-    row("io_uring's FTRUNCATE", PRE, uring.submit, uring.FTRUNCATE, 5000, 0),
-    row("io_uring's OPENAT", OPEN, uring.submit, uring.OPENAT, 0, 0, skip=1),
+    row("io_uring's FTRUNCATE", PRE, async_io.submit_entry, async_io.FTRUNCATE, 5000, 0),
+    row("io_uring's OPENAT", OPEN, async_io.submit_entry, async_io.OPENAT, 0, 0, skip=1),
     row("pwrite", PRE, pwrite, 100, 0),
     row("a large pwrite", PRE, pwrite, 3 * MIB, 0),
     row("an appending pwrite", PRE, pwrite, 100, os.O_APPEND),
@@ -334,7 +334,7 @@ WORKLOADS = [
     row("ftruncate", PRE, ftruncate),
     row("fallocate", PRE, fallocate, differs="fallocate"),
     *(
-        row(f"fallocate of {name}", PRE, allocating.fallocate, mode, 5000, 9000, differs="fallocate")
+        row(f"fallocate of {name}", PRE, writing.fallocate, mode, 5000, 9000, differs="fallocate")
         for name, mode in {"a hole": 3, "zeros": 0x10, "what the size does not count": 1}.items()
     ),
     row("sendfile", PRE, send),

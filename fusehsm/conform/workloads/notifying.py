@@ -17,14 +17,11 @@ from fusehsm.conform.scene import (
 )
 from fusehsm.conform.workload import Workload
 from fusehsm.conform.workloads import (
-    allocating,
     copying,
-    executing,
     mapping,
     opening,
     processes,
     reading,
-    truncating,
     writing,
 )
 from fusehsm.fanotify.abi import (
@@ -162,9 +159,9 @@ WORKLOADS = [
     row("a large pwrite", writing.pwrite_only, 3 * MIB, 5),
     row("append", writing.write_on, [10, 20], os.O_APPEND),
     row("write and read", writing.write_and_read),
-    row("truncate", truncating.truncate, 5000),
-    row("ftruncate", truncating.ftruncate, 5000),
-    row("fallocate", allocating.fallocate, 0, 5000, 100, differs="fallocate"),
+    row("truncate", writing.truncate, 5000),
+    row("ftruncate", writing.ftruncate, 5000),
+    row("fallocate", writing.fallocate, 0, 5000, 100, differs="fallocate"),
     row("sendfile", copying.send, 100, 1000),
     row("sendfile to a file", copying.send_to_file, 20000),
     row("copy_file_range", copying.copy_range, 5000, 100, 5000, "other"),
@@ -177,7 +174,7 @@ WORKLOADS = [
         flags=NOTIF_GROUP | FAN_REPORT_TID,
     ),
     row("a child", processes.read_in_child, 100, differs=("pid", "who closes")),
-    row("a program", executing.execute, make=program),
+    row("a program", processes.execute, make=program),
     row("names and attributes", opening.do_nothing_to_open_file),
     row(
         "a directory",

@@ -1,4 +1,4 @@
-"""Ways to write a file."""
+"""Ways to write a file, to truncate it, and fallocate(2) in all modes."""
 
 import ctypes
 import mmap
@@ -9,10 +9,12 @@ import threading
 from functools import partial
 
 from fusehsm.conform.accessor_worker import libc
-from fusehsm.conform.scene import MIB, PAGE
+from fusehsm.conform.scene import MIB, PAGE, SIZE
 from fusehsm.conform.workload import one_call
 
 row = partial(one_call, "writing")
+truncated = partial(one_call, "truncating")
+allocated = partial(one_call, "allocating", differs="fallocate")
 
 # These functions run in an accessor. They can use the names that accessor_worker.py gives them, and no others of this module.
 
@@ -109,7 +111,7 @@ def write_beyond_the_limit(path: str) -> int:
 
 
 APPEND = os.O_APPEND
-WORKLOADS = [
+WRITING = [
     *(
         row(f"pwrite {count}@{offset}", pwrite_only, count, offset)
         for count, offset in (
@@ -161,3 +163,85 @@ WORKLOADS = [
     row("nothing", write_nothing, differs="empty reads and writes"),
     row("beyond RLIMIT_FSIZE", write_beyond_the_limit, differs="calls that fail"),
 ]
+
+
+def truncate(path: str, size: int) -> int:
+    os.truncate(path, size)
+    return os.stat(path).st_size
+
+
+def ftruncate(path: str, size: int, flags: int = os.O_RDWR) -> int:
+    descriptor = os.open(path, flags)
+    os.ftruncate(descriptor, size)
+    return os.fstat(descriptor).st_size
+
+
+TRUNCATING = [
+    *(
+        truncated(f"{act.__name__} to {size}", act, size)
+        for size in (0, 100, PAGE, 5000, SIZE, 30000, MIB)
+        for act in (truncate, ftruncate)
+    ),
+    truncated("truncate to -1", truncate, -1),
+    truncated("truncate of what is empty", truncate, 0, size=0),
+    truncated("ftruncate of what is open for reading", ftruncate, 5, os.O_RDONLY),
+    truncated("ftruncate of what appends", ftruncate, 5000, os.O_WRONLY | os.O_APPEND),
+]
+
+
+def fallocate(path: str, mode: int, offset: int, length: int, flags: int = os.O_RDWR) -> int:
+    descriptor = os.open(path, flags)
+    if libc.fallocate(descriptor, mode, ctypes.c_int64(offset), ctypes.c_int64(length)):
+        raise OSError(ctypes.get_errno(), "fallocate")
+    return os.fstat(descriptor).st_size
+
+
+def posix_fallocate(path: str, offset: int, length: int) -> int:
+    descriptor = os.open(path, os.O_RDWR)
+    os.posix_fallocate(descriptor, offset, length)
+    return os.fstat(descriptor).st_size
+
+
+def allocate_in_child(path: str) -> int:
+    descriptor = os.open(path, os.O_RDWR)
+    child = os.fork()
+    if child == 0:
+        os._exit(libc.fallocate(descriptor, 0, ctypes.c_int64(5000), ctypes.c_int64(100)) != 0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+MODES = ("fallocate", "fallocate modes")
+KEEP, PUNCH, COLLAPSE, ZERO, INSERT, UNSHARE = 1, 2, 8, 0x10, 0x20, 0x40  # linux/falloc.h
+ALLOCATING = [
+    allocated("within", fallocate, 0, 5000, 100),
+    allocated("beyond the end", fallocate, 0, 5000, 95000),
+    allocated("far beyond the end", fallocate, 0, MIB, 100),
+    allocated("large", fallocate, 0, 100, 3 * MIB),
+    allocated("keeping the size", fallocate, KEEP, 5000, 95000),
+    allocated("a hole", fallocate, PUNCH | KEEP, PAGE, 2 * PAGE),
+    allocated("a hole in odd places", fallocate, PUNCH | KEEP, 5000, 9000),
+    allocated("a hole to beyond the end", fallocate, PUNCH | KEEP, 2 * PAGE, MIB),
+    allocated("a hole at the end", fallocate, PUNCH | KEEP, SIZE, PAGE),
+    allocated("zeros", fallocate, ZERO, 5000, 9000),
+    allocated("zeros beyond the end", fallocate, ZERO, 19000, 9000),
+    allocated("zeros keeping the size", fallocate, ZERO | KEEP, 19000, 9000),
+    allocated("collapse", fallocate, COLLAPSE, PAGE, PAGE, differs=MODES),
+    allocated("insert", fallocate, INSERT, PAGE, PAGE, differs=MODES),
+    allocated("unshare", fallocate, UNSHARE, PAGE, PAGE, differs=MODES),
+    allocated("zeros on the device", fallocate, 0x80, PAGE, PAGE, differs=("fallocate", "calls that fail")),
+    allocated("zeros on the device, keeping the size", fallocate, 0x80 | KEEP, PAGE, PAGE, differs=()),
+    allocated("collapse to the end", fallocate, COLLAPSE, PAGE, 10 * PAGE, differs=MODES),
+    allocated("insert beyond the end", fallocate, INSERT, 10 * PAGE, PAGE, differs=MODES),
+    allocated("collapse in odd places", fallocate, COLLAPSE, 100, PAGE, differs=MODES),
+    allocated("what appends", fallocate, 0, 5000, 95000, os.O_WRONLY | os.O_APPEND),
+    allocated("a hole without keeping the size", fallocate, PUNCH, 0, PAGE, differs=()),
+    allocated("an unknown mode", fallocate, 0x1000, 0, PAGE, differs=()),
+    allocated("nothing", fallocate, 0, 0, 0, differs=()),
+    allocated("less than nothing", fallocate, 0, 0, -1, differs=()),
+    allocated("at a negative place", fallocate, 0, -1, PAGE, differs=()),
+    allocated("more than can be", fallocate, 0, 2**63 - 10, 100, differs=("fallocate", "calls that fail")),
+    allocated("what is open for reading", fallocate, 0, 0, PAGE, os.O_RDONLY, differs=()),
+    allocated("posix_fallocate", posix_fallocate, 5000, 95000),
+    allocated("in a child", allocate_in_child),
+]
+WORKLOADS = [*WRITING, *TRUNCATING, *ALLOCATING]

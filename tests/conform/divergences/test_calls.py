@@ -8,7 +8,7 @@ import os
 import pytest
 
 from fusehsm.conform.accessor import Accessor
-from fusehsm.conform.workloads import aio, uring
+from fusehsm.conform.workloads import async_io
 from tests.conform.divergences.sides import PAGE, SIZE, Side, covers
 from tests.conftest import MakeAccessor
 from tests.support.async_listener import HOLD
@@ -202,7 +202,9 @@ async def test_requests_submitted_together(kernel: Side, exact: Side, accessor: 
     for side in (kernel, exact):
         path = side.file("together")
         async with side.listening(answer=lambda event: HOLD) as listener:
-            call = accessor.start(aio.submit, path, [(aio.PREAD, 0, 100), (aio.PREAD, 2 * PAGE, 100)])
+            call = accessor.start(
+                async_io.submit_requests, path, [(async_io.PREAD, 0, 100), (async_io.PREAD, 2 * PAGE, 100)]
+            )
             if side is kernel:
                 # The second is asked for when the first has been answered.
                 await listener.wait_for(1)
@@ -216,8 +218,11 @@ async def test_asynchronous_requests(kernel: Side, exact: Side, accessor: Access
     much = 3 << 20
     for side in (kernel, exact):
         path = side.file("asynchronous", 4 << 20)
-        for act, opcode in ((aio.submit, aio.PREAD), (uring.submit, uring.READ)):
-            arguments = ([(opcode, 0, much)],) if act is aio.submit else (opcode, 0, much)
+        for act, opcode in (
+            (async_io.submit_requests, async_io.PREAD),
+            (async_io.submit_entry, async_io.READ),
+        ):
+            arguments = ([(opcode, 0, much)],) if act is async_io.submit_requests else (opcode, 0, much)
             async with side.listening() as listener:
                 *_, data = await accessor.run(act, path, *arguments)
                 assert data == bytes(much)
@@ -225,16 +230,18 @@ async def test_asynchronous_requests(kernel: Side, exact: Side, accessor: Access
                 assert (heard == [("PRE_ACCESS", 0, much)]) is (side is kernel)
                 assert all(covers(heard, at, PAGE) for at in range(0, much, PAGE))
         async with side.listening() as listener:
-            await accessor.run(aio.submit, path, [(aio.PWRITE, 0, 100)], os.O_WRONLY | os.O_APPEND)
+            await accessor.run(
+                async_io.submit_requests, path, [(async_io.PWRITE, 0, 100)], os.O_WRONLY | os.O_APPEND
+            )
             at = 0 if side is kernel else 4 << 20
             assert listener.briefly() == [("PRE_ACCESS", at, PAGE)]
         async with side.listening(answer=lambda event: errno.EIO):
             if side is kernel:
                 with pytest.raises(OSError) as caught:
-                    await accessor.run(aio.submit, path, [(aio.PREAD, 0, 100)])
+                    await accessor.run(async_io.submit_requests, path, [(async_io.PREAD, 0, 100)])
                 assert caught.value.errno == errno.EIO
             else:
-                failed = await accessor.run(aio.submit, path, [(aio.PREAD, 0, 100)])
+                failed = await accessor.run(async_io.submit_requests, path, [(async_io.PREAD, 0, 100)])
                 assert failed == (1, [(0, -errno.EIO)], b"")
 
 
@@ -243,7 +250,7 @@ async def test_eagain_for_io_uring(kernel: Side, exact: Side, make_accessor: Mak
         path = side.file("again")
         accessor = make_accessor()
         async with side.listening(answer=lambda event: errno.EAGAIN) as listener:
-            call = accessor.start(uring.submit, path, uring.READ, 0, 100)
+            call = accessor.start(async_io.submit_entry, path, async_io.READ, 0, 100)
             if side is kernel:
                 assert (await call.wait())[0] == -errno.EAGAIN
                 assert len(listener.briefly()) == 2

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from fusehsm.conform.ext4 import ext4_image
+from fusehsm.conform.sides import ext4_image
 from fusehsm.control import socket as control_socket
 from fusehsm.linux.mountinfo import read_mounts
 from fusehsm.tier.populate.create import Planter

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fusehsm.conform.ext4 import ext4_image
+from fusehsm.conform.sides import ext4_image
 from fusehsm.tier.stubs.mark import place_of
 from fusehsm.tier.stubs.stub import StubFile
 from tests.support.requirements import require_root
