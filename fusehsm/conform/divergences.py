@@ -353,6 +353,23 @@ DIVERGENCES: Final = (
     ),
     Divergence(
         topic=Topic.CALLS,
+        name="ioctls of files",
+        difference="ioctl(2) of a file or directory fails with ENOTTY, also that of `lsattr` and `chattr`.",
+        reason="pyfuse3 has no handler for it.",
+        safe="Nothing is changed, and no content is touched.",
+        test="test_ioctls_of_files",
+        engines=("pyfuse3",),
+    ),
+    Divergence(
+        topic=Topic.CALLS,
+        name="maps of extents",
+        difference="ioctl(2) with FS_IOC_FIEMAP fails with EOPNOTSUPP.",
+        reason="It does not reach a FUSE server.",
+        safe="Programs that look for holes in this way read everything instead.",
+        test="test_maps_of_extents",
+    ),
+    Divergence(
+        topic=Topic.CALLS,
         name="fallocate",
         difference="fallocate(2) fails with EOPNOTSUPP, and posix_fallocate(3) writes instead.",
         reason="pyfuse3 has no handler for it.",

@@ -114,6 +114,10 @@ class AttributeCache:
         if node.id in self._mtimes:
             self._mtimes[node.id] = status.st_mtime_ns
 
+    async def changed(self, node: Node) -> None:
+        """An accessor has changed attributes of which the kernel does not know."""
+        await self._stale.inval_attributes(node)
+
     # Events
 
     async def asking(self, node: Node, question: Coroutine[Any, Any, _Result]) -> _Result:

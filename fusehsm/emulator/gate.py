@@ -271,6 +271,13 @@ class Gate:
             await self.content.modified(node)
         return await self._open_armed(access, subject, node, flags, descriptor, armed, uid)
 
+    def open_for_ioctl(self, node: Node, flags: int, tid: int, uid: int) -> OpenFile[Node]:
+        """Open a node for an ioctl(2) of a file that is open already: the kernel does so for itself, and no event is made. Raises OSError."""
+        descriptor = self.overlay.open(node, flags, uid)
+        file = self._opened(node, flags, descriptor, Armed.ALL, self._all_direct, tid, 0, uid)
+        file.silent = True
+        return file
+
     async def created(
         self, node: Node, flags: int, descriptor: int, tid: int, uid: int, *, unnamed: bool = False
     ) -> tuple[OpenFile[Node], bool]:
@@ -366,8 +373,8 @@ class Gate:
 
     def release(self, handle: int) -> None:
         """The kernel has released an open file: its last descriptor is closed, and it is mapped nowhere. Raises OSError EBADF."""
-        if self.listeners.notified & FAN_CLOSE:
-            file = self.handles.get(handle)
+        file = self.handles.get(handle)
+        if self.listeners.notified & FAN_CLOSE and not file.silent:
             pid, tid = file.closer or (file.pid or proc.process_of(file.tid), file.tid)
             access = Access(AccessKind.CLOSE, pid=pid, tid=tid, writable=_may_write(file.flags))
             # The file must still be open: it may have no name any more by which it could be opened for a listener.

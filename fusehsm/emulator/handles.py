@@ -110,6 +110,8 @@ class OpenFile(Generic[NodeT]):
     bypasses: bool = False
     #: Whether a listener is to be notified when it is closed.
     tells_closer: bool = False
+    #: Whether the kernel has opened it for itself. Then its open and its close make no event.
+    silent: bool = False
     #: The (process, thread) that has closed a descriptor of it last.
     closer: tuple[int, int] | None = None
 

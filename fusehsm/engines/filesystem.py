@@ -12,10 +12,12 @@ from typing import Final
 from fusehsm.emulator.gate import Gate
 from fusehsm.emulator.handles import OpenFile
 from fusehsm.events import AccessKind
+from fusehsm.overlay import ioctls
 from fusehsm.overlay.directory import DirectoryStream
 from fusehsm.overlay.overlay import RENAME_EXCHANGE, Caller, Node
 
 _SELINUX: Final = b"security.selinux"
+_NOBODY: Final = -1  # for a thread id
 
 Found = tuple[Node, os.stat_result]
 
@@ -26,6 +28,7 @@ class Filesystem:
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
         self._overlay = gate.overlay
+        # By handle: the stream, its node, and the thread that has opened it (_NOBODY: the kernel itself).
         self._directories: dict[int, tuple[DirectoryStream, Node, int]] = {}
         self._next_directory = 1
         self._has_selinux = os.path.isdir("/sys/fs/selinux")
@@ -105,16 +108,40 @@ class Filesystem:
                 raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP)) from None
             raise
 
+    async def ioctl(
+        self, node_id: int, handle: int, command: int, argument: bytes, gives: int, caller: Caller
+    ) -> bytes:
+        """ioctl(2) of a file, through an open file where there is one (`handle` not 0), or of a directory; returns the bytes that it gives.
+
+        `gives`: the most that its caller takes.
+        """
+        changes = ioctls.check(command, len(argument), gives)
+        node = self._overlay.node(node_id)
+        if handle:
+            with self._gate.handles.backing(self._gate.handles.get(handle)) as descriptor:
+                answer = ioctls.perform(descriptor, command, argument, caller)
+        else:
+            descriptor = self._overlay.open_for_event(node, os.O_RDONLY | os.O_NONBLOCK)
+            try:
+                answer = ioctls.perform(descriptor, command, argument, caller)
+            finally:
+                os.close(descriptor)
+        if changes:
+            await self._gate.attributes.changed(node)
+        return answer
+
     # Directories
 
-    async def opendir(self, node_id: int, tid: int) -> int:
-        """Open a directory; returns its handle."""
+    async def opendir(self, node_id: int, tid: int, *, silent: bool = False) -> int:
+        """Open a directory; returns its handle. `silent`: the kernel opens it for itself, and no event is made."""
         node = self._overlay.node(node_id)
-        await self._gate.open_directory(node, tid)
+        if not silent:
+            await self._gate.open_directory(node, tid)
         handle = self._next_directory
         self._next_directory += 1
-        self._directories[handle] = (self._overlay.opendir(node), node, tid)
-        self._gate.notify_of_directory(AccessKind.OPEN, node, tid)
+        self._directories[handle] = (self._overlay.opendir(node), node, _NOBODY if silent else tid)
+        if not silent:
+            self._gate.notify_of_directory(AccessKind.OPEN, node, tid)
         return handle
 
     async def readdir(self, handle: int, position: int, tid: int = 0) -> DirectoryStream:
@@ -135,7 +162,8 @@ class Filesystem:
     def releasedir(self, handle: int) -> None:
         """The kernel has closed a directory."""
         stream, node, opener = self._directory(handle)
-        self._gate.notify_of_directory(AccessKind.CLOSE, node, opener)
+        if opener != _NOBODY:
+            self._gate.notify_of_directory(AccessKind.CLOSE, node, opener)
         del self._directories[handle]
         stream.close()
 

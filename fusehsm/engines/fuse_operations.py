@@ -2,7 +2,7 @@
 
 A method of the table returns the answer's body, or a coroutine for it where the answer may wait for a listener or a disk. It raises OSError to
 answer with an errno, and struct.error or ValueError for a request that the kernel does not send. Opcodes without a method get ENOSYS. The
-kernel remembers that, and works without the request (POLL, BMAP, IOCTL), or does it by itself (file locks).
+kernel remembers that, and works without the request (POLL, BMAP), or does it by itself (file locks).
 """
 
 import errno
@@ -19,6 +19,7 @@ from fusehsm.engines import fuse_protocol as protocol
 from fusehsm.engines.cache_policy import CachePolicy
 from fusehsm.engines.filesystem import Filesystem, Found
 from fusehsm.engines.fuse_protocol import Attribute, Attributes, Init, Opcode, Request
+from fusehsm.linux import proc
 from fusehsm.overlay.directory import DirectoryStream
 from fusehsm.overlay.overlay import TIME_NOW, AttributeChanges, Caller, Node
 
@@ -94,6 +95,7 @@ class Operations:
             Opcode.READDIRPLUS: self.readdirplus,
             Opcode.RELEASEDIR: self.releasedir,
             Opcode.FSYNCDIR: self.fsyncdir,
+            Opcode.IOCTL: self.ioctl,
             Opcode.STATFS: self.statfs,
             Opcode.ACCESS: self.access,
             Opcode.SETXATTR: self.setxattr,
@@ -232,6 +234,18 @@ class Operations:
         found = await self._gate.set_attributes(node, changes, handle, self._caller(request))
         return protocol.attr_out(self._attributes(*found))
 
+    async def ioctl(self, request: Request) -> bytes:
+        handle, flags, command, _, takes, gives = protocol.IOCTL_IN.unpack_from(request.body)
+        answer = await self._filesystem.ioctl(
+            request.node_id,
+            0 if flags & protocol.IOCTL_DIR else handle,
+            command,
+            bytes(request.body[protocol.IOCTL_IN.size :][:takes]),
+            gives,
+            self._caller(request),
+        )
+        return protocol.IOCTL_OUT.pack(0, 0, 0, 0) + answer
+
     def statfs(self, request: Request) -> bytes:
         found = self._overlay.statfs()
         return protocol.STATFS_OUT.pack(
@@ -276,7 +290,10 @@ class Operations:
             raise _no_such_call()
         flags, _ = protocol.OPEN_IN.unpack_from(request.body)
         node = self._overlay.node(request.node_id)
-        file, keep_cache = await self._gate.open(node, flags, request.pid, request.uid)
+        if _is_for_ioctl(flags, request.pid):
+            file, keep_cache = self._gate.open_for_ioctl(node, flags, request.pid, request.uid), True
+        else:
+            file, keep_cache = await self._gate.open(node, flags, request.pid, request.uid)
         return self._opened(file, keep_cache=keep_cache)
 
     async def create(self, request: Request) -> bytes:
@@ -394,7 +411,10 @@ class Operations:
     async def opendir(self, request: Request) -> bytes:
         if not self._stateful_open and self.negotiated & Init.NO_OPENDIR_SUPPORT:
             raise _no_such_call()
-        return protocol.OPEN_OUT.pack(await self._filesystem.opendir(request.node_id, request.pid), 0, 0)
+        flags, _ = protocol.OPEN_IN.unpack_from(request.body)
+        silent = _is_for_ioctl(flags, request.pid)
+        handle = await self._filesystem.opendir(request.node_id, request.pid, silent=silent)
+        return protocol.OPEN_OUT.pack(handle, 0, 0)
 
     async def readdir(self, request: Request) -> bytes:
         return await self._entries(request, plus=False)
@@ -491,6 +511,14 @@ class Operations:
 def _no_such_call() -> OSError:
     """The error ENOSYS: the kernel stops sending that request for the whole connection."""
     return OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+
+def _is_for_ioctl(flags: int, tid: int) -> bool:
+    """Whether OPEN or OPENDIR is not for an open(2): the kernel opens an inode for itself in ioctl(2) (fuse_priv_ioctl_prepare()).
+
+    Then the request lacks O_LARGEFILE, which every open(2) of a 64-bit program has.
+    """
+    return not flags & protocol.O_LARGEFILE and proc.is_in_ioctl(tid)
 
 
 def _time(valid: int, given: Attribute, now: Attribute, seconds: int, nanoseconds: int) -> int | None:

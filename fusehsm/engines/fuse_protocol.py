@@ -5,6 +5,7 @@ Source: include/uapi/linux/fuse.h, protocol 7.31 (Linux 5.10 has 7.32) to 7.45. 
 
 import enum
 import os
+import platform
 import stat
 import struct
 from dataclasses import dataclass
@@ -114,6 +115,8 @@ class Attribute(enum.IntFlag):
     MTIME_NOW = 1 << 8
 
 
+#: The kernel's flag of open(2), which 64-bit C libraries do not show.
+O_LARGEFILE: Final = 0o400000 if platform.machine() == "aarch64" else 0o100000
 FOPEN_DIRECT_IO: Final = 1 << 0
 FOPEN_KEEP_CACHE: Final = 1 << 1
 FOPEN_CACHE_DIR: Final = 1 << 3
@@ -124,6 +127,7 @@ READ_LOCKOWNER: Final = 1 << 1  # the READ is for a call, not for the page cache
 WRITE_CACHE: Final = 1 << 0
 WRITE_KILL_SUIDGID: Final = 1 << 2
 FSYNC_FDATASYNC: Final = 1 << 0
+IOCTL_DIR: Final = 1 << 4
 
 NOTIFY_INVAL_INODE: Final = 2
 NOTIFY_INVAL_ENTRY: Final = 3
@@ -160,10 +164,12 @@ INTERRUPT_IN: Final = struct.Struct("=Q")
 FALLOCATE_IN: Final = struct.Struct("=QQQII")
 LSEEK_IN: Final = struct.Struct("=QqII")
 COPY_FILE_RANGE_IN: Final = struct.Struct("=7Q")
+IOCTL_IN: Final = struct.Struct("=QIIQII")  # fh, flags, cmd, arg, in_size, out_size
 STATX_IN: Final = struct.Struct("=IIQII")
 
 SIZE_OUT: Final = struct.Struct("=II")  # WRITE, GETXATTR's size, COPY_FILE_RANGE
 OFFSET_OUT: Final = struct.Struct("=Q")
+IOCTL_OUT: Final = struct.Struct("=iIII")
 OPEN_OUT: Final = struct.Struct("=QIi")
 STATFS_OUT: Final = struct.Struct("=5QIII28x")
 _ENTRY_OUT: Final = struct.Struct("=QQQQII")

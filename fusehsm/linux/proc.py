@@ -51,11 +51,12 @@ class _Numbers:
     copy_file_range: int
     fadvise64: int
     readahead: int
+    ioctl: int
 
 
 _NUMBERS = {
-    "x86_64": _Numbers(0, 17, 19, 295, 327, 1, 18, 20, 296, 328, 40, 275, 326, 221, 187),
-    "aarch64": _Numbers(63, 67, 65, 69, 286, 64, 68, 66, 70, 287, 71, 76, 285, 223, 213),
+    "x86_64": _Numbers(0, 17, 19, 295, 327, 1, 18, 20, 296, 328, 40, 275, 326, 221, 187, 16),
+    "aarch64": _Numbers(63, 67, 65, 69, 286, 64, 68, 66, 70, 287, 71, 76, 285, 223, 213, 29),
 }
 _HERE = _NUMBERS.get(platform.machine())
 
@@ -423,6 +424,12 @@ def is_counted(call: SystemCall) -> bool:
 def is_advice(call: SystemCall) -> bool:
     """Whether `call` only asks the kernel to read ahead: posix_fadvise(2), readahead(2)."""
     return _HERE is not None and call.number in (_HERE.fadvise64, _HERE.readahead)
+
+
+def is_in_ioctl(tid: int) -> bool:
+    """Whether a thread waits in ioctl(2), or in file_getattr(2) or file_setattr(2), which are the same for a file's flags."""
+    text = _read_proc(f"/proc/{tid}/syscall") or b""
+    return _HERE is not None and text.split(b" ", 1)[0] in (b"%d" % _HERE.ioctl, b"468", b"469")
 
 
 def descriptor_of(tid: int, descriptor: int) -> Descriptor | None:

@@ -40,6 +40,29 @@ class Caller:
             pass
         return False
 
+    def has_capability(self, number: int) -> bool:
+        """Whether the accessor has that effective capability (linux/capability.h), in this process's user namespace.
+
+        A process that cannot be read has none.
+        """
+        if not self.is_of_this_user_namespace():
+            return False
+        try:
+            with open(f"/proc/{self.pid}/status", "rb") as status:
+                masks = [int(line.split()[1], 16) for line in status if line.startswith(b"CapEff:")]
+        except OSError:
+            return False
+        return any(mask >> number & 1 for mask in masks)
+
+    def is_of_this_user_namespace(self) -> bool:
+        """Whether the accessor is in the same user namespace as this process. False for a process that cannot be read."""
+        if self.pid <= 0:
+            return False
+        try:
+            return os.readlink(f"/proc/{self.pid}/ns/user") == os.readlink("/proc/self/ns/user")
+        except OSError:
+            return False
+
 
 class Impersonation:
     """Creates objects in a caller's name where the server may do so, and tells where it may not."""

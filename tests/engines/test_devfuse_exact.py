@@ -1,13 +1,20 @@
 """Exact events with the devfuse engine, held against the real kernel: what pyfuse3 cannot hear or do."""
 
 import errno
+import fcntl
 import os
 import signal
 
 import pytest
 
 from fusehsm.conform.accessor import Accessor, AccessorDied
-from fusehsm.fanotify.abi import FAN_CLASS_PRE_CONTENT, FAN_CLOEXEC, FAN_REPORT_TID, FAN_UNLIMITED_QUEUE
+from fusehsm.fanotify.abi import (
+    FAN_CLASS_PRE_CONTENT,
+    FAN_CLOEXEC,
+    FAN_ONDIR,
+    FAN_REPORT_TID,
+    FAN_UNLIMITED_QUEUE,
+)
 from tests.support.devfuse_acts import MAPPED, OPERATIONS, act
 from tests.support.devfuse_rows import (
     AGAIN,
@@ -29,6 +36,7 @@ from tests.support.kernel_and_mount import (
     CONTENT,
     EVERYTHING,
     MIB,
+    OPEN_PERM,
     PAGE,
     PRE_ACCESS,
     SIZE,
@@ -376,3 +384,29 @@ async def test_unnamed_files(world: World, accessor: Accessor) -> None:
     assert links == 1
     assert world.content("named") == CONTENT[:5000]
     assert await accessor.run("listdir", str(world.path)) == ["named"]
+
+
+def change_flags(path: str, directory: str) -> list[int]:
+    """As chattr(1) and lsattr(1) do, through one descriptor each."""
+    get, put = 0x80086601, 0x40086602  # FS_IOC_GETFLAGS, FS_IOC_SETFLAGS
+    found = []
+    for place in (path, directory):
+        descriptor = os.open(place, os.O_RDONLY)
+        present = fcntl.ioctl(descriptor, get, bytes(8))
+        fcntl.ioctl(descriptor, put, bytes([present[0] | 0x40]) + present[1:])
+        found.append(fcntl.ioctl(descriptor, get, bytes(8))[0] & 0x40)
+        os.close(descriptor)
+    return found
+
+
+async def test_flags_make_no_events(world: World, accessor: Accessor) -> None:
+    """The kernel opens the inode for itself then, which is no open(2) that anybody hears of."""
+    path = world.file()
+    (world.backing / "directory").mkdir()
+    directory = str(world.path / "directory")
+    mask = CONTENT_EVENTS | OPEN_PERM
+    async with world.listener(Mark(mask, path), Mark(OPEN_PERM | FAN_ONDIR, directory)) as listener:
+        assert await accessor.run(change_flags, path, directory) == [0x40, 0x40]
+        heard = [(event.names, event.path) for event in listener.take()]
+    opened = ("OPEN_PERM",)
+    assert heard == [(opened, path), (opened, directory)]

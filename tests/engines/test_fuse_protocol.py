@@ -45,6 +45,8 @@ LAYOUTS = {
     "fuse_interrupt_in": (protocol.INTERRUPT_IN, "unique"),
     "fuse_fallocate_in": (protocol.FALLOCATE_IN, "fh offset length mode padding"),
     "fuse_lseek_in": (protocol.LSEEK_IN, "fh offset whence padding"),
+    "fuse_ioctl_in": (protocol.IOCTL_IN, "fh flags cmd arg in_size out_size"),
+    "fuse_ioctl_out": (protocol.IOCTL_OUT, "result flags in_iovs out_iovs"),
     "fuse_copy_file_range_in": (
         protocol.COPY_FILE_RANGE_IN,
         "fh_in off_in nodeid_out fh_out off_out len flags",
@@ -138,6 +140,7 @@ CONSTANTS = {
     "FOPEN_KEEP_CACHE": protocol.FOPEN_KEEP_CACHE,
     "FOPEN_CACHE_DIR": protocol.FOPEN_CACHE_DIR,
     "FOPEN_PARALLEL_DIRECT_WRITES": protocol.FOPEN_PARALLEL_DIRECT_WRITES,
+    "FUSE_IOCTL_DIR": protocol.IOCTL_DIR,
     "FUSE_READ_LOCKOWNER": protocol.READ_LOCKOWNER,
     "FUSE_WRITE_CACHE": protocol.WRITE_CACHE,
     "FUSE_WRITE_KILL_SUIDGID": protocol.WRITE_KILL_SUIDGID,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from fusehsm.engines import fuse_protocol as protocol
 from fusehsm.engines.fuse_protocol import Opcode
+from fusehsm.overlay import ioctls
 from tests.support.fuse_fuzz import Target, message
 from tests.support.fuse_fuzz_server import LARGEST_FILE
 
@@ -52,6 +53,14 @@ ODD_NAMES = (
     b"n" * 4096,
     b"./anchor",
     b"up/..",
+)
+# Not those that change flags: a file that is immutable or append-only would survive the test.
+IOCTLS = (
+    ioctls.FS_IOC_GETFLAGS,
+    ioctls.FS_IOC_FSGETXATTR,
+    ioctls.FS_IOC_GETVERSION,
+    ioctls.FS_IOC_GETFSLABEL,
+    ioctls.FS_IOC32_GETFLAGS,
 )
 _KILL_INIT = 0.9  # of the INITs are left out, or nothing but INIT's defaults would be attacked
 
@@ -204,7 +213,16 @@ class Requests:
         def interrupt() -> bytes:
             return p.INTERRUPT_IN.pack(self._random.choice((self._target.unique, large())))
 
+        def ioctl() -> bytes:
+            command = self._random.choice((*IOCTLS, n()))
+            argument = data(self._random.choice((0, 4, 8, 28)))
+            takes = len(argument) if self._random.random() < 0.7 else n()
+            gives = self._random.choice((0, 4, 8, 28, 256, n()))
+            flags = self._random.choice((0, 0, p.IOCTL_DIR, n()))
+            return p.IOCTL_IN.pack(self._file(), flags, command, large(), takes, gives) + argument
+
         return {
+            Opcode.IOCTL: ioctl,
             Opcode.LOOKUP: name,
             Opcode.FORGET: lambda: p.FORGET_IN.pack(self._random.choice((0, 1, large()))),
             Opcode.BATCH_FORGET: batch_forget,

@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 
@@ -50,6 +51,40 @@ async def test_empty_reads_and_writes(kernel: Side, exact: Side, accessor: Acces
             assert await accessor.run(send_past_the_end, descriptor) == 0
             past = [("PRE_ACCESS", 5 * PAGE, PAGE)]
             assert listener.briefly() == (past if side is kernel else [])
+
+
+def get_flags(path: str) -> int:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.ioctl(descriptor, 0x80086601, bytes(8))  # FS_IOC_GETFLAGS
+    except OSError as error:
+        return error.errno or 0
+    return 0
+
+
+async def test_ioctls_of_files(kernel: Side, exact: Side, first_access: Side, accessor: Accessor) -> None:
+    for side in (kernel, exact, first_access):
+        path = side.file("flagged")
+        expected = errno.ENOTTY if side.diverges("ioctls of files") else 0
+        for name in (path, os.path.dirname(path)):
+            assert await accessor.run(get_flags, name) == expected
+
+
+def map_extents(path: str) -> int:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.ioctl(descriptor, 0xC020660B, bytes(8) + b"\xff" * 8 + bytes(16))  # FS_IOC_FIEMAP
+    except OSError as error:
+        return error.errno or 0
+    return 0
+
+
+async def test_maps_of_extents(kernel: Side, exact: Side, first_access: Side, accessor: Accessor) -> None:
+    for side in (kernel, exact, first_access):
+        path = side.file("mapped")
+        async with side.listening() as listener:
+            assert await accessor.run(map_extents, path) == (0 if side is kernel else errno.EOPNOTSUPP)
+            assert listener.take() == []
 
 
 def call_fallocate(descriptor: int, length: int) -> int:
