@@ -148,6 +148,7 @@ def mount(
         ),
     ] = False,
     lifeline: Annotated[int | None, typer.Option(hidden=True)] = None,
+    backing: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> int:
     """Overlay SRC at DST, and make events of the accesses there. Returns when the mount answers."""
     from fusehsm.daemon.options import MountOptions
@@ -170,6 +171,7 @@ def mount(
             log_file=log_file,
             direct=direct,
             lifeline=lifeline,
+            backing=backing,
         )
     )
 
@@ -201,10 +203,17 @@ def run(
             "--accessor", help="The command is not a listener; its mmap(2) makes the event at once."
         ),
     ] = False,
+    listener: Annotated[
+        bool,
+        typer.Option(
+            "--listener",
+            help="The command is a daemon that fills files: it sees each DIR without the overlay, and its own accesses make no events.",
+        ),
+    ] = False,
 ) -> None:
     """Run an unmodified fanotify program; the emulator answers its system calls. The exit code is the command's."""
-    from fusehsm.supervisor.command import RunOptions
     from fusehsm.supervisor.command import run as do_run
+    from fusehsm.supervisor.options import RunOptions
 
     do_run(
         RunOptions(
@@ -214,6 +223,7 @@ def run(
             events=events,
             keep=keep,
             accessor=accessor,
+            listener=listener,
         )
     )
 

@@ -168,7 +168,7 @@ def _serve(options: MountOptions, plan: Plan, ready: Callable[[], None]) -> None
 
     open_limit = _raise_open_limit()
     try:
-        overlay = Overlay(plan.source, pins=open_limit // 8)
+        overlay = Overlay(_backing_path(options, plan), pins=open_limit // 8)
     except OSError as error:
         raise MountError(f"{plan.source}: {error.strerror}; SRC must be a directory you may read") from None
     gate = Gate(
@@ -218,6 +218,10 @@ def _serve(options: MountOptions, plan: Plan, ready: Callable[[], None]) -> None
                 "%s: nobody serves this mount any more, and it refuses everybody; fusehsm umount takes it away",
                 plan.destination,
             )
+
+
+def _backing_path(options: MountOptions, plan: Plan) -> str:
+    return plan.source if options.backing is None else f"/proc/self/fd/{options.backing}"
 
 
 def _import_from_elsewhere(destination: str) -> None:

@@ -35,6 +35,11 @@ def look_up(flags: int, dirfd: int, path: str | bytes | None) -> FoundObject:
     )
 
 
+def look_up_in_root(flags: int, root: int, path: bytes) -> FoundObject:
+    """The object of a path from the directory `root`, as chroot(2) would find it, but through no magic link. Raises OSError as look_up()."""
+    return found(flags, syscalls.openat2(root, path, _open_flags(flags), syscalls.RESOLVE_IN_ROOT))
+
+
 def found(flags: int, descriptor: int) -> FoundObject:
     """The object of a descriptor, which it owns from now on. Makes the kernel's checks of the object. Raises OSError."""
     try:

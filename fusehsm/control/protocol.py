@@ -160,6 +160,23 @@ class MarkRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class MarkBacking:
+    """fanotify_mark(2) on a file that the client has looked up on the backing, which the kernel need not know through the mount yet."""
+
+    #: fanotify_mark(2)'s flags.
+    flags: int
+    #: fanotify_mark(2)'s mask.
+    mask: int
+    #: The file's st_dev on the backing, with `minor`.
+    major: int
+    minor: int
+    #: The file's st_ino on the backing.
+    inode: int
+    #: The file's path below the backing's root; undecodable bytes are surrogates. None if it has no name any more.
+    path: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """Tell the state of the mount and its listeners. The answer is gate.status()."""
 
@@ -238,12 +255,25 @@ class Unlease:
     """
 
 
-Request = Hello | MarkRequest | Status | Release | Drop | Map | Lease | LeaseStatus | Unlease | Backing
+Request = (
+    Hello
+    | MarkRequest
+    | MarkBacking
+    | Status
+    | Release
+    | Drop
+    | Map
+    | Lease
+    | LeaseStatus
+    | Unlease
+    | Backing
+)
 _CODEC: Final[RequestCodec[Request]] = RequestCodec(
     "this server",
     {
         "hello": Hello,
         "mark": MarkRequest,
+        "mark-backing": MarkBacking,
         "status": Status,
         "release": Release,
         "drop": Drop,

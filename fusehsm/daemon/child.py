@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -36,9 +36,15 @@ def _complain(line: str) -> None:
 
 @contextmanager
 def foreground_mount(
-    source: str, destination: str, *options: str, hear: Callable[[str], None] = _complain
+    source: str,
+    destination: str,
+    *options: str,
+    hear: Callable[[str], None] = _complain,
+    pass_fds: Sequence[int] = (),
 ) -> Iterator[ForegroundMount]:
     """Run `fusehsm mount` of one directory at another, and unmount it at the end in every case.
+
+    `pass_fds`: descriptors that the server inherits.
 
     Other users may use the mount if root mounts it. `hear` gets each later line of the server's output, in another thread.
 
@@ -59,7 +65,7 @@ def foreground_mount(
                     stderr=subprocess.PIPE,
                     start_new_session=True,
                     env=own_environment(),
-                    pass_fds=[lifeline.fileno()],
+                    pass_fds=[lifeline.fileno(), *pass_fds],
                     text=True,
                 )
             _wait_until_ready(daemon)

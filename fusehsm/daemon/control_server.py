@@ -26,6 +26,7 @@ from fusehsm.control.protocol import (
     Lease,
     LeaseStatus,
     Map,
+    MarkBacking,
     MarkRequest,
     Release,
     Request,
@@ -166,6 +167,9 @@ class _Session:
             case MarkRequest():
                 await self._mark(request)
                 return {}
+            case MarkBacking():
+                await self._mark_backing(request)
+                return {}
             case Status():
                 return self._gate.status()
             case Release():
@@ -239,6 +243,24 @@ class _Session:
             self._check_device(mark.major, mark.minor)
             node = self._gate.overlay.node(mark.inode)
         await self._gate.mark(self._channel.group, mark.flags, mark.mask, node)
+
+    async def _mark_backing(self, mark: MarkBacking) -> None:
+        if self._channel is None:
+            raise OSError(errno.EBADF, "no group on this connection")
+        overlay = self._gate.overlay
+        known = overlay.node_of_backing(mark.major, mark.minor, mark.inode)
+        if known is None and mark.path is None:
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+        node = overlay.find(os.fsencode(mark.path)) if known is None and mark.path is not None else known
+        assert node is not None
+        try:
+            if not node.is_file((mark.major, mark.minor), mark.inode):
+                # Another file has got the name since the client looked.
+                raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+            await self._gate.mark(self._channel.group, mark.flags, mark.mask, node)
+        finally:
+            if known is None:
+                self._gate.forget(node.id, 1)
 
     async def _take_lease(self, inode: int) -> int:
         if self._lease is not None:

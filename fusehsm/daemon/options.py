@@ -62,6 +62,8 @@ class MountOptions:
     direct: bool = False
     #: The descriptor of a socket: the mount ends when no process holds its other end any more.
     lifeline: int | None = None
+    #: A descriptor of the directory to serve, which is SRC as another mount shows it; None: SRC by its path.
+    backing: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,9 @@ class Nodes(Protocol):
     def node_of_backing(self, major: int, minor: int, inode: int, /) -> Any | None:
         """The node of the backing file with that device and inode number; None if it is not known."""
 
+    def find(self, path: bytes, /) -> Any:
+        """The node at a path below the backing's root; counts one reference. Raises OSError."""
+
 
 class LeaseInterface(Protocol):
     """The lessor of a mount's files (emulator/leases.py)."""
@@ -59,6 +62,9 @@ class GateFace(Protocol):
 
     async def mark(self, group: Group, flags: int, mask: int, node: Any) -> None:
         """fanotify_mark(2) on a node (None: with FAN_MARK_FLUSH). Raises OSError as the kernel does."""
+
+    def forget(self, node_id: int, count: int, /) -> bool:
+        """Drop `count` references to a node; returns whether it is not known any more."""
 
     async def drop(self, node: Any) -> None:
         """Drop a node's cached pages. Its next access makes an event again."""

@@ -59,12 +59,14 @@ class Mount:
     owner_uid: int
     #: The number of the mount that it is mounted on.
     parent_id: int = 0
+    #: Mounts below it appear in other mount namespaces, too (mount_namespaces(7)).
+    is_shared: bool = False
 
     @classmethod
     def parse(cls, line: str) -> "Mount":
         """Parse one line of mountinfo."""
         before, after = line.rstrip("\n").split(" - ", 1)
-        mount_id, parent, device, root, mount_point = before.split(" ")[:5]
+        mount_id, parent, device, root, mount_point, _, *optional = before.split(" ")
         filesystem_type, source, options = [*after.split(" "), "", ""][:3]
         major, minor = device.split(":")
         owner = next((option[8:] for option in options.split(",") if option.startswith("user_id=")), "0")
@@ -77,6 +79,7 @@ class Mount:
             _unescape(source),
             int(owner),
             int(parent),
+            any(field.startswith("shared:") for field in optional),
         )
 
     @property

@@ -29,6 +29,7 @@ AT_FDCWD: Final = -100
 RESOLVE_NO_MAGICLINKS: Final = 0x02
 RESOLVE_NO_SYMLINKS: Final = 0x04
 RESOLVE_BENEATH: Final = 0x08
+RESOLVE_IN_ROOT: Final = 0x10
 
 # renameat2(2), linux/fs.h
 RENAME_NOREPLACE: Final = 1

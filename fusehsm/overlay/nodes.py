@@ -135,6 +135,10 @@ class Node:
             return (self.parent.id,)
         return tuple(dict.fromkeys([self.parent.id, *(parent.id for parent, _ in self.more_links)]))
 
+    def is_file(self, device: tuple[int, int], inode: int) -> bool:
+        """Whether this is the inode of that (major, minor) and number on the backing."""
+        return self.inode == inode and self.device.number == os.makedev(*device)
+
     def matches(self, status: os.stat_result) -> bool:
         """Whether `status` belongs to this inode."""
         return (

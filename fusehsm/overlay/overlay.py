@@ -145,6 +145,18 @@ class Overlay:
         node.lookups += 1
         return node, status
 
+    def find(self, path: bytes) -> Node:
+        """The node at a path below the source, through no symbolic link; counts one reference. Raises OSError as lookup()."""
+        node = self.root
+        self.remember(node)
+        for name in filter(None, path.split(b"/")):
+            try:
+                child, _ = self.lookup(node, name)
+            finally:
+                self.forget(node)
+            node = child
+        return node
+
     def readlink(self, node: Node) -> bytes:
         """The target of a symbolic link. Raises OSError EINVAL for other nodes."""
         if node.kind != stat.S_IFLNK:

@@ -1,7 +1,11 @@
 """Runs unmodified listener programs: answers their fanotify system calls in the kernel's place (`fusehsm run`).
 
-command.py     the mounts, the command, signals, the exit code
-launch.py      starts the command under the filter (a program of its own)
+command.py     the command from start to end: signals, the exit code
+options.py     the command line and its errors
+mounts.py      the mounts
+view.py        --listener: the command's view without the overlays, and its marks on them
+launcher.py    the supervisor's end of launch.py
+launch.py      makes the view, and starts the command under the filter (a program of its own)
 filters.py     the BPF program for seccomp(2): which system calls the supervisor answers
 notifier.py    receives those system calls and sends the answers (seccomp_unotify(2))
 calls.py       does each system call, in a thread of its own

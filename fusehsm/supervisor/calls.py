@@ -38,6 +38,7 @@ from fusehsm.supervisor.notifier import CallIsOver, Ended, Notifier, TrappedCall
 from fusehsm.supervisor.numbers import Architecture
 from fusehsm.supervisor.parked import ParkedCalls
 from fusehsm.supervisor.readiness import Bell, Closings
+from fusehsm.supervisor.view import Target, View
 
 MOST_GROUPS: Final = 128  # the default of fs.fanotify.max_user_groups
 
@@ -73,10 +74,12 @@ class Calls:
         architecture: Architecture,
         dialect: Dialect | None,
         descriptors: range,
+        view: View | None = None,
         *,
         killable: bool,
     ) -> None:
         self._notifier = notifier
+        self._view = view
         self._architecture = architecture
         self._dialect = dialect
         self._descriptors = descriptors
@@ -251,7 +254,16 @@ class Calls:
                 path = of_this_process(path, call.tid)
             return find(self._architecture, call.tid, flags, dirfd, path)
 
-        group.mark(flags, mask, look_up, privileged=lambda: self._is_privileged(call, _CAP_SYS_ADMIN))
+        def targets(found: FoundObject) -> list[Target] | None:
+            return [] if self._view is None else self._view.targets(flags, found, call.tid)
+
+        group.mark(
+            flags,
+            mask,
+            look_up,
+            privileged=lambda: self._is_privileged(call, _CAP_SYS_ADMIN),
+            targets=targets,
+        )
         return 0
 
     # Reading and writing

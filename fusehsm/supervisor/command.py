@@ -2,30 +2,24 @@
 
 import errno
 import logging
-import marshal
 import os
 import re
 import resource
 import signal
-import socket
 import subprocess
 import sys
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NoReturn
 
-from fusehsm.daemon.child import foreground_mount
-from fusehsm.daemon.options import EVENT_MODES, MountError
 from fusehsm.fanotify.abi import DIALECTS
-from fusehsm.linux import mountinfo
-from fusehsm.linux.signals import Interrupted, interruptible, signals_held
-from fusehsm.linux.subprocesses import own_command, own_environment
+from fusehsm.linux.signals import Interrupted, interruptible
 from fusehsm.linux.syscalls import prctl
-from fusehsm.mount import unmount
 from fusehsm.supervisor import filters
 from fusehsm.supervisor.calls import Calls, Workers
-from fusehsm.supervisor.launch import FAILURE
+from fusehsm.supervisor.launch import VIEW
+from fusehsm.supervisor.launcher import Launcher, LaunchError
+from fusehsm.supervisor.mounts import mount_places, mount_with_view, no_view
 from fusehsm.supervisor.notifier import Notifier
 from fusehsm.supervisor.numbers import (
     HIGHEST_DESCRIPTOR,
@@ -36,6 +30,8 @@ from fusehsm.supervisor.numbers import (
     Architecture,
     architecture,
 )
+from fusehsm.supervisor.options import RunError, RunOptions, check
+from fusehsm.supervisor.view import View
 
 NOT_FOUND, NOT_EXECUTABLE = 127, 126  # the exit codes of shells
 
@@ -60,39 +56,12 @@ _MENDS: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class RunOptions:
-    """The command line of `fusehsm run`."""
-
-    #: The program and its arguments.
-    command: tuple[str, ...]
-    #: The directories to overlay in place.
-    mounts: tuple[str, ...] = ()
-    #: The command's dialect; None if the user chose none.
-    abi: str | None = None
-    #: The mounts' mode of events.
-    events: str = "auto"
-    #: Leave the mounts in place at the end.
-    keep: bool = False
-    #: The command is not a listener; its mmap(2) makes the event at once.
-    accessor: bool = False
-
-
-class RunError(OSError):
-    """An error of one line for the user: thing, cause, fix."""
-
-
 def run(options: RunOptions) -> NoReturn:
     """Run the command and end as it does: with its exit code, or by the signal that killed it.
 
     Raises OSError with one line, ValueError for bad usage.
     """
-    if options.abi is not None and options.abi not in DIALECTS:
-        raise ValueError(f"--abi {options.abi}: not a dialect; choose {', '.join(DIALECTS)}")
-    if options.events not in EVENT_MODES:
-        raise ValueError(f"--events {options.events}: not known; choose {', '.join(EVENT_MODES)}")
-    if options.keep and not options.mounts:
-        raise ValueError("--keep: there is no --mount that could be kept")
+    check(options)
     machine = architecture()
     check_kernel(os.uname().release)
     logging.basicConfig(level=logging.WARNING, format="fusehsm run: %(message)s")
@@ -119,12 +88,13 @@ def _run_with_mounts(options: RunOptions, machine: Architecture, directory: str)
     """
     try:
         with ExitStack() as mounts:
-            # One after the other, because one directory may lie in another.
-            for place in dict.fromkeys(map(os.path.realpath, options.mounts)):
-                _mount(mounts, place, options)
-            if options.keep:
-                mounts.pop_all()
-            return _Run(options, machine, directory).run()
+            if not options.listener:
+                mount_places(mounts, options)
+                return _Run(options, machine, directory).run(mounts.enter_context(Launcher()))
+            # Its view is made before the mounts, so it outlives them.
+            launcher = mounts.enter_context(Launcher())
+            view = mount_with_view(mounts, launcher, options)
+            return _Run(options, machine, directory).run(launcher, view)
     except Interrupted as interrupted:
         return -interrupted.number
 
@@ -138,41 +108,14 @@ def check_kernel(release: str) -> None:
         )
 
 
-def _mount(mounts: ExitStack, place: str, options: RunOptions) -> None:
-    arguments = ["--direct", "--events", options.events, *(["--abi", options.abi] if options.abi else [])]
-    if not options.keep:
-        mounts.enter_context(foreground_mount(place, place, *arguments))
-        return
-    arguments += ["--allow-other"] if os.geteuid() == 0 else []
-    # In a session of its own: Ctrl-C comes to this process, which then unmounts it.
-    with signals_held():
-        done = subprocess.run(
-            own_command("mount", *arguments, place, place),
-            env=own_environment(),
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-            text=True,
-        )
-        if done.returncode == 0:
-            # Until the command begins: if another directory cannot be mounted, no mount is kept.
-            mounts.callback(_unmount, place, mountinfo.id_at(place))
-    if done.returncode:
-        raise RunError(done.stderr.strip().removeprefix("fusehsm: "))
-
-
-def _unmount(place: str, mount_id: mountinfo.MountId) -> None:
-    with suppress(MountError):
-        unmount(place, mount_id)
-
-
 def _die_of(number: int) -> None:
     """End by the command's signal, so that a waiting parent sees the same. Leaves no core file of this process."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
     if number != signal.SIGKILL:
+        # Before it is unblocked: one that has come since the command's end would still run the handler.
         signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
 
 
 class _Run:
@@ -191,7 +134,7 @@ class _Run:
         end = HIGHEST_DESCRIPTOR if soft == resource.RLIM_INFINITY else min(HIGHEST_DESCRIPTOR, soft)
         self._reserved = range(end - RESERVED_DESCRIPTORS, end)
 
-    def run(self) -> int:
+    def run(self, launcher: Launcher, view: View | None = None) -> int:
         """Run it. Returns the exit code, negative for a signal."""
         with suppress(OSError, ValueError):  # events of all groups together bring many descriptors
             resource.setrlimit(resource.RLIMIT_NOFILE, (self._descriptors[1], self._descriptors[1]))
@@ -200,30 +143,13 @@ class _Run:
             prctl(PR_SET_CHILD_SUBREAPER, 1)
         # They stay blocked after the command's end: no process is left to pass them on to, and the mounts must go.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (*_PASSED_ON, *_JOB_CONTROL, signal.SIGCHLD))
-        return self._run(blocked)
-
-    def _run(self, blocked: set[signal.Signals | int]) -> int:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with ours:
-            with theirs:
-                # A descriptor that was left open for the command stays open.
-                os.set_inheritable(theirs.fileno(), True)
-                launcher = Path(__file__).with_name("launch.py")
-                command = [sys.executable, "-I", "-S", str(launcher), str(theirs.fileno())]
-                child = subprocess.Popen(command, close_fds=False)
-            ours.send(marshal.dumps(self._orders(blocked)))
-            message, descriptors, _, _ = socket.recv_fds(ours, FAILURE.size, 1)
-            if not descriptors:
-                child.wait()
-                return self._failed(message)
-            os.set_inheritable(descriptors[0], False)
-            step, _ = FAILURE.unpack(message)
-            calls = self._serve(Notifier(descriptors[0]), killable=step.startswith(b"running"))
-            message = ours.recv(FAILURE.size)
-            if message:
-                child.wait()
-                return self._failed(message)
-        code = self._wait(child)
+        try:
+            descriptor, killable = launcher.start(self._orders(blocked))
+            calls = self._serve(Notifier(descriptor), view, killable=killable)
+            launcher.confirm()
+        except LaunchError as error:
+            return self._failed(error)
+        code = self._wait(launcher.process)
         calls.close()
         return code
 
@@ -250,18 +176,19 @@ class _Run:
             "supervisor": os.getpid(),
         }
 
-    def _serve(self, notifier: Notifier, *, killable: bool) -> Calls:
+    def _serve(self, notifier: Notifier, view: View | None, *, killable: bool) -> Calls:
         dialect = None if self._options.abi is None else DIALECTS[self._options.abi]
-        calls = Calls(notifier, self._machine, dialect, self._reserved, killable=killable)
+        calls = Calls(notifier, self._machine, dialect, self._reserved, view, killable=killable)
         Workers(notifier, calls)
         return calls
 
-    def _failed(self, message: bytes) -> int:
+    def _failed(self, error: LaunchError) -> int:
         """Handle a command that was not started. Returns its exit code, or raises RunError."""
-        if not message:
+        step, number = error.step, error.errno or 0
+        if not step:
             raise RunError("fusehsm run: the command was killed before it began")
-        name, number = FAILURE.unpack(message)
-        step = name.rstrip(b"\0").decode()
+        if step == VIEW:
+            raise no_view(error)
         if step == "filter":
             raise RunError(f"fusehsm run: {_MENDS.get(number, os.strerror(number))}")
         if step == "directory":

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fusehsm.backends.lookup import FoundObject
 from fusehsm.control.blocking_client import BlockingConnection
 from fusehsm.control.event_stream import EventStream, Received
-from fusehsm.control.protocol import VERSION, Hello, MarkRequest
+from fusehsm.control.protocol import VERSION, Hello, MarkBacking, MarkRequest
 from fusehsm.fanotify import rules
 from fusehsm.fanotify.abi import (
     FAN_CLASS_CONTENT,
@@ -33,6 +33,7 @@ from fusehsm.fanotify.abi import (
 from fusehsm.linux import syscalls
 from fusehsm.linux.mountinfo import Mount, read_mounts
 from fusehsm.supervisor.readiness import Bell
+from fusehsm.supervisor.view import Target
 
 _log = logging.getLogger(__name__)
 
@@ -109,9 +110,17 @@ class SupervisedGroup:
     # Marks
 
     def mark(
-        self, flags: int, mask: int, look_up: Callable[[], FoundObject], *, privileged: Callable[[], bool]
+        self,
+        flags: int,
+        mask: int,
+        look_up: Callable[[], FoundObject],
+        *,
+        privileged: Callable[[], bool],
+        targets: Callable[[FoundObject], list[Target] | None],
     ) -> None:
         """fanotify_mark(2). `look_up` finds the object. `privileged`: the caller may mark more than single files.
+
+        `targets`: the object as the overlays know it, if the caller has found it below them (View.targets()).
 
         Raises OSError as the kernel does; for an object on no fusehsm mount, the errno of this kernel.
         """
@@ -125,6 +134,15 @@ class SupervisedGroup:
             return
         found = look_up()
         try:
+            below = targets(found)
+            if below is None or below:
+                rules.check_mark(self.flags, self.dialect, flags, mask, found.kind)
+            for target in below or ():
+                path = None if target.path is None else os.fsdecode(target.path)
+                request = MarkBacking(flags, mask, *target.device, target.inode, path)
+                self._request(self._source(target.overlay, flags), request)
+            if below is None or below:
+                return
             mount = _mount_of(found.device)
             message = MarkRequest(flags, mask, *found.device, found.inode)
             if mount is None and not self._marked_on_backing(message):
@@ -154,7 +172,7 @@ class SupervisedGroup:
                 f"a mark with {old:#x}, FAN_PRE_ACCESS in patch-v2 and patch-v1 only: say which it is, with --abi patch-v2 or --abi patch-v1",
             )
 
-    def _request(self, source: Source, mark: MarkRequest) -> None:
+    def _request(self, source: Source, mark: MarkRequest | MarkBacking) -> None:
         try:
             source.connection.request(mark)
         except OSError as error:

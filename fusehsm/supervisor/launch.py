@@ -1,7 +1,11 @@
 """Starts a command under a filter. It is a program of its own, run by path with the standard library alone, so that it starts fast.
 
-Its argument is the number of a socket to the supervisor. From there it takes its orders (marshal). There it sends the filter's descriptor, or a
-failure: a step's name and an errno. A successful exec closes the socket.
+Its argument is the number of a socket to the supervisor (launcher.py). From there it takes its orders (marshal). There it sends the filter's
+descriptor, or a failure: a step's name and an errno. A successful exec closes the socket.
+
+With --listener it first makes the command's view: a mount namespace in which each directory is what the overlay covers elsewhere. That takes two
+steps. Before the overlays are mounted it copies the mounts below them, and sends a descriptor of each copy; afterwards it puts the copies over the
+overlays, in its own namespace alone.
 """
 
 import ctypes
@@ -14,6 +18,22 @@ import socket
 import struct
 import sys
 from typing import Any
+
+VIEW = "view"  # the key of the first step's orders
+_CLONE_NEWNS = 0x20000
+_CLONE_NEWUSER = 0x10000000
+# The same numbers on every architecture (include/uapi/asm-generic/unistd.h).
+_SYS_OPEN_TREE = 428
+_SYS_MOVE_MOUNT = 429
+_SYS_MOUNT_SETATTR = 442
+_AT_FDCWD = -100
+_AT_EMPTY_PATH = 0x1000
+_AT_RECURSIVE = 0x8000
+_OPEN_TREE_CLONE = 1
+_MOVE_MOUNT_F_EMPTY_PATH = 4
+_MS_REC = 1 << 14
+_MS_PRIVATE = 1 << 18
+_MOUNT_ATTR = struct.Struct("=4Q")  # set, clear, propagation, userns_fd
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NO_NEW_PRIVS = 38
@@ -31,9 +51,17 @@ def main() -> None:
     """Take the orders, set up, and become the command."""
     control = socket.socket(fileno=int(sys.argv[1]))
     control.set_inheritable(False)
-    orders: dict[str, Any] = marshal.loads(control.recv(1 << 20))
-    step = "directory"
+    views: list[tuple[int, str]] = []
+    step = VIEW
     try:
+        orders = _take_orders(control)
+        if VIEW in orders:
+            views = _copy_mounts(orders[VIEW], orders["user"])
+            socket.send_fds(control, [FAILURE.pack(b"view", 0)], [copy for copy, _ in views])
+            orders = _take_orders(control)
+        for copy, place in views:
+            _put_over(copy, place)
+        step = "directory"
         os.chdir(orders["directory"])
         step = "filter"
         descriptor, killable = _install(orders["program"], orders["seccomp"], orders["flags"])
@@ -47,6 +75,71 @@ def main() -> None:
     except OSError as error:
         control.send(FAILURE.pack(step.encode(), error.errno or errno.EIO))
         os._exit(127)
+
+
+def _take_orders(control: socket.socket) -> dict[str, Any]:
+    data = control.recv(1 << 20)
+    if not data:
+        os._exit(127)  # the supervisor has given up
+    orders: dict[str, Any] = marshal.loads(data)
+    return orders
+
+
+def _copy_mounts(places: list[str], user: bool) -> list[tuple[int, str]]:
+    """Enter a mount namespace and copy the mounts at and below each place there. Returns a descriptor of each copy, with its place.
+
+    With `user`, in a user namespace too, without which an ordinary user may not do that.
+    """
+    libc: Any = ctypes.CDLL(None, use_errno=True)
+    libc.syscall.restype = ctypes.c_long
+    uid, gid = os.geteuid(), os.getegid()
+    _check(libc.unshare(_CLONE_NEWNS | (_CLONE_NEWUSER if user else 0)))
+    if user:
+        # Each id stays what it is. The kernel wants the first line before an ordinary user may map a group.
+        for name, line in (
+            ("setgroups", "deny"),
+            ("uid_map", f"{uid} {uid} 1"),
+            ("gid_map", f"{gid} {gid} 1"),
+        ):
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(line)
+    copies = []
+    for place in places:
+        flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | _AT_RECURSIVE
+        copy = _check(libc.syscall(_SYS_OPEN_TREE, _AT_FDCWD, os.fsencode(place), flags))
+        # A shared copy would get every overlay that is mounted on its original.
+        private = _MOUNT_ATTR.pack(0, 0, _MS_PRIVATE, 0)
+        flags = _AT_EMPTY_PATH | _AT_RECURSIVE
+        if libc.syscall(_SYS_MOUNT_SETATTR, copy, b"", flags, private, len(private)) < 0:
+            if ctypes.get_errno() != errno.ENOSYS:
+                raise _error()
+            # Before Linux 5.12.
+            path = b"/proc/self/fd/%d" % copy
+            _check(libc.mount(b"none", path, None, ctypes.c_ulong(_MS_PRIVATE | _MS_REC), None))
+        copies.append((copy, place))
+    return copies
+
+
+def _put_over(copy: int, place: str) -> None:
+    """Mount a copy on its place, over the overlay where that has come into this namespace."""
+    libc: Any = ctypes.CDLL(None, use_errno=True)
+    libc.syscall.restype = ctypes.c_long
+    target = os.fsencode(place)
+    # A shared overlay would pass on what is mounted over it. EINVAL: no mount is here.
+    libc.mount(b"none", target, None, ctypes.c_ulong(_MS_PRIVATE), None)
+    _check(libc.syscall(_SYS_MOVE_MOUNT, copy, b"", _AT_FDCWD, target, _MOVE_MOUNT_F_EMPTY_PATH))
+    os.close(copy)
+
+
+def _check(result: int) -> int:
+    if result < 0:
+        raise _error()
+    return result
+
+
+def _error() -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, os.strerror(number))
 
 
 def _install(program: bytes, seccomp: int, flags: list[int]) -> tuple[int, bool]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Final
 
-from fusehsm.backends.lookup import FoundObject, found, look_up
+from fusehsm.backends.lookup import FoundObject, found, look_up, look_up_in_root
 from fusehsm.linux import proc, syscalls
 from fusehsm.linux.syscalls import AT_FDCWD
 from fusehsm.supervisor import tasks
@@ -68,6 +68,12 @@ def find(architecture: Architecture, tid: int, flags: int, dirfd: int, path: byt
         root = hold("root", errno.ESRCH)
         here = _same_namespace(tid) and os.path.samestat(os.fstat(root), os.stat("/"))
         if here and rights == _OUR_RIGHTS:
+            return look_up(flags, start, path)
+        if not here and os.geteuid() != 0 and not path.startswith(b"/proc/"):
+            # Only root may enter another root or mount namespace.
+            where = b"" if path.startswith(b"/") else os.readlink(b"/proc/self/fd/%d" % start) + b"/"
+            return look_up_in_root(flags, root, where + path)
+        if os.geteuid() != 0:
             return look_up(flags, start, path)
         namespace = None if here else opened.enter_context(open(f"/proc/{tid}/ns/mnt", "rb"))
         return _in_its_place(

@@ -250,7 +250,7 @@ def test_signals_that_keep_coming(
         (tmp_path / "end").touch()
         assert send_until_it_ends(running, sent) == 7
         assert mounts_at(world.place) == 0
-    assert running.complaints.lines == []
+    assert running.complaints.lines == [], "\n".join(running.complaints.lines)
 
 
 @several
@@ -263,7 +263,7 @@ def test_signals_that_keep_coming_from_the_moment_of_mounting(
         code = send_until_it_ends(running, sent)
         assert mounts_at(world.place) == 0
         assert any(ended_by(code, number) for number in sent), code
-    assert running.complaints.lines == []
+    assert running.complaints.lines == [], "\n".join(running.complaints.lines)
 
 
 # Mounts

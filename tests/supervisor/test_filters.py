@@ -9,7 +9,7 @@ from dataclasses import fields
 import pytest
 
 from fusehsm.supervisor import filters
-from fusehsm.supervisor.command import RunError, check_kernel
+from fusehsm.supervisor.command import check_kernel
 from fusehsm.supervisor.numbers import (
     AARCH64,
     SECCOMP_RET_ALLOW,
@@ -18,6 +18,7 @@ from fusehsm.supervisor.numbers import (
     Architecture,
     architecture,
 )
+from fusehsm.supervisor.options import RunError
 
 OURS, GOES_ON = SECCOMP_RET_USER_NOTIF, SECCOMP_RET_ALLOW
 LOWEST, END = 960, 1024

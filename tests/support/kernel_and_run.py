@@ -1,4 +1,4 @@
-"""The two worlds that listener programs run in: on the real kernel, and under `fusehsm run`, which answers for it.
+"""The worlds that listener programs run in: on the real kernel, and under `fusehsm run`, which answers for it, without and with a view of their own.
 
 A program is started the same way in both, on a directory that is a mount of its own, and does not know which it is.
 """
@@ -38,7 +38,8 @@ class RunWorld:
         """How that program is started here. `keep`: the mount stays when it has ended."""
         if self.is_kernel:
             return list(program)
-        return [*RUN, "--mount", str(self.place), *(("--keep",) if keep else ()), "--", *program]
+        view = ("--listener",) if self.name == "view" else ()
+        return [*RUN, *view, "--mount", str(self.place), *(("--keep",) if keep else ()), "--", *program]
 
 
 @contextmanager

@@ -12,7 +12,11 @@ from tests.support.kernel_and_run import Program, RunWorld, Start, standing
 from tests.support.listener_programs.building import Marks, listener_words
 from tests.support.listener_steps import make_files
 
-WORLDS = [pytest.param("kernel", marks=pytest.mark.kernel), pytest.param("run", marks=pytest.mark.fuse)]
+WORLDS = [
+    pytest.param("kernel", marks=pytest.mark.kernel),
+    pytest.param("run", marks=pytest.mark.fuse),
+    pytest.param("view", marks=pytest.mark.fuse),
+]
 
 
 @pytest.fixture(params=WORLDS)

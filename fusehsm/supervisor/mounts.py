@@ -1,0 +1,107 @@
+"""Makes the mounts of `fusehsm run`, and removes them at its end."""
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+
+from fusehsm.daemon.child import foreground_mount
+from fusehsm.daemon.options import MountError
+from fusehsm.linux import mountinfo
+from fusehsm.linux.signals import signals_held
+from fusehsm.linux.subprocesses import own_command, own_environment
+from fusehsm.mount import unmount
+from fusehsm.supervisor.launcher import Launcher, LaunchError
+from fusehsm.supervisor.options import RunError, RunOptions
+from fusehsm.supervisor.view import View
+
+
+def mount_places(stack: ExitStack, options: RunOptions) -> None:
+    """Overlay each directory in place, until the end of `stack` or for good (--keep). Raises RunError, OSError with one line."""
+    with ExitStack() as mounts:
+        # One after the other, because one directory may lie in another.
+        for place in _places(options):
+            _mount(mounts, place, options)
+        kept = mounts.pop_all()
+    if not options.keep:
+        stack.push(kept)
+
+
+def mount_with_view(stack: ExitStack, launcher: Launcher, options: RunOptions) -> View:
+    """Overlay each directory in place for all others, and give the command a view without the overlays. Raises as mount_places()."""
+    # A directory within another comes after it: the outer overlay must not cover the inner one.
+    places = sorted(_places(options), key=lambda place: len(place.rstrip("/").split("/")))
+    try:
+        copies = launcher.make_view(places, user=os.geteuid() != 0)
+    except LaunchError as error:
+        raise no_view(error) from None
+    for copy in copies:
+        stack.callback(os.close, copy)
+    # Each overlay holds the namespace: else the mounts below the places would go with the command, and what they cover would show.
+    namespace = os.open(f"/proc/{launcher.process.pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    stack.callback(os.close, namespace)
+    with ExitStack() as mounts:
+        for place, copy in zip(places, copies, strict=True):
+            _mount(mounts, place, options, (copy, namespace))
+        kept = mounts.pop_all()
+    if not options.keep:
+        stack.push(kept)
+    if os.geteuid() != 0 or not mountinfo.mount_of("/").is_shared:
+        note = "fusehsm run: note: what the command mounts is seen by the command alone"
+        print(note, file=sys.stderr, flush=True)
+    return View.of(list(zip(places, copies, strict=True)))
+
+
+def no_view(error: LaunchError) -> RunError:
+    """The error of one line for a view that could not be made."""
+    if error.errno in (errno.EPERM, errno.EACCES, errno.ENOSPC) and os.geteuid() != 0:
+        cause = (
+            "ordinary users may not make user namespaces here; run it as root, or allow them (sysctl "
+            "kernel.apparmor_restrict_unprivileged_userns=0, kernel.unprivileged_userns_clone=1 or user.max_user_namespaces)"
+        )
+    elif error.errno == errno.EPERM:
+        cause = (
+            "mount namespaces are forbidden here; in a container allow CAP_SYS_ADMIN, or leave --listener out"
+        )
+    else:
+        cause = f"no mount namespace for the command: {error.strerror}; leave --listener out"
+    return RunError(f"fusehsm run: --listener: {cause}")
+
+
+def _places(options: RunOptions) -> list[str]:
+    return list(dict.fromkeys(map(os.path.realpath, options.mounts)))
+
+
+def _mount(mounts: ExitStack, place: str, options: RunOptions, view: Sequence[int] = ()) -> None:
+    """Overlay one directory. `view`: the descriptor of what to serve in its place, and of the namespace to hold."""
+    arguments = ["--direct", "--events", options.events, *(["--abi", options.abi] if options.abi else [])]
+    if view:
+        # Shared, because the command changes the backing behind the overlay's back.
+        arguments += ["--backing", str(view[0]), "--cache", "shared"]
+    if not options.keep:
+        mounts.enter_context(foreground_mount(place, place, *arguments, pass_fds=view))
+        return
+    arguments += ["--allow-other"] if os.geteuid() == 0 else []
+    # In a session of its own: Ctrl-C comes to this process, which then unmounts it.
+    with signals_held():
+        done = subprocess.run(
+            own_command("mount", *arguments, place, place),
+            env=own_environment(),
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            pass_fds=view,
+            text=True,
+        )
+        if done.returncode == 0:
+            # Until the command begins: if another directory cannot be mounted, no mount is kept.
+            mounts.callback(_unmount, place, mountinfo.id_at(place))
+    if done.returncode:
+        raise RunError(done.stderr.strip().removeprefix("fusehsm: "))
+
+
+def _unmount(place: str, mount_id: mountinfo.MountId) -> None:
+    with suppress(MountError):
+        unmount(place, mount_id)
