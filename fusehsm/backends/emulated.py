@@ -27,12 +27,17 @@ from fusehsm.fanotify.abi import (
 )
 from fusehsm.linux.mountinfo import Mount
 
+_ANSWERS_WITHIN = 0.2  # seconds; the event loop waits meanwhile
+
 _ENCODING = sys.getfilesystemencoding()
 _ENCODING_ERRORS = sys.getfilesystemencodeerrors()
 
 
 class EmulatedGroup(Group):
-    """A group of a fusehsm mount; connect() makes it. read() and write() never wait for the server."""
+    """A group of a fusehsm mount; connect() makes it.
+
+    read() and take_events() wait for the server only if it may have more events than it has sent, for 0.2 seconds at most. Nothing else does.
+    """
 
     def __init__(
         self,
@@ -119,7 +124,9 @@ class EmulatedGroup(Group):
                     break  # the next read reports it; or it concerns one event, and then the kernel reports nothing here
                 raise
             if received is None:
-                break
+                if taken or self._is_drained():
+                    break
+                continue
             if len(taken) + len(received.data) > size:
                 self._stream.put_back(received)
                 break
@@ -145,9 +152,9 @@ class EmulatedGroup(Group):
         # A shorter way to the base class's result, for the usual case.
         if self._stream.buffered or self.flags & FAN_REPORT_PIDFD:
             return super().take_events()
-        received = self._stream.take()
-        if received is None:
-            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        while (received := self._stream.take()) is None:
+            if self._is_drained():
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         if self._poll is not None:
             self._poll.set_buffered(bool(self._stream.buffered))
         self._delivered(received)
@@ -175,6 +182,10 @@ class EmulatedGroup(Group):
             await trio.lowlevel.checkpoint()
         else:
             await trio.lowlevel.wait_readable(self._stream.socket)
+
+    def _is_drained(self) -> bool:
+        # A mount that this same process serves may need this event loop for its answer.
+        return self._connection.is_served_here or self._stream.is_drained(_ANSWERS_WITHIN)
 
     def _answer(self, fd: int, error: int) -> None:
         self._stream.answer(self._unanswered.take(fd), error)

@@ -191,6 +191,15 @@ DIVERGENCES: Final = (
         engines=("devfuse",),
     ),
     Divergence(
+        topic=Topic.CACHE,
+        name="reads after a denial",
+        difference="When a read into the page cache was denied and no listener can be asked about the file any more, the first read of the "
+        "same bytes by each other thread within a second is denied with the same errno.",
+        reason="Reads of one page wait for each other in the kernel, and those that have waited behind the denied one cannot be told from new ones.",
+        safe="A listener that denies all that waits and closes its group lets no access pass.",
+        test="test_reads_after_a_denial",
+    ),
+    Divergence(
         topic=Topic.FIRST_ACCESS,
         name="first-access events",
         difference="With `--events first-access`, an event is for what enters the page cache, widened by read-ahead, and bytes that are "

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import os
 import socket
 from typing import Any
 
@@ -46,6 +47,11 @@ class ControlConnection:
                 finally:
                     if not complete:
                         self.close()
+
+    @property
+    def is_served_here(self) -> bool:
+        """Whether this process is the server, too."""
+        return control_socket.peer_of(self._socket).pid == os.getpid()
 
     def gone(self) -> OSError:
         """The error to raise when the server does not answer any more."""

@@ -10,15 +10,21 @@ import select
 import signal
 import socket
 import struct
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from fusehsm.control.protocol import (
     ANSWER,
+    CAUGHT_UP_SIZE,
     CREDIT,
     LARGEST_EVENT_MESSAGE,
     MORE_CREDIT,
+    SYNC,
+    count_of,
+    decode_caught_up,
     encode_feedback,
     event_message_split,
 )
@@ -37,6 +43,8 @@ from fusehsm.fanotify.abi import (
 
 _INT = struct.Struct("=i")
 _MASK = struct.Struct("=Q")
+# So many bytes of events may have filled the socket, and the mount may still have to notice that there is room again.
+_MANY_BYTES: Final = 16 * 1024
 _DESCRIPTORS = socket.CMSG_SPACE(2 * _INT.size)  # the file and the pidfd
 
 
@@ -68,7 +76,7 @@ class Received:
 
 
 class EventStream:
-    """One group's event socket. No method waits for the server. Two threads must not use it at once.
+    """One group's event socket. Only is_drained() waits for the server. Two threads must not use it at once.
 
     `flags`: those of fanotify_init(2). `gone` makes the error to raise when the mount is gone. `close_on_exec`: set on the descriptors of events.
     """
@@ -92,6 +100,10 @@ class EventStream:
         self._buffered: deque[Received] = deque()
         self._read_since_credit = 0
         self._merged = 0
+        self._received = 0
+        # What was received when the mount last had no more events and all the credit, and the bytes received since.
+        self._drained_at = 0
+        self._bytes_since = 0
 
     def take_merged(self) -> int:
         """The number of events that were merged into others since the last call."""
@@ -126,6 +138,40 @@ class EventStream:
             return bool(self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
         except OSError:
             return False
+
+    def is_drained(self, patience: float) -> bool:
+        """Whether the mount has no event left, after take() has found none; False: take() again.
+
+        The mount sends a limited number of events ahead (CREDIT), and may have more. Only if that is possible, this asks, and waits for the answer
+        for `patience` seconds at most; True without an answer.
+        """
+        if self._buffered:
+            return False
+        if self._received - self._drained_at < CREDIT and self._bytes_since < _MANY_BYTES:
+            return True  # it had credit and room for every event at the moment when that was made
+        try:
+            self._send_credit()
+            self._send(encode_feedback(SYNC, 0, count_of(self._received)))
+        except OSError:
+            return False  # take() reports it
+        return self._is_caught_up(time.monotonic() + patience)
+
+    def _is_caught_up(self, until: float) -> bool:
+        readable = select.poll()
+        readable.register(self.socket, select.POLLIN)
+        while True:
+            if not readable.poll(max(0.0, 1000 * (until - time.monotonic()))):
+                return True
+            try:
+                message = self.socket.recv(CAUGHT_UP_SIZE + 1, socket.MSG_PEEK)
+            except OSError:
+                return False
+            if len(message) != CAUGHT_UP_SIZE:
+                return False
+            self.socket.recv(CAUGHT_UP_SIZE)
+            if decode_caught_up(message) == count_of(self._received):
+                self._drained_at, self._bytes_since = self._received, 0
+                return True
 
     def put_back(self, received: Received) -> None:
         """Put an event back that was taken, as the next one."""
@@ -177,6 +223,10 @@ class EventStream:
             length, ancillary = 0, []
         if not length:
             raise self._gone()
+        if length == CAUGHT_UP_SIZE:
+            return self._receive()  # it has come too late
+        self._received += 1
+        self._bytes_since += length
         descriptors = [number for _, _, data in ancillary for (number,) in _INT.iter_unpack(data)]
         split = event_message_split(self._message)
         return self._unpack(self._message[:split], bytes(self._message[split:length]), descriptors)
@@ -228,8 +278,12 @@ class EventStream:
         self._read_since_credit += 1
         if self._read_since_credit >= CREDIT // 2:
             with contextlib.suppress(OSError):  # the next read reports it
-                self._send(encode_feedback(MORE_CREDIT, 0, self._read_since_credit))
-            self._read_since_credit = 0
+                self._send_credit()
+
+    def _send_credit(self) -> None:
+        credit, self._read_since_credit = self._read_since_credit, 0
+        if credit:
+            self._send(encode_feedback(MORE_CREDIT, 0, credit))
 
     def _send(self, message: bytes) -> None:
         while True:

@@ -21,7 +21,7 @@ from typing import Any, Final, Generic, TypeVar
 
 RequestT = TypeVar("RequestT")
 
-VERSION: Final = 1
+VERSION: Final = 2
 CREDIT: Final = 64  # the number of unread events that a client's event socket may hold
 
 LARGEST_REQUEST: Final = 16 * 1024  # bytes
@@ -36,10 +36,16 @@ FEEDBACK_SIZE: Final = _FEEDBACK.size
 _EVENT_LENGTH = struct.Struct("=I")
 
 
-# A client's messages on the event socket: ANSWER (event number, errno or 0) or MORE_CREDIT (0, number of events read meanwhile). They are
-# plain numbers, because every event takes this way.
+# A client's messages on the event socket: ANSWER (event number, errno or 0), MORE_CREDIT (0, number of events read meanwhile) or SYNC (0, number
+# of events received since the beginning, modulo 2**32). They are plain numbers, because every event takes this way.
+#
+# SYNC asks whether the mount has events that it could not send for want of credit. If it has any, it sends them. If all that it ever sent has been
+# received and no event is queued, it sends caught_up(). So a client that waits for the answer gets exactly one of the two.
 ANSWER: Final = 1
 MORE_CREDIT: Final = 2
+SYNC: Final = 3
+_COUNT: Final = struct.Struct("=I")
+CAUGHT_UP_SIZE: Final = _COUNT.size  # bytes; every event is longer
 
 
 class RequestCodec(Generic[RequestT]):
@@ -106,9 +112,24 @@ def decode_feedback(data: bytes) -> tuple[int, int, int]:
         kind, event_number, value = _FEEDBACK.unpack(data)
     except struct.error:
         raise ValueError(f"feedback of {len(data)} bytes") from None
-    if kind not in (ANSWER, MORE_CREDIT):
+    if kind not in (ANSWER, MORE_CREDIT, SYNC):
         raise ValueError(f"feedback of kind {kind}")
     return kind, event_number, value
+
+
+def count_of(events: int) -> int:
+    """A number of events as SYNC and caught_up() carry it."""
+    return events & 0xFFFF_FFFF
+
+
+def caught_up(received: int) -> bytes:
+    """The message on the event socket, from server to client, that no event is left after the first `received` (count_of())."""
+    return _COUNT.pack(received)
+
+
+def decode_caught_up(message: bytes | bytearray) -> int:
+    """The number in caught_up()'s message."""
+    return int(_COUNT.unpack_from(message)[0])
 
 
 def event_message_split(message: bytearray | bytes) -> int:

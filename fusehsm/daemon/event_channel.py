@@ -39,6 +39,7 @@ class EventChannel:
         self._gate = gate
         self._socket = channel
         self._credit = CREDIT
+        self._sent = 0
         self._numbers = _numbers()
         self._waiting: dict[int, Pending] = {}  # permission events, by the number in the client's answer
         self._errnos = (
@@ -62,6 +63,7 @@ class EventChannel:
             except OSError:
                 continue  # its file cannot be opened: the access is denied, and the client gets no event
             self._credit -= 1
+            self._sent += 1
             if not self._transmit(*prepared):
                 self._stuck = prepared
                 self._is_stuck.set()
@@ -143,12 +145,23 @@ class EventChannel:
         if kind == protocol.MORE_CREDIT:
             self._credit = min(CREDIT, self._credit + value)
             self.push()
+        elif kind == protocol.SYNC:
+            self._synchronise(value)
         elif value in self._errnos:
             # Any other answer has not passed the client's own checks. As after a bad write(2), the event goes on waiting.
             pending = self._waiting.pop(number, None)
             if pending is not None and not self.group.closed:
                 self.group.answer(pending, value)
         return True
+
+    def _synchronise(self, received: int) -> None:
+        """Answer a client that has received so many events and found no more."""
+        self.push()
+        if protocol.count_of(self._sent) != received or not self._open:
+            return  # an event is on its way
+        # There is room in the socket of a client that has received everything. One that has not gets no answer.
+        with contextlib.suppress(OSError):
+            self._socket.send(protocol.caught_up(received))
 
     def close(self) -> None:
         """Take the answers that the client has given, then close the socket. Later acts of the client do not take an answer back."""

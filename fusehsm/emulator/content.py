@@ -6,7 +6,6 @@ it.
 
 import errno
 import os
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,10 +14,11 @@ import trio
 
 from fusehsm.emulator.attribute_cache import AttributeCache
 from fusehsm.emulator.backing_writes import BackingWriter
-from fusehsm.emulator.explain import Accessor, Explainer, Explanation
-from fusehsm.emulator.handles import DeniedFill, Direction, HandleTable, OpenFile
+from fusehsm.emulator.explain import Explainer, Explanation
+from fusehsm.emulator.handles import Direction, HandleTable, OpenFile
 from fusehsm.emulator.listeners import Listeners
 from fusehsm.emulator.page_cache import StalePages
+from fusehsm.emulator.refusals import Refusals
 from fusehsm.events import STRENGTH, Access, AccessKind, Armed
 from fusehsm.fanotify.abi import FAN_ACCESS, FAN_MODIFY
 from fusehsm.fanotify.marks import Subject
@@ -28,11 +28,6 @@ from fusehsm.linux.ranges import RangeSet
 from fusehsm.linux.syscalls import FALLOC_FL_KEEP_SIZE
 from fusehsm.overlay.overlay import Node, Overlay
 
-# The kernel asks up to three times for a page that was refused: read-ahead, then the page alone, then once more with the mmap lock held, all
-# within 0.3 ms (docs/facts.md, section 13). A call that continues differs visibly from a new equal call. A fault does not, so time decides.
-_FILL_REPEATS = 2
-_SAME_CALL_SECONDS = 1.0
-_SAME_FAULT_SECONDS = 0.05
 # Delay before a page is dropped that a call passes through the page cache. The call must have had it, and the kernel does not report that. A
 # call whose page is dropped too early asks for it again (docs/facts.md, section 13); each time it does, the delay grows.
 _PASSING_SECONDS = 0.0002
@@ -64,10 +59,12 @@ class Content:
         self._filled: dict[int, RangeSet] = {}
         self._reader = BackingReader()
         self._writer = BackingWriter(overlay, explainer)
+        self._refusals = Refusals(explainer)
 
     def forgotten(self, node_id: int) -> None:
         """The kernel has forgotten a node and its pages."""
         self._filled.pop(node_id, None)
+        self._refusals.forgotten(node_id)
 
     def dropped(self, node: Node) -> None:
         """A node's pages are about to be dropped, because it may have been evicted. Its mappings must be asked for again."""
@@ -111,9 +108,8 @@ class Content:
         `fills`: whether the bytes are for the page cache, None where the engine does not say.
         """
         listeners = self._listeners
-        if file.denied:
-            _forget_expired(file.denied)
-        if listeners.idle and not file.denied:
+        refusing = self._refusals.may_refuse(file)
+        if listeners.idle and not refusing:
             if fills is not False:
                 self._stale.taint(file.node.id)
             return await self._read_backing(file, offset, size)
@@ -124,8 +120,8 @@ class Content:
         else:
             fill = Access(AccessKind.FILL, offset, size, who.pid, who.tid, leaves=who.certain)
             explanation = Explanation((fill,), who.tid, Direction.READ, fills=True)
-        if explanation.fills and file.denied:
-            self._deny_repeat(file, explanation, offset, size, who)
+        if explanation.fills and refusing:
+            self._refusals.check(file, explanation, offset, size, who, heard=listeners.hears_content(subject))
         allowed = not explanation.accesses
         if explanation.fills:
             self._attributes.begin_filling(file.node)
@@ -139,11 +135,14 @@ class Content:
         except OSError as error:
             # A killed accessor does not ask again, and others must not be refused for that.
             if explanation.fills and error.errno not in (None, errno.EINTR):
-                self._denied(file, explanation, offset, size, error.errno, who)
+                self._refusals.add(file, explanation, offset, size, error.errno, who)
             raise
         finally:
             if explanation.fills:
                 self._attributes.end_filling(file.node)
+        if explanation.fills and not allowed and self._refusals.may_refuse(file):
+            # Its listener has gone without an answer.
+            self._refusals.check(file, explanation, offset, size, who, heard=listeners.hears_content(subject))
         if allowed:
             self._allowed(file, explanation)
         elif listeners.notified & FAN_ACCESS and explanation.grant is not None:
@@ -198,37 +197,6 @@ class Content:
         if explanation.announces and self._maps_are_asked_for:
             for start, end in explanation.announces:
                 file.announced.add(start, end)
-
-    def _denied(
-        self,
-        file: OpenFile[Node],
-        explanation: Explanation,
-        offset: int,
-        size: int,
-        number: int,
-        who: Accessor,
-    ) -> None:
-        waits = self._explainer.blocked_in(who, explanation.call)
-        in_call = waits is not None and waits[0].number != proc.PAGE_FAULT
-        window = _SAME_CALL_SECONDS if in_call else _SAME_FAULT_SECONDS
-        file.denied.pop(who.tid, None)
-        file.denied[who.tid] = DeniedFill(
-            waits, offset, offset + size, number, _FILL_REPEATS, time.monotonic() + window
-        )
-
-    def _deny_repeat(
-        self, file: OpenFile[Node], explanation: Explanation, offset: int, size: int, who: Accessor
-    ) -> None:
-        denied = file.denied.get(who.tid)
-        if denied is None:
-            return
-        if denied.repeats_left <= 0 or time.monotonic() > denied.expires:
-            del file.denied[who.tid]
-            return
-        overlaps = offset < denied.end and denied.start < offset + size
-        if overlaps and self._explainer.blocked_in(who, explanation.call) == denied.waits:
-            denied.repeats_left -= 1
-            raise OSError(denied.errno, os.strerror(denied.errno))
 
     async def _read_backing(self, file: OpenFile[Node], offset: int, size: int) -> Buffer:
         with self._handles.backing(file) as descriptor:
@@ -431,16 +399,6 @@ class Content:
         """Ask again for faults of mappings that were announced under other marks: the content may have been evicted since."""
         for file in files:
             file.announced.clear()
-
-
-def _forget_expired(denied: dict[int, DeniedFill]) -> None:
-    """Remove the expired entries, which are the oldest."""
-    now = time.monotonic()
-    while denied:
-        tid = next(iter(denied))
-        if denied[tid].expires >= now:
-            return
-        del denied[tid]
 
 
 def _armed(file: OpenFile[Node]) -> Armed:

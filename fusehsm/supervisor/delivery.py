@@ -69,7 +69,7 @@ class Reading:
         filled = 0
         while True:
             try:
-                source, received = self.group.take(size - filled)
+                source, received = self.group.take(size - filled, drain=self.group.nonblocking and not filled)
             except BlockingIOError:
                 if filled:
                     return filled

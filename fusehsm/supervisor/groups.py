@@ -35,6 +35,8 @@ from fusehsm.linux.mountinfo import Mount, read_mounts
 from fusehsm.supervisor.readiness import Bell
 from fusehsm.supervisor.view import Target
 
+_ANSWERS_WITHIN = 1.0  # seconds; a mount's server never waits for a client
+
 _log = logging.getLogger(__name__)
 
 
@@ -245,36 +247,45 @@ class SupervisedGroup:
 
     # Events
 
-    def take(self, size: int) -> tuple[Source, Received]:
-        """The next event, of at most `size` bytes.
+    def take(self, size: int, *, drain: bool = False) -> tuple[Source, Received]:
+        """The next event, of at most `size` bytes. `drain`: also one that a mount has not sent yet, because it sends a limited number ahead.
 
         Raises BlockingIOError if there is none, OSError EINVAL if it does not fit (it stays), and the errno of an event that came
         without its descriptor.
         """
         with self._lock:
-            for source in list(self._sources):
-                try:
-                    received = source.stream.take()
-                except OSError as error:
-                    if error.errno != errno.ENOTCONN:
-                        self.bell.take(1 + source.stream.take_merged())
-                        raise
-                    self._drop(source)
-                    continue
-                if received is None:
-                    continue
-                if len(received.data) > size:
-                    source.stream.put_back(received)
-                    self._wake_for_buffered()
-                    raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-                source.stream.delivered(received)
-                self.bell.take(1 + source.stream.take_merged())
-                # The next event comes from another mount, if that has one.
-                self._sources.append(self._sources.pop(self._sources.index(source)))
-                self._wake_for_buffered()
-                return source, received
+            while True:
+                taken = self._take(size)
+                if taken is not None:
+                    return taken
+                if not drain or all(source.stream.is_drained(_ANSWERS_WITHIN) for source in self._sources):
+                    break
             self.bell.tidy(self._something_waits)
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    def _take(self, size: int) -> tuple[Source, Received] | None:
+        for source in list(self._sources):
+            try:
+                received = source.stream.take()
+            except OSError as error:
+                if error.errno != errno.ENOTCONN:
+                    self.bell.take(1 + source.stream.take_merged())
+                    raise
+                self._drop(source)
+                continue
+            if received is None:
+                continue
+            if len(received.data) > size:
+                source.stream.put_back(received)
+                self._wake_for_buffered()
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            source.stream.delivered(received)
+            self.bell.take(1 + source.stream.take_merged())
+            # The next event comes from another mount, if that has one.
+            self._sources.append(self._sources.pop(self._sources.index(source)))
+            self._wake_for_buffered()
+            return source, received
+        return None
 
     def _drop(self, source: Source) -> None:
         """Remove a mount that is gone; no accessor waits there any more. A listener may still answer an event of it: see respond()."""

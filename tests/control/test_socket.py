@@ -300,6 +300,35 @@ def test_answers_that_are_none_change_nothing(client: RawClient, accessor: Acces
     assert denied.value.errno == errno.EBUSY
 
 
+def test_a_client_asks_whether_it_has_everything(
+    client: RawClient, make_accessor: MakeAccessor, exact_mount: Mount, stub: Path
+) -> None:
+    client.watch(stub)
+    count = protocol.CREDIT + 2
+    accessors = [make_accessor() for _ in range(count)]
+    assert client.events is not None
+    client.feedback(protocol.SYNC, 0, 0)
+    assert client.events.recv(1 << 10) == protocol.caught_up(0)
+
+    calls = [accessor.start("pread_path", str(stub), 1, 0) for accessor in accessors]
+    while len(client.ask(Status())["waiting"]) < count:
+        pass
+    client.feedback(protocol.SYNC, 0, 0)  # there are events in the socket: no answer comes
+    numbers = [client.event()[0] for _ in range(protocol.CREDIT)]
+    client.feedback(protocol.SYNC, 0, protocol.CREDIT)  # without credit nothing else can be sent
+    assert client.events.recv(1 << 10) == protocol.caught_up(protocol.CREDIT)
+    client.feedback(protocol.MORE_CREDIT, 0, 2)
+    client.feedback(protocol.SYNC, 0, protocol.CREDIT)
+    numbers += [client.event()[0] for _ in range(2)]
+    client.feedback(protocol.SYNC, 0, count)
+    assert client.events.recv(1 << 10) == protocol.caught_up(count)
+
+    for number in numbers:
+        client.feedback(protocol.ANSWER, number, 0)
+    for call in calls:
+        assert call.result() == b"\0"
+
+
 def test_a_flood_of_feedback_stops_nobody(
     clients: list[RawClient], bystander: RawClient, accessor: Accessor, stub: Path
 ) -> None:
@@ -696,7 +725,7 @@ def test_rubbish_is_no_request(data: bytes) -> None:
 
 
 @given(
-    st.sampled_from([protocol.ANSWER, protocol.MORE_CREDIT]),
+    st.sampled_from([protocol.ANSWER, protocol.MORE_CREDIT, protocol.SYNC]),
     st.integers(-(1 << 31), (1 << 31) - 1),
     st.integers(0, (1 << 32) - 1),
 )

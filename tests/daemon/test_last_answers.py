@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -16,6 +17,7 @@ import trio
 from fusehsm.conform.accessor import Accessor, AccessorDied
 from fusehsm.events import Event
 from fusehsm.fanotify.abi import FAN_MARK_ADD
+from fusehsm.linux.proc import threads_of
 from tests.conftest import MakeAccessor, MakeMount
 from tests.support.handler_sites import Site
 from tests.support.harness import PATIENCE, start
@@ -46,6 +48,32 @@ def refused_reads(path: str, number: int, step: int) -> list[int]:
     for thread in threads:
         thread.join()
     return errors
+
+
+def refused_then_read(path: str) -> list[int]:
+    """The errnos of two reads of one thread, one after the other; 0 for one that succeeds."""
+    errors = [0, 0]
+    descriptor = os.open(path, os.O_RDONLY)
+    for index in range(2):
+        try:
+            os.pread(descriptor, 1, 0)
+        except OSError as error:
+            errors[index] = error.errno or -1
+    return errors
+
+
+def until_asleep(pids: list[int], number: int) -> None:
+    """Return when so many threads of these processes wait for a page."""
+    deadline = time.monotonic() + PATIENCE
+    while sum(is_waiting(pid, tid) for pid in pids for tid in threads_of(pid)) < number:
+        assert time.monotonic() < deadline, "they do not wait"
+        time.sleep(0.01)
+
+
+def is_waiting(pid: int, tid: int) -> bool:
+    """Whether a thread is in state D."""
+    with open(f"/proc/{pid}/task/{tid}/stat") as stat:
+        return stat.read().rpartition(")")[2].split()[0] == "D"
 
 
 @contextmanager
@@ -175,6 +203,60 @@ async def test_reads_into_the_page_cache(make_mount: MakeMount, accessor: Access
         group.answer(event, errno.EBUSY)
     group.close()
     assert 0 not in await call.wait()
+
+
+async def test_reads_that_wait_behind_a_denied_one(
+    make_mount: MakeMount, make_accessor: MakeAccessor, engine: str
+) -> None:
+    """The listener denies all that it has and closes its group: nobody that waited is let pass."""
+    mount = make_mount("--events", "first-access", "--cache", "private")
+    world = World("first-access", mount.source, mount.path, mount.pid)
+    path = world.file(size=16 * PAGE)
+    waiting, later = make_accessor(), make_accessor()
+    group = await world.open_group()
+    await group.mark(FAN_MARK_ADD, PRE_ACCESS, path=path)
+    call = waiting.start(refused_reads, path, FEW, 0)
+    (event,) = await taken(group, 1)
+    # They wait for the page in the kernel, which makes no request and no event.
+    await trio.to_thread.run_sync(until_asleep, [waiting.pid], FEW - 1)
+    os.close(event.fd)
+    with busy(world):
+        group.answer(event, errno.EBUSY)
+        group.close()
+    assert await call.wait() == [errno.EBUSY] * FEW
+    # A thread's next call did not wait. pyfuse3 does not know whose call it is.
+    assert await later.run(refused_then_read, path) == [
+        errno.EBUSY,
+        0 if engine == "devfuse" else errno.EBUSY,
+    ]
+
+
+async def test_faults_that_wait_behind_a_denied_one(
+    make_mount: MakeMount, make_accessor: MakeAccessor
+) -> None:
+    mount = make_mount("--events", "exact")
+    world = World("emulator", mount.source, mount.path, mount.pid)
+    path = world.file(size=PAGE)
+    group = await world.open_group()
+    await group.mark(FAN_MARK_ADD, PRE_ACCESS, path=path)
+    accessors = [make_accessor() for _ in range(5)]
+    mappings = []
+    for accessor in accessors:
+        descriptor = await accessor.run("open", path, os.O_RDONLY)
+        mappings.append(await accessor.run("map_file", descriptor, PAGE))
+    calls = [
+        accessor.start("touch", mapping, 0) for accessor, mapping in zip(accessors, mappings, strict=True)
+    ]
+    (event,) = await taken(group, 1)
+    await trio.to_thread.run_sync(until_asleep, [accessor.pid for accessor in accessors], 4)
+    os.close(event.fd)
+    with busy(world):
+        group.answer(event, errno.EBUSY)
+        group.close()
+    for call in calls:
+        with pytest.raises(AccessorDied) as died:
+            await call.wait()
+        assert died.value.signal == signal.SIGBUS
 
 
 async def test_a_page_fault(make_mount: MakeMount, accessor: Accessor) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from fusehsm.conform.accessor import Accessor
 from tests.conform.divergences.sides import PAGE, Side, covers
+from tests.conftest import MakeAccessor
 
 pytestmark = [pytest.mark.fuse, pytest.mark.kernel]
 
@@ -42,6 +43,35 @@ async def test_files_opened_before_the_mark(
         async with side.listening() as listener:
             await accessor.run("pread", descriptor, 1, 0)
             assert covers(listener.briefly(), 0, PAGE) == (side is not kernel)
+
+
+def read_twice(path: str) -> list[int]:
+    """The errnos of two reads of one page; 0 for one that succeeds."""
+    errors = []
+    descriptor = os.open(path, os.O_RDONLY)
+    for _ in range(2):
+        try:
+            os.pread(descriptor, 1, 0)
+            errors.append(0)
+        except OSError as error:
+            errors.append(error.errno or -1)
+    return errors
+
+
+async def test_reads_after_a_denial(
+    kernel: Side, first_access: Side, make_accessor: MakeAccessor, engine: str
+) -> None:
+    for side in (kernel, first_access):
+        path = side.file("denied")
+        async with side.listening(answer=lambda event: errno.EBUSY):
+            assert await make_accessor().run(read_twice, path) == [errno.EBUSY] * 2
+        # A thread's second read has not waited. pyfuse3 does not know whose call it is.
+        late = errno.EBUSY if engine == "pyfuse3" else 0
+        expected = [0, 0] if side is kernel else [errno.EBUSY, late]
+        assert await make_accessor().run(read_twice, path) == expected
+        async with side.listening() as listener:
+            assert await make_accessor().run(read_twice, path) == [0, 0], "a listener is asked at once"
+            assert covers(listener.briefly(), 0, PAGE)
 
 
 async def test_first_access_events(exact: Side, first_access: Side, accessor: Accessor) -> None:

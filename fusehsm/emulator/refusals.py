@@ -1,0 +1,159 @@
+"""Page-cache fills that are denied without a question, because they belong to an access that was denied.
+
+Two kinds of READ come after a denied one although their events would be those of accesses that were made before it:
+
+* Repeats. The kernel asks up to three times for a page that was refused: read-ahead, then the page alone, then once more with the mmap lock held,
+  all within 0.3 ms (docs/facts.md, section 13).
+* Followers. Accesses of one page wait for it in the kernel, one behind the other. Only the first has made an event. When it is denied, the next one
+  asks. If the listener that denied the first one has gone since, no listener is left to deny the others, and they would read the stub's zeros.
+"""
+
+import os
+import time
+from dataclasses import dataclass, field
+
+from fusehsm.emulator.explain import Accessor, Explainer, Explanation
+from fusehsm.emulator.handles import DeniedFill, OpenFile
+from fusehsm.linux import proc
+from fusehsm.linux.ranges import RangeSet
+from fusehsm.overlay.overlay import Node
+
+_REPEATS = 2
+# A call that continues differs visibly from a new equal call. A fault does not, so time decides.
+_SAME_CALL_SECONDS = 1.0
+_SAME_FAULT_SECONDS = 0.05
+# The kernel lets the next follower go as soon as one is refused, but the follower's process may have to wait for a CPU.
+_NEXT_FOLLOWER_SECONDS = 1.0
+
+
+@dataclass(slots=True)
+class _DeniedNode:
+    """The denied fills of one file of the last second."""
+
+    #: The last answer.
+    errno: int
+    #: When the last one was denied, in monotonic seconds.
+    last: float
+    #: The bytes that were denied.
+    ranges: RangeSet = field(default_factory=RangeSet)
+    #: The threads that were denied. A thread follows once: when it asks again, it has made a new call.
+    threads: set[int] = field(default_factory=set)
+
+
+class Refusals:
+    """The denied page-cache fills of one mount."""
+
+    def __init__(self, explainer: Explainer) -> None:
+        self._explainer = explainer
+        # By node id, in the order of the last denials.
+        self._nodes: dict[int, _DeniedNode] = {}
+
+    def may_refuse(self, file: OpenFile[Node]) -> bool:
+        """Whether check() might refuse a fill of that file."""
+        if file.denied:
+            _forget_expired(file.denied)
+        if self._nodes:
+            self._forget_old()
+        return bool(file.denied or self._nodes)
+
+    def add(
+        self,
+        file: OpenFile[Node],
+        explanation: Explanation,
+        offset: int,
+        size: int,
+        number: int,
+        who: Accessor,
+    ) -> None:
+        """A fill of `size` bytes at `offset` was denied with the errno `number`."""
+        self._add_to_file(file, explanation, offset, size, number, who)
+        self._forget_old()
+        node = self._nodes.pop(file.node.id, None)
+        if node is None:
+            node = _DeniedNode(number, 0.0)
+        self._nodes[file.node.id] = node
+        node.errno, node.last = number, time.monotonic()
+        node.ranges.add(offset, offset + size)
+        node.threads.add(who.tid)
+
+    def check(
+        self,
+        file: OpenFile[Node],
+        explanation: Explanation,
+        offset: int,
+        size: int,
+        who: Accessor,
+        *,
+        heard: bool,
+    ) -> None:
+        """Raise the OSError of the access to which a fill belongs, if that was denied. `heard`: a listener is asked about the file's content."""
+        self._check_repeat(file, explanation, offset, size, who)
+        if not heard:
+            self._check_follower(file, explanation, offset, size, who)
+
+    def forgotten(self, node_id: int) -> None:
+        """The kernel has forgotten a node and its pages."""
+        self._nodes.pop(node_id, None)
+
+    def _forget_old(self) -> None:
+        oldest = time.monotonic() - _NEXT_FOLLOWER_SECONDS
+        while self._nodes:
+            node_id = next(iter(self._nodes))
+            if self._nodes[node_id].last >= oldest:
+                return
+            del self._nodes[node_id]
+
+    def _add_to_file(
+        self,
+        file: OpenFile[Node],
+        explanation: Explanation,
+        offset: int,
+        size: int,
+        number: int,
+        who: Accessor,
+    ) -> None:
+        waits = self._explainer.blocked_in(who, explanation.call)
+        in_call = waits is not None and waits[0].number != proc.PAGE_FAULT
+        window = _SAME_CALL_SECONDS if in_call else _SAME_FAULT_SECONDS
+        file.denied.pop(who.tid, None)
+        file.denied[who.tid] = DeniedFill(
+            waits, offset, offset + size, number, _REPEATS, time.monotonic() + window
+        )
+
+    def _check_repeat(
+        self, file: OpenFile[Node], explanation: Explanation, offset: int, size: int, who: Accessor
+    ) -> None:
+        denied = file.denied.get(who.tid)
+        if denied is None:
+            return
+        if denied.repeats_left <= 0 or time.monotonic() > denied.expires:
+            del file.denied[who.tid]
+            return
+        overlaps = offset < denied.end and denied.start < offset + size
+        if overlaps and self._explainer.blocked_in(who, explanation.call) == denied.waits:
+            denied.repeats_left -= 1
+            raise OSError(denied.errno, os.strerror(denied.errno))
+
+    def _check_follower(
+        self, file: OpenFile[Node], explanation: Explanation, offset: int, size: int, who: Accessor
+    ) -> None:
+        node = self._nodes.get(file.node.id)
+        if node is None or node.ranges.gaps(offset, offset + size) == [(offset, offset + size)]:
+            return
+        number = node.errno
+        if who.certain:
+            if who.tid in node.threads:
+                return
+            self.add(file, explanation, offset, size, number, who)
+        # Otherwise a new call cannot be told from a follower, so the followers end a second after the last answer of a listener.
+        raise OSError(number, os.strerror(number))
+
+
+def _forget_expired(denied: dict[int, DeniedFill]) -> None:
+    """Remove the expired entries, which are the oldest."""
+    now = time.monotonic()
+    while denied:
+        tid = next(iter(denied))
+        if denied[tid].expires >= now:
+            return
+        del denied[tid]
