@@ -204,7 +204,7 @@ def _serve(options: MountOptions, plan: Plan, ready: Callable[[], None]) -> None
         if options.lifeline is not None:
             with suppress(OSError):  # no process holds its other end any more
                 os.write(options.lifeline, ours_id.pack())
-        gate.mounted(ours.device, engine.caches(ours.device))
+        gate.mounted(ours.device, engine.caches(ours.device), ours_id)
         gate.requests = engine.requests
         unmount = _run(gate, engine, plan, ours, stands, noted, options.lifeline) or unmount
     finally:

@@ -9,7 +9,7 @@ import sys
 import trio
 
 from fusehsm.backends.base import AT_FDCWD, Group
-from fusehsm.backends.lookup import look_up
+from fusehsm.backends.lookup import look_up, mark_request
 from fusehsm.control.client import ControlConnection
 from fusehsm.control.event_stream import EventStream, Received
 from fusehsm.control.protocol import VERSION, Hello, MarkRequest, Welcome
@@ -95,6 +95,15 @@ class EmulatedGroup(Group):
         self, flags: int, mask: int, dirfd: int = AT_FDCWD, path: str | bytes | None = None
     ) -> None:
         """fanotify_mark(2). Additional error: EXDEV for a path that is not on this group's mount."""
+        await self._mark(flags, mask, dirfd, path, every_mount=False)
+
+    async def mark_every_mount(self, flags: int, mask: int, path: str) -> None:
+        """mark() with FAN_MARK_MOUNT, which hears the accesses by every mount of the tree, whichever `path` leads to."""
+        await self._mark(flags, mask, AT_FDCWD, path, every_mount=True)
+
+    async def _mark(
+        self, flags: int, mask: int, dirfd: int, path: str | bytes | None, *, every_mount: bool
+    ) -> None:
         rules.check_mark(self.flags, self.dialect, flags, mask, None)
         if flags & FAN_MARK_FLUSH:
             await self._connection.request(MarkRequest(flags, mask, *self._mount.device, None))
@@ -104,7 +113,7 @@ class EmulatedGroup(Group):
         try:
             rules.check_mark(self.flags, self.dialect, flags, mask, found.kind)
             try:
-                await self._connection.request(MarkRequest(flags, mask, *found.device, found.inode))
+                await self._connection.request(mark_request(flags, mask, found, every_mount=every_mount))
             except OSError as error:
                 if error.errno != errno.EXDEV:
                     raise

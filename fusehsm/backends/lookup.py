@@ -6,9 +6,11 @@ import os
 import stat
 from dataclasses import dataclass
 
-from fusehsm.fanotify.abi import FAN_MARK_DONT_FOLLOW, FAN_MARK_ONLYDIR
+from fusehsm.control.protocol import MarkRequest
+from fusehsm.fanotify.abi import FAN_MARK_DONT_FOLLOW, FAN_MARK_MOUNT, FAN_MARK_ONLYDIR, FAN_MARK_TYPE_MASK
 from fusehsm.fanotify.rules import ObjectKind
 from fusehsm.linux import syscalls
+from fusehsm.linux.mountinfo import id_of_descriptor
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,14 @@ class FoundObject:
     inode: int
     #: The kind of the object.
     kind: ObjectKind
+
+
+def mark_request(flags: int, mask: int, found: FoundObject, *, every_mount: bool = False) -> MarkRequest:
+    """The request for a mark on an object. `every_mount`: a mount mark hears the accesses by every mount of the tree. Raises OSError."""
+    if every_mount or flags & FAN_MARK_TYPE_MASK != FAN_MARK_MOUNT:
+        return MarkRequest(flags, mask, *found.device, found.inode)
+    mount = id_of_descriptor(found.descriptor)
+    return MarkRequest(flags, mask, *found.device, found.inode, mount.number, mount.unique)
 
 
 def look_up(flags: int, dirfd: int, path: str | bytes | None) -> FoundObject:

@@ -115,7 +115,11 @@ async def open_group(
         undo.callback(group.close)
         mark_flags, mask_bits = MARKS[mark]
         wanted = _mask(mask, group.dialect, chosen=dialect is not None, directory=place.directory)
-        await group.mark(FAN_MARK_ADD | mark_flags, wanted | mask_bits, AT_FDCWD, place.path)
+        if mark == "mount" and isinstance(group, EmulatedGroup):
+            # Containers see the tree by mounts of their own, and must not read zeros.
+            await group.mark_every_mount(FAN_MARK_ADD | mark_flags, wanted | mask_bits, place.path)
+        else:
+            await group.mark(FAN_MARK_ADD | mark_flags, wanted | mask_bits, AT_FDCWD, place.path)
         yield group
 
 

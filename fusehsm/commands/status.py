@@ -105,7 +105,7 @@ def fdinfo(group: dict[str, Any], mount: dict[str, Any]) -> Iterator[str]:
     for mark in group["marks"]:
         where = {
             "inode": f"ino:{mark['inode'] or 0:x} {device}",
-            "mount": f"mnt_id:{mount['mount_id']:x}",
+            "mount": f"mnt_id:{mark.get('mount') or mount['mount_id']:x}",
             "filesystem": device,
         }[mark["type"]]
         yield (

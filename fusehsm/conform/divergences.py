@@ -235,6 +235,24 @@ DIVERGENCES: Final = (
     ),
     Divergence(
         topic=Topic.EVENTS,
+        name="pages of every mount",
+        difference="What enters the page cache is accessed by every mount: sendfile(2), splice(2), touched mappings, and in first-access mode "
+        "each read.",
+        reason="The page cache belongs to the file, and shows its pages by every mount.",
+        safe="The event comes although the mount is not marked, or is marked to be ignored.",
+        test="test_pages_of_every_mount",
+    ),
+    Divergence(
+        topic=Topic.EVENTS,
+        name="unknown mounts",
+        difference="An access whose mount cannot be told is heard by the marks on every mount, and no mount's ignore mark counts: io_uring, an "
+        "open(2) through /proc/PID/fd, and with pyfuse3 a read of a file that was opened before the mark.",
+        reason="FUSE names the file and not the mount, which the accessor's system call must tell.",
+        safe="Events are more, never fewer.",
+        test="test_unknown_mounts",
+    ),
+    Divergence(
+        topic=Topic.EVENTS,
         name="the event descriptor's path",
         difference="readlink(2) of an event's descriptor gives the path under SRC, and `event.path` is the accessor's path under DST.",
         reason="A fill through the mount would make events for its own listener, and with SRC = DST both paths are the same.",
@@ -253,9 +271,10 @@ DIVERGENCES: Final = (
     Divergence(
         topic=Topic.EVENTS,
         name="mount marks",
-        difference="A mark on the mount and a mark on the file system hear the same accesses.",
-        reason="All accesses come through one FUSE mount, also those through its bind mounts.",
-        safe="The listener is asked for more.",
+        difference="A mark on the mount that fusehsm made hears the accesses by every mount of its tree: bind mounts, clones, and copies in "
+        "other mount namespaces.",
+        reason="A container sees the tree by a mount of its own, where it would read a stub's zeros, as it does on the real kernel.",
+        safe="The listener is asked for more, and a mark on another mount or an ignore mark on any means that one mount.",
         test="test_mount_marks_cover_bind_mounts",
     ),
     Divergence(

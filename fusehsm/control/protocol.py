@@ -178,6 +178,10 @@ class MarkRequest:
     minor: int
     #: The node's st_ino; None with FAN_MARK_FLUSH.
     inode: int | None
+    #: With FAN_MARK_MOUNT: the number and the unique number of the mount by which the client has found the node; None for the mount that the
+    #: daemon made, and for a unique number that is not known.
+    mount: int | None = None
+    unique_mount: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

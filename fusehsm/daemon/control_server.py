@@ -39,6 +39,7 @@ from fusehsm.daemon.event_channel import EventChannel
 from fusehsm.emulator.group import Group
 from fusehsm.emulator.interface import GateFace
 from fusehsm.fanotify.abi import DIALECTS, FAN_MARK_FLUSH
+from fusehsm.fanotify.marks import MAIN, MountKey
 
 MOST_GROUPS: Final = 128  # the default of fs.fanotify.max_user_groups
 MOST_CONNECTIONS: Final = 256
@@ -239,10 +240,13 @@ class _Session:
             raise OSError(errno.EINVAL, "a mark needs an inode")
         # Listeners like to mark through an event descriptor, which is open on the backing's file.
         node = self._gate.overlay.node_of_backing(mark.major, mark.minor, mark.inode)
+        mount = MAIN
         if node is None:
             self._check_device(mark.major, mark.minor)
             node = self._gate.overlay.node(mark.inode)
-        await self._gate.mark(self._channel.group, mark.flags, mark.mask, node)
+            if mark.mount is not None:
+                mount = MountKey(mark.mount, mark.unique_mount)
+        await self._gate.mark(self._channel.group, mark.flags, mark.mask, node, mount)
 
     async def _mark_backing(self, mark: MarkBacking) -> None:
         if self._channel is None:

@@ -100,6 +100,17 @@ class Content:
         if self._listeners.notify(access, subject, node):
             self._attributes.notified(node)
 
+    async def seen(self, node: Node, tid: int, file: OpenFile[Node] | None = None) -> Subject:
+        """The node as marks see it that a waiting thread accesses, with the mount where that matters."""
+        subject = self._subject_of(node)
+        if self._listeners.tells_mounts:
+            subject = subject._replace(mount=await self._explainer.mount_of(node, tid, file))
+        return subject
+
+    def _seen_before(self, file: OpenFile[Node]) -> Subject:
+        """seen(), as far as it is known by now."""
+        return self._subject_of(file.node)._replace(mount=file.mount)
+
     async def read(
         self, file: OpenFile[Node], offset: int, size: int, tid: int = 0, fills: bool | None = None
     ) -> Buffer:
@@ -123,6 +134,9 @@ class Content:
         if explanation.fills and refusing:
             self._refusals.check(file, explanation, offset, size, who, heard=listeners.hears_content(subject))
         allowed = not explanation.accesses
+        if listeners.tells_mounts and explanation.accesses and not explanation.fills:
+            # A page in the cache is for the accesses by every mount.
+            subject = await self.seen(file.node, who.known_tid, file)
         if explanation.fills:
             self._attributes.begin_filling(file.node)
         try:
@@ -252,7 +266,7 @@ class Content:
             self._stale.drop_changed_soon(file.node, offset, len(data))
         await self.modified(file.node, offset, offset + written)
         if explanation is not None and listeners.notified & FAN_MODIFY and written:
-            self._notify(explanation, self._subject_of(file.node), file.node)
+            self._notify(explanation, self._seen_before(file), file.node)
         return written
 
     async def _before_change(self, node: Node, descriptor: int, uid: int) -> None:
@@ -280,7 +294,7 @@ class Content:
             explanation = Explanation(
                 (Access(AccessKind.WRITE, offset, size, who.pid, who.tid),), who.tid, Direction.WRITE
             )
-        subject = self._subject_of(file.node)
+        subject = await self.seen(file.node, who.known_tid, file)
         for access in explanation.accesses:
             await self.ask(access, subject, file.node, _armed(file))
         # Also when no listener was asked: a write reads no content, and its pieces are one call.
@@ -303,7 +317,7 @@ class Content:
             return
         armed = max((_armed(file) for file in files), key=STRENGTH.__getitem__)
         access = Access(AccessKind.MAP, offset, length, pid, tid, writable=writable)
-        if await self.ask(access, self._subject_of(node), node, armed) and self._maps_are_asked_for:
+        if await self.ask(access, await self.seen(node, tid), node, armed) and self._maps_are_asked_for:
             for file in files:
                 file.announced.add(offset, offset + length)
 
@@ -318,7 +332,7 @@ class Content:
             return
         access = Access(AccessKind.TRUNCATE, size, 0, proc.process_of(tid), tid, writable=True)
         # Truncation asks by path: how the file was armed does not matter (docs/facts.md, section 5).
-        await self.ask(access, self._subject_of(node), node, Armed.ALL)
+        await self.ask(access, await self.seen(node, tid), node, Armed.ALL)
 
     async def allocate(
         self, file: OpenFile[Node], mode: int, offset: int, length: int, tid: int, uid: int
@@ -328,7 +342,7 @@ class Content:
         if not self._listeners.idle:
             who = self._explainer.accessor(file, tid)
             access = Access(AccessKind.FALLOCATE, offset, length, who.pid, who.tid)
-            await self.ask(access, self._subject_of(file.node), file.node, _armed(file))
+            await self.ask(access, await self.seen(file.node, tid, file), file.node, _armed(file))
         async with self.changing(file.node):
             with self._handles.backing(file) as descriptor:
                 await self._before_change(file.node, descriptor, uid)
@@ -337,7 +351,7 @@ class Content:
             file.node.made_as_long_as(offset + length)
         await self.modified(file.node)
         if access is not None:
-            self.notify(access, self._subject_of(file.node), file.node)
+            self.notify(access, self._seen_before(file), file.node)
 
     async def copy(
         self,
@@ -358,7 +372,7 @@ class Content:
             ):
                 who = self._explainer.accessor(file, tid)
                 access = Access(kind, offset, length, who.pid, who.tid)
-                await self.ask(access, self._subject_of(file.node), file.node, _armed(file))
+                await self.ask(access, await self.seen(file.node, tid, file), file.node, _armed(file))
                 asked.append((file, access))
         async with self.changing(target.node):
             with self._handles.backing(source) as readable, self._handles.backing(target) as writable:
@@ -368,7 +382,7 @@ class Content:
         await self.modified(target.node)
         if copied:
             for file, access in asked:
-                self.notify(access, self._subject_of(file.node), file.node)
+                self.notify(access, self._seen_before(file), file.node)
         return copied
 
     def seek(self, file: OpenFile[Node], offset: int, whence: int) -> int:

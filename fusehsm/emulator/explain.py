@@ -11,7 +11,8 @@ import trio
 
 from fusehsm.emulator.handles import Direction, Grant, OpenFile
 from fusehsm.events import Access, AccessKind
-from fusehsm.linux import proc
+from fusehsm.fanotify.marks import MAIN, MountKey
+from fusehsm.linux import call_mount, proc
 from fusehsm.overlay.overlay import Node
 
 # How long to wait for an accessor's mappings, whose mmap lock may be held; seconds.
@@ -70,11 +71,12 @@ class Explainer:
     """Explains the requests of one mount.
 
     `page_size` is in bytes. `size_of` gives the size of a node of the mount in bytes, None where there is no such node. `device` is the
-    mount's (major, minor), as in /proc/<pid>/maps; it is set once the mount exists.
+    mount's (major, minor), as in /proc/<pid>/maps, and `main_mount` the mount that the daemon made; both are set once the mount exists.
     """
 
     def __init__(self, page_size: int, size_of: Callable[[int], int | None]) -> None:
         self.device = (0, 0)
+        self.main_mount: MountKey | None = None
         self._size_of = size_of
         self._page_size = page_size
         self._calls = proc.CallReader()
@@ -83,6 +85,35 @@ class Explainer:
     def close(self) -> None:
         """Close the files of /proc that are kept open."""
         self._calls.close()
+
+    async def mount_of(self, node: Node, tid: int, file: OpenFile[Node] | None = None) -> MountKey | None:
+        """The mount by which a thread that waits now accesses a node; None where it cannot be told. `file`: the open file, where there is one."""
+        if file is not None and file.mount is not None:
+            return file.mount
+        call = self._calls.identify(tid)[1] if tid else None
+        if call is None:
+            return None
+        found = call_mount.by_descriptor(call, self.device, node.id)
+        if found is None and call_mount.has_path(call):
+            # It reads the accessor's memory, and may look up names on this mount.
+            with trio.move_on_after(_MAPS_DEADLINE):
+                found = await trio.to_thread.run_sync(
+                    call_mount.by_path,
+                    call,
+                    self.device,
+                    node.id,
+                    node.parents(),
+                    abandon_on_cancel=True,
+                    limiter=self._maps_limiter,
+                )
+        if found is None:
+            return None
+        mount = MountKey(found.number, found.unique)
+        if self.main_mount is not None and mount.is_same(self.main_mount):
+            mount = MAIN
+        if file is not None and not file.stateless:
+            file.mount = mount
+        return mount
 
     def is_fill(self, offset: int, size: int) -> bool:
         """Whether a READ may be a page-cache fill: a fill consists of whole pages."""

@@ -34,9 +34,10 @@ from fusehsm.fanotify.abi import (
     FAN_OPEN_PERM,
     Dialect,
 )
-from fusehsm.fanotify.marks import Subject
+from fusehsm.fanotify.marks import MAIN, MountKey, Subject
 from fusehsm.fanotify.policy import EventTimeout, UnattendedPolicy
 from fusehsm.linux import proc
+from fusehsm.linux.mountinfo import MountId
 from fusehsm.overlay.overlay import AttributeChanges, Caller, Node, Overlay
 
 _FMODE_EXEC = 0x20  # open flag of execve (include/linux/fs.h); FUSE passes it on
@@ -102,10 +103,11 @@ class Gate:
         overlay.open_files_from(self._open_descriptor)
         overlay.on_removed(self._replaced)
 
-    def mounted(self, device: tuple[int, int], cache: CacheControl) -> None:
-        """The mount exists now: `device` is its (major, minor), `cache` controls the kernel's caches of it."""
+    def mounted(self, device: tuple[int, int], cache: CacheControl, mount: MountId | None = None) -> None:
+        """The mount exists now: `device` is its (major, minor), `cache` controls the kernel's caches of it, `mount` is its id."""
         self._stale.cache = cache
         self._explainer.device = device
+        self._explainer.main_mount = None if mount is None else MountKey(mount.number, mount.unique)
 
     @property
     def events_mode(self) -> str:
@@ -144,9 +146,13 @@ class Gate:
         # With --unattended deny or hold, files that its ignore marks excluded are watched now.
         self._stale.drop_heard_soon()
 
-    async def mark(self, group: Group, flags: int, mask: int, node: Node | None) -> None:
-        """fanotify_mark(2) on a node of this mount (None: with FAN_MARK_FLUSH). Raises OSError as the kernel does, and EOPNOTSUPP for the
-        permission events that first-access mode cannot make."""
+    async def mark(
+        self, group: Group, flags: int, mask: int, node: Node | None, mount: MountKey = MAIN
+    ) -> None:
+        """fanotify_mark(2) on a node of this mount (None: with FAN_MARK_FLUSH), which was found by `mount`.
+
+        Raises OSError as the kernel does, and EOPNOTSUPP for the permission events that first-access mode cannot make.
+        """
         if flags & FAN_MARK_FLUSH:
             rules.check_mark(group.flags, group.dialect, flags, mask, rules.ObjectKind.DIRECTORY)
             unheard = self._stale.unheard(None)
@@ -165,7 +171,15 @@ class Gate:
         # A mark on the mount or its filesystem may be set by the path of any file in it.
         touched = None if flags & (FAN_MARK_MOUNT | FAN_MARK_FILESYSTEM) else node
         unheard = self._stale.unheard(touched)
-        group.marks.modify(flags, mask, node.id, opened_for_write=opened_for_write, is_dir=node.is_dir)
+        main = self._explainer.main_mount
+        group.marks.modify(
+            flags,
+            mask,
+            node.id,
+            opened_for_write=opened_for_write,
+            is_dir=node.is_dir,
+            mount=MAIN if main is None or mount.is_same(main) else mount,
+        )
         await self._marks_changed(group, touched, unheard)
 
     async def _marks_changed(self, group: Group, node: Node | None, unheard: list[Node]) -> None:
@@ -215,8 +229,8 @@ class Gate:
         await self._stale.drop_all_of(node)
 
     def subject(self, node: Node) -> Subject:
-        """The node as marks see it."""
-        return Subject(node.id, node.parents(), node.is_dir)
+        """The node as marks see it, by whatever mount it is accessed."""
+        return Subject(node.id, node.parents(), node.is_dir, None)
 
     def watches(self, node: Node) -> bool:
         """Whether a listener may fill the node without the kernel's knowledge. Its attributes must not be cached then."""
@@ -300,7 +314,7 @@ class Gate:
         self, node: Node, flags: int, tid: int, *, executing: bool, unnamed: bool = False
     ) -> tuple[Access, Subject, Armed]:
         """Ask for permission to open; returns the access, its subject, and how the file is armed. Raises OSError when it is denied."""
-        subject = self.subject(node)
+        subject = await self.content.seen(node, tid)
         # The kernel arms the file before it asks (docs/facts.md, section 5). A mark that is set while this open waits comes too late.
         armed = self.listeners.armed(subject)
         access = Access(
@@ -330,7 +344,8 @@ class Gate:
         except BaseException:
             os.close(descriptor)
             raise
-        heard = self.listeners.hears_content(subject)
+        # Also if it is not heard by this mount: a page that it brought into the cache would be shown by every mount.
+        heard = self.listeners.hears_content(subject._replace(mount=None))
         # Reads that the page cache serves make no request, so they could make no notification either.
         direct = self._all_direct or (
             self.exact
@@ -342,6 +357,7 @@ class Gate:
         tainted = heard and node in self._stale
         keep_cache = not tainted and (not direct or self.attributes.is_filling(node))
         file = self._opened(node, flags, descriptor, armed, direct, access.tid, access.pid, uid)
+        file.mount = subject.mount
         if self.listeners.notified:
             file.tells_closer = self.listeners.hears_notification(FAN_CLOSE, subject)
             self.content.notify(access, subject, node)
@@ -378,7 +394,7 @@ class Gate:
             pid, tid = file.closer or (file.pid or proc.process_of(file.tid), file.tid)
             access = Access(AccessKind.CLOSE, pid=pid, tid=tid, writable=_may_write(file.flags))
             # The file must still be open: it may have no name any more by which it could be opened for a listener.
-            self.content.notify(access, self.subject(file.node), file.node)
+            self.content.notify(access, self.subject(file.node)._replace(mount=file.mount), file.node)
         self.handles.release(handle)
 
     def forget(self, node_id: int, count: int) -> bool:
@@ -456,7 +472,7 @@ class Gate:
         """Ask about open(2) of a directory. Raises OSError when it is denied."""
         if not self.listeners.idle:
             access = Access(AccessKind.OPEN, 0, 0, proc.process_of(tid), tid, directory=True)
-            await self.listeners.ask(access, self.subject(node), node, armed=Armed.ALL)
+            await self.listeners.ask(access, await self.content.seen(node, tid), node, armed=Armed.ALL)
 
     def notify_of_directory(self, kind: AccessKind, node: Node, tid: int) -> None:
         """Make the notification of a directory that has been opened, read or closed."""
@@ -468,7 +484,7 @@ class Gate:
         """Ask about a read of entries of a directory from `position` on. Raises OSError when it is denied."""
         if not self.listeners.idle:
             access = Access(AccessKind.READ_DIRECTORY, position, 0, proc.process_of(tid), tid, directory=True)
-            await self.listeners.ask(access, self.subject(node), node, armed=Armed.ALL)
+            await self.listeners.ask(access, await self.content.seen(node, tid), node, armed=Armed.ALL)
 
     def file_status(self, handle: int) -> os.stat_result:
         """fstat(2) of an open file's backing."""

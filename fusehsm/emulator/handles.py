@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Generic, TypeVar
 
+from fusehsm.fanotify.marks import MountKey
 from fusehsm.linux.ranges import RangeSet
 
 NodeT = TypeVar("NodeT", bound=Hashable)
@@ -94,6 +95,8 @@ class OpenFile(Generic[NodeT]):
     announced: RangeSet = field(default_factory=RangeSet)
     #: The grants of calls in progress, by thread and direction.
     grants: dict[tuple[int, Direction], Grant] = field(default_factory=dict)
+    #: The mount by which it was opened; None where that is not known (yet).
+    mount: MountKey | None = None
     #: The last denied fill of each thread, oldest first.
     denied: dict[int, DeniedFill] = field(default_factory=dict)
     #: The (thread, descriptor) that was last seen to name this file.

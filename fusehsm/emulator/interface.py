@@ -4,6 +4,7 @@ from typing import Any, Protocol
 
 from fusehsm.emulator.group import Group, Pending
 from fusehsm.fanotify.abi import Dialect
+from fusehsm.fanotify.marks import MAIN, MountKey
 
 
 class Nodes(Protocol):
@@ -60,8 +61,8 @@ class GateFace(Protocol):
     def remove_group(self, group: Group) -> None:
         """Close a group. The policy of --unattended decides the events that it has not answered."""
 
-    async def mark(self, group: Group, flags: int, mask: int, node: Any) -> None:
-        """fanotify_mark(2) on a node (None: with FAN_MARK_FLUSH). Raises OSError as the kernel does."""
+    async def mark(self, group: Group, flags: int, mask: int, node: Any, mount: MountKey = MAIN) -> None:
+        """fanotify_mark(2) on a node (None: with FAN_MARK_FLUSH), found by `mount`. Raises OSError as the kernel does."""
 
     def forget(self, node_id: int, count: int, /) -> bool:
         """Drop `count` references to a node; returns whether it is not known any more."""

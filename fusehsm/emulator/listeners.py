@@ -96,6 +96,8 @@ class Listeners:
         self.asks_unarmed = any(not dialect.arms_at_open for dialect in self.dialects)
         # The notifications that any mark asks for. Most mounts have none, and then this is the only check that they pay for.
         self.notified = 0
+        # Whether it matters by which mount a file is accessed.
+        self.tells_mounts = any(group.marks.tells_mounts for group in self.groups)
         if self._notifies:
             for group in self.groups:
                 self.notified |= group.marks.notified

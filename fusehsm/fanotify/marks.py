@@ -2,7 +2,10 @@
 
 The rules are those of ``fanotify_group_event_mask``, ``fsnotify_effective_ignore_mask`` and
 ``fanotify_may_update_existing_mark``, each compared with Linux 6.18. A mount mark and a filesystem mark are distinct objects.
-Both cover every file here, because a mount of fusehsm is one mount of one file system.
+
+A tree of fusehsm has one mount that the daemon made, MAIN. Others may be made of it: bind mounts, clones, copies in other mount namespaces.
+A mark on one of these means that mount, as in the kernel. A mark on MAIN hears the accesses by every mount: they were to be filled by
+its listener before mounts were told apart, and a container that has the tree by a bind mount must not read zeros.
 """
 
 from __future__ import annotations
@@ -35,6 +38,24 @@ from fusehsm.fanotify.abi import (
 _ALL_BITS: Final = 0xFFFF_FFFF
 
 
+class MountKey(NamedTuple):
+    """A mount of the tree."""
+
+    #: mountinfo's number of the mount; 0 for MAIN.
+    number: int
+    #: The number that no other mount gets; None where the kernel does not tell it.
+    unique: int | None = None
+
+    def is_same(self, other: MountKey) -> bool:
+        """Whether two keys mean one mount, as far as they tell."""
+        if self.number != other.number:
+            return False
+        return self.unique is None or other.unique is None or self.unique == other.unique
+
+
+MAIN: Final = MountKey(0)  # the mount that the daemon made
+
+
 class Subject(NamedTuple):
     """The file or directory that an event is about. Inode numbers are the mount's own."""
 
@@ -42,6 +63,8 @@ class Subject(NamedTuple):
     #: Every known directory with a name of the file. A file can have several names, and an event does not tell which one was used.
     parents: tuple[int, ...]
     is_dir: bool
+    #: The mount by which it is accessed; None if that is not known. Then it is heard by every mount, and no mount's ignore mark counts.
+    mount: MountKey | None = MAIN
 
 
 @dataclass(slots=True)
@@ -101,36 +124,45 @@ class MarkTable:
     def __init__(self, dialect: Dialect = LINUX_6_14) -> None:
         self.dialect = dialect
         self._inodes: dict[int, _Mark] = {}
-        self._mount: _Mark | None = None
+        self._mounts: dict[MountKey, _Mark] = {}
         self._filesystem: _Mark | None = None
         # The masks of mount and filesystem marks together, computed once for each change; the index is is_dir.
         self._wide_heard = (0, 0)
         self._wide_ignored = (0, 0)
         self._wide_watched = 0
         self._any_ends_with_write = False
+        #: Whether it matters by which mount a file is accessed.
+        self.tells_mounts = False
         #: The notifications that any of the marks wants, or wanted before its inode was deleted.
         self.notified = 0
 
     @property
     def empty(self) -> bool:
         """Whether the group has no marks."""
-        return not self._inodes and self._mount is None and self._filesystem is None
+        return not self._inodes and not self._mounts and self._filesystem is None
 
     def copy(self) -> MarkTable:
         """An independent table with the same marks."""
         twin = MarkTable(self.dialect)
         twin._inodes = {inode: replace(mark) for inode, mark in self._inodes.items()}
-        twin._mount = self._mount and replace(self._mount)
+        twin._mounts = {mount: replace(mark) for mount, mark in self._mounts.items()}
         twin._filesystem = self._filesystem and replace(self._filesystem)
         twin._refresh()
         return twin
 
     def modify(
-        self, flags: int, mask: int, inode: int | None, *, opened_for_write: bool, is_dir: bool = True
+        self,
+        flags: int,
+        mask: int,
+        inode: int | None,
+        *,
+        opened_for_write: bool,
+        is_dir: bool = True,
+        mount: MountKey = MAIN,
     ) -> None:
         """FAN_MARK_ADD or FAN_MARK_REMOVE, with arguments that :func:`fusehsm.fanotify.rules.check_mark` has accepted.
 
-        ``inode`` is the object of an inode mark; mount and filesystem marks do not use it. ``opened_for_write``: a process has the
+        ``inode`` is the object of an inode mark, and ``mount`` that of a mount mark. ``opened_for_write``: a process has the
         inode open for writing. ``is_dir`` False: FAN_EVENT_ON_CHILD is dropped; the kernel keeps it for directories only. Raises
         OSError ENOENT (there is no mark to remove) or EEXIST (the existing mark does not allow this change).
         """
@@ -144,25 +176,32 @@ class MarkTable:
         mask &= ~unsettable
         if flags & FAN_MARK_IGNORED_MASK:
             mask &= ~FAN_EVENT_FLAGS
+        marked = self._known(mount) if mark_type == FAN_MARK_MOUNT else inode
         if flags & FAN_MARK_ADD:
-            self._add(flags, mask, mark_type, inode, opened_for_write)
+            self._add(flags, mask, mark_type, marked, opened_for_write)
             self._refresh_wide()
         else:
-            self._remove(flags, mask, mark_type, inode, unsettable)
+            self._remove(flags, mask, mark_type, marked, unsettable)
             self._refresh()
 
-    def _add(self, flags: int, mask: int, mark_type: int, inode: int | None, opened_for_write: bool) -> None:
+    def _known(self, mount: MountKey) -> MountKey:
+        """The key by which that mount is marked, if it is."""
+        return next((key for key in self._mounts if key.is_same(mount)), mount)
+
+    def _add(
+        self, flags: int, mask: int, mark_type: int, marked: int | MountKey | None, opened_for_write: bool
+    ) -> None:
         ignore = flags & FAN_MARK_IGNORE_BITS
         survives = bool(flags & FAN_MARK_IGNORED_SURV_MODIFY)
         if ignore and not survives and mark_type == FAN_MARK_INODE and opened_for_write:
             # The next write would clear it. The kernel's call succeeds and makes no mark (docs/facts.md, section 2).
             return
-        mark = self._find(mark_type, inode)
+        mark = self._find(mark_type, marked)
         evictable = bool(flags & FAN_MARK_EVICTABLE)
         if mark is None:
             mark = _Mark(evictable=evictable)
             self._check_update(mark, flags, mask)
-            self._put(mark_type, inode, mark)
+            self._put(mark_type, marked, mark)
         else:
             self._check_update(mark, flags, mask)
         if ignore:
@@ -188,8 +227,10 @@ class MarkTable:
         if not self.dialect.directory_events and united & self.dialect.pre_content and united & FAN_ONDIR:
             raise OSError(errno.EEXIST, "fanotify_mark: FAN_PRE_ACCESS and FAN_ONDIR cannot meet on one mark")
 
-    def _remove(self, flags: int, mask: int, mark_type: int, inode: int | None, unsettable: int) -> None:
-        mark = self._find(mark_type, inode)
+    def _remove(
+        self, flags: int, mask: int, mark_type: int, marked: int | MountKey | None, unsettable: int
+    ) -> None:
+        mark = self._find(mark_type, marked)
         if mark is None:
             raise OSError(errno.ENOENT, "fanotify_mark: no such mark to remove")
         if flags & FAN_MARK_IGNORE_BITS:
@@ -197,31 +238,33 @@ class MarkTable:
         else:
             mark.mask &= ~mask
         if not (mark.mask | mark.ignore_mask) & ~unsettable:
-            self._put(mark_type, inode, None)
+            self._put(mark_type, marked, None)
 
-    def _find(self, mark_type: int, inode: int | None) -> _Mark | None:
-        if mark_type == FAN_MARK_MOUNT:
-            return self._mount
+    def _find(self, mark_type: int, marked: int | MountKey | None) -> _Mark | None:
         if mark_type == FAN_MARK_FILESYSTEM:
             return self._filesystem
-        assert inode is not None
-        return self._inodes.get(inode)
+        if isinstance(marked, MountKey):
+            return self._mounts.get(marked)
+        assert marked is not None
+        return self._inodes.get(marked)
 
-    def _put(self, mark_type: int, inode: int | None, mark: _Mark | None) -> None:
-        if mark_type == FAN_MARK_MOUNT:
-            self._mount = mark
-        elif mark_type == FAN_MARK_FILESYSTEM:
+    def _put(self, mark_type: int, marked: int | MountKey | None, mark: _Mark | None) -> None:
+        if mark_type == FAN_MARK_FILESYSTEM:
             self._filesystem = mark
-        else:
-            assert inode is not None
+        elif isinstance(marked, MountKey):
             if mark is None:
-                del self._inodes[inode]
+                del self._mounts[marked]
             else:
-                self._inodes[inode] = mark
+                self._mounts[marked] = mark
+        else:
+            assert marked is not None
+            if mark is None:
+                del self._inodes[marked]
+            else:
+                self._inodes[marked] = mark
 
     def _wide(self) -> Iterator[_Mark]:
-        if self._mount is not None:
-            yield self._mount
+        yield from self._mounts.values()
         if self._filesystem is not None:
             yield self._filesystem
 
@@ -239,29 +282,36 @@ class MarkTable:
     def _refresh_wide(self) -> None:
         heard = [0, 0]
         ignored = [0, 0]
-        watched = 0
-        for mark in self._wide():
-            for is_dir in (False, True):
-                heard[is_dir] |= mark.heard(is_dir, on_child=False)
-                ignored[is_dir] |= mark.ignored(is_dir, on_child=False)
-            watched |= mark.interest
+        main, filesystem = self._mounts.get(MAIN), self._filesystem
+        for is_dir in (False, True):
+            for mark in (main, filesystem):
+                if mark is not None:
+                    heard[is_dir] |= mark.heard(is_dir, on_child=False)
+            if filesystem is not None:
+                ignored[is_dir] |= filesystem.ignored(is_dir, on_child=False)
         self._wide_heard = heard[0], heard[1]
         self._wide_ignored = ignored[0], ignored[1]
-        self._wide_watched = watched
+        self._wide_watched = 0
+        for mark in self._wide():
+            self._wide_watched |= mark.interest
+        self.tells_mounts = any(mount != MAIN or mark.ignore_mask for mount, mark in self._mounts.items())
 
     def flush(self, flags: int) -> None:
         """FAN_MARK_FLUSH: remove all marks of the one type that the flags name."""
         mark_type = flags & FAN_MARK_TYPE_MASK
         if mark_type == FAN_MARK_INODE:
             self._inodes.clear()
+        elif mark_type == FAN_MARK_MOUNT:
+            self._mounts.clear()
         else:
-            self._put(mark_type, None, None)
+            self._filesystem = None
         self._refresh()
 
     def clear(self) -> None:
         """Remove all marks, because the group is closed."""
         self._inodes.clear()
-        self._mount = self._filesystem = None
+        self._mounts.clear()
+        self._filesystem = None
         self._refresh()
 
     def hears(self, mask_bit: int, subject: Subject) -> bool:
@@ -276,6 +326,10 @@ class MarkTable:
         is_dir = subject.is_dir
         heard = self._wide_heard[is_dir]
         ignored = self._wide_ignored[is_dir]
+        if self.tells_mounts:
+            mount_heard, mount_ignored = self._from_mounts(subject)
+            heard |= mount_heard
+            ignored |= mount_ignored
         if self._inodes:
             mark = self._inodes.get(subject.inode)
             if mark is not None:
@@ -285,6 +339,17 @@ class MarkTable:
             heard |= child_heard
             ignored |= child_ignored
         return heard & mask & ~ignored
+
+    def _from_mounts(self, subject: Subject) -> tuple[int, int]:
+        """What the marks on single mounts add to the events that are heard and that are ignored."""
+        heard = ignored = 0
+        for mount, mark in self._mounts.items():
+            if subject.mount is None:
+                heard |= mark.heard(subject.is_dir, on_child=False)
+            elif mount.is_same(subject.mount):
+                heard |= mark.heard(subject.is_dir, on_child=False)
+                ignored |= mark.ignored(subject.is_dir, on_child=False)
+        return heard, ignored
 
     def _from_parents(self, subject: Subject) -> tuple[int, int]:
         # The accessor may have come through any parent. So one watching parent is enough, and an event is dropped only if every
@@ -359,20 +424,21 @@ class MarkTable:
         return [
             {
                 "type": kind,
-                "inode": inode,
+                "inode": number if kind == "inode" else None,
+                "mount": number if kind == "mount" else None,
                 "mflags": mark.flags,
                 "mask": mark.mask,
                 "ignored_mask": mark.ignore_mask,
                 "events": mask_names(mark.mask, self.dialect),
                 "ignored_events": mask_names(mark.ignore_mask, self.dialect),
             }
-            for kind, inode, mark in self._all()
+            for kind, number, mark in self._all()
         ]
 
     def _all(self) -> Iterator[tuple[str, int | None, _Mark]]:
         if self._filesystem is not None:
             yield "filesystem", None, self._filesystem
-        if self._mount is not None:
-            yield "mount", None, self._mount
+        for mount in sorted(self._mounts):
+            yield "mount", mount.number or None, self._mounts[mount]
         for inode in sorted(self._inodes):
             yield "inode", inode, self._inodes[inode]

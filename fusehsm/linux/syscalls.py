@@ -30,6 +30,7 @@ RESOLVE_NO_MAGICLINKS: Final = 0x02
 RESOLVE_NO_SYMLINKS: Final = 0x04
 RESOLVE_BENEATH: Final = 0x08
 RESOLVE_IN_ROOT: Final = 0x10
+RESOLVE_CACHED: Final = 0x20  # Linux 5.12
 
 # renameat2(2), linux/fs.h
 RENAME_NOREPLACE: Final = 1
@@ -57,7 +58,7 @@ _AT_STATX_DONT_SYNC: Final = 0x4000
 _STATX_BTIME: Final = 0x800
 _STATX_BTIME_OFFSET: Final = 0x50
 _STATX_MNT_ID_UNIQUE: Final = 0x4000
-_STATX_MNT_ID_OFFSET: Final = 0x90
+_STATX_DEVICE_OFFSET: Final = 0x88  # of stx_dev_major, stx_dev_minor and stx_mnt_id
 # These numbers are the same on every architecture (include/uapi/asm-generic/unistd.h).
 _SYS_FSOPEN: Final = 430
 _SYS_FSCONFIG: Final = 431
@@ -223,14 +224,17 @@ def birth_time(dir_fd: int, name: bytes) -> bytes | None:
 def unique_mount_id(fd: int) -> int | None:
     """The unique number of the mount that `fd` was opened on; None before Linux 6.8. No other mount gets it until the next boot. Sends no
     request to the filesystem's server."""
+    return mount_and_device(fd)[0]
+
+
+def mount_and_device(fd: int) -> tuple[int | None, tuple[int, int]]:
+    """unique_mount_id(), and (major, minor) of the file system's device. Sends no request to the filesystem's server."""
     buffer = ctypes.create_string_buffer(256)
     if _statx(fd, b"", _AT_EMPTY_PATH | _AT_STATX_DONT_SYNC, _STATX_MNT_ID_UNIQUE, buffer) < 0:
         raise _error()
     (mask,) = struct.unpack_from("=I", buffer)
-    if not mask & _STATX_MNT_ID_UNIQUE:
-        return None
-    (number,) = struct.unpack_from("=Q", buffer, _STATX_MNT_ID_OFFSET)
-    return int(number)
+    major, minor, number = struct.unpack_from("=IIQ", buffer, _STATX_DEVICE_OFFSET)
+    return number if mask & _STATX_MNT_ID_UNIQUE else None, (major, minor)
 
 
 def syncfs(fd: int) -> None:

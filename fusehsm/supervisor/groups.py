@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from fusehsm.backends.lookup import FoundObject
+from fusehsm.backends.lookup import FoundObject, mark_request
 from fusehsm.control.blocking_client import BlockingConnection
 from fusehsm.control.event_stream import EventStream, Received
 from fusehsm.control.protocol import VERSION, Hello, MarkBacking, MarkRequest
@@ -146,7 +146,7 @@ class SupervisedGroup:
             if below is None or below:
                 return
             mount = _mount_of(found.device)
-            message = MarkRequest(flags, mask, *found.device, found.inode)
+            message = mark_request(flags, mask, found)
             if mount is None and not self._marked_on_backing(message):
                 raise self._elsewhere(flags, mask, found)
             if mount is not None:

@@ -1,16 +1,28 @@
 """What events say: by whom, of which file, with what descriptor, heard through which mark."""
 
 import fcntl
+import mmap
 import os
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
+from fusehsm.backends.base import Group
+from fusehsm.backends.emulated import EmulatedGroup
+from fusehsm.backends.kernel import KernelGroup
+from fusehsm.backends.opening import DEFAULT_FLAGS
 from fusehsm.conform.accessor import Accessor
+from fusehsm.conform.scene import PRE_ACCESS
+from fusehsm.fanotify.abi import FAN_MARK_ADD, FAN_MARK_MOUNT
 from fusehsm.linux import syscalls
-from tests.conform.divergences.sides import PAGE, Side
-from tests.support.async_listener import listening
+from fusehsm.linux.mountinfo import mount_of
+from tests.conform.divergences.sides import PAGE, READ_ONLY, Side
+from tests.support.async_listener import Listener, listening
 
 pytestmark = [pytest.mark.fuse, pytest.mark.kernel]
 
@@ -48,6 +60,93 @@ async def test_mount_marks_cover_bind_mounts(
                 assert listener.briefly() == ([] if side is kernel else [("PRE_ACCESS", 0, PAGE)])
         finally:
             syscalls.umount2(os.fsencode(elsewhere), syscalls.MNT_DETACH)
+
+
+def read_in_a_namespace(path: str) -> None:
+    subprocess.run(["unshare", "--mount", "head", "-c", "100", path], check=True, stdout=subprocess.DEVNULL)
+
+
+async def test_mount_marks_cover_other_namespaces(
+    kernel: Side, exact: Side, accessor: Accessor, session_directory: Path, numbers: Any
+) -> None:
+    """On the real kernel the copy of a mount in another namespace is another mount."""
+    for side in (kernel, exact):
+        path = side.file("elsewhere")
+        place = session_directory / f"namespace-{next(numbers)}"
+        place.mkdir()
+        syscalls.mount(os.fsencode(side.path), os.fsencode(place), None, syscalls.MS_BIND)
+        try:
+            watched = place if side is kernel else side.path
+            async with listening(watched, ["PRE_ACCESS"], mark="mount") as listener:
+                await accessor.run("pread_path", str(watched / "elsewhere"), 100, 0)
+                assert listener.briefly()
+                await accessor.run(read_in_a_namespace, str(watched / Path(path).name))
+                assert bool(listener.briefly()) is (side is not kernel)
+        finally:
+            syscalls.umount2(os.fsencode(place), syscalls.MNT_DETACH)
+
+
+def send(path: str) -> None:
+    descriptor, nowhere = os.open(path, os.O_RDONLY), os.open("/dev/null", os.O_WRONLY)
+    assert os.sendfile(nowhere, descriptor, 0, 100) == 100
+    os.close(descriptor)
+    os.close(nowhere)
+
+
+def touch_mapping(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    mapping = mmap.mmap(descriptor, 4096, mmap.MAP_PRIVATE, mmap.PROT_READ)
+    assert mapping[0] == 0
+
+
+@asynccontextmanager
+async def listening_to_another_mount(side: Side, place: Path) -> AsyncIterator[Listener]:
+    """A listener with a mark on `place`, a bind mount of that side."""
+    place.mkdir()
+    syscalls.mount(os.fsencode(side.path), os.fsencode(place), None, syscalls.MS_BIND)
+    group: Group
+    if side.engine:
+        group = await EmulatedGroup.connect(mount_of(str(side.path)), DEFAULT_FLAGS, READ_ONLY)
+    else:
+        group = KernelGroup(DEFAULT_FLAGS, READ_ONLY)
+    try:
+        async with group, trio.open_nursery() as nursery:
+            await group.mark(FAN_MARK_ADD | FAN_MARK_MOUNT, PRE_ACCESS, path=str(place))
+            listener = Listener(group, lambda event: 0)
+            await nursery.start(listener.run)
+            yield listener
+            nursery.cancel_scope.cancel()
+    finally:
+        syscalls.umount2(os.fsencode(place), syscalls.MNT_DETACH)
+
+
+async def test_pages_of_every_mount(
+    kernel: Side, exact: Side, first_access: Side, accessor: Accessor, session_directory: Path, numbers: Any
+) -> None:
+    for side in (kernel, exact, first_access):
+        place = session_directory / f"pages-{next(numbers)}"
+        async with listening_to_another_mount(side, place) as listener:
+            for access in (send, touch_mapping):
+                await accessor.run(access, side.file(access.__name__))
+                assert bool(listener.briefly()) is (side is not kernel)
+            await accessor.run("pread_path", side.file("read"), 100, 0)
+            assert bool(listener.briefly()) is (side is first_access)
+
+
+def truncate_through_proc(path: str) -> None:
+    descriptor = os.open(path, os.O_PATH)
+    os.truncate(f"/proc/self/fd/{descriptor}", 100)
+    os.close(descriptor)
+
+
+async def test_unknown_mounts(
+    kernel: Side, exact: Side, accessor: Accessor, session_directory: Path, numbers: Any
+) -> None:
+    for side in (kernel, exact):
+        place = session_directory / f"unknown-{next(numbers)}"
+        async with listening_to_another_mount(side, place) as listener:
+            await accessor.run(truncate_through_proc, side.file("unknown"))
+            assert bool(listener.briefly()) is (side is not kernel)
 
 
 async def test_hard_links_and_marks_on_directories(kernel: Side, exact: Side, accessor: Accessor) -> None:
