@@ -210,6 +210,25 @@ DIVERGENCES: Final = (
     ),
     Divergence(
         topic=Topic.FIRST_ACCESS,
+        name="eviction through an event (first-access)",
+        difference="With `--events first-access` and `--cache private`, content that a listener evicts or replaces through an event's descriptor, "
+        "which is open on SRC, is still read from the page cache.",
+        reason="The mount does not see such a change, so a listener calls `fusehsm.drop(path)` after it, or uses `fusehsm.leased(path)`.",
+        safe="Accessors get the bytes that an allowed event covered, and never those of a hole.",
+        test="test_eviction_through_an_event_in_first_access_mode",
+        engines=("devfuse",),
+    ),
+    Divergence(
+        topic=Topic.FIRST_ACCESS,
+        name="content longer than the stub (first-access)",
+        difference="With `--events first-access`, the read that makes the event of a stub ends where the stub ended, although its listener has made "
+        "the file longer.",
+        reason="For a read from the page cache the kernel has looked up the size before it asks for the first page.",
+        safe="The accessor gets a short read of right bytes, and the next read gets the rest.",
+        test="test_content_longer_than_the_stub_in_first_access_mode",
+    ),
+    Divergence(
+        topic=Topic.FIRST_ACCESS,
         name="permission events (first-access)",
         difference="With `--events first-access`, OPEN_PERM, OPEN_EXEC_PERM and ACCESS_PERM are refused with EOPNOTSUPP.",
         reason="Reads from the page cache do not reach a FUSE server, so a listener would miss some of these events.",

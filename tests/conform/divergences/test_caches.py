@@ -6,10 +6,17 @@ import os
 from typing import Any
 
 import pytest
+import trio
 
+from fusehsm import drop
 from fusehsm.conform.accessor import Accessor
+from fusehsm.events import Event
+from fusehsm.linux import syscalls
 from tests.conform.divergences.sides import PAGE, Side, covers
 from tests.conftest import MakeAccessor
+
+READ_WRITE = os.O_RDWR | os.O_CLOEXEC
+PUNCH = syscalls.FALLOC_FL_KEEP_SIZE | 2  # FALLOC_FL_PUNCH_HOLE
 
 pytestmark = [pytest.mark.fuse, pytest.mark.kernel]
 
@@ -43,6 +50,52 @@ async def test_files_opened_before_the_mark(
         async with side.listening() as listener:
             await accessor.run("pread", descriptor, 1, 0)
             assert covers(listener.briefly(), 0, PAGE) == (side is not kernel)
+
+
+async def test_eviction_through_an_event_in_first_access_mode(
+    kernel: Side, exact: Side, first_access: Side, private: Side, accessor: Accessor
+) -> None:
+    for side in (kernel, exact, first_access, private):
+        path = side.file("evicted", PAGE)
+        kept: list[int] = []
+        content = [b"old"]
+
+        def fill(event: Event, kept: list[int] = kept, content: list[bytes] = content) -> int:
+            if not kept:
+                kept.append(os.dup(event.fd))
+            os.pwrite(event.fd, content[0], 0)
+            return 0
+
+        async with side.listening(event_f_flags=READ_WRITE, answer=fill) as listener:
+            assert await accessor.run("pread_path", path, 3, 0) == b"old"
+            (descriptor,) = kept
+            await trio.to_thread.run_sync(syscalls.fallocate, descriptor, PUNCH, 0, PAGE)
+            content[0] = b"new"
+            listener.take()
+            late = await accessor.run("pread_path", path, 3, 0)
+            diverges = side is private and side.diverges("eviction through an event (first-access)")
+            assert late == (b"old" if diverges else b"new")
+            if diverges:
+                await drop(path)
+                assert await accessor.run("pread_path", path, 3, 0) == b"new"
+            os.close(descriptor)
+
+
+async def test_content_longer_than_the_stub_in_first_access_mode(
+    kernel: Side, exact: Side, first_access: Side, private: Side, accessor: Accessor
+) -> None:
+    for side in (kernel, exact, first_access, private):
+        path = side.file("longer", PAGE)
+
+        def fill(event: Event) -> int:
+            os.pwrite(event.fd, b"x" * (PAGE + 100), 0)
+            return 0
+
+        async with side.listening(event_f_flags=READ_WRITE, answer=fill):
+            first = await accessor.run("pread_path", path, 2 * PAGE, 0)
+            cut = side in (first_access, private)
+            assert first == b"x" * (PAGE if cut else PAGE + 100)
+            assert await accessor.run("pread_path", path, 2 * PAGE, 0) == b"x" * (PAGE + 100)
 
 
 def read_twice(path: str) -> list[int]:
