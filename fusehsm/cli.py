@@ -210,6 +210,13 @@ def run(
             help="The command is a daemon that fills files: it sees each DIR without the overlay, and its own accesses make no events.",
         ),
     ] = False,
+    any_descriptor: Annotated[
+        bool,
+        typer.Option(
+            "--any-descriptor",
+            help="Groups work at every descriptor number (dup3, SCM_RIGHTS, pidfd_getfd); all reads and writes of the command become slower.",
+        ),
+    ] = False,
 ) -> None:
     """Run an unmodified fanotify program; the emulator answers its system calls. The exit code is the command's."""
     from fusehsm.supervisor.command import run as do_run
@@ -224,6 +231,7 @@ def run(
             keep=keep,
             accessor=accessor,
             listener=listener,
+            any_descriptor=any_descriptor,
         )
     )
 

@@ -71,6 +71,12 @@ _FSOPEN_CLOEXEC: Final = 1
 _FSMOUNT_CLOEXEC: Final = 1
 _FSCONFIG_CMD_CREATE: Final = 6
 _CAPABILITY_VERSION_3: Final = 0x20080522
+_EPOLL_CTL_ADD: Final = 1
+_EPOLL_EVENT: Final = struct.Struct(
+    "=IQ" if os.uname().machine == "x86_64" else "=I4xQ"
+)  # packed on x86-64 only
+_KCMP_EPOLL_TFD: Final = 7  # linux/kcmp.h
+_KCMP_SLOT: Final = struct.Struct("=III")
 _NANOSECONDS: Final = 1_000_000_000
 
 _libc: Final[Any] = ctypes.CDLL(None, use_errno=True)
@@ -114,6 +120,8 @@ _mount: Final[Any] = _libc.mount
 _mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
 _umount2: Final[Any] = _libc.umount2
 _umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
+_epoll_ctl: Final[Any] = _libc.epoll_ctl
+_epoll_ctl.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_char_p]
 _process_vm_readv: Final[Any] = _libc.process_vm_readv
 _process_vm_writev: Final[Any] = _libc.process_vm_writev
 for _function in (_process_vm_readv, _process_vm_writev):
@@ -462,6 +470,31 @@ def pidfd_getfd(pidfd: int, descriptor: int) -> int:
 
 
 _VECTOR: Final = struct.Struct("=QQ")  # struct iovec
+
+
+def add_to_epoll(epoll: int, descriptor: int, events: int, data: int) -> None:
+    """EPOLL_CTL_ADD of epoll_ctl(2) with 64 bits of data, of which Python's own call sets only 32."""
+    _check(_epoll_ctl(epoll, _EPOLL_CTL_ADD, descriptor, _EPOLL_EVENT.pack(events, data)))
+
+
+def is_target_of_epoll(kcmp: int, descriptor: int, tid: int, epoll: int) -> bool:
+    """Whether our `descriptor`, by that very number, is watched by the epoll file at descriptor `epoll` of a thread.
+
+    `kcmp` is the number of kcmp(2). Raises OSError: EINVAL if that file is no epoll file, EBADF if it is closed, ESRCH, EPERM, ENOSYS. May wait
+    while the epoll file asks its other targets.
+    """
+    slot = _KCMP_SLOT.pack(epoll, descriptor, 0)
+    result = _syscall(
+        ctypes.c_long(kcmp),
+        ctypes.c_long(os.getpid()),
+        ctypes.c_long(tid),
+        ctypes.c_long(_KCMP_EPOLL_TFD),
+        ctypes.c_ulong(descriptor),
+        slot,
+    )
+    if result < 0 and ctypes.get_errno() == errno.ENOENT:
+        return False
+    return _check(result) == 0
 
 
 def read_memory(tid: int, address: int, size: int) -> bytes:

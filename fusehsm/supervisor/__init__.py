@@ -11,6 +11,7 @@ notifier.py    receives those system calls and sends the answers (seccomp_unotif
 calls.py       does each system call, in a thread of its own
 groups.py      a group as the processes of the command share it
 readiness.py   a group's descriptor in the command: readable while events wait, and a notice when its last copy is closed
+placing.py     the descriptor numbers that groups get, and a line for groups that go elsewhere
 delivery.py    events into a process: its descriptors, its memory
 parked.py      calls that wait for events or for an answer, and the signals that end them
 mappings.py    mmap(2) of files on fusehsm mounts

@@ -1,6 +1,7 @@
 """Does each system call that the filter hands over, with the errnos that a group of the kernel would give.
 
-A descriptor with a reserved number need not be a group's. A call on a descriptor of another kind goes on in the kernel.
+A descriptor on which the filter stops a call need not be a group's. A call on a descriptor of another kind goes on in the kernel. So do the calls
+that do the same on the epoll(7) file that stands for a group: they are not even stopped (lseek, fallocate, splice, tee, vmsplice).
 
 Each call that is being answered has a thread: a call that waits for memory, a file system or a listener delays no other. The threads receive
 the calls themselves, so that the usual call is answered without a switch of threads.
@@ -11,7 +12,6 @@ import errno
 import fcntl
 import logging
 import os
-import resource
 import struct
 import termios
 import threading
@@ -37,6 +37,7 @@ from fusehsm.supervisor.mappings import Mappings
 from fusehsm.supervisor.notifier import CallIsOver, Ended, Notifier, TrappedCall
 from fusehsm.supervisor.numbers import Architecture
 from fusehsm.supervisor.parked import ParkedCalls
+from fusehsm.supervisor.placing import Placing, limit_of
 from fusehsm.supervisor.readiness import Bell, Closings
 from fusehsm.supervisor.view import Target, View
 
@@ -48,11 +49,19 @@ _CAP_AUDIT_WRITE: Final = 29
 _PATH_MAX: Final = 4096
 _MOST_BYTES: Final = 0x7FFF_F000  # MAX_RW_COUNT
 _LARGEST_RESPONSE: Final = 4096  # a longer response is wrong, whatever its further bytes are
-_SEEK_MAX: Final = 4
 _NO_POSITION: Final = 0xFFFF_FFFF_FFFF_FFFF  # preadv2(2) without an offset, as readv(2)
 
-_F_SETPIPE_SZ: Final = 1031  # linux/fcntl.h
-_F_GETPIPE_SZ: Final = 1032
+# ioctl(2) requests that the kernel answers for files of any kind (do_vfs_ioctl())
+_OF_EVERY_FILE: Final = {
+    0x2,
+    0x5450,
+    0x5451,
+    0x5452,
+    0x5460,
+}  # FIGETBSZ, FIONCLEX, FIOCLEX, FIOASYNC, FIOQSIZE
+_OF_INODES: Final = (
+    b"\x15\x94Xf"  # types of requests: FS_IOC_GETFSUUID, FICLONE, FS_IOC_FSGETXATTR, FS_IOC_GETFLAGS
+)
 
 _MOST_THREADS: Final = 8192  # threads; further calls wait until one is free
 _IDLE_THREADS: Final = 4  # idle threads that are kept
@@ -66,30 +75,33 @@ class _GoOn(Exception):
 
 
 class Calls:
-    """Answers calls. Any number of threads may use it at once. `dialect`: None if none was chosen. `descriptors`: the reserved numbers."""
+    """Answers calls. Any number of threads may use it at once.
+
+    `dialect`: None if none was chosen. `any_descriptor`: the filter stops the calls on all descriptors.
+    """
 
     def __init__(
         self,
         notifier: Notifier,
         architecture: Architecture,
         dialect: Dialect | None,
-        descriptors: range,
         view: View | None = None,
         *,
+        any_descriptor: bool,
         killable: bool,
     ) -> None:
         self._notifier = notifier
         self._view = view
         self._architecture = architecture
         self._dialect = dialect
-        self._descriptors = descriptors
         self._parked = ParkedCalls(notifier, killable=killable)
         self._mappings = Mappings(self._parked)
         self._closings = Closings()
-        self._groups: dict[str, SupervisedGroup] = {}
+        self._placing = Placing(notifier, self._find, any_descriptor=any_descriptor)
+        self._groups: dict[SupervisedGroup, None] = {}
+        # The group that the last call at a number meant: the next one most likely means it, too.
+        self._last_at: dict[int, SupervisedGroup] = {}
         self._lock = threading.Lock()
-        # Held from the search for a free number until its use.
-        self._numbering = threading.Lock()
         on_groups: list[tuple[int | None, Callable[[TrappedCall, SupervisedGroup], int]]] = [
             (architecture.write, self._write),
             (architecture.writev, self._writev),
@@ -98,14 +110,14 @@ class Calls:
             (architecture.fcntl, self._fcntl),
             (architecture.dup, self._dup),
             (architecture.dup2, self._dup2),
-            (architecture.dup3, self._dup3),
-            (architecture.lseek, self._lseek),
-            (architecture.fallocate, _refuse_with(errno.ENODEV)),
-            (architecture.splice, _refuse_with(errno.EINVAL)),
-            (architecture.tee, _refuse_with(errno.EINVAL)),
-            (architecture.vmsplice, _refuse_with(errno.EBADF)),
+            (architecture.dup3, self._dup2),
         ]
         self._on_groups = {number: function for number, function in on_groups if number is not None}
+        self._notes = {
+            architecture.sendmsg: lambda call: self._placing.note_messages(call, 1),
+            architecture.sendmmsg: lambda call: self._placing.note_messages(call, call.unsigned(2)),
+            architecture.pidfd_getfd: self._placing.note_theft,
+        }
         self._reads = {
             architecture.read: self._read_parts,
             architecture.readv: self._parts,
@@ -115,7 +127,7 @@ class Calls:
     def close(self) -> None:
         """Close every group. Accesses that wait for an answer are allowed before the mounts go."""
         with self._lock:
-            groups = list(self._groups.values())
+            groups = list(self._groups)
         for group in groups:
             group.close()
 
@@ -128,6 +140,10 @@ class Calls:
             if call.number == self._architecture.fanotify_init:
                 self._notifier.succeed(call, self._fanotify_init(call))
                 return
+            if call.number in self._notes:
+                if self._groups and may_wait:
+                    self._notes[call.number](call)
+                raise _GoOn
             group = self._group(call)
             with group.in_use():
                 if call.number in self._reads:
@@ -155,11 +171,28 @@ class Calls:
 
     def _group(self, call: TrappedCall) -> SupervisedGroup:
         """The group of the call's first argument. Raises _GoOn if that is not a group."""
-        name = tasks.pipe_of(call.tid, call.signed(0))
-        group = None if name is None else self._groups.get(name)
+        group = self._find(call.tid, call.signed(0)) if self._groups else None
         if group is None:
             raise _GoOn
         return group
+
+    def _find(self, tid: int, number: int) -> SupervisedGroup | None:
+        """The group at a thread's descriptor; None if there is none."""
+        if number < 0:
+            return None
+        last = self._last_at.get(number)
+        with self._lock:
+            groups = sorted(self._groups, key=lambda group: group is not last)
+        for group in groups:
+            watches = tasks.watches(self._architecture.kcmp, tid, number, group.bell.reading)
+            if group.closed:
+                continue  # its pipe's number may mean nothing, or another pipe, by now
+            if watches is None:
+                return None
+            if watches:
+                self._last_at[number] = group
+                return group
+        return None
 
     # Groups
 
@@ -171,10 +204,12 @@ class Calls:
             flags & FAN_ENABLE_AUDIT and not self._is_privileged(call, _CAP_AUDIT_WRITE)
         ):
             raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+        if len(self._groups) >= MOST_GROUPS:
+            self._closings.look()
         with self._lock:
             if len(self._groups) >= MOST_GROUPS:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-            bell = Bell()
+            bell = Bell(self._closings, lambda: self._ask_to_leave(group))
             try:
                 group = SupervisedGroup(
                     flags, event_f_flags, self._dialect, bell, lambda: self._ask_to_leave(group)
@@ -182,16 +217,14 @@ class Calls:
             except OSError:
                 bell.close()
                 raise
-            self._groups[bell.name] = group
+            self._groups[group] = None
         try:
-            number = self._place(call, group, close_on_exec=bool(flags & FAN_CLOEXEC))
+            return self._placing.place(call, group, close_on_exec=bool(flags & FAN_CLOEXEC))
         except BaseException:
             self._forget(group)
             group.close()
             bell.close()
             raise
-        self._watch(group)
-        return number
 
     def _is_privileged(self, call: TrappedCall, capability: int) -> bool:
         """Whether the caller has the capability that the kernel would ask for.
@@ -201,45 +234,16 @@ class Calls:
         """
         return os.geteuid() != 0 or tasks.capabilities_of(call.tid).has(capability)
 
-    def _watch(self, group: SupervisedGroup) -> None:
-        self._closings.watch(group.bell, lambda: self._ask_to_leave(group))
-
     def _ask_to_leave(self, group: SupervisedGroup) -> None:
         """End the group if no process holds it. Called when that was so a moment ago."""
-        leaving = group.leave()
-        if leaving is Leaving.OVER:
+        if group.leave() is Leaving.OVER:
             self._forget(group)
             self._parked.look_now()
-        elif leaving is Leaving.STAYS:
-            self._watch(group)
 
     def _forget(self, group: SupervisedGroup) -> None:
         with self._lock:
-            self._groups.pop(group.bell.name, None)
-
-    def _place(
-        self,
-        call: TrappedCall,
-        group: SupervisedGroup,
-        *,
-        close_on_exec: bool,
-        number: int | None = None,
-        lowest: int = 0,
-    ) -> int:
-        """Give the process a descriptor of a group: at `number`, else at a free reserved number from `lowest` on. Raises OSError EMFILE."""
-        with group.bell.reading_end() as reading, self._numbering:
-            if number is None:
-                free = (
-                    number
-                    for number in (reversed(self._descriptors) if not lowest else self._descriptors)
-                    # From the top: the kernel gives the lowest number to a thread that opens a file meanwhile.
-                    if number >= lowest and not tasks.is_open(call.tid, number)
-                )
-                number = next(free, None)
-                if number is None:
-                    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-            self._notifier.check(call)
-            return self._notifier.add_descriptor(call, reading, close_on_exec=close_on_exec, number=number)
+            self._groups.pop(group, None)
+            self._last_at = {number: last for number, last in self._last_at.items() if last is not group}
 
     def _fanotify_mark(self, call: TrappedCall, group: SupervisedGroup, *, may_wait: bool) -> int:
         if not may_wait:
@@ -338,12 +342,6 @@ class Calls:
         self._notifier.check(call)
         return data
 
-    @staticmethod
-    def _lseek(call: TrappedCall, group: SupervisedGroup) -> int:
-        if call.unsigned(2) > _SEEK_MAX:
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        return 0
-
     # Descriptors
 
     def _ioctl(self, call: TrappedCall, group: SupervisedGroup) -> int:
@@ -355,7 +353,9 @@ class Calls:
         if request == termios.FIONBIO:
             group.nonblocking = any(tasks.read_memory(call.tid, address, _INT.size))
             return 0
-        raise _GoOn
+        if request in _OF_EVERY_FILE or request >> 8 & 0xFF in _OF_INODES:
+            raise _GoOn
+        raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))  # an epoll file says EINVAL
 
     def _fcntl(self, call: TrappedCall, group: SupervisedGroup) -> int:
         command, argument = call.unsigned(1), call.unsigned(2)
@@ -364,63 +364,23 @@ class Calls:
         if command == fcntl.F_SETFL:
             group.nonblocking = bool(argument & os.O_NONBLOCK)
             return 0
-        if command in (fcntl.F_DUPFD, fcntl.F_DUPFD_CLOEXEC):
-            if argument >= _limit_of_descriptors(call.tid):
-                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-            return self._place(call, group, close_on_exec=command == fcntl.F_DUPFD_CLOEXEC, lowest=argument)
-        if command in (_F_SETPIPE_SZ, _F_GETPIPE_SZ):
-            raise OSError(
-                errno.EBADF, os.strerror(errno.EBADF)
-            )  # the process holds a pipe, but it should not know
-        raise _GoOn
+        if argument >= limit_of(call):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return self._placing.place(
+            call, group, close_on_exec=command == fcntl.F_DUPFD_CLOEXEC, lowest=argument
+        )
 
     def _dup(self, call: TrappedCall, group: SupervisedGroup) -> int:
-        return self._place(call, group, close_on_exec=False)
+        return self._placing.place(call, group, close_on_exec=False)
 
     def _dup2(self, call: TrappedCall, group: SupervisedGroup) -> int:
-        if call.signed(0) == call.signed(1):
-            raise _GoOn
-        return self._duplicate_to(call, group, close_on_exec=False)
-
-    def _dup3(self, call: TrappedCall, group: SupervisedGroup) -> int:
-        if call.signed(0) == call.signed(1) or call.unsigned(2) & ~os.O_CLOEXEC:
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        return self._duplicate_to(call, group, close_on_exec=bool(call.unsigned(2) & os.O_CLOEXEC))
-
-    def _duplicate_to(self, call: TrappedCall, group: SupervisedGroup, *, close_on_exec: bool) -> int:
-        number = call.signed(1)
-        if number not in self._descriptors:
-            lowest, highest = self._descriptors[0], self._descriptors[-1]
-            _log.warning(
-                "process %d wants a fanotify group at descriptor %d, and has EBADF: only at %d to %d can its calls be told apart",
-                call.tid,
-                number,
-                lowest,
-                highest,
-            )
-            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-        return self._place(call, group, close_on_exec=close_on_exec, number=number)
-
-
-def _refuse_with(number: int) -> Callable[[TrappedCall, SupervisedGroup], int]:
-    """A function that refuses, with that errno, calls that the kernel does on a pipe and not on a group."""
-
-    def refuse(call: TrappedCall, group: SupervisedGroup) -> int:
-        raise OSError(number, os.strerror(number))
-
-    return refuse
+        # The kernel makes the copy; at a reserved number it works as the original does.
+        self._placing.note_copy(call, group, call.signed(1))
+        raise _GoOn
 
 
 def _size(parts: list[tuple[int, int]]) -> int:
     return sum(size for _, size in parts)
-
-
-def _limit_of_descriptors(tid: int) -> int:
-    try:
-        soft, _ = resource.prlimit(tid, resource.RLIMIT_NOFILE)
-    except OSError:
-        raise CallIsOver from None
-    return soft
 
 
 class Workers:

@@ -22,9 +22,7 @@ from fusehsm.supervisor.launcher import Launcher, LaunchError
 from fusehsm.supervisor.mounts import mount_places, mount_with_view, no_view
 from fusehsm.supervisor.notifier import Notifier
 from fusehsm.supervisor.numbers import (
-    HIGHEST_DESCRIPTOR,
     PR_SET_CHILD_SUBREAPER,
-    RESERVED_DESCRIPTORS,
     SECCOMP_FILTER_FLAG_NEW_LISTENER,
     SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV,
     Architecture,
@@ -36,7 +34,6 @@ from fusehsm.supervisor.view import View
 NOT_FOUND, NOT_EXECUTABLE = 127, 126  # the exit codes of shells
 
 _OLDEST_KERNEL: Final = (5, 9)
-_FEWEST_DESCRIPTORS: Final = 2 * RESERVED_DESCRIPTORS
 _FROM_TERMINAL: Final = 0x80  # SI_KERNEL: the terminal has sent the signal to the command as well
 _PASSED_ON: Final = (
     signal.SIGINT,
@@ -126,13 +123,6 @@ class _Run:
         self._machine = machine
         self._directory = directory
         self._descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)
-        soft = self._descriptors[0]
-        if soft != resource.RLIM_INFINITY and soft < _FEWEST_DESCRIPTORS:
-            raise RunError(
-                f"fusehsm run: only {soft} descriptors are allowed here; set ulimit -n {_FEWEST_DESCRIPTORS} or more"
-            )
-        end = HIGHEST_DESCRIPTOR if soft == resource.RLIM_INFINITY else min(HIGHEST_DESCRIPTOR, soft)
-        self._reserved = range(end - RESERVED_DESCRIPTORS, end)
 
     def run(self, launcher: Launcher, view: View | None = None) -> int:
         """Run it. Returns the exit code, negative for a signal."""
@@ -154,11 +144,10 @@ class _Run:
         return code
 
     def _orders(self, blocked: set[signal.Signals | int]) -> dict[str, object]:
-        lowest, end = self._reserved.start, self._reserved.stop
         program = (
             filters.for_accessors(self._machine)
             if self._options.accessor
-            else filters.for_listeners(self._machine, lowest, end)
+            else filters.for_listeners(self._machine, any_descriptor=self._options.any_descriptor)
         )
         return {
             "command": list(self._options.command),
@@ -178,7 +167,14 @@ class _Run:
 
     def _serve(self, notifier: Notifier, view: View | None, *, killable: bool) -> Calls:
         dialect = None if self._options.abi is None else DIALECTS[self._options.abi]
-        calls = Calls(notifier, self._machine, dialect, self._reserved, view, killable=killable)
+        calls = Calls(
+            notifier,
+            self._machine,
+            dialect,
+            view,
+            any_descriptor=self._options.any_descriptor,
+            killable=killable,
+        )
         Workers(notifier, calls)
         return calls
 

@@ -45,7 +45,7 @@ class Leaving(enum.Enum):
 
     #: The group is over.
     OVER = enum.auto()
-    #: The group stays after all.
+    #: The group stays after all, or is over already.
     STAYS = enum.auto()
     #: Ask again later.
     LATER = enum.auto()
@@ -107,6 +107,7 @@ class SupervisedGroup:
         self._users = 0
         self._left = False
         self._closed = False
+        self._over = False  # no process has it any more, and none can get it
         self._settled = threading.Event()  # set when, after the close, no event waits for an answer any more
 
     # Marks
@@ -375,8 +376,9 @@ class SupervisedGroup:
             if self._users:
                 self._left = True
                 return Leaving.LATER
-            if not self.bell.unheard:
+            if self._over or not self.bell.is_unheard:
                 return Leaving.STAYS
+            self._over = True
             sources = self._end()
         self.bell.close()
         self._finish(sources)

@@ -16,10 +16,6 @@ SECCOMP_RET_USER_NOTIF: Final = 0x7FC00000
 
 PR_SET_CHILD_SUBREAPER: Final = 36  # prctl(2)
 
-#: The highest descriptors below 1024, so that select(2) still works.
-RESERVED_DESCRIPTORS: Final = 64
-HIGHEST_DESCRIPTOR: Final = 1024
-
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
@@ -42,11 +38,10 @@ class Architecture:
     dup: int
     dup2: int | None
     dup3: int
-    lseek: int
-    fallocate: int
-    splice: int
-    tee: int
-    vmsplice: int
+    sendmsg: int
+    sendmmsg: int
+    pidfd_getfd: int
+    kcmp: int
     mmap: int
     fanotify_init: int
     fanotify_mark: int
@@ -70,11 +65,10 @@ X86_64: Final = Architecture(
     dup=32,
     dup2=33,
     dup3=292,
-    lseek=8,
-    fallocate=285,
-    splice=275,
-    tee=276,
-    vmsplice=278,
+    sendmsg=46,
+    sendmmsg=307,
+    pidfd_getfd=438,
+    kcmp=312,
     mmap=9,
     fanotify_init=300,
     fanotify_mark=301,
@@ -97,11 +91,10 @@ AARCH64: Final = Architecture(
     dup=23,
     dup2=None,
     dup3=24,
-    lseek=62,
-    fallocate=47,
-    splice=76,
-    tee=77,
-    vmsplice=75,
+    sendmsg=211,
+    sendmmsg=269,
+    pidfd_getfd=438,
+    kcmp=272,
     mmap=222,
     fanotify_init=262,
     fanotify_mark=263,

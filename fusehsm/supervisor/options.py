@@ -25,6 +25,8 @@ class RunOptions:
     accessor: bool = False
     #: The command sees each directory without the overlay.
     listener: bool = False
+    #: Answer the calls on all descriptors, so that a group may have any number.
+    any_descriptor: bool = False
 
 
 class RunError(OSError):
@@ -39,6 +41,8 @@ def check(options: RunOptions) -> None:
         raise ValueError(f"--events {options.events}: not known; choose {', '.join(EVENT_MODES)}")
     if options.keep and not options.mounts:
         raise ValueError("--keep: there is no --mount that could be kept")
+    if options.accessor and options.any_descriptor:
+        raise ValueError("--any-descriptor, --accessor: an accessor has no groups; leave one of them out")
     if not options.listener:
         return
     if options.accessor:

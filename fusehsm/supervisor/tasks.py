@@ -9,7 +9,9 @@ import errno
 import mmap
 import os
 import re
+import resource
 import struct
+import sys
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,6 +19,8 @@ from fusehsm.linux import mountinfo, proc, syscalls
 
 _FIELD = re.compile(rb"^([A-Za-z_]+):[ \t]*(.*)$", re.MULTILINE)
 _SIGNAL_FIELDS = (b"SigPnd", b"ShdPnd", b"SigBlk")
+_EPOLL_TARGET: Final = re.compile(rb"^tfd:.* ino:([0-9a-f]+) ", re.MULTILINE)
+_PIDFD: Final = re.compile(rb"^Pid:\t(-?[0-9]+)$", re.MULTILINE)
 _VECTOR: Final = struct.Struct("=QQ")
 _MOST_PARTS: Final = 1024  # UIO_MAXIOV
 
@@ -59,18 +63,46 @@ class Capabilities:
         return bool(self.mask >> number & 1)
 
 
-def pipe_of(tid: int, descriptor: int) -> str | None:
-    """The name of a descriptor's pipe ("pipe:[12345]"); None if it is not a pipe or is closed."""
+def watches(kcmp: int, tid: int, number: int, descriptor: int) -> bool | None:
+    """Whether the epoll(7) file at `number` watches our pipe end `descriptor`; None if that is no epoll file, or is closed.
+
+    May wait while the epoll file asks its other targets.
+    """
     try:
-        link = os.readlink(f"/proc/{tid}/fd/{descriptor}")
+        return syscalls.is_target_of_epoll(kcmp, descriptor, tid, number)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EPERM):
+            return None
+    # A kernel without kcmp(2), or a container that forbids it.
+    try:
+        if os.readlink(f"/proc/{tid}/fd/{number}") != "anon_inode:[eventpoll]":
+            return None
+        with open(f"/proc/{tid}/fdinfo/{number}", "rb") as file:
+            inodes = _EPOLL_TARGET.findall(file.read())
+        return b"%x" % os.fstat(descriptor).st_ino in inodes
     except OSError:
         return None
-    return link if link.startswith("pipe:") else None
 
 
 def is_open(tid: int, descriptor: int) -> bool:
     """Whether the descriptor is in use."""
     return os.path.lexists(f"/proc/{tid}/fd/{descriptor}")
+
+
+def process_behind(tid: int, pidfd: int) -> int | None:
+    """The process of a pidfd that the thread holds; None if it has ended, or the descriptor is of another kind."""
+    try:
+        with open(f"/proc/{tid}/fdinfo/{pidfd}", "rb") as file:
+            found = _PIDFD.search(file.read())
+    except OSError:
+        return None
+    return None if found is None or int(found[1]) <= 0 else int(found[1])
+
+
+def limit_of_descriptors(tid: int) -> int:
+    """The lowest number that no new descriptor may have (RLIMIT_NOFILE)."""
+    soft, _ = resource.prlimit(tid, resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
 def signals_of(tid: int) -> Signals | None:

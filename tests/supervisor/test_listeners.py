@@ -104,21 +104,6 @@ def test_ways_to_wait(
     assert {name: (run_world.place / name).read_bytes() for name in left} == left
 
 
-@pytest.mark.parametrize("run_world", ["kernel"], indirect=True)
-@pytest.mark.parametrize("style", ["copy-to", "handed"])
-def test_copies_at_any_number(style: str, run_world: RunWorld, start: Start, accessor: Accessor) -> None:
-    """dup3(2) to a number of one's own, and a group that came through a socket: fusehsm run cannot tell their calls from others."""
-    listener = start(style, "--deny", "*.denied=EIO")
-    expected = take(accessor, run_world.place, SERIES)
-    assert finish(run_world, listener, accessor) == expected
-
-
-@pytest.mark.parametrize("run_world", ["run"], indirect=True)
-def test_a_copy_at_another_number_is_refused(run_world: RunWorld, start: Start) -> None:
-    with pytest.raises(AssertionError, match=r"at descriptor 200, and has EBADF: only at 960 to 1023"):
-        start("copy-to")
-
-
 def test_one_event_for_each_edge(run_world: RunWorld, start: Start, accessor: Accessor) -> None:
     listener = start("epoll-edge-one", "--deny", "*.denied=EIO")
     expected = take(accessor, run_world.place, SERIES)

@@ -1,4 +1,5 @@
-"""The worlds that listener programs run in: on the real kernel, and under `fusehsm run`, which answers for it, without and with a view of their own.
+"""The worlds that listener programs run in: on the real kernel, and under `fusehsm run`, which answers for it: without options, with a view of their
+own ("view"), or with groups at any number ("any-descriptor").
 
 A program is started the same way in both, on a directory that is a mount of its own, and does not know which it is.
 """
@@ -38,8 +39,9 @@ class RunWorld:
         """How that program is started here. `keep`: the mount stays when it has ended."""
         if self.is_kernel:
             return list(program)
-        view = ("--listener",) if self.name == "view" else ()
-        return [*RUN, *view, "--mount", str(self.place), *(("--keep",) if keep else ()), "--", *program]
+        option = {"view": ("--listener",), "any-descriptor": ("--any-descriptor",)}.get(self.name, ())
+        keeping = ("--keep",) if keep else ()
+        return [*RUN, *option, "--mount", str(self.place), *keeping, "--", *program]
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent
 _C = ("gcc", "-O1", "-g", "-w", "-pthread")  # what calls.c does on purpose, compilers warn of
-_LISTENER = ("listener.c", "events.c", "marking.c", "waiting.c", "lives.c")
+_LISTENER = ("listener.c", "events.c", "marking.c", "waiting.c", "lives.c", "numbers.c")
 _SOURCES = {
     "calls": ("calls.c", "calls_io.c", "calls_ends.c"),
     "hostile": ("hostile.c",),

@@ -38,7 +38,15 @@ static const struct style {
 	{"early", FAN_CLOEXEC, O_RDONLY, wait_blocking},
 	{"copy", FAN_CLOEXEC, O_RDWR, live_copy},
 	{"copy-to", FAN_CLOEXEC, O_RDWR, live_copy_to},
-	{"handed", FAN_CLOEXEC, O_RDWR, live_handed},
+	{"handed", FAN_CLOEXEC, O_RDWR, number_handed},
+	{"taken", FAN_CLOEXEC | FAN_NONBLOCK, O_RDWR, number_taken},
+	{"exec-placed", FAN_CLOEXEC, O_RDWR, number_exec_placed},
+	{"from-3", FAN_CLOEXEC, O_RDWR, number_from_3},
+	{"elsewhere", FAN_CLOEXEC, O_RDWR, number_elsewhere},
+	{"dropped", FAN_CLOEXEC, O_RDWR, number_dropped},
+	{"few-allowed", FAN_CLOEXEC, O_RDWR, wait_select},
+	{"many-open", FAN_CLOEXEC | FAN_NONBLOCK, O_RDWR, wait_poll},
+	{"too-few-allowed", FAN_CLOEXEC, O_RDWR, wait_blocking},
 	{"exec", 0, O_RDWR, live_exec},
 	{"exec-away", FAN_CLOEXEC, O_RDWR | O_CLOEXEC, live_exec_away},
 	{"inherited", 0, O_RDWR, wait_blocking},
@@ -183,6 +191,13 @@ int main(int argc, char **argv)
 		open_early(options.directory);
 		descriptor_to_fill = early_descriptor;
 	}
+
+	if (!strcmp(style->name, "few-allowed"))
+		allow_few(256);
+	if (!strcmp(style->name, "too-few-allowed"))
+		allow_few(50);
+	if (!strcmp(style->name, "many-open"))
+		open_many(5000);
 
 	group = open_group(options.class, style->flags, style->event_f_flags | O_LARGEFILE);
 	if (group < 0)

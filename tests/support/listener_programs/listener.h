@@ -71,7 +71,6 @@ void live_threads(int group);
 void live_workers(int group);
 void live_copy(int group);
 void live_copy_to(int group);
-void live_handed(int group);
 void live_exec(int group);
 void live_exec_away(int group);
 void live_alarm(int group);
@@ -79,5 +78,16 @@ void live_alarm_restart(int group);
 void live_death(int group);
 void live_few_descriptors(int group);
 void live_groups(int group);
+
+/* numbers.c: groups at all kinds of descriptor numbers. The first two come before the group; none of the others returns. */
+void allow_few(int number);
+void open_many(int number);
+void become_inheritor(int group);
+void number_handed(int group);
+void number_taken(int group);
+void number_exec_placed(int group);
+void number_from_3(int group);
+void number_elsewhere(int group);
+void number_dropped(int group);
 
 #endif

@@ -12,7 +12,6 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/resource.h>
-#include <sys/socket.h>
 #include <sys/time.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -120,53 +119,10 @@ void live_copy_to(int group)
 	wait_blocking(STDIN_FILENO);
 }
 
-/* Sent over a socket to a child that has no other copy: who may open a group need not be who serves it. */
-void live_handed(int group)
-{
-	int ends[2], status;
-	union {
-		char bytes[CMSG_SPACE(sizeof(int))];
-		struct cmsghdr header;
-	} control = {0};
-	char byte = 0;
-	struct iovec part = {&byte, 1};
-	struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof(control)};
-
-	if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends))
-		die("socketpair");
-	pid_t child = fork();
-	if (child < 0)
-		die("fork");
-	if (!child) {
-		close(group);
-		if (recvmsg(ends[1], &message, MSG_CMSG_CLOEXEC) != 1 || !CMSG_FIRSTHDR(&message))
-			die("recvmsg");
-		wait_blocking(*(int *)CMSG_DATA(CMSG_FIRSTHDR(&message)));
-	}
-	control.header = (struct cmsghdr){.cmsg_len = CMSG_LEN(sizeof(int)), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS};
-	*(int *)CMSG_DATA(&control.header) = group;
-	if (sendmsg(ends[0], &message, 0) != 1)
-		die("sendmsg");
-	close(group);
-	if (waitpid(child, &status, 0) != child)
-		die("waitpid");
-	exit(WIFEXITED(status) ? WEXITSTATUS(status) : 1);
-}
-
 /* Goes on as another program, which has the group from this one; events may have been queued before it does. */
 void live_exec(int group)
 {
-	char number[16];
-	char **arguments = calloc(options.argc + 3, sizeof(char *));
-	int count = 0;
-
-	snprintf(number, sizeof(number), "%d", group);
-	for (int i = 0; i < options.argc; i++)
-		arguments[count++] = i && !strcmp(options.argv[i - 1], "--style") ? "inherited" : options.argv[i];
-	arguments[count++] = "--inherited";
-	arguments[count++] = number;
-	execv("/proc/self/exe", arguments);
-	die("execv");
+	become_inheritor(group);
 }
 
 /* Becomes another program, which does not have the group, with an event read and another one queued. */
