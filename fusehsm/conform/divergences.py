@@ -28,6 +28,7 @@ class Topic(Enum):
     CALLS = "Calls that fail, or make no event"
     ASYNCHRONOUS = "Asynchronous I/O"
     NOTIFICATIONS = "Notifications"
+    UNDER_RUN = "Groups under `fusehsm run`"
     OLD_DIALECTS = "The dialects patch-v1 and patch-v2"
 
 
@@ -535,6 +536,15 @@ DIVERGENCES: Final = (
         reason="The kernel tells its FUSE server of the last close without waiting for it.",
         safe="No access waits for a notification.",
         test="test_closing_is_told_in_order",
+    ),
+    Divergence(
+        topic=Topic.UNDER_RUN,
+        name="groups outside of the tree",
+        difference="A group that a process outside of the tree of `fusehsm run` receives (SCM_RIGHTS, pidfd_getfd(2)) cannot be read, written or "
+        "marked there, and each of these calls fails with EINVAL.",
+        reason="A seccomp filter holds for the processes that begin with it, and no other process can get it.",
+        safe="The receiver gets an error and neither an event nor a byte, and accessors wait as long as any process holds the group.",
+        test="test_groups_outside_of_the_tree",
     ),
     Divergence(
         topic=Topic.OLD_DIALECTS,
