@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from bench.parts import SOCKET, pread_microseconds
@@ -12,33 +12,39 @@ from bench.sizes import Note, Sizes
 
 KERNEL = "kernel, C listener"
 SUPERVISED = "fusehsm run, the same C listener"
+SUPERVISED_ANY = "fusehsm run --any-descriptor, the same C listener"
 TARGETS = (Target(SUPERVISED, KERNEL, at_most=4.0),)
 NATIVE = "native"
 WITHOUT_MOUNT = "fusehsm run"
 WITH_MOUNT = "fusehsm run --mount"
 ACCESSOR = "fusehsm run --accessor"
+ANY_DESCRIPTOR = "fusehsm run --any-descriptor"
 RUN = (sys.executable, "-m", "fusehsm", "run")
 MAPPINGS = 2_000
+READS = 2_000
 FUSEHSM_MOUNT = "fusehsm run, on a mount"
 
 
 def supervised(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity]:
-    """(j) Measure the event of a pread, an mmap(2) and the start of a command, under `fusehsm run`."""
+    """(j) Measure the event of a pread, a read(2), an mmap(2) and the start of a command, under `fusehsm run`."""
     yield from _round_trip(scene, sizes, note)
+    yield from _reads(scene, sizes, note)
     yield from _mappings(scene, sizes, note)
     yield from _start_up(scene, sizes, note)
 
 
 def _round_trip(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity]:
     directory = scene.files / "j"
-    files = {name: make_file(directory / name / "file", 16 << 20) for name in ("c", "run", "python")}
+    files = {name: make_file(directory / name / "file", 16 << 20) for name in ("c", "run", "any", "python")}
     for placement, cores in (("any core", None), ("one core", {min(os.sched_getaffinity(0))})):
         with placed_on(cores), Stage(scene) as stage:
-            paths = {SUPERVISED: files["run"]}
+            paths = {SUPERVISED: files["run"], SUPERVISED_ANY: files["any"]}
             if scene.has_kernel:
                 stage.listen_in_c(files["c"])
                 paths[KERNEL] = files["c"]
             stage.listen_in_c(files["run"], *RUN, "--mount", str(files["run"].parent), "--")
+            any_descriptor = (*RUN, "--any-descriptor", "--mount", str(files["any"].parent), "--")
+            stage.listen_in_c(files["any"], *any_descriptor)
             point, _ = stage.mount(files["python"].parent, "--events", "exact")
             stage.listen(point, "fuse")
             paths[SOCKET] = point / "file"
@@ -49,6 +55,23 @@ def _round_trip(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity]:
         yield Quantity(
             "j", f"pread of 4 KiB, one event, C listener, {placement}", "µs", values, KERNEL, TARGETS
         )
+
+
+def _reads(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity]:
+    """Measure read(2) of a file that is not watched, in a command that has no group: the cost of each call that the filter stops."""
+    file = make_file(scene.files / "j-read" / "file", READS * 4096)
+
+    def microseconds(*before: str) -> float:
+        timing = scene.measure(scene.work, "read", str(file), "4096", before=before)
+        return timing.total / 1000 / READS
+
+    cases: dict[str, Callable[[], float]] = {
+        NATIVE: microseconds,
+        WITHOUT_MOUNT: partial(microseconds, *RUN, "--"),
+        ANY_DESCRIPTOR: partial(microseconds, *RUN, "--any-descriptor", "--"),
+    }
+    values = interleave(sizes.repetitions, cases, note)
+    yield Quantity("j", "read of 4 KiB of another file", "µs", values, NATIVE)
 
 
 def _mappings(scene: Scene, sizes: Sizes, note: Note) -> Iterator[Quantity]:
