@@ -133,6 +133,12 @@ def mount(
             help="private (SRC changes only through the mount; default when SRC is DST) or shared (default otherwise)."
         ),
     ] = None,
+    locks: Annotated[
+        str | None,
+        typer.Option(
+            help="shared (locks on files are locks on SRC; default where the engine is devfuse and the kernel tells of each open) or local."
+        ),
+    ] = None,
     log_file: Annotated[
         str | None,
         typer.Option(
@@ -168,6 +174,7 @@ def mount(
             event_timeout=event_timeout,
             allow_other=allow_other,
             cache=cache,
+            locks=locks,
             log_file=log_file,
             direct=direct,
             lifeline=lifeline,
@@ -194,6 +201,9 @@ def run(
     events: Annotated[
         str, typer.Option(help="The mounts' events: exact, first-access or auto; see fusehsm mount --help.")
     ] = "auto",
+    locks: Annotated[
+        str | None, typer.Option(help="The mounts' locks: shared or local; see fusehsm mount --help.")
+    ] = None,
     keep: Annotated[
         bool, typer.Option("--keep", help="Leave the mounts in place when the command ends.")
     ] = False,
@@ -228,6 +238,7 @@ def run(
             mounts=tuple(mounts or ()),
             abi=abi,
             events=events,
+            locks=locks,
             keep=keep,
             accessor=accessor,
             listener=listener,

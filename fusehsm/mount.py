@@ -182,7 +182,7 @@ def _serve(options: MountOptions, plan: Plan, ready: Callable[[], None]) -> None
         open_limit=open_limit // 3,
         direct=options.direct,
     )
-    engine = make(options.engine, gate, private=plan.private)
+    engine = make(options.engine, gate, private=plan.private, shares_locks=plan.shares_locks)
     _import_from_elsewhere(plan.destination)
     noted = _note_signals()
     try:

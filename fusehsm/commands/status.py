@@ -128,6 +128,12 @@ def _as_text(mount: dict[str, Any]) -> Iterator[str]:
             yield f"    {line}"
     if not mount["groups"]:
         yield "  no groups: no listener"
+    for waiter in mount["locks"]:
+        holders = ", ".join(f"process {pid}" for pid in waiter["holders"]) or "a process that is not known"
+        yield (
+            f"  waiting {waiter['seconds']:.1f} s for {'an exclusive' if waiter['exclusive'] else 'a shared'} lock: "
+            f"process {waiter['pid']}, {waiter['kind']} {waiter['path']}, held by {holders}"
+        )
     for waiter in mount["waiting"]:
         span = "" if waiter["offset"] is None else f" {waiter['offset']}+{waiter['count']}"
         on = "for a group to come" if waiter["group"] is None else f"on group {waiter['group']}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from fusehsm.engines.choice import ENGINES, maps_direct_files_shared
+from fusehsm.engines.choice import ENGINES, maps_direct_files_shared, resolved
 from fusehsm.fanotify.abi import DIALECTS
 from fusehsm.fanotify.policy import EventTimeout, UnattendedPolicy
 from fusehsm.linux import mountinfo
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 EVENT_MODES = ("exact", "first-access", "auto")
 CACHES = ("private", "shared")
+LOCKS = ("shared", "local")
 
 
 class MountError(Exception):
@@ -56,6 +57,8 @@ class MountOptions:
     allow_other: bool = False
     #: One of CACHES.
     cache: str | None = None
+    #: One of LOCKS; None: shared where that costs nothing.
+    locks: str | None = None
     #: The path of the log.
     log_file: str | None = None
     #: Keep files out of the page cache also while no mark watches them.
@@ -78,6 +81,8 @@ class Plan:
     exact: bool
     #: The backing changes only through the mount (--cache private).
     private: bool
+    #: Locks on files are locks on SRC; None: where that costs nothing.
+    shares_locks: bool | None
     #: The handler to run in the mount's process.
     handler: Handler | None
     #: The answer to accesses while no pre-content group is there.
@@ -96,9 +101,12 @@ def checked(options: MountOptions) -> Plan:
         ("--events", options.events, EVENT_MODES),
         ("--engine", options.engine, ENGINES),
         ("--cache", options.cache or "private", CACHES),
+        ("--locks", options.locks or "local", LOCKS),
     ):
         if value not in choices:
             raise ValueError(f"{name} {value}: not known; choose {', '.join(choices)}")
+    if options.locks == "shared" and resolved(options.engine) == "pyfuse3":
+        raise ValueError("--locks shared: pyfuse3 does not hand locks on; use --engine devfuse")
     default_policy = "deny=EIO" if options.handler else "allow"
     unattended = UnattendedPolicy.parse(options.unattended or default_policy)
     event_timeout = EventTimeout.parse(options.event_timeout) if options.event_timeout else None
@@ -111,6 +119,7 @@ def checked(options: MountOptions) -> Plan:
         exact=options.events == "exact"
         or (options.events == "auto" and maps_direct_files_shared(options.engine)),
         private=options.cache == "private" or (options.cache is None and in_place),
+        shares_locks=None if options.locks is None else options.locks == "shared",
         handler=_import_handler(options.handler) if options.handler else None,
         unattended=unattended,
         event_timeout=event_timeout,

@@ -19,6 +19,7 @@ from fusehsm.emulator.group import Group, Pending
 from fusehsm.emulator.handles import HandleTable, OpenFile
 from fusehsm.emulator.leases import Leases, Lessor
 from fusehsm.emulator.listeners import Listeners
+from fusehsm.emulator.locks import FileLocks
 from fusehsm.emulator.page_cache import CacheControl, StalePages
 from fusehsm.events import Access, AccessKind, Armed
 from fusehsm.fanotify import rules
@@ -75,6 +76,7 @@ class Gate:
         )
         self.handles: HandleTable[Node] = HandleTable(overlay.open, open_limit, overlay.is_pinned)
         self.leases: Leases[Node] = Leases()
+        self.locks = FileLocks(self.handles, open_limit // 2)
         self.requests: Callable[[], dict[str, int]] = dict
         """How many requests of each kind have come: the engine's to say."""
         self._destination = os.fsencode(destination).rstrip(b"/")
@@ -395,6 +397,7 @@ class Gate:
             access = Access(AccessKind.CLOSE, pid=pid, tid=tid, writable=_may_write(file.flags))
             # The file must still be open: it may have no name any more by which it could be opened for a listener.
             self.content.notify(access, self.subject(file.node)._replace(mount=file.mount), file.node)
+        self.locks.released(file)
         self.handles.release(handle)
 
     def forget(self, node_id: int, count: int) -> bool:
@@ -503,6 +506,7 @@ class Gate:
             "open_files": len(self.handles),
             "groups": self.listeners.describe(),
             "waiting": list(self.listeners.waiting()),
+            "locks": self.locks.describe(self._event_path),
             "leases": self.leases.describe(self._event_path),
             "requests": self.requests(),
         }
@@ -515,6 +519,7 @@ class Gate:
         """The mount has ended."""
         self.listeners.abandon()
         self.leases.abandon()
+        self.locks.close()
         self.handles.close()
         self._explainer.close()
 

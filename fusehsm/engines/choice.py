@@ -25,13 +25,14 @@ def maps_direct_files_shared(name: str) -> bool:
     return resolved(name) == "devfuse" and kernel_version() >= _SHARED_DIRECT_MAPPINGS
 
 
-def make(name: str, gate: Gate, *, private: bool) -> Engine:
-    """The engine of that name, not mounted yet. `private`: the backing changes only through the mount or through event fds."""
+def make(name: str, gate: Gate, *, private: bool, shares_locks: bool | None = None) -> Engine:
+    """The engine of that name, not mounted yet. `private`: the backing changes only through the mount or through event fds. `shares_locks`:
+    locks on files are locks on the backing (None: where that costs nothing), which pyfuse3 cannot do."""
     # Imported here, because only the pyfuse3 engine needs the library pyfuse3.
     if resolved(name) == "devfuse":
         from fusehsm.engines.devfuse import DevFuse
 
-        return DevFuse(gate, private=private)
+        return DevFuse(gate, private=private, shares_locks=shares_locks)
     from fusehsm.engines.pyfuse3 import PyFuse3
 
     return PyFuse3(gate, private=private)

@@ -19,6 +19,7 @@ from fusehsm.emulator.waiting import KillWatch
 from fusehsm.engines import fuse_mount
 from fusehsm.engines import fuse_protocol as protocol
 from fusehsm.engines.cache_policy import CachePolicy
+from fusehsm.engines.fuse_locks import LockOperations
 from fusehsm.engines.fuse_operations import Answer, Body, Operations
 from fusehsm.engines.fuse_protocol import Init, Opcode, Request
 from fusehsm.linux.fuse_settings import ReadAhead
@@ -66,20 +67,28 @@ _NEVER_ANSWERED: Final = frozenset(
 
 
 class DevFuse:
-    """The engine `devfuse`; implements `base.Engine`."""
+    """The engine `devfuse`; implements `base.Engine`.
 
-    def __init__(self, gate: Gate, *, private: bool) -> None:
+    `shares_locks`: locks on files are locks on the backing; None: where the kernel tells of each open and its end anyway.
+    """
+
+    def __init__(self, gate: Gate, *, private: bool, shares_locks: bool | None = None) -> None:
         self._gate = gate
         self._policy = CachePolicy(gate, private=private)
         # Where all content goes through the page cache, OPEN is not needed: after one ENOSYS the kernel opens and closes by itself. But a file
         # of a backing that other processes change must be checked at each open.
-        self._stateful_open = gate.exact or not private or gate.default_dialect.open_event
+        self._stateful_open = (
+            gate.exact or not private or gate.default_dialect.open_event or shares_locks is True
+        )
+        self._shares_locks = self._stateful_open and shares_locks is not False
         gate.lessor.stateful_open = self._stateful_open
         self._operations = Operations(
             gate, self._policy, stateful_open=self._stateful_open, inval_entry=self._inval_entry
         )
+        self._locks = LockOperations(gate)
         self._answers = {
             **self._operations.table(),
+            **self._locks.table(),
             Opcode.INIT: self._init,
             Opcode.INTERRUPT: self._interrupt,
         }
@@ -116,6 +125,7 @@ class DevFuse:
                 self._nursery = nursery
                 nursery.start_soon(self._kill_watch.run)
                 nursery.start_soon(self._fill_watch.run)
+                nursery.start_soon(self._gate.locks.watch.run)
                 nursery.start_soon(self._work)
 
     def stop(self) -> None:
@@ -288,6 +298,8 @@ class DevFuse:
         if self._stateful_open:
             # Without OPEN this flag would lose O_TRUNC (docs/facts.md, section 11).
             wanted |= Init.ATOMIC_O_TRUNC
+        if self._shares_locks:
+            wanted |= Init.POSIX_LOCKS | Init.FLOCK_LOCKS
         if self._gate.exact:
             wanted |= Init.DIRECT_IO_ALLOW_MMAP
             if os.geteuid() != 0:
@@ -300,7 +312,9 @@ class DevFuse:
     def _interrupt(self, request: Request) -> bytes:
         (unique,) = protocol.INTERRUPT_IN.unpack_from(request.body)
         waiting = self._waiting.get(unique)
-        if waiting is not None and not self._let_die(waiting):
+        if waiting is None or self._locks.interrupt(waiting):
+            return b""
+        if not self._let_die(waiting):
             # INTERRUPT comes for the first signal only (docs/facts.md, section 15). A later signal may kill.
             self._interrupted[unique] = waiting
             if self._kill_watch.sleeps:

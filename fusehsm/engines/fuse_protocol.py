@@ -84,8 +84,10 @@ class Init(enum.IntFlag):
     """FUSE_* flags of INIT; those from bit 32 on are sent in flags2."""
 
     ASYNC_READ = 1 << 0
+    POSIX_LOCKS = 1 << 1
     ATOMIC_O_TRUNC = 1 << 3
     BIG_WRITES = 1 << 5
+    FLOCK_LOCKS = 1 << 10
     AUTO_INVAL_DATA = 1 << 12
     DO_READDIRPLUS = 1 << 13
     READDIRPLUS_AUTO = 1 << 14
@@ -128,6 +130,7 @@ WRITE_CACHE: Final = 1 << 0
 WRITE_KILL_SUIDGID: Final = 1 << 2
 FSYNC_FDATASYNC: Final = 1 << 0
 IOCTL_DIR: Final = 1 << 4
+LK_FLOCK: Final = 1 << 0
 
 NOTIFY_INVAL_INODE: Final = 2
 NOTIFY_INVAL_ENTRY: Final = 3
@@ -165,10 +168,12 @@ FALLOCATE_IN: Final = struct.Struct("=QQQII")
 LSEEK_IN: Final = struct.Struct("=QqII")
 COPY_FILE_RANGE_IN: Final = struct.Struct("=7Q")
 IOCTL_IN: Final = struct.Struct("=QIIQII")  # fh, flags, cmd, arg, in_size, out_size
+LK_IN: Final = struct.Struct("=QQQQIIII")  # fh, owner, start, end, type, pid, lk_flags, padding
 STATX_IN: Final = struct.Struct("=IIQII")
 
 SIZE_OUT: Final = struct.Struct("=II")  # WRITE, GETXATTR's size, COPY_FILE_RANGE
 OFFSET_OUT: Final = struct.Struct("=Q")
+LK_OUT: Final = struct.Struct("=QQII")
 IOCTL_OUT: Final = struct.Struct("=iIII")
 OPEN_OUT: Final = struct.Struct("=QIi")
 STATFS_OUT: Final = struct.Struct("=5QIII28x")

@@ -52,11 +52,12 @@ class _Numbers:
     fadvise64: int
     readahead: int
     ioctl: int
+    fcntl: int
 
 
 _NUMBERS = {
-    "x86_64": _Numbers(0, 17, 19, 295, 327, 1, 18, 20, 296, 328, 40, 275, 326, 221, 187, 16),
-    "aarch64": _Numbers(63, 67, 65, 69, 286, 64, 68, 66, 70, 287, 71, 76, 285, 223, 213, 29),
+    "x86_64": _Numbers(0, 17, 19, 295, 327, 1, 18, 20, 296, 328, 40, 275, 326, 221, 187, 16, 72),
+    "aarch64": _Numbers(63, 67, 65, 69, 286, 64, 68, 66, 70, 287, 71, 76, 285, 223, 213, 29, 25),
 }
 _HERE = _NUMBERS.get(platform.machine())
 
@@ -430,6 +431,18 @@ def is_in_ioctl(tid: int) -> bool:
     """Whether a thread waits in ioctl(2), or in file_getattr(2) or file_setattr(2), which are the same for a file's flags."""
     text = _read_proc(f"/proc/{tid}/syscall") or b""
     return _HERE is not None and text.split(b" ", 1)[0] in (b"%d" % _HERE.ioctl, b"468", b"469")
+
+
+def fcntl_of(tid: int) -> tuple[int, int] | None:
+    """The descriptor and the command of the fcntl(2) that a thread waits in; None if it does not."""
+    until = time.monotonic_ns() + _FALLING_ASLEEP
+    while (
+        words := (_read_proc(f"/proc/{tid}/syscall") or b"").split()
+    ) == _RUNS and time.monotonic_ns() < until:
+        os.sched_yield()
+    if _HERE is None or len(words) != 9 or int(words[0]) != _HERE.fcntl:
+        return None
+    return int(words[1], 16) & 0xFFFFFFFF, int(words[2], 16) & 0xFFFFFFFF
 
 
 def descriptor_of(tid: int, descriptor: int) -> Descriptor | None:

@@ -77,6 +77,7 @@ def _places(options: RunOptions) -> list[str]:
 def _mount(mounts: ExitStack, place: str, options: RunOptions, view: Sequence[int] = ()) -> None:
     """Overlay one directory. `view`: the descriptor of what to serve in its place, and of the namespace to hold."""
     arguments = ["--direct", "--events", options.events, *(["--abi", options.abi] if options.abi else [])]
+    arguments += ["--locks", options.locks] if options.locks else []
     if view:
         # Shared, because the command changes the backing behind the overlay's back.
         arguments += ["--backing", str(view[0]), "--cache", "shared"]

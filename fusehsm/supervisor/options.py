@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fusehsm.daemon.options import EVENT_MODES
+from fusehsm.daemon.options import EVENT_MODES, LOCKS
 from fusehsm.fanotify.abi import DIALECTS
 from fusehsm.supervisor.launcher import MOST_PLACES
 
@@ -19,6 +19,8 @@ class RunOptions:
     abi: str | None = None
     #: The mounts' mode of events.
     events: str = "auto"
+    #: The mounts' locks; None if the user chose none.
+    locks: str | None = None
     #: Leave the mounts in place at the end.
     keep: bool = False
     #: The command is not a listener; its mmap(2) makes the event at once.
@@ -39,6 +41,8 @@ def check(options: RunOptions) -> None:
         raise ValueError(f"--abi {options.abi}: not a dialect; choose {', '.join(DIALECTS)}")
     if options.events not in EVENT_MODES:
         raise ValueError(f"--events {options.events}: not known; choose {', '.join(EVENT_MODES)}")
+    if options.locks is not None and options.locks not in LOCKS:
+        raise ValueError(f"--locks {options.locks}: not known; choose {', '.join(LOCKS)}")
     if options.keep and not options.mounts:
         raise ValueError("--keep: there is no --mount that could be kept")
     if options.accessor and options.any_descriptor:

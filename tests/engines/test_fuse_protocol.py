@@ -45,6 +45,8 @@ LAYOUTS = {
     "fuse_interrupt_in": (protocol.INTERRUPT_IN, "unique"),
     "fuse_fallocate_in": (protocol.FALLOCATE_IN, "fh offset length mode padding"),
     "fuse_lseek_in": (protocol.LSEEK_IN, "fh offset whence padding"),
+    "fuse_lk_in": (protocol.LK_IN, "fh owner lk.start lk.end lk.type lk.pid lk_flags padding"),
+    "fuse_lk_out": (protocol.LK_OUT, "lk.start lk.end lk.type lk.pid"),
     "fuse_ioctl_in": (protocol.IOCTL_IN, "fh flags cmd arg in_size out_size"),
     "fuse_ioctl_out": (protocol.IOCTL_OUT, "result flags in_iovs out_iovs"),
     "fuse_copy_file_range_in": (
@@ -140,6 +142,7 @@ CONSTANTS = {
     "FOPEN_KEEP_CACHE": protocol.FOPEN_KEEP_CACHE,
     "FOPEN_CACHE_DIR": protocol.FOPEN_CACHE_DIR,
     "FOPEN_PARALLEL_DIRECT_WRITES": protocol.FOPEN_PARALLEL_DIRECT_WRITES,
+    "FUSE_LK_FLOCK": protocol.LK_FLOCK,
     "FUSE_IOCTL_DIR": protocol.IOCTL_DIR,
     "FUSE_READ_LOCKOWNER": protocol.READ_LOCKOWNER,
     "FUSE_WRITE_CACHE": protocol.WRITE_CACHE,

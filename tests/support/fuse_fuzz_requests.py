@@ -221,7 +221,16 @@ class Requests:
             flags = self._random.choice((0, 0, p.IOCTL_DIR, n()))
             return p.IOCTL_IN.pack(self._file(), flags, command, large(), takes, gives) + argument
 
+        def lock() -> bytes:
+            start, end = sorted((large(), large()))
+            kind = self._random.choice((0, 1, 2, n()))
+            owner = self._random.randrange(4)
+            return p.LK_IN.pack(self._file(), owner, start, end, kind, n(), self._random.choice((0, 0, 1)), 0)
+
         return {
+            Opcode.GETLK: lock,
+            Opcode.SETLK: lock,
+            Opcode.SETLKW: lock,
             Opcode.IOCTL: ioctl,
             Opcode.LOOKUP: name,
             Opcode.FORGET: lambda: p.FORGET_IN.pack(self._random.choice((0, 1, large()))),

@@ -53,6 +53,77 @@ async def test_empty_reads_and_writes(kernel: Side, exact: Side, accessor: Acces
             assert listener.briefly() == (past if side is kernel else [])
 
 
+def try_to_lock(path: str) -> int:
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno or 0
+    return 0
+
+
+async def test_locks(kernel: Side, exact: Side, first_access: Side, accessor: Accessor) -> None:
+    for side in (kernel, exact, first_access):
+        path = side.file("locked")
+        beneath = os.open(side.backing / "locked", os.O_RDWR)
+        fcntl.flock(beneath, fcntl.LOCK_EX)
+        expected = 0 if side.diverges("locks") else errno.EAGAIN
+        assert await accessor.run(try_to_lock, path) == expected
+        os.close(beneath)
+
+
+async def test_locks_by_default(kernel: Side, private: Side, accessor: Accessor) -> None:
+    for side in (kernel, private):
+        path = side.file("locked")
+        beneath = os.open(side.backing / "locked", os.O_RDWR)
+        fcntl.flock(beneath, fcntl.LOCK_EX)
+        assert await accessor.run(try_to_lock, path) == (errno.EAGAIN if side is kernel else 0)
+        os.close(beneath)
+
+
+def lock_and_close_another(path: str) -> int:
+    """What another process gets after this one has locked the file and closed another descriptor of it."""
+    locked, other = os.open(path, os.O_RDWR), os.open(path, os.O_RDONLY)
+    fcntl.lockf(locked, fcntl.LOCK_EX)
+    os.close(other)
+    child = os.fork()
+    if child == 0:
+        try:
+            fcntl.lockf(os.open(path, os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os._exit(0)
+        except OSError as error:
+            os._exit(error.errno or 99)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+async def test_locks_and_other_descriptors(
+    kernel: Side, exact: Side, first_access: Side, accessor: Accessor
+) -> None:
+    for side in (kernel, exact, first_access):
+        path = side.file("locked")
+        stays = side.diverges("locks and other descriptors") if side is not kernel else False
+        assert await accessor.run(lock_and_close_another, path) == (errno.EAGAIN if stays else 0)
+
+
+def lock_a_directory(path: str) -> int:
+    descriptor = os.open(path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
+
+
+async def test_locks_of_directories(kernel: Side, exact: Side, accessor: Accessor) -> None:
+    for side in (kernel, exact):
+        await accessor.run(lock_a_directory, str(side.path))
+        beneath = os.open(side.backing, os.O_RDONLY)
+        try:
+            fcntl.flock(beneath, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            refused = False
+        except BlockingIOError:
+            refused = True
+        os.close(beneath)
+        assert refused is (side is kernel)
+
+
 def get_flags(path: str) -> int:
     descriptor = os.open(path, os.O_RDONLY)
     try:
