@@ -102,6 +102,7 @@ class Calls:
         # The group that the last call at a number meant: the next one most likely means it, too.
         self._last_at: dict[int, SupervisedGroup] = {}
         self._lock = threading.Lock()
+        self._told_of_file_ids = False
         on_groups: list[tuple[int | None, Callable[[TrappedCall, SupervisedGroup], int]]] = [
             (architecture.write, self._write),
             (architecture.writev, self._writev),
@@ -199,7 +200,9 @@ class Calls:
     def _fanotify_init(self, call: TrappedCall) -> int:
         flags, event_f_flags = call.unsigned(0), call.unsigned(1)
         if flags & (FAN_REPORT_FID_BITS | FAN_REPORT_MNT):
-            raise _GoOn  # such groups have no permission events, and the kernel's own notify on fusehsm mounts as on any other
+            # Such groups have no permission events. The kernel's own notify on fusehsm mounts, too, if the marks are on files and directories.
+            self._tell_of_file_ids()
+            raise _GoOn
         if not self._is_privileged(call, _CAP_SYS_ADMIN) or (
             flags & FAN_ENABLE_AUDIT and not self._is_privileged(call, _CAP_AUDIT_WRITE)
         ):
@@ -225,6 +228,16 @@ class Calls:
             group.close()
             bell.close()
             raise
+
+    def _tell_of_file_ids(self) -> None:
+        """Say once which marks fail with ENODEV. Their fanotify_mark(2) cannot be seen: the kernel gives their group any number."""
+        with self._lock:
+            told, self._told_of_file_ids = self._told_of_file_ids, True
+        if not told and self._view is None:
+            _log.warning(
+                "groups with FAN_REPORT_FID and its like cannot mark a mount or file system of fusehsm (ENODEV): mark files and "
+                "directories, or use --listener"
+            )
 
     def _is_privileged(self, call: TrappedCall, capability: int) -> bool:
         """Whether the caller has the capability that the kernel would ask for.

@@ -1,11 +1,13 @@
 """Listeners under `fusehsm run` that are stopped at their terminal, lose a mount's server, run out of processes, or lie beside a module of
 somebody else's."""
 
+import errno
 import fcntl
 import os
 import pty
 import resource
 import signal
+import subprocess
 import sys
 import termios
 import time
@@ -219,3 +221,31 @@ def test_a_module_in_the_working_directory(
         running.wait_ready()
         expected = take(accessor, run_world.place, (READ,))
         assert finish(run_world, running, accessor) == expected
+
+
+# Groups that report file ids
+
+MARKS_BY_FILE_ID = """
+import ctypes, sys
+libc = ctypes.CDLL(None, use_errno=True)
+group = libc.fanotify_init(0x200, 0)  # FAN_REPORT_FID
+for how in (0x10, 0x100, 0):  # FAN_MARK_MOUNT, FAN_MARK_FILESYSTEM, an inode
+    failed = libc.fanotify_mark(group, 1 | how, ctypes.c_uint64(8), -100, sys.argv[1].encode())  # FAN_CLOSE_WRITE
+    print(ctypes.get_errno() if failed else 0)
+"""
+
+
+@pytest.mark.fuse
+@pytest.mark.root
+def test_marks_that_need_a_file_system_id(tmp_path: Path) -> None:
+    """The kernel's own group refuses two of them, which a line on stderr says."""
+    ended = subprocess.run(
+        own_command(
+            "run", "--mount", str(tmp_path), "--", sys.executable, "-c", MARKS_BY_FILE_ID, str(tmp_path)
+        ),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.stdout.split() == [str(errno.ENODEV), str(errno.ENODEV), "0"], ended
+    assert ended.stderr.count("FAN_REPORT_FID") == 1
