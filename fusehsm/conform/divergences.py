@@ -122,6 +122,14 @@ DIVERGENCES: Final = (
         test="test_locks_of_directories",
     ),
     Divergence(
+        topic=Topic.STUBS,
+        name="file handles",
+        difference="open_by_handle_at(2) fails with ESTALE once the kernel has forgotten the file, so a mount cannot be exported by NFS.",
+        reason="A file handle of a FUSE mount has the number of a node, from which the backing's file is not found again without its name.",
+        safe="The caller gets an error, and never another file.",
+        test="test_file_handles",
+    ),
+    Divergence(
         topic=Topic.MAPPINGS,
         name="mappings ask when touched",
         difference="A mapping makes its event at the first page fault and not at mmap(2), so a denial is SIGBUS and not an error of mmap(2).",

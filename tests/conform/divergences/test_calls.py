@@ -124,6 +124,34 @@ async def test_locks_of_directories(kernel: Side, exact: Side, accessor: Accesso
         assert refused is (side is kernel)
 
 
+def open_by_handle(path: str, tries: int) -> int:
+    """The errno of opening a file by its handle, after the kernel was made to forget what it can; 0 if that works after each of the tries."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    handle = ctypes.create_string_buffer(b"\x80" + bytes(7), 136)  # struct file_handle, room for 128 bytes
+    mount_id = ctypes.c_int()
+    if libc.name_to_handle_at(-100, path.encode(), handle, ctypes.byref(mount_id), 0):
+        return -ctypes.get_errno()
+    directory = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        for _ in range(tries):
+            with open("/proc/sys/vm/drop_caches", "w") as caches:
+                caches.write("2")
+            found = libc.open_by_handle_at(directory, handle, os.O_RDONLY)
+            if found < 0:
+                return ctypes.get_errno()
+            os.close(found)
+    finally:
+        os.close(directory)
+    return 0
+
+
+async def test_file_handles(kernel: Side, exact: Side, accessor: Accessor) -> None:
+    for side in (kernel, exact):
+        path = side.file("handled")
+        tries = 2 if side is kernel else 50
+        assert await accessor.run(open_by_handle, path, tries) == (0 if side is kernel else errno.ESTALE)
+
+
 def get_flags(path: str) -> int:
     descriptor = os.open(path, os.O_RDONLY)
     try:
