@@ -155,6 +155,7 @@ def mount(
     ] = False,
     lifeline: Annotated[int | None, typer.Option(hidden=True)] = None,
     backing: Annotated[int | None, typer.Option(hidden=True)] = None,
+    tell_holes: Annotated[bool, typer.Option("--tell-holes", hidden=True)] = False,
 ) -> int:
     """Overlay SRC at DST, and make events of the accesses there. Returns when the mount answers."""
     from fusehsm.daemon.options import MountOptions
@@ -179,6 +180,7 @@ def mount(
             direct=direct,
             lifeline=lifeline,
             backing=backing,
+            tell_holes=tell_holes,
         )
     )
 
@@ -213,6 +215,19 @@ def run(
             "--accessor", help="The command is not a listener; its mmap(2) makes the event at once."
         ),
     ] = False,
+    quiet: Annotated[
+        bool,
+        typer.Option(
+            "--quiet", help="Do not tell of files of which the command allows ranges that are holes."
+        ),
+    ] = False,
+    deadlock_timeout: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            help="Deny with EDEADLK an access that makes the command wait for itself for so long (0: never).",
+        ),
+    ] = 5.0,
     listener: Annotated[
         bool,
         typer.Option(
@@ -243,6 +258,8 @@ def run(
             accessor=accessor,
             listener=listener,
             any_descriptor=any_descriptor,
+            quiet=quiet,
+            deadlock_timeout=deadlock_timeout,
         )
     )
 

@@ -162,6 +162,7 @@ def _serve(options: MountOptions, plan: Plan, ready: Callable[[], None]) -> None
     import fusehsm.daemon.deadlock
     import fusehsm.daemon.handler_group  # noqa: F401
     from fusehsm.emulator.gate import Gate
+    from fusehsm.emulator.unfilled import UnfilledFiles
     from fusehsm.engines.base import MountRefused
     from fusehsm.engines.choice import make
     from fusehsm.overlay.overlay import Overlay
@@ -182,6 +183,9 @@ def _serve(options: MountOptions, plan: Plan, ready: Callable[[], None]) -> None
         open_limit=open_limit // 3,
         direct=options.direct,
     )
+    if options.tell_holes:
+        unfilled = UnfilledFiles(overlay, plan.destination, gate.open_descriptor, log.warning)
+        gate.listeners.on_allowed = unfilled.allowed
     engine = make(options.engine, gate, private=plan.private, shares_locks=plan.shares_locks)
     _import_from_elsewhere(plan.destination)
     noted = _note_signals()

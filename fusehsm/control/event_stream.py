@@ -48,7 +48,7 @@ _MANY_BYTES: Final = 16 * 1024
 _DESCRIPTORS = socket.CMSG_SPACE(2 * _INT.size)  # the file and the pidfd
 
 
-@dataclass(slots=True)  # not frozen: one is made for each event, and frozen doubles the cost
+@dataclass(slots=True, eq=False)  # not frozen: one is made for each event, and frozen doubles the cost
 class Received:
     """An event that has left the socket."""
 
@@ -67,6 +67,11 @@ class Received:
     def pidfd(self) -> int:
         """The descriptor in the event's pidfd record; negative if there is none."""
         return int(_INT.unpack_from(self.data, EVENT_PIDFD_OFFSET)[0]) if has_pidfd(self.data) else FAN_NOFD
+
+    @property
+    def pid(self) -> int:
+        """The accessor's process, as the event reports it."""
+        return int(_INT.unpack_from(self.data, EVENT_PID_OFFSET)[0])
 
     def close(self) -> None:
         """Close the event's descriptors."""
@@ -183,6 +188,21 @@ class EventStream:
             while (received := self._receive()) is not None:
                 if not (received.mask & NOTIFICATION_EVENTS and self._merge(received)):
                     self._buffered.append(received)
+
+    def waiting(self) -> list[Received]:
+        """The events that wait to be taken. They stay."""
+        self.receive_all()
+        return list(self._buffered)
+
+    def discard(self, received: Received) -> bool:
+        """Drop one of the events that wait; returns whether it was there."""
+        for position, other in enumerate(self._buffered):
+            if other is received:
+                del self._buffered[position]
+                received.close()
+                self._count_as_read()
+                return True
+        return False
 
     def delivered(self, received: Received) -> None:
         """Note that the listener has read an event, so that the server may send another."""

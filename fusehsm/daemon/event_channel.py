@@ -42,8 +42,9 @@ class EventChannel:
         self._sent = 0
         self._numbers = _numbers()
         self._waiting: dict[int, Pending] = {}  # permission events, by the number in the client's answer
-        self._errnos = (
-            {0, *group.dialect.deny_errnos} if group.flags & FAN_CLASS_PRE_CONTENT else {0, errno.EPERM}
+        # EDEADLK: `fusehsm run` gives it for a listener that waits for itself.
+        self._errnos = {0, errno.EDEADLK} | (
+            set(group.dialect.deny_errnos) if group.flags & FAN_CLASS_PRE_CONTENT else {errno.EPERM}
         )
         self._stuck: tuple[list[bytes], list[int]] | None = (
             None  # the message, and its descriptors, that the socket had no room for

@@ -102,7 +102,7 @@ class Gate:
             drop_attributes_soon=self._stale.drop_attributes_soon,
             forget=self.forget,
         )
-        overlay.open_files_from(self._open_descriptor)
+        overlay.open_files_from(self.open_descriptor)
         overlay.on_removed(self._replaced)
 
     def mounted(self, device: tuple[int, int], cache: CacheControl, mount: MountId | None = None) -> None:
@@ -116,7 +116,8 @@ class Gate:
         """`exact` or `first-access`, as on the command line."""
         return "exact" if self.exact else "first-access"
 
-    def _open_descriptor(self, node: Node) -> int | None:
+    def open_descriptor(self, node: Node) -> int | None:
+        """A descriptor of the backing file, if an open file has one; it stays that file's."""
         for file in self.handles.of_node(node):
             if file.descriptor is not None:
                 return file.descriptor
@@ -246,7 +247,7 @@ class Gate:
         """Open the event's file on the backing with the group's event_f_flags; the caller closes the descriptor. Raises OSError."""
         node = pending.target
         assert isinstance(node, Node)
-        return self.overlay.open_for_event(node, group.event_f_flags, self._open_descriptor(node))
+        return self.overlay.open_for_event(node, group.event_f_flags, self.open_descriptor(node))
 
     def _event_path(self, node: object) -> bytes:
         assert isinstance(node, Node)

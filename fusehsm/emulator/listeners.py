@@ -72,6 +72,8 @@ class Listeners:
         self._path_of = path_of
         self._unattended = unattended
         self._event_timeout = event_timeout
+        self.on_allowed: Callable[[Access, EventShape, object], None] | None = None
+        """Called when a group has allowed an access after a pre-content event, with the access, the event and the node."""
         self._waiters: dict[int, Waiter] = {}
         self.kill_watch = KillWatch(self._waiters, _let_die)
         self._dead_marks: list[MarkTable] = []
@@ -257,6 +259,8 @@ class Listeners:
                     if heard:
                         allowed |= pre_content
                         answered |= group.priority == PRE_CONTENT
+                        if self.on_allowed is not None and pre_content:
+                            self.on_allowed(access, shape, node)
                 if verdict == ORPHANED:
                     orphan = shape
                     lost |= pre_content

@@ -173,6 +173,14 @@ def threads_of(pid: int) -> list[int]:
         return []
 
 
+def children_of(pid: int) -> list[int]:
+    """The children of a process; none if it has gone, or if this kernel does not list them (CONFIG_PROC_CHILDREN)."""
+    found: list[int] = []
+    for tid in threads_of(pid):
+        found += map(int, (_read_proc(f"/proc/{tid}/task/{tid}/children", 1 << 16) or b"").split())
+    return found
+
+
 def is_being_killed(tid: int) -> bool:
     """Whether a fatal signal is pending on a thread, which then waits for an answer only to die.
 

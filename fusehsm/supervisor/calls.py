@@ -30,6 +30,7 @@ from fusehsm.fanotify.abi import (
     decode_response,
 )
 from fusehsm.supervisor import tasks
+from fusehsm.supervisor.deadlocks import DeadlockWatch
 from fusehsm.supervisor.delivery import Reading
 from fusehsm.supervisor.groups import Leaving, SupervisedGroup
 from fusehsm.supervisor.lookup import find, of_this_process
@@ -89,7 +90,9 @@ class Calls:
         *,
         any_descriptor: bool,
         killable: bool,
+        deadlock_timeout: float = 0,
     ) -> None:
+        """`deadlock_timeout`: seconds that the command may wait for itself, 0 for no limit."""
         self._notifier = notifier
         self._view = view
         self._architecture = architecture
@@ -103,6 +106,8 @@ class Calls:
         self._last_at: dict[int, SupervisedGroup] = {}
         self._lock = threading.Lock()
         self._told_of_file_ids = False
+        if deadlock_timeout:
+            DeadlockWatch(self._all_groups, deadlock_timeout, architecture.kcmp)
         on_groups: list[tuple[int | None, Callable[[TrappedCall, SupervisedGroup], int]]] = [
             (architecture.write, self._write),
             (architecture.writev, self._writev),
@@ -127,10 +132,12 @@ class Calls:
 
     def close(self) -> None:
         """Close every group. Accesses that wait for an answer are allowed before the mounts go."""
-        with self._lock:
-            groups = list(self._groups)
-        for group in groups:
+        for group in self._all_groups():
             group.close()
+
+    def _all_groups(self) -> list[SupervisedGroup]:
+        with self._lock:
+            return list(self._groups)
 
     def answer(self, call: TrappedCall, *, may_wait: bool = True) -> None:
         """Do a call and answer it. Raises nothing. With `may_wait` false, a call that would have to wait for others fails with ENOMEM."""

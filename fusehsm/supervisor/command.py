@@ -174,6 +174,8 @@ class _Run:
             view,
             any_descriptor=self._options.any_descriptor,
             killable=killable,
+            # With a view of its own the command never waits for a mount.
+            deadlock_timeout=0 if view is not None else self._options.deadlock_timeout,
         )
         Workers(notifier, calls)
         return calls

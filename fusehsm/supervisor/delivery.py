@@ -136,7 +136,7 @@ class Reading:
         if number < 0 and received.fd >= 0:
             self.group.refuse(source, received)
         elif number >= 0:
-            self.group.handed_over(source, received, number)
+            self.group.handed_over(source, received, number, self.call.tid)
         self._taken.append((source, received, number))
 
     def _hand_over(self, received: Received, address: int) -> int:

@@ -7,9 +7,11 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from fusehsm.backends.lookup import FoundObject, mark_request
 from fusehsm.control.blocking_client import BlockingConnection
@@ -74,6 +76,17 @@ class Source:
         self.connection.hang_up()
 
 
+class Outstanding(NamedTuple):
+    """A permission event that the command has not answered."""
+
+    #: The mount of the event.
+    source: Source
+    #: The event.
+    received: Received
+    #: When the command read it, seconds of time.monotonic(); 0 if it has not.
+    since: float
+
+
 class SupervisedGroup:
     """A group of the command. Any number of threads may use it at once.
 
@@ -103,6 +116,10 @@ class SupervisedGroup:
         self._sources: list[Source] = []
         # By the descriptor's number in the command. The event's own number is its server's.
         self._unanswered: rules.UnansweredEvents[tuple[Source, int]] = rules.UnansweredEvents()
+        # The same events by their numbers, to find out which wait for long.
+        self._outstanding: dict[tuple[Source, int], Outstanding] = {}
+        #: The threads that have read events.
+        self.listeners: set[int] = set()
         self._readers: dict[int, None] = {}
         self._users = 0
         self._left = False
@@ -293,16 +310,19 @@ class SupervisedGroup:
         self._sources.remove(source)
         source.close()
 
-    def handed_over(self, source: Source, received: Received, number: int) -> None:
-        """Note that a process is about to read the event, with that descriptor number."""
+    def handed_over(self, source: Source, received: Received, number: int, tid: int) -> None:
+        """Note that thread `tid` is about to read the event, with that descriptor number."""
         if received.mask & self.dialect.permission:
             with self._lock:
                 self._unanswered.add(number, (source, received.number))
+                self._outstanding[source, received.number] = Outstanding(source, received, time.monotonic())
+                self.listeners.add(tid)
 
     def take_back(self, source: Source, received: Received, number: int) -> None:
         """Queue an event again that the process has not read, for another reader."""
         with self._lock:
             self._unanswered.remove(number, (source, received.number))
+            self._outstanding.pop((source, received.number), None)
             if self._closed or source not in self._sources:
                 received.close()
             else:
@@ -323,10 +343,50 @@ class SupervisedGroup:
             return response.length
         with self._lock:
             source, number = self._unanswered.take(response.fd)
+            self._outstanding.pop((source, number), None)
             # The mount may be gone. The kernel, too, takes an answer that no accessor waits for.
             with contextlib.suppress(OSError):
                 source.stream.answer(number, response.decision_errno)
         return response.length
+
+    # Waits for the listener itself
+
+    def sources(self) -> list[Source]:
+        """The mounts on which it has marks."""
+        return list(self._sources)
+
+    def owes(self) -> bool:
+        """Whether an access waits for the command: for an answer, or for a read of its event."""
+        return bool(self._outstanding) or (bool(self.listeners) and self._something_waits())
+
+    def asks_about(self, process: int) -> bool:
+        """Whether an event of that process waits for the command."""
+        with self._lock:
+            return any(event.received.pid == process for event in self._outstanding.values()) or any(
+                received.pid == process for source in self._sources for received in source.stream.waiting()
+            )
+
+    def overdue(self, seconds: float, processes: set[int]) -> list[Outstanding]:
+        """The events that the command read so long ago and has not answered, and those unread ones that its own `processes` wait for."""
+        before = time.monotonic() - seconds
+        with self._lock:
+            read = [event for event in self._outstanding.values() if event.since <= before]
+            own = [
+                Outstanding(source, received, 0)
+                for source in self._sources
+                for received in source.stream.waiting()
+                if received.pid in processes and received.mask & self.dialect.permission
+            ]
+            self._wake_for_buffered()
+        return [*read, *own]
+
+    def deny(self, event: Outstanding, number: int) -> None:
+        """Deny an event of overdue() with that errno. An answer that the command gives later has no effect."""
+        with self._lock, contextlib.suppress(OSError):
+            self._outstanding.pop((event.source, event.received.number), None)
+            event.source.stream.answer(event.received.number, number)
+            if not event.since and event.source.stream.discard(event.received):
+                self.bell.take(1)
 
     @property
     def queued_bytes(self) -> int:
@@ -435,6 +495,7 @@ class SupervisedGroup:
         sources = list(self._sources)
         self._sources.clear()
         self._unanswered.clear()
+        self._outstanding.clear()
         self._wake_readers()
         return sources
 

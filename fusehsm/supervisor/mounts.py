@@ -78,6 +78,8 @@ def _mount(mounts: ExitStack, place: str, options: RunOptions, view: Sequence[in
     """Overlay one directory. `view`: the descriptor of what to serve in its place, and of the namespace to hold."""
     arguments = ["--direct", "--events", options.events, *(["--abi", options.abi] if options.abi else [])]
     arguments += ["--locks", options.locks] if options.locks else []
+    if not options.quiet and not options.listener:
+        arguments.append("--tell-holes")
     if view:
         # Shared, because the command changes the backing behind the overlay's back.
         arguments += ["--backing", str(view[0]), "--cache", "shared"]

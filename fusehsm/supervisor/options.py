@@ -29,6 +29,10 @@ class RunOptions:
     listener: bool = False
     #: Answer the calls on all descriptors, so that a group may have any number.
     any_descriptor: bool = False
+    #: Do not tell of holes that the command lets accessors read.
+    quiet: bool = False
+    #: Seconds for which the command may wait for itself; 0 for no limit.
+    deadlock_timeout: float = 5.0
 
 
 class RunError(OSError):
@@ -47,6 +51,10 @@ def check(options: RunOptions) -> None:
         raise ValueError("--keep: there is no --mount that could be kept")
     if options.accessor and options.any_descriptor:
         raise ValueError("--any-descriptor, --accessor: an accessor has no groups; leave one of them out")
+    if not 0 <= options.deadlock_timeout < float("inf"):
+        raise ValueError(
+            f"--deadlock-timeout {options.deadlock_timeout}: not a number of seconds; give 0 or more"
+        )
     if not options.listener:
         return
     if options.accessor:

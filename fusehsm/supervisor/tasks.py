@@ -89,6 +89,14 @@ def is_open(tid: int, descriptor: int) -> bool:
     return os.path.lexists(f"/proc/{tid}/fd/{descriptor}")
 
 
+def open_numbers(tid: int) -> list[int]:
+    """The numbers of the descriptors in use; none if the thread has gone."""
+    try:
+        return [int(name) for name in os.listdir(f"/proc/{tid}/fd")]
+    except OSError:
+        return []
+
+
 def process_behind(tid: int, pidfd: int) -> int | None:
     """The process of a pidfd that the thread holds; None if it has ended, or the descriptor is of another kind."""
     try:
@@ -117,6 +125,17 @@ def signals_of(tid: int) -> Signals | None:
 def is_stopping(process: int) -> bool:
     """Whether a signal has stopped a thread of the process."""
     return any((_status(tid) or {}).get(b"State", b"").startswith(b"T") for tid in proc.threads_of(process))
+
+
+def switches_of(tid: int) -> int:
+    """How often a thread has given up its CPU to wait; -1 if it has gone."""
+    fields = _status(tid)
+    return -1 if fields is None else int(fields[b"voluntary_ctxt_switches"])
+
+
+def is_uninterruptible(tid: int) -> bool:
+    """Whether a thread waits so that no signal wakes it, as for a lock or a page."""
+    return (_status(tid) or {}).get(b"State", b"").startswith(b"D")
 
 
 def takers_of_shared_signals(process: int) -> list[int]:

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from tests.support.kernel_and_run import RUN, STEP, Program, RunWorld, standing
+from tests.support.listener_program_fixtures import SHARED_WORLDS
 from tests.support.listener_programs.building import program
 from tests.support.listener_steps import make_files
 
-pytestmark = pytest.mark.any_engine
+# The programs use their files themselves, so they are to hear themselves.
+pytestmark = [pytest.mark.any_engine, pytest.mark.parametrize("run_world", SHARED_WORLDS, indirect=True)]
 pytest_plugins = ["tests.support.listener_program_fixtures"]
 
 LONGEST = 3 * STEP  # seconds: longer than a scenario waits for itself
@@ -31,7 +33,8 @@ def race(run_world: RunWorld, session_directory: Path) -> Race:
         command = run_world.command(*words)
         if not run_world.is_kernel:
             mounts = [word for other in others for word in ("--mount", str(other))]
-            command[len(RUN) : len(RUN)] = mounts
+            # Quiet: most of these programs fill nothing.
+            command[len(RUN) : len(RUN)] = ["--quiet", *mounts]
         with Program([*before, *command]) as running:
             lines = running.output.wait_for_end(LONGEST)
             assert (running.end(), running.complaints.wait_for_end(STEP)) == (0, []), lines

@@ -12,11 +12,12 @@ from tests.support.kernel_and_run import Program, RunWorld, Start, standing
 from tests.support.listener_programs.building import Marks, listener_words
 from tests.support.listener_steps import make_files
 
-WORLDS = [
+#: For programs that are listener and accessor in one.
+SHARED_WORLDS = [
     pytest.param("kernel", marks=pytest.mark.kernel),
     pytest.param("run", marks=pytest.mark.fuse),
-    pytest.param("view", marks=pytest.mark.fuse),
 ]
+WORLDS = [*SHARED_WORLDS, pytest.param("view", marks=pytest.mark.fuse)]
 
 
 @pytest.fixture(params=WORLDS)

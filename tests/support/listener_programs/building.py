@@ -13,6 +13,7 @@ _LISTENER = ("listener.c", "events.c", "marking.c", "waiting.c", "lives.c", "num
 _SOURCES = {
     "calls": ("calls.c", "calls_io.c", "calls_ends.c"),
     "hostile": ("hostile.c",),
+    "own": ("own.c",),
     "races": ("races.c", "races_signals.c", "races_numbers.c"),
 }
 _PATIENCE = 120.0  # seconds for one compiler

@@ -1,0 +1,70 @@
+"""Tells of accesses that a listener has allowed although their range is a hole, so that the accessor reads zeros.
+
+A listener that fills a file by another way than the overlay knows, or takes the file for an unknown one, looks like this from outside.
+"""
+
+import errno
+import os
+from collections.abc import Callable
+from typing import Final
+
+from fusehsm.events import Access, AccessKind, EventShape
+from fusehsm.overlay.overlay import Node, Overlay
+from fusehsm.text import shown
+
+_MOST_FILES: Final = 100_000  # beyond them a file may be told of again
+_READING: Final = frozenset((AccessKind.READ, AccessKind.MAP, AccessKind.FAULT, AccessKind.FILL))
+
+
+class UnfilledFiles:
+    """The files of the mount at `destination` that were told of, each once.
+
+    `descriptor_of` gives an open file's descriptor, which stays its owner's. `tell` gets the line.
+    """
+
+    def __init__(
+        self,
+        overlay: Overlay,
+        destination: str,
+        descriptor_of: Callable[[Node], int | None],
+        tell: Callable[[str], None],
+    ) -> None:
+        self._overlay = overlay
+        self._destination = destination
+        self._descriptor_of = descriptor_of
+        self._tell = tell
+        self._told: set[int] = set()
+
+    def allowed(self, access: Access, shape: EventShape, node: object) -> None:
+        """A listener has allowed the access after a pre-content event. Raises nothing."""
+        assert isinstance(node, Node)
+        if access.kind not in _READING or shape.offset is None or not shape.count or node.id in self._told:
+            return
+        try:
+            if self._has_hole(node, shape.offset, shape.offset + shape.count):
+                if len(self._told) >= _MOST_FILES:
+                    self._told.clear()
+                self._told.add(node.id)
+                path = os.path.join(self._destination, os.fsdecode(self._overlay.relative_path(node)))
+                self._tell(
+                    f"{shown(path)}: allowed at {shape.offset} ({shape.count} bytes), where it has a hole: the accessor reads zeros; if the "
+                    "command fills files in another way than through the event's descriptor, start it with fusehsm run --listener "
+                    "(--quiet: not this line)"
+                )
+        except OSError:
+            return  # nothing can be told of a file that cannot be opened
+
+    def _has_hole(self, node: Node, start: int, end: int) -> bool:
+        descriptor = self._descriptor_of(node)
+        opened = self._overlay.open(node, os.O_RDONLY) if descriptor is None else descriptor
+        try:
+            hole = os.lseek(opened, start, os.SEEK_HOLE)
+            # The end of the file counts as a hole.
+            return hole < end and hole < os.fstat(opened).st_size
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # `start` is at or after the end of the file
+                raise
+            return False
+        finally:
+            if descriptor is None:
+                os.close(opened)
