@@ -77,6 +77,10 @@ has the same part in them, every system call returned the same, and the files ha
 entry of the [table of differences](divergences.md) says, and as they were recorded. Where the events change from run to run, they differ as
 the entry says, and the results of all calls are the same. `fusehsm conform NAME --json` shows both streams.
 
+The family *listener* is about what a listener sees and can do: files by descriptor and by path, links, holes, locks, ioctls, fills through its own
+descriptors while an access waits, threads, and the hand-over of its group. Its listener is a process of its own: on the real kernel in a mount of its
+own, on the emulator under `fusehsm run --listener`, which chooses the engine by itself. So both columns show the same for it.
+
 {UNSENT}
 
 | workload | events of the kernel | {" | ".join(ENGINES)} |

@@ -190,6 +190,15 @@ DIVERGENCES: Final = (
         test="test_running_programs",
     ),
     Divergence(
+        topic=Topic.MAPPINGS,
+        name="programs that are open for writing",
+        difference="execve(2) of a file that a process has open for writing below the mount, as a listener under `fusehsm run --listener` does, "
+        "works, while a real kernel refuses it with ETXTBSY if reads of the file are not watched.",
+        reason="The kernel counts the writers of the mount's file and of the file below it separately.",
+        safe="The program is read through the mount, so it asks as always.",
+        test="test_programs_that_are_open_for_writing",
+    ),
+    Divergence(
         topic=Topic.CACHE,
         name="read-ahead asks",
         difference="posix_fadvise(2), readahead(2) and the kernel's own read-ahead make events.",
@@ -381,6 +390,14 @@ DIVERGENCES: Final = (
         reason="Those two limit the kernel's own groups and marks.",
         safe="One group too many is an error, as on a real kernel, and no event is lost.",
         test="test_limits",
+    ),
+    Divergence(
+        topic=Topic.EVENTS,
+        name="accesses of the listener",
+        difference="Under `fusehsm run --listener` the listener's own accesses, and those of its children, make no events.",
+        reason="They use the files below the overlay, and no FUSE server is asked.",
+        safe="The listener knows what it has filled, and every other process asks.",
+        test="test_accesses_of_the_listener",
     ),
     Divergence(
         topic=Topic.WAITING,
@@ -651,7 +668,7 @@ _INTRODUCTION: Final = """\
 
 This page is generated from `fusehsm/conform/divergences.py`; [howto-divergence.md](howto-divergence.md) explains how to add a row.
 
-`fusehsm conform` runs more than 650 workloads twice: on an ext4 image with the real kernel's events, and on the emulator. It compares the events
+`fusehsm conform` runs more than 700 workloads twice: on an ext4 image with the real kernel's events, and on the emulator. It compares the events
 that a listener reads, byte for byte, and the results of the system calls. If the kernel has no such events, or the user is not root, it compares
 with streams that were recorded on Linux 6.18. [conform.md](conform.md) has the result. Every known difference is a row below. A test in
 `tests/conform/divergences/` shows each row on the real kernel and on the emulator.

@@ -212,6 +212,8 @@ class Scene:
         self.backing.chmod(0o777)
         self.stream: Stream = []
         self.listeners: list[Listener] = []
+        #: What else adds its entries to the stream before the result of a call.
+        self.on_settle: list[Callable[[], None]] = []
         self._accessors: list[Accessor] = []
         self._parts: dict[int, str] = {os.getpid(): "the listener", 0: "nobody"}
         if side.emulator is not None:
@@ -255,6 +257,10 @@ class Scene:
             met = sum(part.startswith(kind) for part in self._parts.values())
             self._parts[pid] = f"{kind} {met + 1}"
         return self._parts[pid]
+
+    def know(self, pid: int, part: str) -> None:
+        """Give a process its name in the stream."""
+        self._parts[pid] = part
 
     def part_of_pidfd(self, pidfd: int | None) -> str:
         """The name of the process of an event's pidfd; "" without a pidfd."""
@@ -312,10 +318,12 @@ class Scene:
         self.stream.append(Did(who, what, shown(result)))
 
     def settle(self) -> None:
-        """Let all listeners except the lazy ones read their queued events."""
+        """Let all listeners except the lazy ones read their queued events, and those in other processes say what they did."""
         for listener in self.listeners:
             if not listener.lazy:
                 listener.drain()
+        for add in self.on_settle:
+            add()
 
     # Listeners
 

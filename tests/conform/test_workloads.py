@@ -32,6 +32,9 @@ from fusehsm.conform.workload import Workload, one_call
 from fusehsm.conform.workloads import WORKLOADS, chosen
 from tests.support.harness import NOBODY, fuse_device_for_everybody, fusehsm
 
+UNDER_RUN = chosen(["listener"])
+ON_A_MOUNT = [workload for workload in WORKLOADS if workload not in UNDER_RUN]
+
 
 def key(workload: Workload) -> str:
     return workload.key
@@ -74,9 +77,7 @@ def test_the_kernel_as_recorded(
         assert lines(stream) == lines(recording.kernel[workload.key])
 
 
-@pytest.mark.fuse
-@pytest.mark.parametrize("workload", WORKLOADS, ids=key)
-def test_the_emulator_as_the_kernel(
+def compare(
     workload: Workload,
     emulated: Side,
     performer: Performer,
@@ -100,6 +101,33 @@ def test_the_emulator_as_the_kernel(
     # With pyfuse3, whose pids are the openers', a stream may happen to be right.
     excused = comparison.verdict is Verdict.IDENTICAL and emulated.engine == "pyfuse3"
     assert comparison.verdict is wanted or excused, "\n".join(comparison.difference())
+
+
+@pytest.mark.fuse
+@pytest.mark.parametrize("workload", ON_A_MOUNT, ids=key)
+def test_the_emulator_as_the_kernel(
+    workload: Workload,
+    emulated: Side,
+    performer: Performer,
+    recording: Recording,
+    request: pytest.FixtureRequest,
+) -> None:
+    compare(workload, emulated, performer, recording, request)
+
+
+@pytest.mark.fuse
+@pytest.mark.root
+@pytest.mark.any_engine
+@pytest.mark.parametrize("workload", UNDER_RUN, ids=key)
+def test_a_listener_under_fusehsm_run_as_on_the_kernel(
+    workload: Workload,
+    emulated: Side,
+    performer: Performer,
+    recording: Recording,
+    request: pytest.FixtureRequest,
+) -> None:
+    """`fusehsm run` takes the engine that it finds best, so once is enough."""
+    compare(workload, emulated, performer, recording, request)
 
 
 def test_there_are_workloads_enough() -> None:

@@ -10,6 +10,8 @@ from fusehsm.conform.workloads import (
     copying,
     denying,
     groups,
+    listener_does,
+    listener_sees,
     mapping,
     marks,
     names,
@@ -36,6 +38,8 @@ _MODULES = (
     notifying,
     async_io,
     programs,
+    listener_sees,
+    listener_does,
 )
 
 WORKLOADS: tuple[Workload, ...] = tuple(workload for module in _MODULES for workload in module.WORKLOADS)
