@@ -55,7 +55,7 @@ def foreground_mount(
     command = own_command("mount", "--foreground", "--lifeline", str(lifeline.fileno()))
     allow_other = ["--allow-other"] if os.geteuid() == 0 else []
     try:
-        daemon = None
+        daemon, reader = None, None
         try:
             with lifeline, signals_held():
                 daemon = subprocess.Popen(
@@ -76,6 +76,8 @@ def foreground_mount(
         finally:
             if daemon is not None:
                 _end(daemon, held, destination)
+            if reader is not None:
+                reader.join(_PATIENCE)  # else the server's last lines could be lost
     finally:
         held.close()
 

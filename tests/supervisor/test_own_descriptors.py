@@ -115,6 +115,8 @@ def test_fills_through_own_descriptors(
                 got[access] = make_accessor().call(ACCESSES[access], str(file), SIZE, timeout=STEP)
             except OSError as error:
                 got[access] = error.errno
+        listener.process.terminate()
+        listener.end()
     said = listener.complaints.wait_for_end(STEP)
     if own_world.name != "run":
         assert got == dict.fromkeys(ACCESSES, CONTENT), said
