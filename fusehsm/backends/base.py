@@ -78,7 +78,10 @@ class Group(abc.ABC):
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Close the group: its marks go, and its unanswered events are allowed (fanotify(7)). A second call does nothing."""
+        """Close the group, which removes its marks. A second call does nothing.
+
+        Its unanswered events are allowed (fanotify(7)); on a mount, --unattended decides those of a pre-content group.
+        """
 
     def take_events(self) -> list[Event]:
         """The next event as a value (two, if two short ones are queued). Raises the errors of read()."""

@@ -87,7 +87,10 @@ class Denial:
 
     @classmethod
     def parse(cls, deny: str | None, match: str | None) -> "Denial | None":
-        """Make it from --deny and --match. Raises ValueError with one line if the two are not valid together."""
+        """Make it from the texts of --deny (an errno's name) and --match (a pattern). None if neither is given.
+
+        Raises ValueError, with one line as its text, for --match without --deny and for an errno that fanotify cannot deny with.
+        """
         if deny is None:
             if match is not None:
                 raise ValueError("--match: it selects the events to deny; give --deny ERRNO too")
@@ -105,7 +108,10 @@ class Denial:
 
 
 class Printer:
-    """Writes lines to stdout and flushes each. It loads everything when it is made, because the watched files may be its own."""
+    """Writes lines to stdout and flushes each. All modules are imported when it is made.
+
+    A later import could read a watched file (the trace may watch Python's own modules) and then wait for this process itself.
+    """
 
     def __init__(self, as_json: bool) -> None:
         self._as_json = as_json

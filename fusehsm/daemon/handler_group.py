@@ -60,9 +60,11 @@ async def open_in_process(
     flags: int = _FLAGS,
     event_f_flags: int = _EVENT_F_FLAGS,
 ) -> AsyncIterator["InProcessGroup"]:
-    """A group with one mark, which covers the whole mount.
+    """Open a group in this process with one mark, which covers the whole mount; the group is closed at the end of the `async with`.
 
-    `mask` is an int, or names without FAN_, or None for all pre-content events of the dialect. `dialect` defaults to the mount's.
+    `mask` is an int, or names without FAN_, or None for all pre-content events of the dialect. `dialect` defaults to the mount's. `flags` and
+    `event_f_flags` are those of fanotify_init(2). Raises OSError as fanotify_init(2) and fanotify_mark(2) do, and ValueError for a name that the
+    dialect does not have.
     """
     async with InProcessGroup(gate, flags, event_f_flags, dialect or gate.default_dialect) as group_:
         if mask is not None and not isinstance(mask, int):

@@ -67,7 +67,7 @@ class AttributeCache:
         self._kept: dict[int, _Kept] = {}
 
     def forgotten(self, node_id: int) -> None:
-        """The kernel has forgotten a node."""
+        """Forget a node, as the kernel has forgotten it."""
         self._events.pop(node_id, None)
         self._mtimes.pop(node_id, None)
         self._kept.pop(node_id, None)

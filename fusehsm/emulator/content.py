@@ -62,7 +62,7 @@ class Content:
         self._refusals = Refusals(explainer)
 
     def forgotten(self, node_id: int) -> None:
-        """The kernel has forgotten a node and its pages."""
+        """Forget a node, as the kernel has forgotten it and its pages."""
         self._filled.pop(node_id, None)
         self._refusals.forgotten(node_id)
 

@@ -402,7 +402,7 @@ class Gate:
         self.handles.release(handle)
 
     def forget(self, node_id: int, count: int) -> bool:
-        """The kernel drops `count` references to a node; returns whether the node has left the table."""
+        """Drop `count` of the kernel's references to a node; returns whether the node has left the table with this call."""
         try:
             node = self.overlay.node(node_id)
         except OSError:
@@ -413,7 +413,7 @@ class Gate:
         return gone
 
     def forgotten(self, node: Node) -> None:
-        """The kernel has forgotten a node and its pages."""
+        """Forget a node, as the kernel has forgotten it and its pages."""
         for group in self.listeners.groups:
             group.marks.evicted(node.id)
         self._stale.forget(node.id)
@@ -513,7 +513,7 @@ class Gate:
         }
 
     def release_held(self) -> int:
-        """Let every access pass that is parked until a group comes; returns how many."""
+        """Let every access pass that waits for a group to come (--unattended hold); returns how many these are."""
         return self.listeners.release()
 
     def close(self) -> None:

@@ -65,7 +65,7 @@ class GateFace(Protocol):
         """fanotify_mark(2) on a node (None: with FAN_MARK_FLUSH), found by `mount`. Raises OSError as the kernel does."""
 
     def forget(self, node_id: int, count: int, /) -> bool:
-        """Drop `count` references to a node; returns whether it is not known any more."""
+        """Drop `count` references to a node; returns whether it has left the table with this call (False for an id that is not known)."""
 
     async def drop(self, node: Any) -> None:
         """Drop a node's cached pages. Its next access makes an event again."""
@@ -83,4 +83,4 @@ class GateFace(Protocol):
         """The mount's state as JSON-able values."""
 
     def release_held(self) -> int:
-        """Let the accesses pass that --unattended hold has parked; returns how many."""
+        """Let every access pass that waits for a group to come (--unattended hold); returns how many these are."""

@@ -152,7 +152,10 @@ class Listeners:
                 waiter.settle(ORPHANED)
 
     def release(self) -> int:
-        """Let every parked access pass, and forget the marks of dead groups; returns how many accesses passed."""
+        """Let every parked access pass; returns how many these are. Accesses that wait for the answer of a group still wait.
+
+        A parked access has no group to ask (--unattended hold). The marks of dead groups are forgotten, so that they park no access any more.
+        """
         self._releases += 1
         self._dead_marks.clear()
         self._refresh()

@@ -68,15 +68,18 @@ class StalePages:
         return node.id in self._tainted
 
     def taint(self, node_id: int) -> None:
-        """Pages of a node may be about to enter the cache, and no listener was asked."""
+        """Note that pages of a node may enter the cache unasked. They are dropped once a listener hears accesses of the node."""
         self._tainted.add(node_id)
 
     def asked_for(self, node_id: int) -> None:
-        """Pages of a node are about to enter the cache, and a listener has allowed it."""
+        """Note that pages of a node enter the cache with a listener's leave.
+
+        They stay while a listener hears the node. Where none did for a time, they are dropped when one hears it again (unheard(), drop()).
+        """
         self._asked.add(node_id)
 
     def forget(self, node_id: int) -> None:
-        """The kernel has forgotten a node and its pages."""
+        """Forget a node, as the kernel has forgotten it and its pages."""
         self._tainted.discard(node_id)
         self._asked.discard(node_id)
 

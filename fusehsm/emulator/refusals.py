@@ -92,7 +92,7 @@ class Refusals:
             self._check_follower(file, explanation, offset, size, who)
 
     def forgotten(self, node_id: int) -> None:
-        """The kernel has forgotten a node and its pages."""
+        """Forget a node, as the kernel has forgotten it and its pages."""
         self._nodes.pop(node_id, None)
 
     def _forget_old(self) -> None:

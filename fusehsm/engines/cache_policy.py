@@ -78,5 +78,5 @@ class CachePolicy:
         )
 
     def forgotten(self, node_id: int) -> None:
-        """The kernel has forgotten a node."""
+        """Forget a node, as the kernel has forgotten it."""
         self._versions.pop(node_id, None)

@@ -377,7 +377,10 @@ def directory_entry(node_id: int, next_offset: int, name: bytes, mode: int) -> b
 
 
 def init_out(minor: int, max_readahead: int, flags: int) -> bytes:
-    """fuse_init_out, with the largest limits for requests in progress at once."""
+    """The answer to INIT, struct fuse_init_out, as bytes. Requests at once (max_background, congestion_threshold): as many as possible.
+
+    `max_readahead` is in bytes. `flags`: bits of Init; those from bit 32 on go to flags2.
+    """
     return INIT_OUT.pack(
         MAJOR,
         minor,

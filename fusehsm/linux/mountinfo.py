@@ -64,7 +64,7 @@ class Mount:
 
     @classmethod
     def parse(cls, line: str) -> "Mount":
-        """Parse one line of mountinfo."""
+        """Parse one line of /proc/PID/mountinfo; octal escapes (\\040) are decoded. Raises ValueError for any other text."""
         before, after = line.rstrip("\n").split(" - ", 1)
         mount_id, parent, device, root, mount_point, _, *optional = before.split(" ")
         filesystem_type, source, options = [*after.split(" "), "", ""][:3]

@@ -323,8 +323,8 @@ class Overlay:
     def open(self, node: Node, flags: int, caller_uid: int = 0) -> int:
         """Open the node's backing file with the access mode, O_TRUNC and O_SYNC of `flags`; the caller closes the descriptor.
 
-        It opens exactly this inode, so no other file is truncated and no device or fifo is opened. With O_TRUNC set-id bits are
-        cleared unless `caller_uid` is 0. Raises OSError.
+        It opens exactly this inode, so no other file is truncated. With O_TRUNC set-id bits are cleared unless `caller_uid` is 0. Raises
+        OSError as open(2), and for anything but a regular file: EISDIR for a directory, ELOOP for a symbolic link, ENXIO for the rest.
         """
         self._check_openable(node)
         fd = self._reach.path_fd(node)

@@ -32,7 +32,7 @@ _GONE: Final = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV,
 
 
 def stale(name: bytes | None = None) -> OSError:
-    """The error ESTALE, which makes the kernel look a name up again."""
+    """An OSError ESTALE to raise: the kernel then looks the name up again. `name` is the error's file name."""
     return OSError(errno.ESTALE, os.strerror(errno.ESTALE), name)
 
 

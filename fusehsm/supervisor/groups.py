@@ -55,7 +55,7 @@ class Leaving(enum.Enum):
 
 @dataclass(slots=True, eq=False)
 class Source:
-    """One mount's events for a group."""
+    """A group's connection to one mount, on which it has marks: the place that its events come from."""
 
     #: The mount.
     mount: Mount
@@ -65,12 +65,12 @@ class Source:
     stream: EventStream
 
     def close(self) -> None:
-        """Remove its marks on the mount, and allow its unanswered events."""
+        """End the connection, without waiting. The mount then removes the group's marks; its --unattended decides the unanswered events."""
         self.connection.hang_up()
         self.stream.close()
 
     def finish(self) -> None:
-        """close(), and wait until it has taken effect."""
+        """close(), and wait, for 2 seconds at most, until the mount has removed the marks and decided the unanswered events."""
         self.stream.close()
         self.connection.finish()
         self.connection.hang_up()

@@ -1,4 +1,4 @@
-"""The supervisor's end of launch.py: a process that waits for orders and then becomes the command."""
+"""Starts the command: it runs launch.py as a process, sends it orders over a socket, and the process then becomes the command (execve(2))."""
 
 import marshal
 import os

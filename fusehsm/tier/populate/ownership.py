@@ -50,7 +50,10 @@ class Ownership:
             os.fchmod(fd, mode)
 
     def apply_to_link(self, entry: Entry, name: str, dir_fd: int | None) -> None:
-        """Set the owner of the symbolic link `name`."""
+        """Set the owner of the symbolic link `name` in the directory `dir_fd`, as far as this process may; a link has no mode.
+
+        Raises OSError, but not EPERM or EACCES: the link then keeps its owner.
+        """
         status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
         owner = self._owner(entry, status)
         if owner != (status.st_uid, status.st_gid):

@@ -32,7 +32,7 @@ class ArchiveStore(FsspecStore):
         self._entries: dict[str, Entry] = {}
         self._children: dict[str, list[Entry]] = {"": []}
         self._strange: list[Entry] = []
-        """Names that no directory can have or that lead out of the tree; whoever makes files refuses them."""
+        """Names that no directory can have or that lead out of the tree; tree() lists them, and populate refuses them."""
 
     def tree(self, on_error: Callable[[StoreError], None] | None = None) -> Iterator[Entry]:
         """As Store.tree(), from the index."""
@@ -40,19 +40,19 @@ class ArchiveStore(FsspecStore):
         yield from super().tree(*(() if on_error is None else (on_error,)))
 
     def version(self, path: str) -> str:
-        """The version in the index. Raises StoreChanged if the archive has changed since it was opened."""
+        """The file's version, as in the index. Raises StoreChanged if the archive has changed since it was opened, FileNotFoundError for no file."""
         entry = self._file(path)
         self._expect_same_container(path)
         assert entry.version is not None
         return entry.version
 
     def rights(self, path: str) -> Rights | None:
-        """The owner and mode in the index; None in a zip file."""
+        """The file's owner and mode, as in the index; None in a zip file. Raises FileNotFoundError for no file."""
         entry = self._file(path)
         return None if entry.uid is None else Rights(entry.uid, entry.gid, entry.mode)
 
     def read(self, path: str, offset: int, length: int, version: str) -> bytes:
-        """Read the member; the archive's version is checked before and after."""
+        """As Store.read(). The archive's version is checked before and after; StoreChanged if it is another."""
         with self.complaining(path, "cannot be read", reading=True), self._turn:
             entry = self._file(path)
             if entry.version != version:
@@ -122,7 +122,7 @@ def _tidy(name: str) -> str:
 
 
 class ZipStore(ArchiveStore):
-    """A zip file. It has no owners. Its times have no zone and count as local times, as in unzip."""
+    """A zip file. Its members have no owners. Their times have no zone and are taken as local times, as unzip does."""
 
     def __init__(self, name: str, filesystem: Any, root: str, url: str) -> None:
         super().__init__(name, filesystem, root, url)

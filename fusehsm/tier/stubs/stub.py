@@ -174,7 +174,10 @@ class StubFile:
     # Questions
 
     def missing(self, offset: int, end: int) -> list[int]:
-        """The blocks of [offset, end) that are not here, ascending."""
+        """The numbers of the blocks, ascending, that contain a byte of [offset, end) and are not here.
+
+        `offset` and `end` are in bytes. Bytes from `limit` on are not the store's, so they are never missing.
+        """
         end = min(end, self.limit)
         if offset >= end or self.blocks.is_full:
             return []
