@@ -155,6 +155,7 @@ def mount(
     ] = False,
     lifeline: Annotated[int | None, typer.Option(hidden=True)] = None,
     backing: Annotated[int | None, typer.Option(hidden=True)] = None,
+    event_root: Annotated[int | None, typer.Option("--event-root", hidden=True)] = None,
     tell_holes: Annotated[bool, typer.Option("--tell-holes", hidden=True)] = False,
 ) -> int:
     """Overlay SRC at DST, and make events of the accesses there. Returns when the mount answers."""
@@ -180,6 +181,7 @@ def mount(
             direct=direct,
             lifeline=lifeline,
             backing=backing,
+            event_root=event_root,
             tell_holes=tell_holes,
         )
     )

@@ -172,6 +172,7 @@ def _serve(options: MountOptions, plan: Plan, ready: Callable[[], None]) -> None
         overlay = Overlay(_backing_path(options, plan), pins=open_limit // 8)
     except OSError as error:
         raise MountError(f"{plan.source}: {error.strerror}; SRC must be a directory you may read") from None
+    overlay.event_root = options.event_root
     gate = Gate(
         overlay,
         destination=plan.destination,

@@ -67,6 +67,8 @@ class MountOptions:
     lifeline: int | None = None
     #: A descriptor of the directory to serve, which is SRC as another mount shows it; None: SRC by its path.
     backing: int | None = None
+    #: A descriptor of SRC as the listener's mount shows it: event descriptors are opened there.
+    event_root: int | None = None
     #: Tell of each file of which a listener allows a range that is a hole.
     tell_holes: bool = False
 

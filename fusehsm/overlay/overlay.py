@@ -65,6 +65,8 @@ class Overlay:
         self._table = self._reach.table
         self._impersonation = Impersonation()
         self.root = self._table.root
+        #: A descriptor of the source as another mount shows it, through which the listeners' event descriptors are opened; None: as all others.
+        self.event_root: int | None = None
 
     def close(self) -> None:
         """Close every descriptor that the overlay keeps. Descriptors that it has returned belong to the callers."""
@@ -407,11 +409,29 @@ class Overlay:
         else:
             flags &= ~os.O_ACCMODE
         flags = flags & _EVENT_FLAGS | os.O_LARGEFILE | os.O_CLOEXEC
+        if self.event_root is not None:
+            opened = self._open_below(self.event_root, node, flags)
+            if opened is not None:
+                return opened
         if fd is not None:
             return self._reach.open(path_of(fd), flags)
         fd = self._reach.path_fd(node)
         try:
             return self._reach.open(path_of(fd), flags)
+        finally:
+            os.close(fd)
+
+    def _open_below(self, root: int, node: Node, flags: int) -> int | None:
+        """Open the node by its names from another mount of the source; None if it cannot be reached there. Raises OSError of the open."""
+        try:
+            path = self.relative_path(node) or b"."
+            fd = syscalls.openat2(
+                root, path, _PATH_ONLY, syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS
+            )
+        except OSError:
+            return None
+        try:
+            return self._reach.open(path_of(fd), flags) if node.matches(os.fstat(fd)) else None
         finally:
             os.close(fd)
 

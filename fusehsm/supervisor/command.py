@@ -135,6 +135,8 @@ class _Run:
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (*_PASSED_ON, *_JOB_CONTROL, signal.SIGCHLD))
         try:
             descriptor, killable = launcher.start(self._orders(blocked))
+            if view is not None:
+                view.begin(launcher.process.pid)
             calls = self._serve(Notifier(descriptor), view, killable=killable)
             launcher.confirm()
         except LaunchError as error:

@@ -159,7 +159,14 @@ class SupervisedGroup:
                 rules.check_mark(self.flags, self.dialect, flags, mask, found.kind)
             for target in below or ():
                 path = None if target.path is None else os.fsdecode(target.path)
-                request = MarkBacking(flags, mask, *target.device, target.inode, path)
+                request: MarkRequest | MarkBacking
+                if target.mount is None:
+                    request = MarkBacking(flags, mask, *target.device, target.inode, path)
+                else:
+                    shown = target.mount
+                    request = MarkRequest(
+                        flags, mask, *target.device, target.inode, shown.number, shown.unique
+                    )
                 self._request(self._source(target.overlay, flags), request)
             if below is None or below:
                 return

@@ -4,8 +4,8 @@ Its argument is the number of a socket to the supervisor (launcher.py). From the
 descriptor, or a failure: a step's name and an errno. A successful exec closes the socket.
 
 With --listener it first makes the command's view: a mount namespace in which each directory is what the overlay covers elsewhere. That takes two
-steps. Before the overlays are mounted it copies the mounts below them, and sends a descriptor of each copy; afterwards it puts the copies over the
-overlays, in its own namespace alone.
+steps. Before the overlays are mounted it copies the mounts below them twice, and sends a descriptor of each copy. One is for the command; the overlay
+serves the other, in which nothing that the command mounts appears. Afterwards it puts the first ones over the overlays, in its own namespace alone.
 """
 
 import ctypes
@@ -56,8 +56,12 @@ def main() -> None:
     try:
         orders = _take_orders(control)
         if VIEW in orders:
-            views = _copy_mounts(orders[VIEW], orders["user"])
-            socket.send_fds(control, [FAILURE.pack(b"view", 0)], [copy for copy, _ in views])
+            _enter_namespace(orders["user"])
+            views = [(_copy(place), place) for place in orders[VIEW]]
+            served = [_copy(place) for place in orders[VIEW]]
+            socket.send_fds(control, [FAILURE.pack(b"view", 0)], [*(copy for copy, _ in views), *served])
+            for copy in served:
+                os.close(copy)
             orders = _take_orders(control)
         for copy, place in views:
             _put_over(copy, place)
@@ -86,13 +90,9 @@ def _take_orders(control: socket.socket) -> dict[str, Any]:
     return orders
 
 
-def _copy_mounts(places: list[str], user: bool) -> list[tuple[int, str]]:
-    """Enter a mount namespace and copy the mounts at and below each place there. Returns a descriptor of each copy, with its place.
-
-    With `user`, in a user namespace too, without which an ordinary user may not do that.
-    """
+def _enter_namespace(user: bool) -> None:
+    """Enter a mount namespace; with `user`, in a user namespace too, without which an ordinary user may not do that."""
     libc: Any = ctypes.CDLL(None, use_errno=True)
-    libc.syscall.restype = ctypes.c_long
     uid, gid = os.geteuid(), os.getegid()
     _check(libc.unshare(_CLONE_NEWNS | (_CLONE_NEWUSER if user else 0)))
     if user:
@@ -104,21 +104,24 @@ def _copy_mounts(places: list[str], user: bool) -> list[tuple[int, str]]:
         ):
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(line)
-    copies = []
-    for place in places:
-        flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | _AT_RECURSIVE
-        copy = _check(libc.syscall(_SYS_OPEN_TREE, _AT_FDCWD, os.fsencode(place), flags))
-        # A shared copy would get every overlay that is mounted on its original.
-        private = _MOUNT_ATTR.pack(0, 0, _MS_PRIVATE, 0)
-        flags = _AT_EMPTY_PATH | _AT_RECURSIVE
-        if libc.syscall(_SYS_MOUNT_SETATTR, copy, b"", flags, private, len(private)) < 0:
-            if ctypes.get_errno() != errno.ENOSYS:
-                raise _error()
-            # Before Linux 5.12.
-            path = b"/proc/self/fd/%d" % copy
-            _check(libc.mount(b"none", path, None, ctypes.c_ulong(_MS_PRIVATE | _MS_REC), None))
-        copies.append((copy, place))
-    return copies
+
+
+def _copy(place: str) -> int:
+    """A descriptor of a private copy of the mounts at and below a place. It is mounted nowhere yet."""
+    libc: Any = ctypes.CDLL(None, use_errno=True)
+    libc.syscall.restype = ctypes.c_long
+    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | _AT_RECURSIVE
+    copy = _check(libc.syscall(_SYS_OPEN_TREE, _AT_FDCWD, os.fsencode(place), flags))
+    # A shared copy would get every overlay that is mounted on its original.
+    private = _MOUNT_ATTR.pack(0, 0, _MS_PRIVATE, 0)
+    flags = _AT_EMPTY_PATH | _AT_RECURSIVE
+    if libc.syscall(_SYS_MOUNT_SETATTR, copy, b"", flags, private, len(private)) < 0:
+        if ctypes.get_errno() != errno.ENOSYS:
+            raise _error()
+        # Before Linux 5.12.
+        path = b"/proc/self/fd/%d" % copy
+        _check(libc.mount(b"none", path, None, ctypes.c_ulong(_MS_PRIVATE | _MS_REC), None))
+    return copy
 
 
 def _put_over(copy: int, place: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from fusehsm.linux.signals import signals_blocked
 from fusehsm.supervisor.launch import FAILURE, VIEW
 
-MOST_PLACES = 250  # descriptors that one message may carry, rounded down (SCM_MAX_FD)
+MOST_PLACES = 120  # one message may carry 253 descriptors (SCM_MAX_FD), and each place has two
 
 
 class LaunchError(OSError):
@@ -46,14 +46,15 @@ class Launcher:
     def __exit__(self, *_: object) -> None:
         self._control.close()
 
-    def make_view(self, places: Sequence[str], *, user: bool) -> list[int]:
+    def make_view(self, places: Sequence[str], *, user: bool) -> list[tuple[int, int]]:
         """Give the process a mount namespace with copies of the mounts at and below `places`, before anything is mounted there.
 
-        Returns a descriptor of each copy's root. `user`: with a user namespace. Raises LaunchError.
+        Returns the descriptors of the roots of two copies of each place: the command's, and one that is mounted nowhere. `user`: with a user
+        namespace. Raises LaunchError.
         """
         self._control.send(marshal.dumps({VIEW: list(places), "user": user}))
-        _, descriptors = self._reply(len(places))
-        return descriptors
+        _, descriptors = self._reply(2 * len(places))
+        return list(zip(descriptors[: len(places)], descriptors[len(places) :], strict=True))
 
     def start(self, orders: dict[str, object]) -> tuple[int, bool]:
         """Start the command. Returns the filter's descriptor, and whether only death interrupts a call that was taken.

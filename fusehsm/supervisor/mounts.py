@@ -37,21 +37,21 @@ def mount_with_view(stack: ExitStack, launcher: Launcher, options: RunOptions) -
         copies = launcher.make_view(places, user=os.geteuid() != 0)
     except LaunchError as error:
         raise no_view(error) from None
-    for copy in copies:
-        stack.callback(os.close, copy)
-    # Each overlay holds the namespace: else the mounts below the places would go with the command, and what they cover would show.
-    namespace = os.open(f"/proc/{launcher.process.pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
-    stack.callback(os.close, namespace)
+    for shown, served in copies:
+        stack.callback(os.close, shown)
+        stack.callback(os.close, served)
     with ExitStack() as mounts:
-        for place, copy in zip(places, copies, strict=True):
-            _mount(mounts, place, options, (copy, namespace))
+        for place, both in zip(places, copies, strict=True):
+            _mount(mounts, place, options, both)
         kept = mounts.pop_all()
     if not options.keep:
         stack.push(kept)
     if os.geteuid() != 0 or not mountinfo.mount_of("/").is_shared:
         note = "fusehsm run: note: what the command mounts is seen by the command alone"
         print(note, file=sys.stderr, flush=True)
-    return View.of(list(zip(places, copies, strict=True)))
+    view = View.of([(place, copy) for place, (copy, _) in zip(places, copies, strict=True)])
+    stack.callback(view.close)
+    return view
 
 
 def no_view(error: LaunchError) -> RunError:
@@ -75,14 +75,14 @@ def _places(options: RunOptions) -> list[str]:
 
 
 def _mount(mounts: ExitStack, place: str, options: RunOptions, view: Sequence[int] = ()) -> None:
-    """Overlay one directory. `view`: the descriptor of what to serve in its place, and of the namespace to hold."""
+    """Overlay one directory. `view`: the descriptors of the command's copy of it, and of the one to serve."""
     arguments = ["--direct", "--events", options.events, *(["--abi", options.abi] if options.abi else [])]
     arguments += ["--locks", options.locks] if options.locks else []
     if not options.quiet and not options.listener:
         arguments.append("--tell-holes")
     if view:
         # Shared, because the command changes the backing behind the overlay's back.
-        arguments += ["--backing", str(view[0]), "--cache", "shared"]
+        arguments += ["--event-root", str(view[0]), "--backing", str(view[1]), "--cache", "shared"]
     if not options.keep:
         mounts.enter_context(foreground_mount(place, place, *arguments, pass_fds=view))
         return

@@ -4,7 +4,11 @@ The listener then sees the files themselves: the same st_dev, inode, file handle
 descriptor, and its own accesses make no events. Here its marks are taken to the overlays. launch.py makes the namespace.
 """
 
+import contextlib
+import errno
+import logging
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -16,10 +20,12 @@ from fusehsm.fanotify.abi import (
     FAN_MARK_MOUNT,
     FAN_MARK_TYPE_MASK,
 )
-from fusehsm.linux import mountinfo
+from fusehsm.linux import mountinfo, syscalls
 from fusehsm.linux.mountinfo import Mount
 
 _DELETED: Final = b" (deleted)"
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +56,8 @@ class Target:
     inode: int
     #: The object's path below DIR; None if it has no name any more.
     path: bytes | None
+    #: A mount of the overlay itself that is to be marked; the numbers above are the overlay's own then.
+    mount: mountinfo.MountId | None = None
 
 
 class View:
@@ -57,6 +65,21 @@ class View:
 
     def __init__(self, places: Sequence[Place]) -> None:
         self._places = {place.mount_id: place for place in places}
+        # The mounts that the namespace had when the command began: their (major, minor) in the list of mounts, and their roots.
+        self._began: dict[int, tuple[tuple[int, int], str]] = {}
+        self._lock = threading.Lock()
+        # The mount points of the command's bind mounts that others see.
+        self._shown: list[str] = []
+
+    def begin(self, pid: int) -> None:
+        """The command is about to begin in that process: whatever is mounted later, it mounts itself."""
+        self._began = {mount.mount_id: (mount.device, mount.root) for mount in mountinfo.read_mounts(pid)}
+
+    def close(self) -> None:
+        """Unmount what was mounted for others."""
+        for point in reversed(self._shown):
+            with contextlib.suppress(OSError):
+                syscalls.umount2(os.fsencode(point), syscalls.MNT_DETACH)
 
     @classmethod
     def of(cls, copies: Sequence[tuple[str, int]]) -> "View":
@@ -82,26 +105,74 @@ class View:
                 for place in self._places.values()
                 if place.device == found.device
             ]
-        place = self._place_of(mountinfo.id_of_descriptor(found.descriptor).number, tid)
-        if place is None:
-            only_ignores = flags & FAN_MARK_IGNORE_BITS and flags & FAN_MARK_TYPE_MASK == FAN_MARK_MOUNT
+        mounts = {mount.mount_id: mount for mount in mountinfo.read_mounts(tid)}
+        mount = mounts.get(mountinfo.id_of_descriptor(found.descriptor).number)
+        only_ignores = flags & FAN_MARK_IGNORE_BITS and flags & FAN_MARK_TYPE_MASK == FAN_MARK_MOUNT
+        if mount is None:  # a mount that the command has not attached
             return None if only_ignores else []
-        # The path leads through the listener's namespace, also as seen from here, because its mounts are not below our root.
-        path = os.readlink(b"/proc/self/fd/%d" % found.descriptor)
-        top = os.fsencode(place.path)
-        if path.endswith(_DELETED) or not (path + b"/").startswith(top + b"/"):
-            return [Target(place.overlay, found.device, found.inode, None)]
-        return [Target(place.overlay, found.device, found.inode, path[len(top) + 1 :])]
+        if mount.mount_id in self._began:
+            place, below = self._place_of(mount, mounts), ""
+            top = "" if place is None else place.path
+        else:
+            place, below = self._bound(mount)
+            top = mount.mount_point
+            if place is not None and flags & FAN_MARK_TYPE_MASK == FAN_MARK_MOUNT:
+                return None if only_ignores else [self._show(place, below, mount)]
+        if place is None:
+            return None if only_ignores else []
+        path = _inside(found.descriptor, top)
+        if path is not None and below:
+            path = os.path.join(os.fsencode(below), path)
+        return [Target(place.overlay, found.device, found.inode, path)]
 
-    def _place_of(self, mount_id: int, tid: int) -> Place | None:
-        """The DIR of a mount in the thread's namespace: that mount, or the next one above that is a DIR's."""
-        if mount_id in self._places:
-            return self._places[mount_id]
-        parents = {mount.mount_id: mount.parent_id for mount in mountinfo.read_mounts(tid)}
-        seen = set()
-        while mount_id in parents and mount_id not in seen:
-            if mount_id in self._places:
-                return self._places[mount_id]
-            seen.add(mount_id)
-            mount_id = parents[mount_id]
+    def _place_of(self, mount: Mount, mounts: dict[int, Mount]) -> Place | None:
+        """The DIR of a mount in the listener's namespace: that mount, or the next one above that is a DIR's."""
+        seen: set[int] = set()
+        current: Mount | None = mount
+        while current is not None and current.mount_id not in seen:
+            if current.mount_id in self._places:
+                return self._places[current.mount_id]
+            seen.add(current.mount_id)
+            current = mounts.get(current.parent_id)
         return None
+
+    def _bound(self, mount: Mount) -> tuple[Place | None, str]:
+        """The DIR of which a mount of the command shows a part, and the part's path below DIR."""
+        for place in self._places.values():
+            device, root = self._began.get(place.mount_id, (None, ""))
+            top = root.rstrip("/") + "/"
+            if mount.device == device and (mount.root + "/").startswith(top):
+                return place, mount.root[len(top) :]
+        return None, ""
+
+    def _show(self, place: Place, below: str, mount: Mount) -> Target:
+        """Mount for all others what the command has bound and marks: the same part of DIR, with the overlay. Raises OSError EOPNOTSUPP."""
+        point = mount.mount_point
+        with self._lock:
+            try:
+                if point not in self._shown:
+                    # Where mounts are shared, the command's own mount stands here, and would get what is mounted over it.
+                    with contextlib.suppress(OSError):
+                        syscalls.mount(b"none", os.fsencode(point), None, syscalls.MS_PRIVATE)
+                    source = os.fsencode(os.path.join(place.path, below))
+                    syscalls.mount(source, os.fsencode(point), None, syscalls.MS_BIND)
+                    self._shown.append(point)
+                shown = mountinfo.id_at(point)
+                status = os.stat(point)
+            except OSError as error:
+                _log.warning(
+                    "%s: a mark on this mount, which others cannot be given: %s", point, error.strerror
+                )
+                raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP)) from None
+        return Target(place.overlay, place.overlay.device, status.st_ino, None, shown)
+
+
+def _inside(descriptor: int, top: str) -> bytes | None:
+    """The path of an open file below `top`; None if it has no name any more.
+
+    It is the path in the listener's namespace, also as seen from here, because that namespace's mounts are not below our root.
+    """
+    path, above = os.readlink(b"/proc/self/fd/%d" % descriptor), os.fsencode(top)
+    if path.endswith(_DELETED) or not (path + b"/").startswith(above + b"/"):
+        return None
+    return path[len(above) + 1 :]

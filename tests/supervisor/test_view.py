@@ -231,6 +231,46 @@ def test_mounts_below_are_served_and_filled(
         umount2(bytes(below), MNT_DETACH)
 
 
+def test_a_marked_bind_mount_of_the_command_is_there_for_others(
+    place: Path, session_directory: Path, accessor: Accessor
+) -> None:
+    """As a listener does that gives its users a way of their own. The mark hears that way and no other."""
+    require_root()
+    (place / "way").mkdir()
+    words = listener_words(session_directory, place, "blocking", marks=(("add|mount", "PRE_ACCESS", "way"),))
+    script = 'mount --bind "$0/below" "$0/way" && exec "$@"'
+    command = [*RUN, "--listener", "--mount", str(place), "--", "sh", "-c", script, str(place), *words]
+    with Program(command) as listener:
+        listener.wait_ready()
+        assert mounts_at(place / "way") == 1
+        assert read(accessor, place / "below" / "inner", 10) == bytes(10)
+        assert read(accessor, place / "way" / "inner", 10) == planned(0, 10)
+        end(listener, place, place / "way")
+
+
+def test_other_mounts_of_the_command_stay_its_own(place: Path, accessor: Accessor, tmp_path: Path) -> None:
+    require_root()
+    (place / "way").mkdir()
+    script = f'mount -t tmpfs none "$0/way" && touch "$0/way/file"; echo ready; {UNTIL}'
+    command = [
+        *RUN,
+        "--listener",
+        "--mount",
+        str(place),
+        "--",
+        "sh",
+        "-c",
+        script,
+        str(place),
+        str(tmp_path / "end"),
+    ]
+    with Program(command) as running:
+        running.wait_ready()
+        assert accessor.call(lambda path: os.listdir(path), str(place / "way"), timeout=STEP) == []
+        (tmp_path / "end").touch()
+        assert running.end() == 0
+
+
 # Namespaces, users, refusals
 
 
