@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio.testing
 
-from fusehsm.backends.base import AT_FDCWD, Group
+from fusehsm.backends.base import AT_FDCWD, AnyPath, Group
 from fusehsm.events import Event
 from fusehsm.fanotify.abi import (
     FAN_ALLOW,
@@ -42,6 +42,9 @@ class Replay(Group):
     async def mark(
         self, flags: int, mask: int, dirfd: int = AT_FDCWD, path: str | bytes | None = None
     ) -> None:
+        raise NotImplementedError
+
+    async def backing(self, path: AnyPath, flags: int = os.O_RDWR) -> int:
         raise NotImplementedError
 
     def read(self, size: int) -> bytes:

@@ -7,12 +7,14 @@ import logging
 import os
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
 
 from fusehsm.backends.base import Group
+from fusehsm.backends.kernel import KernelGroup
 from fusehsm.conform.accessor import Accessor
 from fusehsm.events import Event
 from fusehsm.fanotify.abi import FAN_CLASS_CONTENT, LINUX_6_14
@@ -403,3 +405,60 @@ async def test_serve_ends_with_an_error_when_the_group_is_closed(site: Site) -> 
         nursery.start_soon(served, group)
         await trio.testing.wait_all_tasks_blocked()
         group.close()
+
+
+# Files by their paths, below the overlay
+
+
+async def test_a_handler_opens_a_file_by_its_path(site: Site, accessor: Accessor) -> None:
+    path, other = site.stub("stub", PAGE), site.stub("other", PAGE)
+    seen: list[str] = []
+
+    async with site.group() as group, trio.open_nursery() as nursery:
+
+        async def fill_the_other(event: Event) -> None:
+            seen.append(event.path)
+            if event.pid == accessor.pid:
+                descriptor = await group.backing(other)
+                # In a thread: on the real kernel this access makes an event.
+                await trio.to_thread.run_sync(os.pwrite, descriptor, b"from elsewhere", 0)
+                os.close(descriptor)
+
+        nursery.start_soon(serve, group, fill_the_other)
+        await accessor.run("pread_path", path, 1, 0)
+        nursery.cancel_scope.cancel()
+    assert (site.content / "other").read_bytes()[:14] == b"from elsewhere"
+    # The real kernel has nothing below: there the handler's own access makes an event.
+    assert seen == ([path, other] if isinstance(group, KernelGroup) else [path])
+
+
+async def test_a_file_by_its_path_is_the_file_that_open_finds(site: Site, tmp_path: Path) -> None:
+    (site.content / "directory").mkdir()
+    (site.content / "directory" / "file").write_bytes(b"content")
+    (site.content / "link").symlink_to("directory/file")
+    (site.content / "away").symlink_to("/etc/passwd")
+    (tmp_path / "to-the-site").symlink_to(site.path)
+    ways = ["directory/file", "directory/../directory/./file", "link"]
+
+    async with site.serving(allow) as group:
+        for path in [*(site.path / way for way in ways), tmp_path / "to-the-site" / "link"]:
+            descriptor = await group.backing(path)
+            # In a thread: on the real kernel this access makes an event.
+            assert await trio.to_thread.run_sync(os.pread, descriptor, 99, 0) == b"content"
+            assert not os.get_inheritable(descriptor)
+            os.close(descriptor)
+        os.close(await group.backing(os.fsencode(site.path), os.O_RDONLY | os.O_DIRECTORY))
+        for name, flags, number in [
+            ("nothing", os.O_RDWR, errno.ENOENT),
+            ("directory", os.O_RDWR, errno.EISDIR),
+            ("link", os.O_RDWR | os.O_NOFOLLOW, errno.ELOOP),
+            ("new", os.O_RDWR | os.O_CREAT, errno.EINVAL),
+        ]:
+            with pytest.raises(OSError) as refused:
+                await group.backing(site.path / name, flags)
+            assert refused.value.errno == number, name
+        if not isinstance(group, KernelGroup):
+            for path in (site.path / "away", tmp_path):
+                with pytest.raises(OSError, match="not on the fusehsm mount") as refused:
+                    await group.backing(path, os.O_RDONLY)
+                assert refused.value.errno == errno.EXDEV

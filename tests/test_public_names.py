@@ -31,7 +31,7 @@ NAMES = "ACCESS_PERM Event Group OPEN_EXEC_PERM OPEN_PERM PRE_ACCESS __version__
 # Attributes of the classes.
 ATTRIBUTES = {
     "Event": "count dialect fd mask names offset path pid",
-    "Group": "answer checked_errno close event_path fileno mark offer read take_events wait_readable write",
+    "Group": "answer backing checked_errno close event_path fileno mark offer read take_events wait_readable write",
 }
 
 # Parameters of the functions.

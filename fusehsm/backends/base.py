@@ -26,7 +26,9 @@ from fusehsm.fanotify.abi import (
 )
 from fusehsm.linux.syscalls import AT_FDCWD
 
-__all__ = ["AT_FDCWD", "Group"]
+__all__ = ["AT_FDCWD", "AnyPath", "Group", "check_open_flags"]
+
+AnyPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 
 class Group(abc.ABC):
@@ -52,6 +54,18 @@ class Group(abc.ABC):
         self, flags: int, mask: int, dirfd: int = AT_FDCWD, path: str | bytes | None = None
     ) -> None:
         """fanotify_mark(2). The mark is in effect when it returns. Raises OSError with the kernel's errno."""
+
+    @abc.abstractmethod
+    async def backing(self, path: AnyPath, flags: int = os.O_RDWR | os.O_CLOEXEC) -> int:
+        """open(2) of a file by its path, for the listener's own work on it. Returns a descriptor, which the caller closes; it is close-on-exec.
+
+        On a fusehsm mount the file is opened below the overlay: neither the open nor any access through the descriptor makes an event. Pages that the
+        mount's cache has already stay there until drop(). On the real kernel nothing lies below: the caller's open and accesses make events where the
+        file is marked, its own group's marks included, and the caller must answer them.
+
+        Raises OSError as open(2), with the caller's rights; EINVAL for O_CREAT and O_TMPFILE; on a fusehsm mount EXDEV for a path that is not on
+        this group's mount, and ENOTCONN if the mount is gone.
+        """
 
     @abc.abstractmethod
     def read(self, size: int) -> bytes:
@@ -127,3 +141,11 @@ class Group(abc.ABC):
         traceback: types.TracebackType | None,
     ) -> None:
         self.close()
+
+
+def check_open_flags(flags: int) -> None:
+    """Raise OSError EINVAL for flags that make a file: below the overlay the mount would not learn of it."""
+    if flags & os.O_CREAT or flags & os.O_TMPFILE == os.O_TMPFILE:
+        raise OSError(
+            errno.EINVAL, "O_CREAT and O_TMPFILE make no file below the overlay: make it on the mount"
+        )

@@ -1,6 +1,7 @@
 """A group of a fusehsm mount for any process, over the mount's control socket (control/protocol.py)."""
 
 import errno
+import fcntl
 import os
 import select
 import socket
@@ -8,7 +9,8 @@ import sys
 
 import trio
 
-from fusehsm.backends.base import AT_FDCWD, Group
+from fusehsm.backends.backing import open_backing, root_of_backing
+from fusehsm.backends.base import AT_FDCWD, AnyPath, Group, check_open_flags
 from fusehsm.backends.lookup import look_up, mark_request
 from fusehsm.control.client import ControlConnection
 from fusehsm.control.event_stream import EventStream, Received
@@ -59,6 +61,8 @@ class EmulatedGroup(Group):
         )  # values: the server's numbers
         self._paths: dict[int, bytes] = {}
         self._poll: _Pollable | None = None
+        self._root_asked = trio.Lock()
+        self._root_fd = -1  # of the backing, once it is needed
 
     @classmethod
     async def connect(
@@ -122,6 +126,27 @@ class EmulatedGroup(Group):
                 raise OSError(errno.EXDEV, message) from None
         finally:
             os.close(found.descriptor)
+
+    async def backing(self, path: AnyPath, flags: int = os.O_RDWR | os.O_CLOEXEC) -> int:
+        check_open_flags(flags)
+        root_fd = await self._duplicate_of_root()
+        try:
+            return await open_backing(root_fd, self._mount.device, self._mount.mount_point, path, flags)
+        finally:
+            os.close(root_fd)
+
+    async def _duplicate_of_root(self) -> int:
+        # Shielded: a cancelled request would close the connection, and with it the group.
+        with trio.CancelScope(shield=True):
+            async with self._root_asked:
+                if self._root_fd < 0:
+                    root_fd = await root_of_backing(self._connection, self._mount.mount_point)
+                    if self._stream.socket.fileno() < 0:  # the group was closed meanwhile
+                        os.close(root_fd)
+                        raise self._connection.gone()
+                    self._root_fd = root_fd
+        # Another task may close the group during the caller's open.
+        return fcntl.fcntl(self._root_fd, fcntl.F_DUPFD_CLOEXEC, 0)
 
     def read(self, size: int) -> bytes:
         taken = bytearray()
@@ -204,6 +229,9 @@ class EmulatedGroup(Group):
             trio.lowlevel.notify_closing(self._stream.socket)
         self._stream.close()
         self._connection.close()
+        if self._root_fd >= 0:
+            os.close(self._root_fd)
+            self._root_fd = -1
         if self._poll is not None:
             self._poll.close()
             self._poll = None

@@ -4,7 +4,7 @@ import os
 
 import trio
 
-from fusehsm.backends.base import AT_FDCWD, Group
+from fusehsm.backends.base import AT_FDCWD, AnyPath, Group, check_open_flags
 from fusehsm.fanotify.abi import FAN_NONBLOCK, LINUX_6_14, Dialect, RawEvent
 from fusehsm.linux import syscalls
 
@@ -32,6 +32,11 @@ class KernelGroup(Group):
             return
         # In a thread: to look the path up may wait for a filesystem's server, which may run in this same event loop.
         await trio.to_thread.run_sync(syscalls.fanotify_mark, self._fd, flags, mask, dirfd, os.fsencode(path))
+
+    async def backing(self, path: AnyPath, flags: int = os.O_RDWR | os.O_CLOEXEC) -> int:
+        check_open_flags(flags)
+        # In a thread: this open(2) may wait for an answer of this same event loop.
+        return await trio.to_thread.run_sync(os.open, path, flags)
 
     def read(self, size: int) -> bytes:
         return os.read(self._fd, size)

@@ -91,6 +91,9 @@ async def open_group(
     tree and never a whole root filesystem. A process that has that directory as its working directory already, or holds it open, still sees
     it without the bind mount and is not watched: use "filesystem" to watch such processes too.
 
+    The events' descriptors make no events. `await group.backing(path)` opens any other file of the mount below the overlay in the same way; on the
+    real kernel it is a plain open(2), whose accesses make events.
+
     Raises OSError with one line that says what is missing and how to get it, ValueError for a word that is not among the choices.
     """
     if backend not in BACKENDS:

@@ -8,7 +8,8 @@ from typing import Any
 
 import trio
 
-from fusehsm.backends.base import AT_FDCWD, Group
+from fusehsm.backends.backing import open_backing
+from fusehsm.backends.base import AT_FDCWD, AnyPath, Group, check_open_flags
 from fusehsm.backends.lookup import look_up
 from fusehsm.emulator import group
 from fusehsm.emulator.group import Pending
@@ -117,8 +118,7 @@ class InProcessGroup(Group):
         # In threads: these calls send the mount requests, which this event loop answers.
         found = await trio.to_thread.run_sync(look_up, flags, dirfd, path)
         try:
-            own = (await trio.to_thread.run_sync(os.stat, self._gate.destination)).st_dev
-            if found.device != (os.major(own), os.minor(own)):
+            if found.device != await trio.to_thread.run_sync(self._device):
                 where = "the descriptor" if path is None else os.fsdecode(path)
                 raise OSError(
                     errno.EXDEV, f"{where}: not on the fusehsm mount {self._gate.destination} of this group"
@@ -127,6 +127,16 @@ class InProcessGroup(Group):
         finally:
             # In a thread, too: close(2) of a mount's file may send the mount a request.
             await trio.to_thread.run_sync(os.close, found.descriptor)
+
+    async def backing(self, path: AnyPath, flags: int = os.O_RDWR | os.O_CLOEXEC) -> int:
+        self._check_open()
+        check_open_flags(flags)
+        device = await trio.to_thread.run_sync(self._device)
+        root_fd = self._gate.overlay.open_root()
+        try:
+            return await open_backing(root_fd, device, self._gate.destination, path, flags)
+        finally:
+            os.close(root_fd)
 
     def read(self, size: int) -> bytes:
         self._check_open()
@@ -212,6 +222,11 @@ class InProcessGroup(Group):
         else:
             with suppress(BlockingIOError):
                 os.eventfd_read(self._eventfd)
+
+    def _device(self) -> tuple[int, int]:
+        """(major, minor) of the mount's st_dev. Sends the mount a request."""
+        own = os.stat(self._gate.destination).st_dev
+        return os.major(own), os.minor(own)
 
     def _open(self, pending: Pending) -> int:
         fd = self._gate.open_event_fd(self._group, pending)

@@ -11,9 +11,9 @@ from typing import Final
 
 import trio
 
+from fusehsm.backends.backing import root_of_backing
 from fusehsm.backends.opening import BACKENDS, kernel_can_watch
 from fusehsm.control.client import ControlConnection
-from fusehsm.control.protocol import Backing
 from fusehsm.daemon.options import MountError
 from fusehsm.linux.mountinfo import Mount, MountId, id_at, id_of, mount_of, read_mounts
 from fusehsm.linux.signals import Interrupted, signals_held
@@ -146,16 +146,14 @@ def _kernel_can(path: str) -> bool:
 
 @contextmanager
 def _root_below(mount: Mount) -> Iterator[int]:
-    async def ask() -> int | None:
+    async def ask() -> int:
         connection = await ControlConnection.open(mount)
         try:
-            return (await connection.request(Backing()))[1]
+            return await root_of_backing(connection, mount.mount_point)
         finally:
             connection.close()
 
     root_fd = trio.run(ask)
-    if root_fd is None:
-        raise OSError(errno.ENOTCONN, "its server does not show its backing", mount.mount_point)
     try:
         yield root_fd
     finally:
