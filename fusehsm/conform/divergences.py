@@ -184,7 +184,7 @@ DIVERGENCES: Final = (
     Divergence(
         topic=Topic.MAPPINGS,
         name="running programs",
-        difference="open(2) of a running program for writing fails with ETXTBSY.",
+        difference="open(2) of a running program for writing fails with ETXTBSY, and so does execve(2) of a program that is open for writing.",
         reason="This is the kernel's rule without a listener, and a real kernel drops it when reads of the program are watched.",
         safe="A running program cannot be overwritten, and a new file can replace it.",
         test="test_running_programs",

@@ -118,14 +118,29 @@ def write_while_it_runs(path: str) -> int:
         os.waitpid(child, 0)
 
 
+def start_while_it_is_written(path: str) -> int:
+    """The errno of execve(2)."""
+    descriptor = os.open(path, os.O_WRONLY)
+    child = os.fork()
+    if child == 0:
+        try:
+            os.execve(path, [path, "0"], {})
+        except OSError as error:
+            os._exit(error.errno or 0)
+    _, status = os.waitpid(child, 0)
+    os.close(descriptor)
+    return os.waitstatus_to_exitcode(status)
+
+
 async def test_running_programs(kernel: Side, exact: Side, first_access: Side, accessor: Accessor) -> None:
     program = shutil.which("sleep")
     assert program is not None
     for side in (kernel, exact, first_access):
         shutil.copy(program, side.backing / "running")
         async with side.listening():
-            error = await accessor.run(write_while_it_runs, str(side.path / "running"))
-        assert error == (0 if side is kernel else errno.ETXTBSY)
+            written = await accessor.run(write_while_it_runs, str(side.path / "running"))
+            started = await accessor.run(start_while_it_is_written, str(side.path / "running"))
+        assert written == started == (0 if side is kernel else errno.ETXTBSY)
 
 
 @pytest.mark.parametrize("flag", [0x8000, 0x2000, 0], ids=["MAP_POPULATE", "MAP_LOCKED", "mlock"])
