@@ -44,8 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if hasattr(error, "format_message"):  # an error of typer: a bad option, a missing argument
             context = getattr(error, "ctx", None)
-            mend = f"see {context.command_path} --help" if context is not None else "see fusehsm --help"
-            return _complain(f"{error.format_message().rstrip('.')}; {mend}", BAD_USAGE)
+            fix = f"see {context.command_path} --help" if context is not None else "see fusehsm --help"
+            return _complain(f"{error.format_message().rstrip('.')}; {fix}", BAD_USAGE)
         if _is_one_line(error):
             return _complain(error, FAILED)
         raise

@@ -100,7 +100,7 @@ def _daemonise(options: MountOptions, plan: Plan) -> int:
         return 0
     text = message.decode(errors="replace").strip()
     raise MountError(
-        text or f"{options.destination}: the server ended without a word; try again with --foreground"
+        text or f"{options.destination}: the server ended without a message; try again with --foreground"
     )
 
 
@@ -220,7 +220,7 @@ def _serve(options: MountOptions, plan: Plan, ready: Callable[[], None]) -> None
         overlay.close()
         if ours is not None and not unmount and _stands(ours):
             log.critical(
-                "%s: nobody serves this mount any more, and it refuses everybody; fusehsm umount takes it away",
+                "%s: this mount has no server any more and refuses all accesses; fusehsm umount removes it",
                 plan.destination,
             )
 
@@ -415,12 +415,12 @@ def _unmount(path: str, mount_point: str, wanted: mountinfo.MountId, *, lazily: 
     try:
         fuse_mount.unmount(mount_point, wanted, lazily=lazily)
     except OSError as error:
-        mend = "see fusehsm doctor"
+        fix = "see fusehsm doctor"
         if mountinfo.mounts_on(wanted.number):
-            mend = f"unmount that first, or both with umount -l {path}"
+            fix = f"unmount that first, or both with umount -l {path}"
         elif error.errno == errno.EBUSY:
-            mend = "close what is open there (fuser -vm shows it) and try again"
-        raise MountError(f"{path}: {error.strerror}; {mend}") from None
+            fix = "close the files that are open there (fuser -vm shows them) and try again"
+        raise MountError(f"{path}: {error.strerror}; {fix}") from None
 
 
 def _wait_for_end(pid: int, path: str) -> None:

@@ -218,7 +218,7 @@ def test_what_an_ordinary_user_may_not(open_device: None, backing: Path, mount_p
     denied = fusehsm("mount", backing, mount_point, uid=NOBODY)
     assert denied.returncode == 1
     assert denied.stderr == (
-        f"fusehsm: {mount_point}: you may not write to it; an ordinary user mounts only on his own directories\n"
+        f"fusehsm: {mount_point}: you may not write to it; an ordinary user mounts only on directories that they own\n"
     )
     os.chown(mount_point, NOBODY, NOBODY)
     backing.chmod(0o700)
@@ -372,7 +372,7 @@ def test_unmounting_what_is_in_use(make_mount: MakeMount, accessor: Accessor) ->
     busy = fusehsm("umount", mount.path)
     assert busy.returncode == 1
     assert busy.stderr == (
-        f"fusehsm: {mount.path}: Device or resource busy; close what is open there (fuser -vm shows it) and try again\n"
+        f"fusehsm: {mount.path}: Device or resource busy; close the files that are open there (fuser -vm shows them) and try again\n"
     )
     assert accessor.call("pread", descriptor, 10, 0) == b"content", "it goes on"
     accessor.call("close", descriptor)

@@ -133,7 +133,9 @@ class _OfKernel(LeasedFile):
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(os.close, self.descriptor)
         if not stood:
-            raise OSError(errno.ETIMEDOUT, "the lease was broken: somebody had waited for too long")
+            raise OSError(
+                errno.ETIMEDOUT, "the lease was broken: an open(2) of the file had waited for too long"
+            )
 
 
 async def _lease_of_kernel(found: FoundObject) -> LeasedFile:

@@ -48,7 +48,7 @@ class Check:
     #: One line with what was found.
     found: str
     #: The fix, a command or an edit; None if the verdict is GOOD.
-    mend: str | None = None
+    fix: str | None = None
 
 
 def doctor(path: str | None, *, as_json: bool) -> int:
@@ -79,9 +79,11 @@ def _print(checks: list[Check], *, possible: bool) -> None:
     for check in checks:
         word = Text(f"{check.verdict.value:8}", colours[check.verdict])
         console.print(Text.assemble(word, f"{check.name:{width}}  {check.found}"))
-        if check.mend is not None:
-            console.print(Text.assemble(" " * 8, " " * width, "  fix: ", (check.mend, "bold")))
-    console.print("fusehsm can mount here" if possible else "fusehsm cannot mount here: fix what is bad")
+        if check.fix is not None:
+            console.print(Text.assemble(" " * 8, " " * width, "  fix: ", (check.fix, "bold")))
+    console.print(
+        "fusehsm can mount here" if possible else "fusehsm cannot mount here: fix the checks marked bad"
+    )
 
 
 # The checks
@@ -100,8 +102,8 @@ def _pyfuse3() -> Check:
     try:
         import pyfuse3  # noqa: F401
     except ImportError as error:
-        mend = "pip install pyfuse3 (to build it: apt-get install gcc pkg-config libfuse3-dev python3-dev)"
-        return Check("pyfuse3", Verdict.BAD, f"cannot be imported: {error}", mend)
+        fix = "pip install pyfuse3 (to build it: apt-get install gcc pkg-config libfuse3-dev python3-dev)"
+        return Check("pyfuse3", Verdict.BAD, f"cannot be imported: {error}", fix)
     return Check("pyfuse3", Verdict.GOOD, metadata.version("pyfuse3"))
 
 
@@ -109,10 +111,10 @@ def _device() -> Check:
     try:
         os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
-        mend = "modprobe fuse (in a container: start it with --device /dev/fuse --cap-add SYS_ADMIN)"
+        fix = "modprobe fuse (in a container: start it with --device /dev/fuse --cap-add SYS_ADMIN)"
         if error.errno in (errno.EACCES, errno.EPERM):
-            mend = "chmod 666 /dev/fuse (in a container: start it with --device /dev/fuse)"
-        return Check("/dev/fuse", Verdict.BAD, error.strerror or str(error), mend)
+            fix = "chmod 666 /dev/fuse (in a container: start it with --device /dev/fuse)"
+        return Check("/dev/fuse", Verdict.BAD, error.strerror or str(error), fix)
     return Check("/dev/fuse", Verdict.GOOD, "can be opened")
 
 
@@ -130,9 +132,9 @@ def _fusermount() -> Check:
             f"chmod u+s {found}",
         )
     if not os.path.exists("/etc/mtab"):  # without it fusermount3 refuses to unmount
-        mend = "ln -s ../proc/self/mounts /etc/mtab, as root"
+        fix = "ln -s ../proc/self/mounts /etc/mtab, as root"
         return Check(
-            "fusermount3", Verdict.LIMITED, "/etc/mtab is missing; ordinary users cannot unmount", mend
+            "fusermount3", Verdict.LIMITED, "/etc/mtab is missing; ordinary users cannot unmount", fix
         )
     return Check("fusermount3", Verdict.GOOD, f"{found}, set-uid root")
 
@@ -171,7 +173,7 @@ def _trial() -> Check:
             finally:
                 server.kill()
         if complaint is not None:
-            return Check(name, Verdict.BAD, complaint, _trial_mend())
+            return Check(name, Verdict.BAD, complaint, _trial_fix())
         if any(mount.mount_point == destination for mount in read_mounts()):
             return Check(
                 name,
@@ -199,7 +201,7 @@ def _complaint_of(server: "subprocess.Popen[bytes]") -> str | None:
     raise subprocess.TimeoutExpired(server.args, _TRIAL_PATIENCE)
 
 
-def _trial_mend() -> str:
+def _trial_fix() -> str:
     return "in a container, start it with --device /dev/fuse --cap-add SYS_ADMIN; else try fusehsm mount --foreground"
 
 
@@ -224,12 +226,12 @@ def _supervision() -> Check:
     if done.returncode == 0:
         return Check(name, Verdict.GOOD, "fusehsm run answers their system calls")
     complaint = done.stderr.strip().removeprefix("fusehsm: ").removeprefix("fusehsm run: ")
-    found, _, mend = complaint.partition("; ")
+    found, _, fix = complaint.partition("; ")
     return Check(
         name,
         Verdict.LIMITED,
         found or f"fusehsm run: exit code {done.returncode}",
-        mend or "in a container allow seccomp(2): --security-opt seccomp=unconfined",
+        fix or "in a container allow seccomp(2): --security-opt seccomp=unconfined",
     )
 
 
@@ -286,14 +288,14 @@ def _system_calls() -> Check:
     with suppress(OSError):
         scope = Path("/proc/sys/kernel/yama/ptrace_scope").read_text().strip()
     cause = f"Yama's ptrace_scope is {scope}" if scope not in ("", "0") else "the kernel refuses"
-    mend = "sysctl kernel.yama.ptrace_scope=0, as root, or mount as root"
+    fix = "sysctl kernel.yama.ptrace_scope=0, as root, or mount as root"
     if scope == "3":
-        mend = "remove ptrace_scope=3 from /etc/sysctl.d and reboot"
+        fix = "remove ptrace_scope=3 from /etc/sysctl.d and reboot"
     return Check(
         name,
         Verdict.LIMITED,
         f"closed ({cause}): a split or appending call's event has the request's own range",
-        mend,
+        fix,
     )
 
 

@@ -379,7 +379,7 @@ DIVERGENCES: Final = (
         name="descriptors of directories",
         difference="With O_RDWR or O_WRONLY in event_f_flags, F_GETFL of the descriptor of a directory's event shows O_RDONLY.",
         reason="open(2) opens no directory for writing, and only the kernel's own open does.",
-        safe="The event comes, its descriptor lists the directory, and nobody can write to a directory through either.",
+        safe="The event comes, its descriptor lists the directory, and no process can write to a directory through either.",
         test="test_descriptors_of_directories",
     ),
     Divergence(

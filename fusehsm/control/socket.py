@@ -190,7 +190,7 @@ def connect(mount: Mount, places: Sequence[str] | None = None) -> socket.socket:
             os.close(directory)
         if peer_of(connection).uid not in (mount.owner_uid, 0):
             connection.close()
-            raise PermissionError(errno.EACCES, f"{point}: its control socket belongs to somebody else")
+            raise PermissionError(errno.EACCES, f"{point}: its control socket belongs to another user")
         return connection
     if refused:
         raise OSError(errno.ENOTCONN, f"{point}: its daemon is gone; `fusehsm umount {point}` cleans up")

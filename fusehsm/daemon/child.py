@@ -89,7 +89,7 @@ def _wait_until_ready(daemon: "subprocess.Popen[str]") -> None:
         if line == "ready\n":
             return
         said.append(line.strip().removeprefix("fusehsm: "))
-    raise OSError(" ".join(said) or f"the mount did not come up: exit code {daemon.wait()}")
+    raise OSError(" ".join(said) or f"the mount did not start: exit code {daemon.wait()}")
 
 
 def _pass_on(daemon: "subprocess.Popen[str]", hear: Callable[[str], None]) -> None:

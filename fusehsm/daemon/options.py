@@ -176,12 +176,12 @@ def _check_fuse(options: MountOptions) -> None:
         os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
-            mend = "run modprobe fuse as root"
+            fix = "run modprobe fuse as root"
         elif error.errno == errno.EACCES:
-            mend = "run chmod 666 /dev/fuse as root"
+            fix = "run chmod 666 /dev/fuse as root"
         else:
-            mend = "see fusehsm doctor"
-        raise MountError(f"/dev/fuse: {error.strerror}; {mend}") from None
+            fix = "see fusehsm doctor"
+        raise MountError(f"/dev/fuse: {error.strerror}; {fix}") from None
     if os.geteuid() != 0:
         _check_rights(options)
 
@@ -192,7 +192,7 @@ def _check_rights(options: MountOptions) -> None:
         raise MountError("fusermount3: not found; install the package fuse3")
     if not os.access(options.destination, os.W_OK):
         raise MountError(
-            f"{options.destination}: you may not write to it; an ordinary user mounts only on his own directories"
+            f"{options.destination}: you may not write to it; an ordinary user mounts only on directories that they own"
         )
     if options.allow_other and not _user_allow_other():
         raise MountError(

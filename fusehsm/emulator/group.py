@@ -302,7 +302,7 @@ class Group:
         """Allow (0) or deny (an errno) an event that has been read, and call its ``on_answer``. Raises OSError ENOENT when it is not
         read yet, or answered already."""
         if pending not in self._outstanding:
-            raise OSError(errno.ENOENT, "fanotify response: no such event is waiting for one")
+            raise OSError(errno.ENOENT, "fanotify response: no such event waits for an answer")
         if pending.fd is not None:
             self._by_fd.remove(pending.fd, pending)
         self._finish(pending, error)

@@ -77,7 +77,7 @@ class Leases(Generic[NodeT]):
     def take(self, node: NodeT) -> Lease[NodeT]:
         """Lease a node that no process has open. Raises BlockingIOError (EAGAIN) when it is leased already, or about to be opened."""
         if node in self._held or node in self._entering:
-            raise BlockingIOError(errno.EAGAIN, "somebody opens the file, or has leased it")
+            raise BlockingIOError(errno.EAGAIN, "a process opens the file, or has leased it; try again later")
         lease = self._held[node] = Lease(node)
         return lease
 
@@ -212,7 +212,7 @@ class Lessor:
                 break
             await trio.sleep(_CLOSING_SECONDS)
         if self._handles.of_node(node):
-            raise BlockingIOError(errno.EAGAIN, "somebody has the file open or mapped")
+            raise BlockingIOError(errno.EAGAIN, "a process has the file open or mapped; try again later")
         lease = self._leases.take(node)
         # Otherwise the kernel could forget the node, and then know the file by another node, which is not leased.
         self._overlay.remember(node)
@@ -239,7 +239,9 @@ class Lessor:
         finally:
             self._end(lease)
         if lease.broken:
-            raise OSError(errno.ETIMEDOUT, "the lease was broken: somebody had waited for too long")
+            raise OSError(
+                errno.ETIMEDOUT, "the lease was broken: an open(2) of the file had waited for too long"
+            )
 
     def abandon(self, lease: Lease[Node]) -> None:
         """The holder of a lease has gone, perhaps in the middle of a change."""

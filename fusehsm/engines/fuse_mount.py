@@ -52,21 +52,21 @@ _IGNORED: Final = re.compile(
 _REFUSED: Final = {
     **dict.fromkeys(("fd", "rootmode", "user_id", "group_id", "subtype"), "fusehsm sets that; leave it out"),
     # The kernel has no such check. allow_other in its place would admit every user.
-    "allow_root": "this engine cannot let root in and nobody else; use --allow-other or --engine pyfuse3",
+    "allow_root": "this engine cannot let in root alone; use --allow-other or --engine pyfuse3",
     "debug": "it is libfuse's; use --engine pyfuse3",
     "max_read": "not a number of bytes; give one",
     "fsname": "empty; give a name",
 }
-_MOUNT_MENDS: Final = {
+_MOUNT_FIXES: Final = {
     errno.EPERM: "mounting needs CAP_SYS_ADMIN, which a container must be given",
     errno.ENOENT: "create it with mkdir -p",
     errno.EINVAL: "leave out the -o options that this kernel lacks",
 }
 # Messages of fusermount3, and the fix for each. The first that matches counts.
-_MENDS: Final = (
+_FIXES: Final = (
     ("user_allow_other", "put the line user_allow_other into /etc/fuse.conf"),
     ("unknown option", "leave it out, or mount as root and without auto_unmount"),
-    ("no write access|not owned by user", "an ordinary user mounts only on his own directories"),
+    ("no write access|not owned by user", "an ordinary user mounts only on directories that they own"),
     ("is forbidden", "use a DST on an ordinary filesystem"),
     ("mount_max", "unmount some of them"),
     ("No such file", "create it with mkdir -p"),
@@ -126,8 +126,8 @@ def mount(mount_point: str, options: frozenset[str]) -> Connection:
     try:
         os.stat(f"{mount_point}/")  # fails unless it is a directory
     except OSError as error:
-        mend = _MOUNT_MENDS.get(error.errno or 0, "use a directory that you may enter")
-        raise MountRefused(f"{mount_point}: {error.strerror}; {mend}") from None
+        fix = _MOUNT_FIXES.get(error.errno or 0, "use a directory that you may enter")
+        raise MountRefused(f"{mount_point}: {error.strerror}; {fix}") from None
     descriptor = _open_device()
     try:
         if not asked.auto_unmount and _mounted_directly(mount_point, asked, descriptor):
@@ -222,8 +222,8 @@ def _mounted_directly(mount_point: str, asked: _Asked, descriptor: int) -> bool:
     except OSError as error:
         if error.errno == errno.EPERM and os.geteuid() != 0:
             return False
-        mend = _MOUNT_MENDS.get(error.errno or 0, "see fusehsm doctor")
-        raise MountRefused(f"{mount_point}: {error.strerror}; {mend}") from None
+        fix = _MOUNT_FIXES.get(error.errno or 0, "see fusehsm doctor")
+        raise MountRefused(f"{mount_point}: {error.strerror}; {fix}") from None
     return True
 
 
@@ -256,8 +256,8 @@ def _mount_through_helper(mount_point: str, asked: _Asked) -> Connection:
         complaint = said.read()
     if not ancillary:
         text = _last_line(complaint)
-        mend = next((mend for pattern, mend in _MENDS if re.search(pattern, text)), "see fusehsm doctor")
-        raise MountRefused(f"{mount_point}: {text}; {mend}")
+        fix = next((fix for pattern, fix in _FIXES if re.search(pattern, text)), "see fusehsm doctor")
+        raise MountRefused(f"{mount_point}: {text}; {fix}")
     if complaint:
         log.warning("%s: %s", mount_point, _last_line(complaint))
     if asked.auto_unmount and os.geteuid() != 0 and "allow_other" not in asked.data:

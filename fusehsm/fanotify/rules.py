@@ -152,7 +152,7 @@ class UnansweredEvents(Generic[EventT]):
         """Remove the event that an answer with that number is for. Raises OSError ENOENT when there is none."""
         event = self._first.pop(number, None)
         if event is None:
-            raise _invalid(f"fanotify response: no event with fd {number} is waiting for one", errno.ENOENT)
+            raise _invalid(f"fanotify response: no event with fd {number} waits for an answer", errno.ENOENT)
         if self._later:
             self._advance(number)
         return event

@@ -270,4 +270,4 @@ def reopened(root_fd: int, path: str, identity: Identity, inner_fd: int | None) 
             os.close(fd)
             raise
         os.close(fd)
-    raise OSError(errno.ESTALE, "was moved while what is below it was looked at", path)
+    raise OSError(errno.ESTALE, "was moved during a look at the files below it", path)

@@ -45,7 +45,7 @@ _PASSED_ON: Final = (
     signal.SIGCONT,
 )
 _JOB_CONTROL: Final = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
-_MENDS: Final = {
+_FIXES: Final = {
     errno.EINVAL: "this kernel has no seccomp user notification; it needs Linux 5.9 or later",
     errno.ENOSYS: "this kernel has no seccomp; it needs Linux 5.9 or later with CONFIG_SECCOMP_FILTER",
     errno.EBUSY: "a supervisor of system calls is at work here already (fusehsm run within fusehsm run, or a container's); run it outside",
@@ -190,16 +190,16 @@ class _Run:
         if step == VIEW:
             raise no_view(error)
         if step == "filter":
-            raise RunError(f"fusehsm run: {_MENDS.get(number, os.strerror(number))}")
+            raise RunError(f"fusehsm run: {_FIXES.get(number, os.strerror(number))}")
         if step == "directory":
             raise RunError(f"{self._directory}: {os.strerror(number)}; run it from another directory")
         found = "not found" if number == errno.ENOENT else os.strerror(number)
-        mend = (
+        fix = (
             "give a program that is in the PATH, or its path"
             if number == errno.ENOENT
             else "give a program that can be run"
         )
-        print(f"fusehsm: {self._options.command[0]}: {found}; {mend}", file=sys.stderr, flush=True)
+        print(f"fusehsm: {self._options.command[0]}: {found}; {fix}", file=sys.stderr, flush=True)
         return NOT_FOUND if number == errno.ENOENT else NOT_EXECUTABLE
 
     def _wait(self, child: "subprocess.Popen[bytes]") -> int:

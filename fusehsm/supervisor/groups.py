@@ -267,7 +267,7 @@ class SupervisedGroup:
         major, minor = found.device
         return _refused(
             errno.EOPNOTSUPP,
-            f"a mark on what is on no fusehsm mount (device {major}:{minor}), which only the kernel could watch: give its directory to --mount",
+            f"a mark on an object on no fusehsm mount (device {major}:{minor}), which only the kernel could watch: give its directory to --mount",
         )
 
     # Events

@@ -155,7 +155,7 @@ async def refusal(path: Path, **options: str) -> OSError:
     return refused.value
 
 
-async def test_a_filesystem_without_events_names_the_mend() -> None:
+async def test_a_filesystem_without_events_names_the_fix() -> None:
     error = await refusal(Path("/dev/shm"))
     assert error.errno == errno.EOPNOTSUPP
     assert (

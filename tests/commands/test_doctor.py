@@ -27,9 +27,9 @@ def test_here(fuse: None, ext4: Path) -> None:
     assert json.loads(done.stdout)["can_mount"] is True
     checks = checks_of(done.stdout)
     for check in checks.values():
-        assert set(check) == {"name", "verdict", "found", "mend"}
+        assert set(check) == {"name", "verdict", "found", "fix"}
         assert check["verdict"] in ("good", "limited")
-        assert (check["mend"] is None) == (check["verdict"] == "good")
+        assert (check["fix"] is None) == (check["verdict"] == "good")
     assert checks["Python"]["found"] == ".".join(map(str, sys.version_info[:3]))
     assert checks["trial mount"]["verdict"] == "good"
     assert checks["unmodified listeners"]["verdict"] == "good"
@@ -57,7 +57,7 @@ def test_for_people(fuse: None) -> None:
 def test_a_filesystem_without_events_of_its_own() -> None:
     check = checks_of(fusehsm("doctor", "--json", "/proc").stdout)["kernel's own events"]
     assert check["verdict"] == "limited"
-    assert check["mend"] == "fusehsm mount /proc /proc"
+    assert check["fix"] == "fusehsm mount /proc /proc"
 
 
 def test_a_path_that_is_not_there(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_without_the_fuse_device(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["can_mount"] is False
     checks = checks_of(done.stdout)
     assert checks["/dev/fuse"]["verdict"] == "bad"
-    assert "modprobe fuse" in checks["/dev/fuse"]["mend"]
+    assert "modprobe fuse" in checks["/dev/fuse"]["fix"]
     assert checks["trial mount"]["verdict"] == "bad"
     assert checks["trial mount"]["found"].startswith("/dev/fuse: ")
 
@@ -106,7 +106,7 @@ def test_a_fuse_device_that_is_closed_to_us(mount_point: Path) -> None:
     script = 'mount -t tmpfs none "$1"; mknod -m 600 "$1/fuse" c 10 229; mount --bind "$1/fuse" /dev/fuse'
     done = doctor_where(script, mount_point, *AS_NOBODY)
     assert done.returncode == 1
-    assert "chmod 666 /dev/fuse" in checks_of(done.stdout)["/dev/fuse"]["mend"]
+    assert "chmod 666 /dev/fuse" in checks_of(done.stdout)["/dev/fuse"]["fix"]
 
 
 @pytest.mark.root
@@ -121,8 +121,8 @@ def test_an_ordinary_user(mount_point: Path) -> None:
     assert done.returncode == 0
     checks = checks_of(done.stdout)
     assert checks["trial mount"]["verdict"] == "good"
-    assert checks["--allow-other"]["mend"] == "echo user_allow_other >> /etc/fuse.conf, as root"
-    assert checks["read-ahead setting"]["mend"] == "mount as root"
+    assert checks["--allow-other"]["fix"] == "echo user_allow_other >> /etc/fuse.conf, as root"
+    assert checks["read-ahead setting"]["fix"] == "mount as root"
     assert checks["kernel's own events"]["verdict"] == "limited"
 
     copy = 'cp "$(command -v fusermount3)" "$1/copy"; chmod 755 "$1/copy"; mount --bind "$1/copy" "$(command -v fusermount3)"'
@@ -130,7 +130,7 @@ def test_an_ordinary_user(mount_point: Path) -> None:
     assert done.returncode == 1
     check = checks_of(done.stdout)["fusermount3"]
     assert check["verdict"] == "bad"
-    assert check["mend"].startswith("chmod u+s /")
+    assert check["fix"].startswith("chmod u+s /")
 
 
 @pytest.mark.root
@@ -144,7 +144,7 @@ def test_without_mtab(mount_point: Path) -> None:
     done = doctor_where(script, mount_point, *AS_NOBODY, env=places)
     assert done.returncode == 0
     checks = checks_of(done.stdout)
-    assert "/etc/mtab" in checks["fusermount3"]["mend"]
+    assert "/etc/mtab" in checks["fusermount3"]["fix"]
     assert checks["trial mount"]["verdict"] == "limited"
     assert "cannot be unmounted" in checks["trial mount"]["found"]
 

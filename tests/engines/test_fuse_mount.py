@@ -286,7 +286,7 @@ def test_the_descriptor(mount_point: Path) -> None:
         ("subtype=other", "-o subtype=other: fusehsm sets that; leave it out"),
         ("fsname=", "-o fsname=: empty; give a name"),
         ("fsname=zzz", "-o fsname=zzz: another fsname is given too; give one"),
-        ("allow_root", "-o allow_root: this engine cannot let root in and nobody else; use --allow-other"),
+        ("allow_root", "-o allow_root: this engine cannot let in root alone; use --allow-other"),
         ("debug", "-o debug: it is libfuse's; use --engine pyfuse3"),
     ],
 )
@@ -335,8 +335,8 @@ def test_root_without_the_right_to_mount(mount_point: Path) -> None:
     """As in a container."""
     without = ["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin"]
     text = refusal_where("", mount_point, through=without)
-    mend = "mounting needs CAP_SYS_ADMIN, which a container must be given"
-    assert text == f"{mount_point}: Operation not permitted; {mend}"
+    fix = "mounting needs CAP_SYS_ADMIN, which a container must be given"
+    assert text == f"{mount_point}: Operation not permitted; {fix}"
     text = refusal_where("", mount_point, "auto_unmount", through=without)
     assert text.startswith(
         f"{mount_point}: mount failed: Operation not permitted; fusermount3 must be set-uid"
@@ -386,7 +386,7 @@ def test_an_ordinary_user_on_what_is_not_his(session_directory: Path, numbers: I
     (roots / "closed").chmod(0o700)
     text = refusal_where("", roots, uid=NOBODY)
     assert text == (
-        f"{roots}: user has no write access to mountpoint {roots}; an ordinary user mounts only on his own directories"
+        f"{roots}: user has no write access to mountpoint {roots}; an ordinary user mounts only on directories that they own"
     )
     for path in (roots / "closed", roots / "closed" / "inside"):
         text = refusal_where("", path, uid=NOBODY)
@@ -395,7 +395,7 @@ def test_an_ordinary_user_on_what_is_not_his(session_directory: Path, numbers: I
     roots.chmod(0o1777)
     text = refusal_where("", roots, uid=NOBODY)
     assert text == (
-        f"{roots}: mountpoint {roots} not owned by user; an ordinary user mounts only on his own directories"
+        f"{roots}: mountpoint {roots} not owned by user; an ordinary user mounts only on directories that they own"
     )
     text = refusal_where("", Path("/proc/self/attr"), uid=NOBODY)
     assert "; an ordinary user mounts only" in text or "; use a DST on an ordinary filesystem" in text

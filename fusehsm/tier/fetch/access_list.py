@@ -89,7 +89,11 @@ class Recorder:
             if len(line) > _LONGEST_LINE:
                 return  # a path that long cannot be opened next time
             if self._lines == MOST_LINES:
-                _log.warning("--record %s: has %d lines, and takes no more", self._path, MOST_LINES)
+                _log.warning(
+                    "--record %s: has %d lines, the most that it can have; later uses are not recorded",
+                    self._path,
+                    MOST_LINES,
+                )
                 self._close()
                 return
             self._lines += 1
@@ -129,9 +133,7 @@ def read_list(path: str) -> list[Touched]:
     with open(path, encoding="ascii", errors="replace") as lines:
         while line := lines.readline(_LONGEST_LINE + 1):
             if len(found) == MOST_LINES:
-                _log.warning(
-                    "--prefetch %s: of its lines only the first %d are fetched ahead", path, MOST_LINES
-                )
+                _log.warning("--prefetch %s: only its first %d lines are fetched ahead", path, MOST_LINES)
                 break
             try:
                 if len(line) > _LONGEST_LINE:

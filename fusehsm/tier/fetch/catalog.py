@@ -94,7 +94,7 @@ class Catalog:
             raise self._gone(path) from None
 
     def _gone(self, path: str) -> StoreChanged:
-        return StoreChanged(errno.EIO, f"is not in {self._store.name} any more", path)
+        return StoreChanged(errno.EIO, f"is no longer in {self._store.name}", path)
 
 
 def _pass_over(_: StoreError) -> None:
@@ -125,7 +125,7 @@ def suspicion(status: os.stat_result, origin: Origin) -> str | None:
         told = (
             "the store tells no owners"
             if rights is None
-            else f"what its mark names, {shown(origin.path)}, to user {rights.uid} in the store"
+            else f"the file that its mark names, {shown(origin.path)}, to user {rights.uid} in the store"
         )
         return f"belongs to user {status.st_uid}, and {told}: the mark may be forged; remove the file and populate again as root"
     if origin.is_renamed and status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) & ~_granted(status, rights):

@@ -271,7 +271,7 @@ async def _watch_directories(group: Group, root_fd: int, mask: int) -> None:
         nonlocal complained
         if not complained:
             complained = True
-            what = "its files, and those of others like it, are read as zeros in other mounts and namespaces"
+            what = "cannot be marked; in other mounts and namespaces its files, and those of other such directories, are read as zeros"
             _log.warning("%s: %s", where(error), what)
 
     for fd, _ in directories(root_fd, complain):
@@ -290,7 +290,7 @@ async def _watch_mounts_below(group: Group, path: str, mask: int) -> None:
                 await group.mark(FAN_MARK_ADD | FAN_MARK_MOUNT, mask, AT_FDCWD, mount.mount_point)
             except OSError as error:
                 _log.warning(
-                    "%s: another file system, which cannot be watched (%s): what is a stub there is read as zeros",
+                    "%s: another file system, which cannot be watched (%s): stubs there are read as zeros",
                     shown(mount.mount_point),
                     error.strerror,
                 )
@@ -337,7 +337,7 @@ async def show_progress(fetcher: Fetcher) -> None:
     if not sys.stderr.isatty():
         return
     meter = Meter(fetcher)
-    with passed_over("no more is shown of how far it is", _log), Progress(meter.line) as progress:
+    with passed_over("the progress line ends", _log), Progress(meter.line) as progress:
         while True:
             progress.tick()
             await trio.sleep(_LINE_INTERVAL)

@@ -23,9 +23,7 @@ from fusehsm.text import shown
 from fusehsm.tier.fetch.failures import in_a_line
 from fusehsm.tier.populate.lock import locked
 
-_REFUSING: Final = (
-    "what is not here is refused there; start fetch again, which takes it over, or `fusehsm umount {}`"
-)
+_REFUSING: Final = "it refuses content that is not here; start fetch again, which takes the mount over, or run `fusehsm umount {}`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +121,9 @@ def _left_behind(path: str) -> str:
     # From the list of mounts: a request to the mount itself may wait for a dead server.
     if any(mount.mount_point == path and mount.is_fusehsm for mount in read_mounts()):
         return f"{shown(path)} stays mounted, and {_REFUSING.format(shown(path))}"
-    return f"nobody serves {shown(path)} any more, and what is not here is read as zeros there; start fetch again"
+    return (
+        f"{shown(path)} is not served any more: content that is not here is read as zeros; start fetch again"
+    )
 
 
 def _clear_dead_mount(path: str) -> None:

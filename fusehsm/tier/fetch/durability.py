@@ -18,7 +18,7 @@ from fusehsm.tier.stubs.stub import StubFile
 INTERVAL: Final = 5.0  # seconds
 _LONGEST: Final = 6  # intervals after which a sync happens although fills go on
 
-_NOT_KEPT: Final = "what was fetched is not known to be on the disk"
+_NOT_KEPT: Final = "fetched content may not be on the disk yet"
 _NOT_CLOSED: Final = "the record of a file is not closed, as if fetch had been killed"
 
 _log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class Keeper:
         try:
             syscalls.syncfs(self._root_fd)
         except OSError as error:
-            _log.error("the disk does not take what was fetched: %s", error.strerror)
+            _log.error("fetched content cannot be written to the disk: %s", error.strerror)
             return
         for key, file, changes in files:
             with self.opened(key, file) as fd:

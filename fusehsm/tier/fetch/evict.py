@@ -145,7 +145,7 @@ class Evictor:
         key, served = await trio.to_thread.run_sync(self._meet, path)
         file = served.file
         if file is None:
-            raise OSError(errno.EBUSY, "is no stub: its content is nowhere else", path)
+            raise OSError(errno.EBUSY, "is no stub: its content could not be fetched again", path)
         file.expect_evictable()
         if served.active or served.fills or served.evicting is not None:
             raise BlockingIOError(errno.EAGAIN, "is being read", path)
@@ -168,7 +168,7 @@ class Evictor:
             async with leased(target) as lease:
                 fd = lease.descriptor
                 if self._place.backend == "kernel" and self._is_told():
-                    raise BlockingIOError(errno.EAGAIN, "too much is going on", path)
+                    raise BlockingIOError(errno.EAGAIN, "too many events are waiting", path)
                 status = os.fstat(fd)
                 if key_of(fd, status) != key:
                     raise OSError(errno.ESTALE, "is another file by now", path)
@@ -196,7 +196,7 @@ class Evictor:
                 await trio.lowlevel.checkpoint()
                 return
             await trio.sleep(0.001)
-        raise BlockingIOError(errno.EAGAIN, "too much is going on")
+        raise BlockingIOError(errno.EAGAIN, "too many events are waiting")
 
     def _is_told(self) -> bool:
         """Whether there are events that the fetcher has not read."""
@@ -241,7 +241,7 @@ async def keep_below(evictor: Evictor, most: int, complain: Callable[[str], None
             total -= outcome.freed
             if total > most and not is_said:
                 complain(
-                    f"more than --max-size is here ({total:,} bytes), and nothing that could be evicted: {kept_text(outcome)}"
+                    f"more than --max-size is here ({total:,} bytes), and none of it can be evicted: {kept_text(outcome)}"
                 )
             is_said = total > most
         return most - total
@@ -266,7 +266,7 @@ def kept_text(outcome: Outcome) -> str:
     """The files that stay and the reasons, in words."""
     return (
         ", ".join(f"{count:,} {reason.value}" for reason, count in outcome.kept.items())
-        or "all of it is on its way"
+        or "all of it is being fetched"
     )
 
 
@@ -298,7 +298,7 @@ def evict(paths: Sequence[str], *, older_than: str | None, free: str | None) -> 
         + (f"; stay: {kept}" if kept else "")
     )
     if wanted is not None and counts["freed"] < wanted:
-        _complain("--free", f"no more than {size_text(counts['freed'])} could be freed")
+        _complain("--free", f"only {size_text(counts['freed'])} could be freed")
         failed = True
     return int(failed)
 
@@ -326,7 +326,7 @@ def _complain(path: str, why: str) -> None:
 
 
 _REASONS = {
-    Kept.MODIFIED: "is modified: its content is nowhere else",
+    Kept.MODIFIED: "is modified: the store does not have its content",
     Kept.PINNED: "is pinned; `fusehsm unpin` it first",
     Kept.IN_USE: "is in use; close it first (fuser shows by whom)",
 }

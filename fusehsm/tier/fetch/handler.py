@@ -318,10 +318,10 @@ class Fetcher:
         if not served.complained:
             served.complained = True
             _log.error(
-                "%s: was changed while nobody served it, so what it lacks cannot be read; save what you need of it, remove it, populate again",
+                "%s: was changed while no fetch served it, so the rest of it cannot be fetched; save what you need of it, remove it, populate again",
                 file.path,
             )
-        raise OSError(errno.EIO, "was changed while nobody served it", file.path)
+        raise OSError(errno.EIO, "was changed while no fetch served it", file.path)
 
     def _start(self, served: Served, fd: int, missing: Sequence[int], *, is_prefetch: bool) -> set[_Fill]:
         """The fills of these blocks: those under way, and new ones, which are started. Raises OSError EIO if there is no descriptor."""

@@ -140,6 +140,8 @@ def found(path: str) -> Found:
     fetch = find(path)
     if fetch is None:
         raise OSError(
-            errno.ENOTCONN, "no fusehsm fetch of yours serves it; start one: fusehsm fetch STORE DST", path
+            errno.ENOTCONN,
+            "none of your fusehsm fetch processes serves it; start one: fusehsm fetch STORE DST",
+            path,
         )
     return fetch

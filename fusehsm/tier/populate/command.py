@@ -91,7 +91,7 @@ def populate(options: PopulateOptions) -> int:
             try:
                 outcome = planter.plant(entry)
             except OSError as error:
-                why = f"{error.strerror}; mend that and run it again, what is there is right"
+                why = f"{error.strerror}; fix that and run populate again; the stubs made so far are right"
                 raise OSError(error.errno, why, os.path.join(options.destination, entry.path)) from error
             counts.add(entry, outcome)
             progress.tick()
@@ -138,10 +138,10 @@ def _destination(options: PopulateOptions, store: Store) -> Iterator[int | None]
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         if mount_of(path).is_fusehsm:
-            mend = (
+            fix = (
                 f"unmount it first (fusehsm umount {shown(path)}), or populate the directory that it overlays"
             )
-            raise OSError(errno.EBUSY, f"lies on a mount of fusehsm; {mend}", path)
+            raise OSError(errno.EBUSY, f"lies on a mount of fusehsm; {fix}", path)
         if options.dry_run:
             yield fd
             return
@@ -154,7 +154,7 @@ def _destination(options: PopulateOptions, store: Store) -> Iterator[int | None]
 
 def _try_file_system(root_fd: int, path: str) -> None:
     """Try with a file without a name (if possible) whether stubs can be made and recognized here. Raises OSError EOPNOTSUPP if not."""
-    mend = "choose a destination on ext4, xfs or btrfs"
+    fix = "choose a destination on ext4, xfs or btrfs"
     try:
         fd = _trial_file(root_fd)
         if fd is None:
@@ -162,8 +162,10 @@ def _try_file_system(root_fd: int, path: str) -> None:
         try:
             os.ftruncate(fd, _TRIAL_SIZE)
             if not stub_mark.is_all_hole(fd):
-                what = "does not tell holes"
-                raise OSError(errno.EOPNOTSUPP, f"its file system {what}, so no stub could be known; {mend}")
+                what = "does not report holes"
+                raise OSError(
+                    errno.EOPNOTSUPP, f"its file system {what}, so a stub could not be recognized; {fix}"
+                )
             os.setxattr(fd, stub_mark.NAME, b"trial")
         finally:
             os.close(fd)
@@ -171,8 +173,8 @@ def _try_file_system(root_fd: int, path: str) -> None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return  # perhaps nothing needs to be made
         why = error.strerror
-        if error.errno == errno.EOPNOTSUPP and mend not in str(why):
-            why = f"its file system keeps no attributes (user.*), so no stub could be known; {mend}"
+        if error.errno == errno.EOPNOTSUPP and fix not in str(why):
+            why = f"its file system keeps no attributes (user.*), so a stub could not be recognized; {fix}"
         raise OSError(error.errno, why, path) from None
 
 

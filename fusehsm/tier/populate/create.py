@@ -29,7 +29,7 @@ UNFINISHED: Final = ".fusehsm-unfinished"
 
 _OPEN_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _OPEN_FILE: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
-_NOT_A_STUB: Final = "is not a stub but somebody's content; remove or rename it"
+_NOT_A_STUB: Final = "is not a stub but a file with other content; remove or rename it"
 NO_UNNAMED_FILES: Final = frozenset((errno.EOPNOTSUPP, errno.EISDIR))
 """What open(2) says to O_TMPFILE where the file system or the kernel does not have it."""
 
@@ -137,7 +137,7 @@ class Planter:
                 raise OSError(error.errno, error.strerror, entry.path) from error
             return self._fail(entry, error.strerror or str(error))
         except (OverflowError, ValueError) as error:
-            return self._fail(entry, f"the store tells something impossible of it: {error}")
+            return self._fail(entry, f"the store gives it an impossible attribute: {error}")
 
     def finish(self) -> None:
         """Leave all directories. Call it after the last entry; after a failure call only close()."""
@@ -175,7 +175,7 @@ class Planter:
         while (level := self._levels[-1]).path != path:
             if len(self._levels) == 1:
                 raise StoreError(
-                    errno.EIO, "the store did not list this directory before what it holds", path
+                    errno.EIO, "the store listed an entry of this directory before the directory", path
                 )
             self._leave()
         return level
@@ -264,7 +264,7 @@ class Planter:
                     os.unlink(UNFINISHED, dir_fd=level.fd)
                     return
         path = f"{level.path}/{UNFINISHED}".lstrip("/")
-        self._complain(path, "is in the way of what fusehsm makes here; remove or rename it")
+        self._complain(path, "has a name that fusehsm needs here; remove or rename it")
 
     # Symbolic links
 

@@ -84,5 +84,5 @@ def _require_package(protocol: str, url: str) -> None:
         ) from None
     except ValueError:
         raise ValueError(
-            f"{url}: nobody knows the protocol {protocol}; see fsspec's documentation for those there are"
+            f"{url}: unknown protocol {protocol}; see fsspec's documentation for the known ones"
         ) from None

@@ -36,7 +36,7 @@ class HttpStore(FsspecStore):
     def __init__(self, name: str, filesystem: Any, root: str) -> None:
         super().__init__(name, filesystem, root)
         if urlsplit(root).query:
-            raise ValueError(f"{name}: a query names no directory; leave it away")
+            raise ValueError(f"{name}: a query names no directory; leave it out")
         parts = parse_url(root)
         # One more try: the server may have closed an idle connection.
         retries = urllib3.Retry(total=None, connect=0, read=1, other=0, status=0, redirect=_REDIRECTS)

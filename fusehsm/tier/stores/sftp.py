@@ -52,17 +52,17 @@ def connect(url: str) -> tuple[Any, str]:
     try:
         return _KnownHosts(**arguments), _KnownHosts._strip_protocol(url)
     except paramiko.BadHostKeyException:
-        mend = "see to it that this is the right host, then: ssh-keygen -R " + host
+        fix = "make sure that this is the right host, then run ssh-keygen -R " + host
         raise StoreError(
-            errno.EACCES, f"its host key is another than in ~/.ssh/known_hosts; {mend}", host
+            errno.EACCES, f"its host key differs from the one in ~/.ssh/known_hosts; {fix}", host
         ) from None
     except paramiko.SSHException as error:
-        mend = ""
+        fix = ""
         if "known_hosts" in str(error):
-            mend = f"; connect once by hand (ssh {host}) and accept its key"
+            fix = f"; connect once by hand (ssh {host}) and accept its key"
         elif "uthentication" in str(error):
-            mend = f"; put a key that it knows into an agent or ~/.ssh (ssh-copy-id {host})"
-        raise StoreError(errno.EACCES, f"{error}{mend}", host) from None
+            fix = f"; put a key that the host accepts into an agent or ~/.ssh (ssh-copy-id {host})"
+        raise StoreError(errno.EACCES, f"{error}{fix}", host) from None
     except OSError as error:
         raise StoreError(
             error.errno or errno.EIO, f"cannot be reached: {error.strerror or error}", host

@@ -292,7 +292,7 @@ class StubFile:
 
     def _expect_explained(self) -> None:
         if self.unexplained:
-            raise InDoubt(errno.EIO, "was changed while nobody served it", self.path)
+            raise InDoubt(errno.EIO, "was changed while no fetch served it", self.path)
 
     def _find_residue(self, fd: int, first: int, end: int, pieces: list[tuple[int, bytes]]) -> bool:
         """Whether blocks that are not here hold data of the user. Raises InDoubt if that is unknown."""
@@ -313,7 +313,7 @@ class StubFile:
         _make_holes(fd, parts)
         self.unexplained = self.modified = True
         self._write_record(fd)
-        raise InDoubt(errno.EIO, "was truncated in the moment of its being filled", self.path)
+        raise InDoubt(errno.EIO, "was truncated while it was filled", self.path)
 
     def _fill_holes(
         self,
@@ -405,7 +405,7 @@ class StubFile:
         if self.pinned:
             raise OSError(errno.EBUSY, "is pinned; unpin it first", self.path)
         if self.unexplained or self.modified or self.limit < self.size:
-            raise OSError(errno.EBUSY, "is modified: its content is nowhere else", self.path)
+            raise OSError(errno.EBUSY, "is modified: the store does not have its content", self.path)
 
     def _note(self, status: os.stat_result) -> None:
         """Compare the file with its state after the last change of ours; a difference is the user's. `status`: its fstat(2) now."""
@@ -469,7 +469,7 @@ class StubFile:
         self._ctime_ns = status.st_ctime_ns
 
 
-_WRITTEN_UNSERVED = "was written to while nobody served it, where it lacked content; end fetch, save what you need of it, remove it, populate again"
+_WRITTEN_UNSERVED = "was written to, where it lacks content, while no fetch served it; end fetch, save what you need of it, remove it, populate again"
 _PUNCH = 0x01 | 0x02  # FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE (fallocate(2))
 _LARGEST_PAGE = 1 << 16  # bytes, of all machines that Linux runs on
 _TICK = 10_000_000  # nanoseconds; the clock of file systems may be that much behind

@@ -153,12 +153,12 @@ class Reader:
                 return connection
             except TimeoutError:
                 self._stop()
-                raise OSError(errno.ETIMEDOUT, "validate's own reader does not come up") from None
+                raise OSError(errno.ETIMEDOUT, "validate's reader does not begin") from None
             if not message:
                 failed_to_start = self._pidfd < 0
                 self._stop()
                 if failed_to_start:
-                    raise OSError(errno.ECHILD, "validate's own reader does not start")
+                    raise OSError(errno.ECHILD, "validate's reader cannot be started")
                 continue
             told = marshal.loads(message)
             if told[0] == STARTED:

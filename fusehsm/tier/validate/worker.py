@@ -94,7 +94,7 @@ def _open(root_fd: int, path: str) -> int:
     fd = open_beneath(root_fd, path, _READ)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise OSError(errno.ESTALE, "is no file any more")
+        raise OSError(errno.ESTALE, "is not a file any more")
     return fd
 
 

@@ -22,7 +22,7 @@ class BadLine:
         """The URL by this line."""
         return url.replace(self._to.netloc, f"127.0.0.1:{self._listener.getsockname()[1]}")
 
-    def mend(self) -> None:
+    def fix(self) -> None:
         """Make it good."""
         self.trouble = ""
 

@@ -63,7 +63,7 @@ class Node:
         """Pull the cable."""
         _ip("link", "set", self.interface, "down")
 
-    def mend(self) -> None:
+    def fix(self) -> None:
         """Put it back."""
         _ip("link", "set", self.interface, "up")
 

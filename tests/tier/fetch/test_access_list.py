@@ -51,7 +51,7 @@ def test_no_more_lines_than_are_read_again(
     lines = written(tmp_path / "list", *((f"{number}", 0, 1) for number in range(5)))
     assert lines == [f'0 10 "{number}"' for number in range(3)]
     assert [record.message for record in caplog.records] == [
-        f"--record {tmp_path}/list: has 3 lines, and takes no more"
+        f"--record {tmp_path}/list: has 3 lines, the most that it can have; later uses are not recorded"
     ]
 
 
@@ -66,7 +66,7 @@ def test_of_a_long_list_the_first_lines_are_read(
         assert not caplog.records
         path.write_text(path.read_text() * 2)
         assert [item.path for item in read_list(str(path))] == ["0", "1"]
-    assert "only the first 2 are fetched ahead" in caplog.text
+    assert "only its first 2 lines are fetched ahead" in caplog.text
 
 
 def test_a_line_without_an_end_is_no_line() -> None:

@@ -154,7 +154,7 @@ def test_the_list_of_a_run_under_way_is_kept(big: Path, target: Path, tmp_path: 
 
 
 BESIDE = {
-    "syncfs": "what was fetched is not known to be on the disk: RuntimeError: put in by the test",
+    "syncfs": "fetched content may not be on the disk yet: RuntimeError: put in by the test",
     "inventory": "--max-size: nothing was evicted this time: RuntimeError: put in by the test",
     "ahead": "2 of 2 ranges of the list could not be fetched ahead",
 }

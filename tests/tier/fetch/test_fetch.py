@@ -193,7 +193,7 @@ def test_what_was_changed_while_nobody_served_is_refused_where_it_lacks_content(
         read = run("dd", f"if={target}/big", "bs=1M", "skip=3", "count=1")
         assert "Input/output error" in read.stderr
         _, complaints = served.end()
-    assert "was changed while nobody served it" in complaints
+    assert "was changed while no fetch served it" in complaints
 
 
 def few_descriptors() -> None:

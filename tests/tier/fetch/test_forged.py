@@ -110,7 +110,9 @@ def test_of_a_store_that_names_owners(store: Path, target: Path, backend: str) -
         "theirs",
         "public",
     ]
-    assert "belongs to user 54321, and what its mark names, private, to user 0 in the store" in lines[0]
+    assert (
+        "belongs to user 54321, and the file that its mark names, private, to user 0 in the store" in lines[0]
+    )
     assert "others than its owner may write to it" in lines[3]
     assert all(path.stat().st_blocks == 0 for path in forged)
 

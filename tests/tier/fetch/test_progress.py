@@ -68,7 +68,7 @@ def test_a_line_that_changes_and_complaints_above_it(places: Callable[[str], Pat
             reader = subprocess.Popen(["cat", str(target / "big")], stdout=subprocess.DEVNULL)
             wait_for(r"2\.1 MB fetched, [0-9.]+ [kM]?B/s, 1 requests under way: big \(66 %\)")
             assert "Input/output error" in run("cat", target / "gone").stderr
-            wait_for("fusehsm: gone: is not in .* any more")
+            wait_for("fusehsm: gone: is no longer in .*")
             assert reader.wait(harness.PATIENCE) == 0
             process.terminate()
             assert process.wait(harness.PATIENCE) == 0

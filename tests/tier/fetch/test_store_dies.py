@@ -76,7 +76,7 @@ def test_a_store_that_is_back_in_time(line: BadLine, store: Served, target: Path
     plant(url, target)
     with fetching(url, target, *OPTIONS, "--deadline", "20s") as served:
         line.trouble = trouble
-        threading.Timer(1, line.mend).start()
+        threading.Timer(1, line.fix).start()
         assert read_at(target / "file", 70_000) == expected(70_000)
         summary, _ = served.end()
     assert "retries" in summary

@@ -211,7 +211,7 @@ def test_a_node_that_loses_its_network_serves_no_zeros(
         assert reading.found() == Counter(EAGAIN=1)
         assert read(store, one, SMALL[:4]) == Counter(right=3, EAGAIN=1)
         assert time.monotonic() - started < 15
-        one.mend()
+        one.fix()
         deadline = time.monotonic() + 40
         while (found := read(store, one)) != Counter(right=len(NAMES)):
             assert set(found) <= {"right", "EAGAIN"}

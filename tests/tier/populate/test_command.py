@@ -66,7 +66,7 @@ def test_from_a_tar_file(source: Path, target: Path, tmp_path: Path) -> None:
     [
         (["none", "new"], 1, "none: No such file or directory"),
         (["gs://x/y", "new"], 1, "gs://x/y: gs needs the package gcsfs, which is not installed; run: pip install 'fusehsm[gcs]'"),
-        (["nonsense://x", "new"], 2, "nonsense://x: nobody knows the protocol nonsense; see fsspec's documentation for those there are"),
+        (["nonsense://x", "new"], 2, "nonsense://x: unknown protocol nonsense; see fsspec's documentation for the known ones"),
         (["store", "store/in"], 2, "store/in: the store and the destination lie one in the other; choose another destination"),
         (["store", "."], 2, ".: the store and the destination lie one in the other; choose another destination"),
         (["store", "none/new"], 1, "none/new: No such file or directory"),
@@ -92,7 +92,7 @@ def test_odd_names_are_shown_in_one_line(source: Path, target: Path) -> None:
     done = fusehsm("populate", source, target)
     assert (
         done.stderr
-        == f"fusehsm: {target}/a\\nb\\xff\\x1b[31m: is not a stub but somebody's content; remove or rename it\n"
+        == f"fusehsm: {target}/a\\nb\\xff\\x1b[31m: is not a stub but a file with other content; remove or rename it\n"
     )
 
 

@@ -69,7 +69,8 @@ def test_a_dry_run_changes_nothing(source: Path, target: Path) -> None:
     assert done.returncode == 1
     assert "was a stub" not in done.stderr
     assert (
-        done.stderr == f"fusehsm: {place}/empty: is not a stub but somebody's content; remove or rename it\n"
+        done.stderr
+        == f"fusehsm: {place}/empty: is not a stub but a file with other content; remove or rename it\n"
     )
     assert "; 1 new, 1 updated, 10 right, 1 failed; " in done.stdout
     assert changes_since(place) == before
@@ -285,7 +286,7 @@ def test_a_store_that_lists_a_file_before_its_directory_is_an_error(target: Path
     fd = os.open(target, os.O_RDONLY)
     planter = Planter(fd, lambda _, why: None)
     try:
-        with pytest.raises(StoreError, match="before what it holds"):
+        with pytest.raises(StoreError, match="an entry of this directory before the directory"):
             planter.plant(Entry("a/b", Kind.FILE, size=1))
     finally:
         planter.close()
@@ -344,7 +345,9 @@ def test_a_full_disk_ends_it(source: Path, small_disk: Path) -> None:
         assert (done.returncode, done.stdout) == (1, "")
         (line,) = done.stderr.splitlines()
         assert line.startswith(f"fusehsm: {small_disk}/")
-        assert line.endswith(": No space left on device; mend that and run it again, what is there is right")
+        assert line.endswith(
+            ": No space left on device; fix that and run populate again; the stubs made so far are right"
+        )
     subprocess.run(["mount", "-o", "remount,nr_inodes=100", small_disk], check=True)
     assert plant(source, small_disk)[1] == []
     assert describe(small_disk) == describe(source)

@@ -122,7 +122,7 @@ def test_a_page_with_links_to_all_kinds_of_places(nginx: Served) -> None:
 
 
 BAD = [
-    ("nonsense://x", ValueError, "nobody knows the protocol nonsense"),
+    ("nonsense://x", ValueError, "unknown protocol nonsense"),
     ("gs://bucket/x", StoreError, r"run: pip install 'fusehsm\[gcs\]'"),
     ("s3://", ValueError, "names no bucket; write s3://bucket/prefix"),
     ("zip://x", ValueError, "names no archive; write zip://::file:///path/to/archive"),
@@ -170,8 +170,8 @@ def test_a_package_that_is_missing(protocol: str, package: str) -> None:
         "except OSError as error: print(error.strerror)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    mend = f"run: pip install 'fusehsm[{protocol}]'"
-    assert done.stdout == f"{protocol} needs the package {package}, which is not installed; {mend}\n"
+    fix = f"run: pip install 'fusehsm[{protocol}]'"
+    assert done.stdout == f"{protocol} needs the package {package}, which is not installed; {fix}\n"
 
 
 def test_hostile_names_in_archives_are_handed_on_as_they_are(tmp_path: Path) -> None:

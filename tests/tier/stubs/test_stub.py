@@ -124,7 +124,7 @@ def test_what_was_written_into_a_hole_is_in_doubt(stub: Stub) -> None:
     stub.fill(0)
     os.pwrite(stub.fd, b"mine", BLOCK + 100)
     stub.again()
-    with pytest.raises(InDoubt, match="while nobody served it"):
+    with pytest.raises(InDoubt, match="while no fetch served it"):
         stub.fill(1)
     assert stub.file.missing(0, SIZE) == [1, 2, 3, 4, 5]
     stub.fill(2)
