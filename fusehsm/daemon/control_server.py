@@ -252,19 +252,21 @@ class _Session:
         if self._channel is None:
             raise OSError(errno.EBADF, "no group on this connection")
         overlay = self._gate.overlay
-        known = overlay.node_of_backing(mark.major, mark.minor, mark.inode)
-        if known is None and mark.path is None:
-            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
-        node = overlay.find(os.fsencode(mark.path)) if known is None and mark.path is not None else known
-        assert node is not None
+        # By its name first: a node that is known may be of an earlier file with the same inode number.
+        named = None
+        if mark.path is not None:
+            with contextlib.suppress(OSError):
+                named = overlay.find(os.fsencode(mark.path))
         try:
-            if not node.is_file((mark.major, mark.minor), mark.inode):
-                # Another file has got the name since the client looked.
+            device = (mark.major, mark.minor)
+            is_it = named is not None and named.is_file(device, mark.inode)
+            node = named if is_it else overlay.node_of_backing(*device, mark.inode)
+            if node is None:
                 raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
             await self._gate.mark(self._channel.group, mark.flags, mark.mask, node)
         finally:
-            if known is None:
-                self._gate.forget(node.id, 1)
+            if named is not None:
+                self._gate.forget(named.id, 1)
 
     async def _take_lease(self, inode: int) -> int:
         if self._lease is not None:

@@ -178,6 +178,27 @@ def test_a_mark_on_what_it_sees_is_one_on_the_overlay(
         assert read(accessor, place / "stub", PAGE) == planned(0, PAGE)
 
 
+def test_a_mark_on_a_file_with_the_number_of_an_earlier_one(
+    place: Path, session_directory: Path, accessor: Accessor
+) -> None:
+    """The overlay may still know the earlier file by that number."""
+    file, go = place / "again", place / "go"
+    script = f'echo early; until test -e "{go}"; do sleep 0.02; done; rm "{file}"; truncate -s 4096 "{file}"; exec "$@"'
+    words = listener_words(session_directory, place, "blocking", marks=(("add", "PRE_ACCESS", "again"),))
+    for _ in range(5):  # an inode number need not be used again at once
+        file.write_bytes(bytes(PAGE))
+        with Program(
+            [*RUN, "--listener", "--mount", str(place), "--", "sh", "-c", script, "-", *words]
+        ) as listener:
+            listener.output.wait_for(lambda line: line == "early", STEP)
+            assert read(accessor, file, 10) == bytes(10)
+            go.touch()
+            listener.wait_ready()
+            assert read(accessor, file, PAGE) == planned(0, PAGE)
+            end(listener, place)
+        go.unlink()
+
+
 def test_a_file_system_mark_hears_no_other_directory(
     place: Path, places: Callable[[str], Path], session_directory: Path, accessor: Accessor
 ) -> None:
