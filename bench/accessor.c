@@ -244,7 +244,7 @@ static void many(const char *how, const char *path, size_t threads, size_t count
 	if (!strcmp(how, "touch")) {
 		void *mapped = mmap(NULL, (size_t)status.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
 
-		/* One page at a time: what is measured is the waiting, not read-ahead. */
+		/* One page at a time, to measure the waiting and not read-ahead. */
 		if (mapped == MAP_FAILED || madvise(mapped, (size_t)status.st_size, MADV_RANDOM))
 			fail("mmap");
 		mapping = mapped;

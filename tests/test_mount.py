@@ -201,7 +201,7 @@ def test_no_device(backing: Path, mount_point: Path) -> None:
 
 @pytest.fixture
 def open_device() -> Iterator[None]:
-    """/dev/fuse as udev makes it: for everybody."""
+    """/dev/fuse as udev makes it: open to all users."""
     with fuse_device_for_everybody():
         yield
 

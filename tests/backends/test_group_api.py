@@ -73,7 +73,7 @@ async def queued(group: Group, count: int, size: int = 48) -> bytes:
 
 @contextmanager
 def running_program(site: Site) -> Iterator[str]:
-    """A file of the site that is executed, so that nobody can open it for writing; its path for accessors."""
+    """A running program on the site: no process can open it for writing; its path for accessors."""
     sleep = shutil.which("sleep")
     assert sleep is not None
     path = site.make("busy", Path(sleep).read_bytes(), mode=0o755)

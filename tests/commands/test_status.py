@@ -114,7 +114,7 @@ async def test_release_lets_go_what_is_parked(make_mount: MakeMount, accessor: A
 
 
 async def parked(mount: Mount) -> None:
-    """Wait until somebody is parked."""
+    """Wait until an access is parked."""
     with trio.fail_after(60):
         while True:
             (now,) = await status(mount.path)

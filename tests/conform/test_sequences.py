@@ -1,4 +1,4 @@
-"""Sequences that nobody wrote: the same on the real kernel and on the emulator.
+"""Random sequences: the same on the real kernel and on the emulator.
 
 The suite tries a few, the same in every run. `pytest tests/conform/test_sequences.py --sequences 2000` tries so many new ones; what that finds
 becomes a workload (fusehsm/conform/workloads).

@@ -329,7 +329,7 @@ def test_bad_usage(arguments: list[str], complaint: str) -> None:
 def test_a_difference_fails_the_command(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One that nobody knows: what is known to differ, with nobody knowing."""
+    """A difference that no divergence lists: the workload of a listed one, with its divergence taken away."""
     (nothing,) = chosen(["reading/nothing"])
     monkeypatch.setattr(
         command, "chosen", lambda patterns: [Workload(nothing.family, nothing.name, nothing.script)]

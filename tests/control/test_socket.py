@@ -1,4 +1,4 @@
-"""The control socket: clients that misbehave get an error or are disconnected, and stop nobody."""
+"""The control socket: clients that misbehave get an error or are disconnected, and stop no other client."""
 
 import errno
 import json
@@ -135,7 +135,7 @@ def client(clients: list[RawClient]) -> RawClient:
 
 @pytest.fixture
 def bystander(clients: list[RawClient]) -> RawClient:
-    """Somebody who behaves, and must be served whatever the others do."""
+    """A client that behaves well: it must be served, whatever the others do."""
     return clients[1]
 
 

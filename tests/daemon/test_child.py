@@ -1,4 +1,4 @@
-"""Mounts that live as long as whoever wants them (daemon/child.py)."""
+"""Mounts that end with the block or the process that wanted them (daemon/child.py)."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Handlers that raise what ends programs, and servers that fail: the access is denied, and nobody reads a stub's zeros."""
+"""Handlers that raise what ends programs, and servers that fail: the access is denied, and no accessor reads a stub's zeros."""
 
 import errno
 import os
@@ -234,7 +234,7 @@ def test_forgetting_fails_in_the_server(handled: Callable[..., Mount], accessor:
 def test_a_server_that_fails_leaves_a_mount_that_refuses(
     handled: Callable[..., Mount], accessor: Accessor
 ) -> None:
-    """Were it unmounted, everybody would read the stubs beneath it."""
+    """It stays mounted: without it, all accessors would read the stubs beneath."""
     mount = handled("ends_the_loop")
     path = str(mount.path / "Own")
     call = accessor.start("pread_path", path, 1, 0)

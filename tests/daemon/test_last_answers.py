@@ -208,7 +208,7 @@ async def test_reads_into_the_page_cache(make_mount: MakeMount, accessor: Access
 async def test_reads_that_wait_behind_a_denied_one(
     make_mount: MakeMount, make_accessor: MakeAccessor, engine: str
 ) -> None:
-    """The listener denies all that it has and closes its group: nobody that waited is let pass."""
+    """The listener denies all that it has and closes its group: no waiting access is allowed."""
     mount = make_mount("--events", "first-access", "--cache", "private")
     world = World("first-access", mount.source, mount.path, mount.pid)
     path = world.file(size=16 * PAGE)

@@ -42,7 +42,7 @@ def place(places: Callable[[str], Path], fuse: None) -> Iterator[Path]:
 
 @contextmanager
 def tmpfs(place: Path) -> Iterator[MountId]:
-    """What somebody else mounts there."""
+    """A mount that another program makes there."""
     subprocess.run(["mount", "-t", "tmpfs", "none", place], check=True)
     mount_id = id_at(str(place))
     yield mount_id
@@ -205,7 +205,7 @@ def test_a_daemon_that_is_told_to_end(where: str, make_mount: MakeMount) -> None
 
 
 def test_it_waits_for_what_is_inside(make_mount: MakeMount) -> None:
-    """Whoever is told to end at the same time may need the way there."""
+    """A process that gets its signal at the same time may still need the mount."""
     mount = make_mount()
     (mount.source / "inner").mkdir()
     with tmpfs(mount.path / "inner"):

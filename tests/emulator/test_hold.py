@@ -1,4 +1,4 @@
-"""--unattended hold with several groups: what is parked goes on by the answer of a pre-content group that covers it, and by nobody else's."""
+"""--unattended hold with several groups: only the answer of a pre-content group that covers a parked access ends its wait."""
 
 import errno
 import os
@@ -37,7 +37,7 @@ def scanning(
 
 
 async def touch_marks(listener: Listener, path: str) -> None:
-    """Change what is marked: whoever is parked is looked at again."""
+    """Change a mark, after which the parked accesses are looked at again."""
     await listener.group.mark(FAN_MARK_ADD, FAN_ACCESS_PERM, path=path)
 
 

@@ -1,4 +1,4 @@
-"""Leases: nobody has the file open, whoever wants it waits; one expectation for the real kernel's (fcntl(2)) and each engine's mounts."""
+"""Leases: no process has the file open, and an open(2) of it waits; one expectation for the real kernel's (fcntl(2)) and each engine's mounts."""
 
 import errno
 import fcntl
@@ -190,7 +190,7 @@ def open_and_read(path: str) -> bytes:
 
 
 async def test_open_waits(world: World, make_accessor: MakeAccessor) -> None:
-    """Whoever opens it sees the hole; nobody else is held up, and nothing but opening is."""
+    """A process that opens the file sees the hole. Only open(2) of this file waits."""
     path, other = world.file(), world.file("other")
     reader, writer, bystander = make_accessor(), make_accessor(), make_accessor()
     assert await bystander.run(open_and_read, path) == CONTENT[:SIZE]
@@ -375,7 +375,7 @@ async def test_broken_by_the_kernel(kernel_events: Path) -> None:
 async def test_nothing_cached_is_left(
     make_mount: MakeMount, make_accessor: MakeAccessor, events: str
 ) -> None:
-    """Pages and attributes, also those that somebody looked at during the lease."""
+    """Pages and attributes, also attributes that a process read during the lease."""
     mount = make_mount("--events", events, "--cache", "private" if events == "exact" else "shared")
     (mount.source / "file").write_bytes(CONTENT[:SIZE])
     path = str(mount.path / "file")

@@ -172,7 +172,7 @@ async def test_an_ignore_mark_on_another_mount(
 async def test_an_open_file_belongs_to_the_mount_of_its_open(
     inside: World, view: Path, make_accessor: MakeAccessor
 ) -> None:
-    """Whoever uses it, and although it was opened before the mark."""
+    """This holds for every process that uses it, and also if it was opened before the mark."""
     inside.file()
     accessor = make_accessor()
     by_view = await accessor.run("open", str(view / "file"), os.O_RDONLY)

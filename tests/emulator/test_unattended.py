@@ -1,4 +1,4 @@
-"""Accesses that nobody answers, or answers badly: --unattended, --event-timeout, handlers and listeners that misbehave."""
+"""Accesses without an answer, or with a bad one: --unattended, --event-timeout, handlers and listeners that misbehave."""
 
 import errno
 import os
@@ -371,7 +371,7 @@ def test_a_handler_that_never_returns(handled: Callable[..., Mount], accessor: A
 
 
 def test_a_handler_that_blocks_on_its_own_mount(handled: Callable[..., Mount], accessor: Accessor) -> None:
-    """os.stat() cannot be refused beforehand: the server ends, the log names the line, and nobody reads what is beneath the mount."""
+    """os.stat() cannot be refused beforehand: the server ends, the log names the line, and no process reads the files beneath the mount."""
     mount = handled("stats")
     stub = stub_in(mount, "stub", Filler())
     (mount.source / "target").touch()
@@ -444,7 +444,7 @@ async def test_bad_answers(make_mount: MakeMount, accessor: Accessor) -> None:
 
 
 async def test_rubbish_on_the_sockets(make_mount: MakeMount, accessor: Accessor) -> None:
-    """Whoever breaks the protocol loses his connection, and his accessors are treated as those of a dead listener."""
+    """A client that breaks the protocol loses its connection. Its accessors are treated as those of a dead listener."""
     mount = make_mount("--unattended", "deny=EBUSY")
     filler = Filler()
     stub = stub_in(mount, "stub", filler)

@@ -1,4 +1,4 @@
-"""One expectation, two worlds: accessors that wait for an answer. They can be killed, and stop nobody else, by the hundred."""
+"""One expectation, two worlds: accessors that wait for an answer. They can be killed, and hundreds of them stop no other accessor."""
 
 import mmap
 import os
@@ -200,7 +200,7 @@ async def test_a_signal_with_a_handler_does_not_end_the_wait(
         await listener.wait_for(2)
         accessor.signal(signal.SIGUSR1)
         accessor.signal(signal.SIGINT)
-        # When this one has been noticed and is dead, whoever looks for signals has looked at the other too.
+        # When this one was noticed and is dead, the look for signals has passed the other too.
         victim.signal(signal.SIGKILL)
         assert await died_of(victim) == signal.SIGKILL
         assert not call.done
@@ -387,7 +387,7 @@ async def test_a_new_file_that_waits_does_not_stop_its_directory(
 
 
 async def test_new_files_that_their_makers_may_not_write(world: World, make_accessor: MakeAccessor) -> None:
-    """Whoever makes a file may write it through that descriptor, whatever its mode: git does so."""
+    """The process that makes a file may write to it through that descriptor, whatever its mode: git does so."""
     os.chmod(world.backing, 0o777)
     nobody = make_accessor(uid=NOBODY, gid=NOBODY)
     for marks in ([], [world.everywhere(EVERYTHING)]):

@@ -310,7 +310,7 @@ async def test_holes_of_an_unwatched_file(world: World, accessor: Accessor) -> N
 
 
 async def test_holes_of_a_watched_file(world: World, accessor: Accessor) -> None:
-    """Seeking makes no event. There are none here ("holes are data"), so that nobody takes a stub for empty."""
+    """Seeking makes no event. There are none here ("holes are data"), so that no program takes a stub for empty."""
     path = sparse(world)
     early = await accessor.run("open", path, os.O_RDONLY)
     assert await accessor.run(act, early, "layout_open") == LAYOUT

@@ -212,7 +212,7 @@ async def test_many_open_with_few_descriptors(small_world: World, accessor: Acce
 
 
 async def test_new_files_that_their_makers_may_not_write(world: World, make_accessor: MakeAccessor) -> None:
-    """Whoever makes a file may write it through that descriptor, whatever its mode."""
+    """The process that makes a file may write to it through that descriptor, whatever its mode."""
     os.chmod(world.backing, 0o777)
     user = make_accessor(uid=NOBODY, gid=NOBODY)
     found = await user.run(act, str(world.path), "devfuse_cached.make_read_only", 20)
@@ -321,7 +321,7 @@ async def test_denied_truncating_open(world: World, accessor: Accessor) -> None:
 
 
 async def test_a_write_into_a_stub(world: World, accessor: Accessor) -> None:
-    """The page that is written in part is asked for first; nobody sees its zeros."""
+    """The page that is written in part is asked for first; no accessor sees its zeros."""
     stub = stub_of(world)
     filled = False
 
@@ -413,7 +413,7 @@ async def test_no_page_stays_locked_of_who_was_killed(world: World, make_accesso
 
 
 async def test_cached_before_the_mark(world: World, accessor: Accessor) -> None:
-    """A stub's zeros that somebody saw before anybody listened are not shown any more."""
+    """A stub's zeros that were read before there was a listener are not shown any more."""
     stub = stub_of(world)
     descriptor = await accessor.run("open", stub.path, os.O_RDONLY)
     mapping = await accessor.run("map_file", descriptor, SIZE)

@@ -73,7 +73,7 @@ def test_rubbish_without_a_header(target: Target) -> None:
 
 @pytest.mark.parametrize("opcode", [Opcode.GETATTR, Opcode.WRITE, Opcode.FORGET, 4096])
 def test_headers_that_lie(target: Target, opcode: int) -> None:
-    """Whoever waits for such a request gets an error, and not nothing."""
+    """The process that waits for such a request gets an error and does not wait forever."""
     for length in (0, 1, 39, 40, 55, 57, 1 << 20, (1 << 32) - 1):
         unique = target.next_unique()
         answer = target.attack(message(opcode, bytes(16), unique=unique, node_id=ROOT, length=length))

@@ -1,4 +1,4 @@
-"""Accessors that wait for an answer, on the real kernel and with the devfuse engine: they leave when killed, and stop nobody else."""
+"""Accessors that wait for an answer, on the real kernel and with the devfuse engine: they leave when killed, and stop no other accessor."""
 
 import os
 import signal
@@ -32,7 +32,7 @@ async def died_of(accessor: Accessor) -> int:
 
 # Killed
 
-# Whoever looks for signals a few times a second takes longer, on the average.
+# A look for signals a few times a second takes longer, on the average.
 AT_ONCE = 0.1  # seconds
 WAITING_AT = (
     "pread",
@@ -150,7 +150,7 @@ async def test_a_signal_with_a_handler_does_not_end_the_wait(
 
 
 async def test_writers_of_one_file(world: World, make_accessor: MakeAccessor) -> None:
-    """All their events are there at once, and whoever is answered first is done first."""
+    """All their events are there at once, and the accessor that is answered first ends first."""
     path = world.file()
     writers = [make_accessor() for _ in range(5)]
     async with world.listener(Mark(PRE_ACCESS, path), answer=hold) as listener:

@@ -1,4 +1,4 @@
-"""Mounting without libfuse: the mount's line, what is refused and how, who may, and how it goes. Nobody ever serves these mounts.
+"""Mounting without libfuse: the mount's line, what is refused and how, who may, and how it goes. No server ever answers for these mounts.
 
 Looking into such a mount would wait for an answer that never comes: what stands is read from /proc/self/mountinfo alone.
 """
@@ -380,7 +380,9 @@ def test_an_ordinary_user_unmounts_what_is_in_use(users_mount_point: Path, hold:
 
 
 @pytest.mark.usefixtures("users_mount_point")
-def test_an_ordinary_user_on_what_is_not_his(session_directory: Path, numbers: Iterator[int]) -> None:
+def test_an_ordinary_user_on_a_directory_of_another_user(
+    session_directory: Path, numbers: Iterator[int]
+) -> None:
     roots = session_directory / f"roots-{next(numbers)}"
     (roots / "closed" / "inside").mkdir(parents=True)
     (roots / "closed").chmod(0o700)

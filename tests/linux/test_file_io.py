@@ -1,4 +1,4 @@
-"""A descriptor that a task shares with a thread: whoever lets go last closes it, and nobody closes it twice."""
+"""A descriptor that a task shares with a thread: the last user closes it, and it is closed once."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""Whoever may write to the backing tries to lead the overlay outside of it, or to another file."""
+"""A process that may write to the backing tries to lead the overlay outside of it, or to another file."""
 
 import errno
 import os

@@ -622,7 +622,7 @@ def test_pins_are_bounded(source: Path, monkeypatch: pytest.MonkeyPatch, may_map
     for node in made[:7]:
         assert_stale(lambda node=node: tree.getattr(node))  # type: ignore[misc]
     assert [read(tree, node) for node in made[7:]] == [b"7", b"8", b"9"]
-    # Whoever holds an open file of a node can lend it; a wrong one is not taken.
+    # A descriptor of a node's file can be lent; that of another file is not taken.
     tree.open_files_from(opened.get)
     assert read(tree, made[0]) == b"0"
     assert tree.getattr(made[0]).st_nlink == 0

@@ -473,7 +473,7 @@ class TestOpen:
             os.close(fd)
 
     def test_create_of_a_name_that_appeared(self, source: Path, tree: Overlay) -> None:
-        """Nobody checked the accessor's rights to the file that is there now: the kernel must look again."""
+        """The accessor's rights to the file that is there now were not checked: the kernel must look again."""
         (source / "new").write_bytes(b"mine")
         os.symlink("/etc/passwd", source / "link")
         for name in (b"new", b"link"):

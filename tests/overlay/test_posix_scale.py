@@ -122,7 +122,7 @@ def test_many_files_open_at_once(large: Mount) -> None:
 
 
 def misbehave(top: Path, seed: int) -> None:
-    """Calls with flags, sizes, offsets and names that nobody needs, on files that others move and remove meanwhile.
+    """Calls with flags, sizes, offsets and names that no program needs, on files that other threads move and remove meanwhile.
 
     Only inside the mount: "..", and symbolic links that lead up, would reach the machine's own directories, so the mount becomes this
     process's root first.

@@ -185,7 +185,7 @@ def terminal() -> Iterator[tuple[int, dict[str, object]]]:
 
 
 def test_ctrl_c(world: RunWorld, terminal: tuple[int, dict[str, object]]) -> None:
-    """A terminal signals the whole process group, the command and whoever runs it: the command alone decides, and hears of it once."""
+    """A terminal signals the whole process group, the command and its parent: the command alone decides, and hears of it once."""
     ours, settings = terminal
     script = 'trap "echo heard; sleep 0.5; exit 3" INT; echo ready; while :; do sleep 0.02; done'
     with Program(world.command("sh", "-c", script), **settings) as running:
@@ -392,7 +392,7 @@ def test_no_descriptors_leak(world: RunWorld, session_directory: Path) -> None:
 
 
 def test_a_mark_of_another_dialect(world: RunWorld, session_directory: Path, accessor: Accessor) -> None:
-    """The program is refused as the kernel would refuse it, and whoever runs it is told what to say."""
+    """The program is refused as the kernel would refuse it, and the message says which option to give."""
     words = listener_words(session_directory, world.place, "poll", marks=(("add", "0x80000", "stub"),))
     with Program(world.command(*words)) as running:
         running.wait_ready()

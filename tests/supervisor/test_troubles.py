@@ -183,7 +183,7 @@ def processes_of_nobody() -> int:
 def test_a_user_with_few_processes_left(
     run_world: RunWorld, session_directory: Path, make_accessor: MakeAccessor, open_device: None
 ) -> None:
-    """Calls that no thread can be had for fail, and nobody waits for them."""
+    """Calls for which no thread can be started fail, and do not wait."""
     for path in (run_world.place, *run_world.place.iterdir()):
         os.chown(path, NOBODY, NOBODY)
     command, environment, who = harness.command_of(NOBODY)

@@ -103,7 +103,7 @@ def test_all_others_see_the_overlay(place: Path, accessor: Accessor, tmp_path: P
 
 
 def test_its_own_accesses_make_no_events(place: Path, session_directory: Path) -> None:
-    """A process of its namespace reads what is marked while the listener answers nobody."""
+    """A process of its namespace reads a marked file while the listener gives no answer."""
     require_root()
     with Program(listening(session_directory, place)) as listener:
         listener.wait_ready()

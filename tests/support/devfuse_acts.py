@@ -462,7 +462,7 @@ def operate(path: str, name: str) -> None:
 
 
 def operate_with_passed_descriptor(path: str, name: str) -> int:
-    """Somebody is passed a descriptor, and does an operation on it; the signal that kills him at that, or 0."""
+    """A process gets a descriptor and does an operation on it. Returns the signal that kills it there, or 0."""
     ours, theirs = socket.socketpair()
     child = _forked(lambda: OPERATIONS[name](_receive(theirs)))
     with opened(path) as descriptor:

@@ -75,7 +75,7 @@ def end_everything_at(place: Path) -> None:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    """Until something is so that nobody tells of."""
+    """Wait until a condition holds that no event reports."""
     deadline = time.monotonic() + STEP
     while not condition():
         assert time.monotonic() < deadline, "it has not come to be"

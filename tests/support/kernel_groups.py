@@ -37,7 +37,7 @@ P = LINUX_6_14.pre_access
 
 
 class KernelGroup:
-    """A group of the running kernel, non-blocking. close() releases whoever waits."""
+    """A group of the running kernel, non-blocking. close() releases the waiting accesses."""
 
     def __init__(self, flags: int = FAN_CLASS_PRE_CONTENT, event_f_flags: int = os.O_RDONLY) -> None:
         self.fd = fanotify_init(flags | FAN_NONBLOCK, event_f_flags | os.O_CLOEXEC)

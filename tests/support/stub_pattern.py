@@ -17,7 +17,7 @@ def content(seed: int, size: int) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Stub:
-    """A file without content: `path` for accessors, `backing` for its keeper, `content` what everybody must see."""
+    """A file without content: `path` for accessors, `backing` for its keeper, `content` the bytes that every accessor must see."""
 
     path: str
     backing: Path

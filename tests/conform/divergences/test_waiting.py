@@ -107,7 +107,7 @@ async def test_killed_with_a_passed_descriptor(
             witness.start("pread_path", path, 100, 0)
             await listener.wait_for(2)
             os.kill(child, signal.SIGKILL)
-            # Killed later and gone: whoever looks for the dying has looked at the child since.
+            # This one was killed later and is gone, so the look for killed processes has passed the child since.
             witness.kill()
             await trio.to_thread.run_sync(witness.wait_exit)
             if side.diverges("killed with a passed descriptor"):

@@ -122,7 +122,7 @@ class S3:
 
     @property
     def environment(self) -> Mapping[str, str]:
-        """What makes s3://BUCKET/PREFIX mean this store to whoever opens it, and nothing of the user's own."""
+        """The environment in which s3://BUCKET/PREFIX is this store, and in which no setting of the user counts."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": self.access_key,

@@ -113,7 +113,7 @@ def sshd(place: Path) -> Iterator[Served]:
 
 
 def free_port() -> int:
-    """A TCP port of loopback that nobody uses."""
+    """A TCP port of loopback that no program uses."""
     return free_ports(1)[0]
 
 

@@ -172,7 +172,7 @@ class Soak:
         os.rmdir(name, dir_fd=self._root_fd)
 
     def _plant(self, name: str, block: int) -> list[list[Content]]:
-        """Stubs of files of all sizes, for each user; the last group's are nobody's."""
+        """Stubs of files of all sizes, for each user; no user works with the last group."""
         choose = self._choose
         place = self._store / name
         place.mkdir()
@@ -217,7 +217,7 @@ class Soak:
         stopping = threading.Event()
 
         def suspect() -> bool:
-            # Whoever waits for the kernel's listener when it dies is let go on.
+            # An access that waits for the kernel's listener is allowed when it dies.
             return self._backend == "kernel" and (stopping.is_set() or fetch.is_dead(0.3))
 
         def in_flight() -> bool:
@@ -353,7 +353,7 @@ def report(soaks: list[Soak], seconds: float) -> None:
 
 
 class Interrupted(BaseException):
-    """Somebody wants it to end, with nothing left mounted."""
+    """A signal asks the soak to end; it then unmounts everything."""
 
 
 def interrupt(*_: object) -> None:

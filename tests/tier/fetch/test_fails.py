@@ -1,4 +1,4 @@
-"""A fetch that fails of an error of its own: nobody reads zeros for it where that can be helped, and it says so in one line."""
+"""A fetch that fails of an error of its own: no accessor reads zeros because of it, where that can be avoided, and one line reports it."""
 
 import os
 import platform
@@ -66,7 +66,7 @@ def test_its_mount_stays_and_refuses_and_the_next_takes_it_over(big: Path, targe
 
 
 def test_its_records_are_closed(big: Path, target: Path, backend: str) -> None:
-    """So what is changed while nobody serves is not taken for what was changed while somebody did."""
+    """So a change that is made while no fetch runs is not taken for one that was made while fetch served."""
     command = with_fault("end=RuntimeError")
     with fetching(big, target, "--backend", backend, command=command, stdin=subprocess.PIPE) as served:
         assert run("head", "-c1", target / "big").returncode == 0

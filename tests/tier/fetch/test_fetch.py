@@ -34,7 +34,7 @@ def big(places: Callable[[str], Path]) -> Path:
 
 
 def resident(path: Path) -> list[int]:
-    """Which blocks of a file that nobody serves are here."""
+    """The blocks that are here, of a file that no fetch serves."""
     fd = os.open(path, os.O_RDONLY)
     try:
         mark = stub_mark.read(fd)

@@ -139,7 +139,7 @@ def test_of_a_store_that_names_none(nginx: Served, target: Path, backend: str) -
 
 
 def test_what_populate_made_is_filled(store: Path, target: Path, backend: str) -> None:
-    """Whoever owns it, whatever its modes, under new names, and when root has given it to itself."""
+    """With any owner and mode, under new names, and when root has given it to itself."""
     put(store / "shared", OWN, VICTIM, 0o664)
     put(store / "given", OWN, VICTIM, 0o600)
     (store / "place").mkdir()

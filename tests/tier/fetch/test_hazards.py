@@ -171,7 +171,7 @@ def test_a_limited_rate_is_of_bytes_not_blocks(
 
 
 def test_few_descriptors(target: Path, backend: str, places: Callable[[str], Path]) -> None:
-    """Nobody hangs, and nobody is refused: they wait for their turn."""
+    """No access hangs or is refused: each waits for its turn."""
     store = places("store")
     names = [f"{number}" for number in range(100)]
     for name in names:
@@ -188,7 +188,7 @@ def test_few_descriptors(target: Path, backend: str, places: Callable[[str], Pat
 def test_who_waits_for_what_was_being_fetched_ahead_is_as_patient_as_others(
     nginx: Served, target: Path, backend: str
 ) -> None:
-    """What is fetched ahead is given up on the first failure, but not when somebody has come to want it."""
+    """What is fetched ahead is given up on the first failure, but not when an accessor waits for it by then."""
     place = nginx.directory / f"ahead-{backend}"
     place.mkdir()
     (place / "big").write_bytes(content_of(8 * MIB))

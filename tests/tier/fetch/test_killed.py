@@ -54,7 +54,7 @@ def test_a_mount_whose_daemon_was_killed_is_replaced(source: Path, target: Path)
 
 @pytest.mark.fuse
 def test_a_mount_that_has_come_instead_stays(source: Path, target: Path) -> None:
-    """What fetch has mounted was unmounted by somebody, who has mounted another in that place."""
+    """Another program has unmounted fetch's mount, and has mounted another one in its place."""
     plant(source, target)
     with fetching(source, target, "--backend", "fuse") as served:
         subprocess.run(["umount", "-l", target], check=True)
@@ -66,7 +66,7 @@ def test_a_mount_that_has_come_instead_stays(source: Path, target: Path) -> None
 
 @pytest.mark.kernel
 def test_a_renamed_file_comes_to_rest(source: Path, target: Path, kernel_events: Path) -> None:
-    """What is done to it afterwards, while nobody serves it, is not taken for what was done while somebody did."""
+    """A change that is made afterwards, while no fetch runs, is not taken for one that was made while fetch served."""
     (source / "big").write_bytes(content_of(3 << 20))
     plant(source, target)
     with fetching(source, target, "--backend", "kernel", "--read-ahead", "0") as served:

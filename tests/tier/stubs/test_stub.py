@@ -120,7 +120,7 @@ def test_what_a_killed_fill_has_left_is_taken(stub: Stub) -> None:
 
 
 def test_what_was_written_into_a_hole_is_in_doubt(stub: Stub) -> None:
-    """The kernel lets a write go on when the listener dies; around it in its page are zeros that nobody has ever meant."""
+    """The kernel lets a write go on when the listener dies; around it in its page are zeros that no program has written."""
     stub.fill(0)
     os.pwrite(stub.fd, b"mine", BLOCK + 100)
     stub.again()
@@ -185,7 +185,7 @@ def test_a_modification_in_the_moment_of_a_fill_is_not_lost(stub: Stub) -> None:
 
 
 def test_what_was_filled_when_killed_is_not_taken_away(stub: Stub) -> None:
-    """Somebody may have written at the same time."""
+    """Another process may have written at the same time."""
     stub.fill(0)
     file = stub.again()
     with pytest.raises(OSError) as raised:

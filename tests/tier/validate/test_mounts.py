@@ -97,7 +97,7 @@ def test_stubs_of_a_tree(tree: Tree) -> None:
 
 
 def test_what_cannot_be_read_is_told_and_the_rest_goes_on(tree: Tree) -> None:
-    """A denied file, one that is never answered for, and a reader that somebody kills."""
+    """A denied file, one that is never answered for, and a reader that is killed."""
     for name in ("denied", "good", "hanging", "last"):
         (tree.origin / name).write_bytes(content_of(10_000))
     tree.serve(TROUBLED)

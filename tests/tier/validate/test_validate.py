@@ -312,7 +312,7 @@ def test_how_progress_reads() -> None:
 
 @pytest.mark.fuse
 def test_a_directory_that_is_never_answered_for(places: Callable[[str], Path], make_mount: MakeMount) -> None:
-    """Opening it makes an event in patch-v2, which is held while nobody listens."""
+    """Opening it makes an event in patch-v2, which is held while there is no listener."""
     store = places("store")
     (store / "file").write_bytes(b"content")
     mount = make_mount("--abi", "patch-v2", "--unattended", "hold", "--allow-other")
