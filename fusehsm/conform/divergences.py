@@ -65,7 +65,8 @@ DIVERGENCES: Final = (
     Divergence(
         topic=Topic.STUBS,
         name="holes are data",
-        difference="SEEK_DATA and SEEK_HOLE report that a watched file has no holes.",
+        difference="SEEK_DATA and SEEK_HOLE report that a watched file has no holes. The processes that read the events of a pre-content group "
+        "with a mark on the file learn the truth with devfuse.",
         reason="A program that skips holes, such as `cp`, would copy a stub as zeros without any event, as it does on a real kernel.",
         safe="A copy asks for every byte.",
         test="test_holes_are_data",
@@ -77,6 +78,16 @@ DIVERGENCES: Final = (
         reason="`tar -S` takes a file without blocks for a file without data and stores zeros without a read.",
         safe="An archive asks for every byte, and `du` shows half a KiB for a stub without content.",
         test="test_blocks_of_stubs",
+    ),
+    Divergence(
+        topic=Topic.STUBS,
+        name="blocks of stubs for the listener",
+        difference="Its listener, too, gets one block for such a file from stat(2) of its path; fstat(2) of an event's descriptor and SEEK_DATA "
+        "(with devfuse) tell the truth.",
+        reason="The kernel caches the attributes of a file for all processes. What the listener asks for, a `tar -S` would get as well.",
+        safe="No accessor gets another number. A listener that takes the file for filled by st_blocks has to look in one of the other ways: "
+        "`fusehsm run` tells of the hole that it allows, and with `--listener` the number is the file's own.",
+        test="test_blocks_of_stubs_for_the_listener",
     ),
     Divergence(
         topic=Topic.STUBS,

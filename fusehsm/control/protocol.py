@@ -202,6 +202,19 @@ class MarkBacking:
 
 
 @dataclass(frozen=True, slots=True)
+class Reader:
+    """A process reads the events of this connection's group: SEEK_DATA and SEEK_HOLE tell it where the group's files have holes.
+
+    The client's own process needs no such request.
+    """
+
+    #: The process.
+    pid: int
+    #: When it started (linux/proc.py, started()). The server takes no later process of that number for it.
+    started: int
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """Tell the state of the mount and its listeners. The answer is gate.status()."""
 
@@ -284,6 +297,7 @@ Request = (
     Hello
     | MarkRequest
     | MarkBacking
+    | Reader
     | Status
     | Release
     | Drop
@@ -299,6 +313,7 @@ _CODEC: Final[RequestCodec[Request]] = RequestCodec(
         "hello": Hello,
         "mark": MarkRequest,
         "mark-backing": MarkBacking,
+        "reader": Reader,
         "status": Status,
         "release": Release,
         "drop": Drop,

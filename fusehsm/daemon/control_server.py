@@ -28,6 +28,7 @@ from fusehsm.control.protocol import (
     Map,
     MarkBacking,
     MarkRequest,
+    Reader,
     Release,
     Request,
     Status,
@@ -40,9 +41,11 @@ from fusehsm.emulator.group import Group
 from fusehsm.emulator.interface import GateFace
 from fusehsm.fanotify.abi import DIALECTS, FAN_MARK_FLUSH
 from fusehsm.fanotify.marks import MAIN, MountKey
+from fusehsm.linux import proc
 
 MOST_GROUPS: Final = 128  # the default of fs.fanotify.max_user_groups
 MOST_CONNECTIONS: Final = 256
+_MOST_READERS: Final = 1024  # of a group; the oldest are forgotten
 
 _log = logging.getLogger(__name__)
 
@@ -171,6 +174,9 @@ class _Session:
             case MarkBacking():
                 await self._mark_backing(request)
                 return {}
+            case Reader():
+                self._read_by(request.pid, request.started)
+                return {}
             case Status():
                 return self._gate.status()
             case Release():
@@ -217,6 +223,8 @@ class _Session:
         )
         self._server.groups += 1
         self._gate.add_group(group)
+        if (started := proc.started(self._pid)) is not None:
+            self._read_by(self._pid, started)
         self._nursery.start_soon(self._listen, self._channel)
         self._nursery.start_soon(self._channel.send_the_stuck)
         return Welcome(name, self._gate.destination), theirs.detach()
@@ -267,6 +275,14 @@ class _Session:
         finally:
             if named is not None:
                 self._gate.forget(named.id, 1)
+
+    def _read_by(self, pid: int, started: int) -> None:
+        if self._channel is None:
+            raise OSError(errno.EBADF, "no group on this connection")
+        readers = self._channel.group.readers
+        readers[pid] = started
+        if len(readers) > _MOST_READERS:
+            del readers[next(iter(readers))]
 
     async def _take_lease(self, inode: int) -> int:
         if self._lease is not None:

@@ -30,6 +30,7 @@ from fusehsm.fanotify.abi import (
     parse_mask,
 )
 from fusehsm.handler import Handler, report_unopened, serve
+from fusehsm.linux import proc
 
 _ROOT_NODE = 1
 _FLAGS = FAN_CLASS_PRE_CONTENT | FAN_CLOEXEC | FAN_UNLIMITED_QUEUE | FAN_UNLIMITED_MARKS
@@ -88,6 +89,7 @@ class InProcessGroup(Group):
         #: The server of the group may handle events in the tasks of their accessors' requests.
         self.takes_offers = False
         self._group.listener_pid = os.getpid()
+        self._group.readers[os.getpid()] = proc.started(os.getpid()) or 0
         self._group.on_readable = self._wake
         gate.add_group(self._group)
 

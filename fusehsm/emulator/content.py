@@ -385,10 +385,14 @@ class Content:
                 self.notify(access, self._seen_before(file), file.node)
         return copied
 
-    def seek(self, file: OpenFile[Node], offset: int, whence: int) -> int:
-        """lseek(2) with SEEK_DATA or SEEK_HOLE; returns the new offset. All of a watched file is data. Raises OSError."""
+    def seek(self, file: OpenFile[Node], offset: int, whence: int, tid: int = 0) -> int:
+        """lseek(2) with SEEK_DATA or SEEK_HOLE by thread `tid`; returns the new offset. Raises OSError.
+
+        All of a watched file is data, because programs skip holes without a read. Only the listener, which fills them, sees them.
+        """
         with self._handles.backing(file) as descriptor:
-            if self._listeners.idle or not self._listeners.watches(self._subject_of(file.node)):
+            subject = self._subject_of(file.node)
+            if not self._listeners.watches(subject) or self._listeners.is_filled_by(subject, tid):
                 return os.lseek(descriptor, offset, whence)
             size = os.fstat(descriptor).st_size
         if not 0 <= offset < size:

@@ -144,6 +144,8 @@ class Group:
         self.handle: Callable[[Pending], Coroutine[Any, Any, None]] | None = None
         #: The listener's process, 0 when it is not known.
         self.listener_pid = 0
+        #: The processes that read its events, each with its proc.started(), the latest last.
+        self.readers: dict[int, int] = {}
         #: Whether close() was called.
         self.closed = False
         self._max_queued = None if flags & FAN_UNLIMITED_QUEUE else max_queued_events

@@ -170,6 +170,15 @@ class Listeners:
             return False
         return self._unattended_watch(subject) or any(group.marks.watched(subject) for group in self.groups)
 
+    def is_filled_by(self, subject: Subject, tid: int) -> bool:
+        """Whether the thread's process reads the events of a pre-content group with a mark that covers the subject."""
+        groups = [group for group in self.groups if group.priority == PRE_CONTENT and group.readers]
+        if not tid or not any(group.marks.watched(subject) for group in groups):
+            return False
+        process = proc.process_of(tid)
+        known = {group.readers.get(process) for group in groups if group.marks.watched(subject)} - {None}
+        return bool(known) and proc.started(process) in known
+
     def _unattended_watch(self, subject: Subject) -> bool:
         action = self._unattended.action
         if action is Unattended.ALLOW:

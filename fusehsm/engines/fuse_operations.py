@@ -388,7 +388,8 @@ class Operations:
 
     def lseek(self, request: Request) -> bytes:
         handle, offset, whence, _ = protocol.LSEEK_IN.unpack_from(request.body)
-        found = self._content.seek(self._file(request.node_id, handle, writing=False), offset, whence)
+        file = self._file(request.node_id, handle, writing=False)
+        found = self._content.seek(file, offset, whence, request.pid)
         return protocol.OFFSET_OUT.pack(found)
 
     async def copy_file_range(self, request: Request) -> bytes:

@@ -165,6 +165,13 @@ def process_of(tid: int) -> int:
     return process if process is not None else tid
 
 
+def started(pid: int) -> int | None:
+    """When a process started, in clock ticks since the boot; None if it is gone. With its number it names a process for good."""
+    text = _read_proc(f"/proc/{pid}/stat")
+    # The name in parentheses may contain anything.
+    return int(text.rpartition(b")")[2].split()[19]) if text else None
+
+
 def threads_of(pid: int) -> list[int]:
     """The threads of a process; empty if the process is gone."""
     try:

@@ -10,13 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from fusehsm.backends.lookup import FoundObject, mark_request
 from fusehsm.control.blocking_client import BlockingConnection
 from fusehsm.control.event_stream import EventStream, Received
-from fusehsm.control.protocol import VERSION, Hello, MarkBacking, MarkRequest
+from fusehsm.control.protocol import VERSION, Hello, MarkBacking, MarkRequest, Reader
 from fusehsm.fanotify import rules
 from fusehsm.fanotify.abi import (
     FAN_CLASS_CONTENT,
@@ -32,7 +32,7 @@ from fusehsm.fanotify.abi import (
     PATCH_V2,
     Dialect,
 )
-from fusehsm.linux import syscalls
+from fusehsm.linux import proc, syscalls
 from fusehsm.linux.mountinfo import Mount, read_mounts
 from fusehsm.supervisor.readiness import Bell
 from fusehsm.supervisor.view import Target
@@ -63,6 +63,8 @@ class Source:
     connection: BlockingConnection
     #: The events of the mount's own group.
     stream: EventStream
+    #: The threads whose process the mount knows as a reader of the events.
+    readers: set[int] = field(default_factory=set)
 
     def close(self) -> None:
         """End the connection, without waiting. The mount then removes the group's marks; its --unattended decides the unanswered events."""
@@ -320,10 +322,20 @@ class SupervisedGroup:
     def handed_over(self, source: Source, received: Received, number: int, tid: int) -> None:
         """Note that thread `tid` is about to read the event, with that descriptor number."""
         if received.mask & self.dialect.permission:
+            if tid not in source.readers:
+                self._tell_reader(source, tid)
             with self._lock:
                 self._unanswered.add(number, (source, received.number))
                 self._outstanding[source, received.number] = Outstanding(source, received, time.monotonic())
                 self.listeners.add(tid)
+
+    def _tell_reader(self, source: Source, tid: int) -> None:
+        source.readers.add(tid)
+        process = proc.process_of(tid)
+        if (started := proc.started(process)) is not None:
+            # A mount of an older fusehsm does not know the request, or the mount is gone.
+            with contextlib.suppress(OSError):
+                source.connection.request(Reader(process, started))
 
     def take_back(self, source: Source, received: Received, number: int) -> None:
         """Queue an event again that the process has not read, for another reader."""

@@ -15,6 +15,7 @@ from fusehsm.tier.fetch import protocol as fetch
         protocol.Hello(1, 2, 3, None),
         protocol.Hello(1, 2, 3, "patch-v2"),
         protocol.MarkRequest(1, (1 << 64) - 1, 8, 1, None),
+        protocol.Reader(1234, 567_890),
         protocol.Status(),
         protocol.LeaseStatus(),
         protocol.Map(0, 1, 2, 3, 4, 5, 6, 1),

@@ -6,15 +6,22 @@ import os
 import signal
 
 import pytest
+import trio
 
+from fusehsm.backends.opening import DEFAULT_FLAGS
 from fusehsm.conform.accessor import Accessor, AccessorDied
+from fusehsm.control.client import ControlConnection
+from fusehsm.control.protocol import VERSION, Hello, MarkRequest, Reader
 from fusehsm.fanotify.abi import (
     FAN_CLASS_PRE_CONTENT,
     FAN_CLOEXEC,
+    FAN_MARK_ADD,
     FAN_ONDIR,
     FAN_REPORT_TID,
     FAN_UNLIMITED_QUEUE,
 )
+from fusehsm.linux import proc
+from fusehsm.linux.mountinfo import mount_of
 from tests.support.devfuse_acts import MAPPED, OPERATIONS, act
 from tests.support.devfuse_rows import (
     AGAIN,
@@ -320,6 +327,38 @@ async def test_holes_of_a_watched_file(world: World, accessor: Accessor) -> None
         # Also by a descriptor that is older than the mark.
         assert await accessor.run(act, early, "layout_open") == found
         assert listener.take() == []
+
+
+async def test_holes_are_shown_to_the_process_that_reads_the_events(world: World, accessor: Accessor) -> None:
+    """A later process with the number of that process finds data everywhere."""
+    path = sparse(world)
+    if world.is_kernel:
+        assert await accessor.run(act, path, "layout") == LAYOUT
+        return
+    data = [("data", 0), ("hole", 20 * PAGE + 5)]
+    mount = await trio.to_thread.run_sync(mount_of, path)
+    connection = await ControlConnection.open(mount)
+    started = proc.started(accessor.pid)
+    assert started is not None
+    try:
+        with pytest.raises(OSError) as refused:  # there is no group yet
+            await connection.request(Reader(accessor.pid, started))
+        assert refused.value.errno == errno.EBADF
+        _, events = await connection.request(Hello(VERSION, DEFAULT_FLAGS, os.O_RDWR, None))
+        assert events is not None
+        try:
+            inode = (await trio.to_thread.run_sync(os.stat, path)).st_ino
+            mark = MarkRequest(FAN_MARK_ADD, PRE_ACCESS, *mount.device, inode)
+            await connection.request(mark)
+            assert await accessor.run(act, path, "layout") == data
+            await connection.request(Reader(accessor.pid, started + 1))
+            assert await accessor.run(act, path, "layout") == data
+            await connection.request(Reader(accessor.pid, started))
+            assert await accessor.run(act, path, "layout") == LAYOUT
+        finally:
+            os.close(events)
+    finally:
+        connection.close()
 
 
 @pytest.mark.parametrize("is_watched", [False, True], ids=["unwatched", "watched"])

@@ -7,6 +7,7 @@ import mmap
 import os
 
 import pytest
+import trio
 
 from fusehsm.conform.accessor import Accessor
 from fusehsm.conform.workloads import async_io
@@ -33,6 +34,14 @@ async def test_holes_are_data(kernel: Side, exact: Side, first_access: Side, acc
                 assert caught.value.errno == errno.ENXIO
             else:
                 assert await accessor.run(seek_data_and_hole, descriptor) == (0, SIZE)
+            own = await trio.to_thread.run_sync(os.open, path, os.O_RDONLY)
+            if side.engine == "pyfuse3":
+                assert await trio.to_thread.run_sync(seek_data_and_hole, own) == (0, SIZE)
+            else:  # the listener, which is this process, sees the hole
+                with pytest.raises(OSError) as caught:
+                    await trio.to_thread.run_sync(seek_data_and_hole, own)
+                assert caught.value.errno == errno.ENXIO
+            await trio.to_thread.run_sync(os.close, own)
             assert listener.take() == []
 
 
@@ -278,6 +287,15 @@ async def test_blocks_of_stubs(kernel: Side, exact: Side, first_access: Side, ac
         async with side.listening():
             status = await accessor.run("stat", path)
         assert (status.st_size, status.st_blocks) == (SIZE, 0 if side is kernel else 1)
+
+
+async def test_blocks_of_stubs_for_the_listener(kernel: Side, exact: Side, first_access: Side) -> None:
+    for side in (kernel, exact, first_access):
+        path = side.file("looked-at", 0)
+        os.truncate(side.backing / "looked-at", SIZE)
+        async with side.listening():
+            status = await trio.to_thread.run_sync(os.stat, path)  # this process is the listener
+        assert status.st_blocks == (0 if side is kernel else 1)
 
 
 async def test_rename_whiteout(kernel: Side, exact: Side, accessor: Accessor) -> None:

@@ -2,9 +2,10 @@
  * A listener that fills its files through descriptors of its own, as public daemons do: one thread for each event, so that events of the listener's own
  * accesses are answered, too.
  *
- *   own event|kept|path|chmod DIRECTORY FILE...
+ *   own event|holes|kept|path|chmod DIRECTORY FILE...
  *
  * event: through the event's descriptor. kept: through one that was opened before the mark. path: through one that is opened by path at the event.
+ * holes: through the event's descriptor, if SEEK_HOLE of one that was opened before the mark finds a hole.
  * chmod: a child changes the mode, then through the event's descriptor. FILE is filled with "C".
  */
 #define _GNU_SOURCE
@@ -44,6 +45,18 @@ static int fill(int fd)
 	return error;
 }
 
+static int through_event(void)
+{
+	return !strcmp(how, "event") || !strcmp(how, "chmod") || !strcmp(how, "holes");
+}
+
+static int has_hole(int fd)
+{
+	struct stat status;
+
+	return !fstat(fd, &status) && lseek(fd, 0, SEEK_HOLE) < status.st_size;
+}
+
 static int by_path(const char *name)
 {
 	int error, fd = open(name, O_WRONLY | O_CLOEXEC);
@@ -76,7 +89,7 @@ static int position(int event_fd)
 		return -1;
 	for (number = 0; number < count; number++)
 		if (!stat(names[number], &found) && found.st_ino == wanted.st_ino &&
-		    (found.st_dev == wanted.st_dev || !strcmp(how, "chmod")))
+		    (found.st_dev == wanted.st_dev || through_event()))
 			return number;
 	return -1;
 }
@@ -95,6 +108,9 @@ static void *serve(void *argument)
 			puts("unknown");
 		} else if (!strcmp(how, "kept")) {
 			error = fill(kept[number]);
+		} else if (!strcmp(how, "holes")) {
+			if (has_hole(kept[number]))
+				error = fill(event->fd);
 		} else if (!strcmp(how, "chmod")) {
 			error = in_child(names[number]);
 			if (!error)
@@ -123,8 +139,8 @@ int main(int argc, char **argv)
 	count = argc - 3;
 	kept = calloc(count, sizeof(*kept));
 	for (number = 0; number < count; number++)
-		kept[number] = strcmp(how, "kept") ? -1 : open(names[number], O_RDWR | O_CLOEXEC);
-	group = fanotify_init(FAN_CLASS_PRE_CONTENT | FAN_CLOEXEC, strcmp(how, "event") && strcmp(how, "chmod") ? O_RDONLY : O_RDWR);
+		kept[number] = strcmp(how, "kept") && strcmp(how, "holes") ? -1 : open(names[number], O_RDWR | O_CLOEXEC);
+	group = fanotify_init(FAN_CLASS_PRE_CONTENT | FAN_CLOEXEC, through_event() ? O_RDWR : O_RDONLY);
 	if (group < 0 || fanotify_mark(group, FAN_MARK_ADD | FAN_MARK_MOUNT, FAN_PRE_ACCESS, AT_FDCWD, argv[2])) {
 		perror("mark");
 		return 3;
