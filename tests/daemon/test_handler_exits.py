@@ -243,7 +243,7 @@ def test_a_server_that_fails_leaves_a_mount_that_refuses(
     with suppress(OSError):  # it was allowed before the server failed, or the server did not come to say so
         call.result()
     assert error_of(lambda: accessor.call("pread_path", path, 1, 0)) in GONE
-    wait_for(mount, "refuses everybody")
+    wait_for(mount, "refuses all accesses")
     assert fusehsm("umount", mount.path).returncode == 0
 
 

@@ -363,6 +363,7 @@ def test_both_sides(tree: Tree, take: Take) -> None:
 
 def test_a_wait_for_the_other_side(tree: Tree) -> None:
     if not is_shared(tree):
+        tree.run(lambda path: make(path / "file") and None)
         return
 
     def act(path: Path) -> object:
