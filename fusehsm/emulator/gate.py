@@ -247,7 +247,10 @@ class Gate:
         """Open the event's file on the backing with the group's event_f_flags; the caller closes the descriptor. Raises OSError."""
         node = pending.target
         assert isinstance(node, Node)
-        return self.overlay.open_for_event(node, group.event_f_flags, self.open_descriptor(node))
+        opened = self.open_descriptor(node)
+        if self.overlay.event_root is not None:
+            return self.overlay.open_for_view(node, group.event_f_flags, opened)
+        return self.overlay.open_for_event(node, group.event_f_flags, opened)
 
     def _event_path(self, node: object) -> bytes:
         assert isinstance(node, Node)

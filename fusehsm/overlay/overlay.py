@@ -65,7 +65,7 @@ class Overlay:
         self._table = self._reach.table
         self._impersonation = Impersonation()
         self.root = self._table.root
-        #: A descriptor of the source as another mount shows it, through which the listeners' event descriptors are opened; None: as all others.
+        #: A descriptor of the source as the listener's mount shows it, for open_for_view(); None where the listener has none.
         self.event_root: int | None = None
 
     def close(self) -> None:
@@ -402,17 +402,13 @@ class Overlay:
 
         O_CLOEXEC is always set, and O_LARGEFILE as on every descriptor of a 64-bit process. Only files and directories can be
         opened, and directories for reading only: the kernel opens them for writing, too, but open(2) cannot. `fd`: any open file
-        of the node, which saves a walk of its names.
+        of the node, or O_PATH, which saves a walk of its names.
         """
         if node.kind != stat.S_IFDIR:
             self._check_openable(node)
         else:
             flags &= ~os.O_ACCMODE
         flags = flags & _EVENT_FLAGS | os.O_LARGEFILE | os.O_CLOEXEC
-        if self.event_root is not None:
-            opened = self._open_below(self.event_root, node, flags)
-            if opened is not None:
-                return opened
         if fd is not None:
             return self._reach.open(path_of(fd), flags)
         fd = self._reach.path_fd(node)
@@ -421,19 +417,31 @@ class Overlay:
         finally:
             os.close(fd)
 
-    def _open_below(self, root: int, node: Node, flags: int) -> int | None:
-        """Open the node by its names from another mount of the source; None if it cannot be reached there. Raises OSError of the open."""
+    def open_for_view(self, node: Node, flags: int, fd: int | None = None) -> int:
+        """open_for_event() through the listener's own mount of the source, so that the mount id is the listener's, too.
+
+        Where the node's names lead elsewhere on that mount, it is opened as for others. Needs `event_root`.
+        """
+        found = self._path_below_event_root(node)
+        if found is None:
+            return self.open_for_event(node, flags, fd)
         try:
-            path = self.relative_path(node) or b"."
-            fd = syscalls.openat2(
-                root, path, _PATH_ONLY, syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS
-            )
+            return self.open_for_event(node, flags, found)
+        finally:
+            os.close(found)
+
+    def _path_below_event_root(self, node: Node) -> int | None:
+        assert self.event_root is not None
+        path = self.relative_path(node) or b"."
+        resolve = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS
+        try:
+            found = syscalls.openat2(self.event_root, path, _PATH_ONLY, resolve)
         except OSError:
             return None
-        try:
-            return self._reach.open(path_of(fd), flags) if node.matches(os.fstat(fd)) else None
-        finally:
-            os.close(fd)
+        if node.matches(os.fstat(found)):
+            return found
+        os.close(found)
+        return None
 
     def open_alone(self, node: Node) -> int:
         """A descriptor, for reading and writing, of a regular file that no other process has open or mapped on the backing.
