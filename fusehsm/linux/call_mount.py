@@ -6,6 +6,7 @@ Nothing here sends a request to the file's server for a descriptor. A path may n
 Every function returns None if the mount cannot be told: io_uring, a page fault, a path through a magic link, a thread that may not be looked at.
 """
 
+import errno
 import os
 import platform
 from collections.abc import Collection
@@ -13,7 +14,7 @@ from typing import Final
 
 from fusehsm.linux import syscalls
 from fusehsm.linux.mountinfo import MountId
-from fusehsm.linux.proc import PAGE_FAULT, SystemCall, descriptor_of
+from fusehsm.linux.proc import PAGE_FAULT, SystemCall, descriptor_of, memory_at, string_at
 
 # By the call's number: which of its arguments are descriptors of files that it accesses.
 _DESCRIPTORS: Final[dict[str, dict[int, tuple[int, ...]]]] = {
@@ -51,7 +52,6 @@ _PATHS: Final[dict[str, dict[int, tuple[int | None, int]]]] = {
 }
 _MACHINE: Final = platform.machine()
 _LONGEST_PATH: Final = 4096
-_PAGE: Final = syscalls.PAGE_SIZE
 _O_PATH: Final = os.O_PATH | os.O_CLOEXEC
 
 Device = tuple[int, int]
@@ -79,7 +79,7 @@ def by_path(call: SystemCall, device: Device, inode: int, parents: Collection[in
     Reads the thread's memory, and may wait for the servers of the directories on the way.
     """
     directory, pointer = _PATHS[_MACHINE][call.number]
-    path = _text(call.tid, call.arguments[pointer])
+    path = _path_at(call.tid, call.arguments[pointer])
     if not path:
         return None
     start = f"/proc/{call.tid}/root"
@@ -147,20 +147,16 @@ def _checked(descriptor: int, device: Device, inodes: Collection[int]) -> MountI
     return MountId(opened.mount_id, unique)
 
 
-def _text(tid: int, address: int) -> bytes | None:
-    """The text at an address of a thread's memory; None if it is not there, or too long."""
-    text = b""
+def _path_at(tid: int, address: int) -> bytes | None:
+    """The path at an address of a thread's memory; None if it is not there, or too long."""
+
+    def read(address: int, size: int) -> bytes:
+        data = memory_at(tid, address, size)
+        if data is None:
+            raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
+        return data
+
     try:
-        with open(f"/proc/{tid}/mem", "rb", buffering=0) as memory:
-            while len(text) < _LONGEST_PATH:
-                memory.seek(address + len(text))
-                part = memory.read(_PAGE - (address + len(text)) % _PAGE)
-                end = part.find(b"\0")
-                if end >= 0:
-                    return text + part[:end]
-                if not part:
-                    return None
-                text += part
-    except (OSError, ValueError, OverflowError):
-        pass
-    return None
+        return string_at(read, address, _LONGEST_PATH)
+    except OSError:
+        return None

@@ -8,6 +8,7 @@ Every function returns None if /proc does not tell: the thread is gone, is runni
 The caller then uses the request's own range.
 """
 
+import errno
 import fcntl
 import mmap
 import os
@@ -15,7 +16,8 @@ import platform
 import struct
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 
 from fusehsm.linux import syscalls
@@ -60,6 +62,7 @@ _NUMBERS = {
     "aarch64": _Numbers(63, 67, 65, 69, 286, 64, 68, 66, 70, 287, 71, 76, 285, 223, 213, 29, 25),
 }
 _HERE = _NUMBERS.get(platform.machine())
+_FILE_ATTR = (468, 469)  # file_getattr(2), file_setattr(2), on every architecture
 
 
 @dataclass(slots=True)
@@ -170,6 +173,20 @@ def started(pid: int) -> int | None:
     text = _read_proc(f"/proc/{pid}/stat")
     # The name in parentheses may contain anything.
     return int(text.rpartition(b")")[2].split()[19]) if text else None
+
+
+def shares_our_user_namespace(tid: int) -> bool:
+    """Whether a thread is in this process's user namespace. False for a thread that cannot be looked at."""
+    try:
+        return os.readlink(f"/proc/{tid}/ns/user") == os.readlink("/proc/self/ns/user")
+    except OSError:
+        return False
+
+
+def has_capability(tid: int, number: int) -> bool:
+    """Whether a thread has that effective capability (linux/capability.h) in this process's user namespace. False if it cannot be looked at."""
+    text = _read_proc(f"/proc/{tid}/status", 1 << 16) if shares_our_user_namespace(tid) else None
+    return bool(text and (_status_field(text, b"CapEff", 16) or 0) >> number & 1)
 
 
 def threads_of(pid: int) -> list[int]:
@@ -302,7 +319,8 @@ class CallReader:
             self._drop(tid)
 
 
-def _memory(tid: int, address: int, size: int) -> bytes | None:
+def memory_at(tid: int, address: int, size: int) -> bytes | None:
+    """`size` bytes at an address of a thread's memory; None if not all of them can be read. May wait as long as the memory does."""
     try:
         descriptor = os.open(f"/proc/{tid}/mem", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -316,10 +334,26 @@ def _memory(tid: int, address: int, size: int) -> bytes | None:
     return data if len(data) == size else None
 
 
+def string_at(read: Callable[[int, int], bytes], address: int, limit: int) -> bytes:
+    """The string at an address, without its final NUL, which must come within `limit` bytes; `read` gives (address, size) bytes of the memory.
+
+    Raises OSError ENAMETOOLONG, and the errors of `read`.
+    """
+    text = b""
+    while len(text) < limit:
+        # Not past the end of a page: the next page may not be there.
+        size = min(limit - len(text), mmap.PAGESIZE - (address + len(text)) % mmap.PAGESIZE)
+        piece, nul, _ = read(address + len(text), size).partition(b"\0")
+        text += piece
+        if nul:
+            return text
+    raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+
+
 def _vector_count(tid: int, address: int, entries: int) -> int | None:
     if not 0 < entries <= _IOV_MAX:
         return None
-    data = _memory(tid, address, entries * _IOVEC.size)
+    data = memory_at(tid, address, entries * _IOVEC.size)
     return None if data is None else min(sum(length for _, length in _IOVEC.iter_unpack(data)), _MAX_RW_COUNT)
 
 
@@ -331,7 +365,7 @@ def _pointed_offset(tid: int, pointer: int) -> tuple[bool, int | None]:
     """(known, offset) of an `off_t *` argument. A null pointer means the file position."""
     if pointer == 0:
         return True, None
-    data = _memory(tid, pointer, _MEMORY_POINTER.size)
+    data = memory_at(tid, pointer, _MEMORY_POINTER.size)
     return (False, None) if data is None else (True, _MEMORY_POINTER.unpack(data)[0])
 
 
@@ -442,22 +476,24 @@ def is_advice(call: SystemCall) -> bool:
     return _HERE is not None and call.number in (_HERE.fadvise64, _HERE.readahead)
 
 
+def call_of(tid: int, patience: int = 0) -> SystemCall | None:
+    """CallReader.read(), once."""
+    with closing(CallReader()) as reader:
+        return reader.read(tid, patience)
+
+
 def is_in_ioctl(tid: int) -> bool:
     """Whether a thread waits in ioctl(2), or in file_getattr(2) or file_setattr(2), which are the same for a file's flags."""
-    text = _read_proc(f"/proc/{tid}/syscall") or b""
-    return _HERE is not None and text.split(b" ", 1)[0] in (b"%d" % _HERE.ioctl, b"468", b"469")
+    call = call_of(tid)
+    return call is not None and _HERE is not None and call.number in (_HERE.ioctl, *_FILE_ATTR)
 
 
 def fcntl_of(tid: int) -> tuple[int, int] | None:
     """The descriptor and the command of the fcntl(2) that a thread waits in; None if it does not."""
-    until = time.monotonic_ns() + _FALLING_ASLEEP
-    while (
-        words := (_read_proc(f"/proc/{tid}/syscall") or b"").split()
-    ) == _RUNS and time.monotonic_ns() < until:
-        os.sched_yield()
-    if _HERE is None or len(words) != 9 or int(words[0]) != _HERE.fcntl:
+    call = call_of(tid, _FALLING_ASLEEP)
+    if call is None or _HERE is None or call.number != _HERE.fcntl:
         return None
-    return int(words[1], 16) & 0xFFFFFFFF, int(words[2], 16) & 0xFFFFFFFF
+    return call.arguments[0] & 0xFFFFFFFF, call.arguments[1] & 0xFFFFFFFF
 
 
 def descriptor_of(tid: int, descriptor: int) -> Descriptor | None:

@@ -6,7 +6,7 @@ import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-from fusehsm.linux import syscalls
+from fusehsm.linux import proc, syscalls
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,23 +45,11 @@ class Caller:
 
         A process that cannot be read has none.
         """
-        if not self.is_of_this_user_namespace():
-            return False
-        try:
-            with open(f"/proc/{self.pid}/status", "rb") as status:
-                masks = [int(line.split()[1], 16) for line in status if line.startswith(b"CapEff:")]
-        except OSError:
-            return False
-        return any(mask >> number & 1 for mask in masks)
+        return self.pid > 0 and proc.has_capability(self.pid, number)
 
     def is_of_this_user_namespace(self) -> bool:
         """Whether the accessor is in the same user namespace as this process. False for a process that cannot be read."""
-        if self.pid <= 0:
-            return False
-        try:
-            return os.readlink(f"/proc/{self.pid}/ns/user") == os.readlink("/proc/self/ns/user")
-        except OSError:
-            return False
+        return self.pid > 0 and proc.shares_our_user_namespace(self.pid)
 
 
 class Impersonation:

@@ -29,6 +29,7 @@ from fusehsm.fanotify.abi import (
     Dialect,
     decode_response,
 )
+from fusehsm.linux import proc
 from fusehsm.supervisor import tasks
 from fusehsm.supervisor.deadlocks import DeadlockWatch
 from fusehsm.supervisor.delivery import Reading
@@ -252,7 +253,7 @@ class Calls:
         An ordinary user counts as root over its own mounts. With a supervisor of root the caller's capabilities count: otherwise a process that has
         given up root would reach root's files through it.
         """
-        return os.geteuid() != 0 or tasks.capabilities_of(call.tid).has(capability)
+        return os.geteuid() != 0 or proc.has_capability(call.tid, capability)
 
     def _ask_to_leave(self, group: SupervisedGroup) -> None:
         """End the group if no process holds it. Called when that was so a moment ago."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from fusehsm.fanotify.abi import mask_names
-from fusehsm.linux import proc
+from fusehsm.linux import proc, syscalls
 from fusehsm.supervisor import tasks
 from fusehsm.supervisor.groups import Outstanding, SupervisedGroup
 from fusehsm.text import shown
@@ -142,17 +142,12 @@ def _waits_for_server(tid: int) -> bool:
 
 def _concerns(tid: int, group: SupervisedGroup, *, fault: bool) -> bool:
     """Whether the system call in which a thread waits has to do with a mount of the group. `fault`: the result for a page fault, which is no call."""
-    try:
-        with open(f"/proc/{tid}/syscall", "rb", buffering=0) as file:
-            fields = file.read(512).split()
-        if not fields or fields[0] in (b"running", b"-1"):
-            return fault
-        arguments = [int(field, 16) for field in fields[1:5]]
-    except (OSError, ValueError):
-        return False
+    call = proc.call_of(tid)
+    if call is None or call.number == proc.PAGE_FAULT:
+        return fault
     devices = {source.mount.device for source in group.sources()}
     points = [os.fsencode(source.mount.mount_point) for source in group.sources()]
-    for argument in arguments[:3]:
+    for argument in call.arguments[:3]:
         if argument < 1 << 20:
             if _is_on(tid, f"fd/{argument}", devices):
                 return True
@@ -176,8 +171,8 @@ def _is_on(tid: int, where: str, devices: set[tuple[int, int]]) -> bool:
     except OSError:
         return False
     try:
-        opened = proc.descriptor_of(os.getpid(), descriptor)
-        mount = None if opened is None else tasks.mount_of(tid, opened.mount_id)
-        return mount is not None and mount.device in devices
+        return syscalls.mount_and_device(descriptor)[1] in devices
+    except OSError:
+        return False
     finally:
         os.close(descriptor)

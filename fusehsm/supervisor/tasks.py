@@ -6,7 +6,7 @@ for an answer. Each raises OSError: EFAULT as the kernel would, ESRCH if the thr
 """
 
 import errno
-import mmap
+import functools
 import os
 import re
 import resource
@@ -49,18 +49,6 @@ class Rights:
     gid: int
     #: The supplementary groups.
     groups: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Capabilities:
-    """A thread's effective capabilities. Those of another user namespace do not count here."""
-
-    #: One bit for each capability.
-    mask: int
-
-    def has(self, number: int) -> bool:
-        """Whether it has the capability of that number (linux/capability.h)."""
-        return bool(self.mask >> number & 1)
 
 
 def watches(kcmp: int, tid: int, number: int, descriptor: int) -> bool | None:
@@ -159,16 +147,6 @@ def rights_of(tid: int) -> Rights | None:
     return Rights(int(fields[b"Uid"].split()[3]), int(fields[b"Gid"].split()[3]), groups)
 
 
-def capabilities_of(tid: int) -> Capabilities:
-    """The capabilities of a thread; none if it has gone."""
-    try:
-        here = os.readlink(f"/proc/{tid}/ns/user") == os.readlink("/proc/self/ns/user")
-    except OSError:
-        here = False
-    fields = _status(tid) if here else None
-    return Capabilities(0 if fields is None else int(fields.get(b"CapEff", b"0"), 16))
-
-
 def _status(tid: int) -> dict[bytes, bytes] | None:
     try:
         with open(f"/proc/{tid}/status", "rb", buffering=0) as file:
@@ -208,15 +186,7 @@ def write_memory(tid: int, address: int, data: bytes | bytearray) -> None:
 
 def read_string(tid: int, address: int, limit: int) -> bytes:
     """The string at an address, without its final NUL, which must come within `limit` bytes. Also raises OSError ENAMETOOLONG."""
-    text = b""
-    while len(text) < limit:
-        # Not past the end of a page: the next page may not be there.
-        size = min(limit - len(text), mmap.PAGESIZE - (address + len(text)) % mmap.PAGESIZE)
-        piece, nul, _ = read_memory(tid, address + len(text), size).partition(b"\0")
-        text += piece
-        if nul:
-            return text
-    raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+    return proc.string_at(functools.partial(read_memory, tid), address, limit)
 
 
 def read_vector(tid: int, address: int, count: int) -> list[tuple[int, int]]:
