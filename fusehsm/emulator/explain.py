@@ -12,7 +12,7 @@ import trio
 from fusehsm.emulator.handles import Direction, Grant, OpenFile
 from fusehsm.events import Access, AccessKind
 from fusehsm.fanotify.marks import MAIN, MountKey
-from fusehsm.linux import call_mount, proc
+from fusehsm.linux import call_mount, proc, system_call
 from fusehsm.overlay.overlay import Node
 
 # How long to wait for an accessor's mappings, whose mmap lock may be held; seconds.
@@ -35,7 +35,7 @@ class Accessor:
     #: Whether the engine has named the thread. If not, another thread of the process may be the accessor.
     certain: bool
     #: The system call that a certain thread waits in; None where it was not looked up.
-    call: proc.SystemCall | None = None
+    call: system_call.SystemCall | None = None
 
     @property
     def known_tid(self) -> int:
@@ -58,7 +58,7 @@ class Explanation:
     #: Byte ranges [start, end) that a mapping will touch without further events.
     announces: tuple[tuple[int, int], ...] = ()
     #: The system call that the accessor waits in; None where it was not looked up.
-    call: proc.SystemCall | None = None
+    call: system_call.SystemCall | None = None
     #: Whether the bytes go into the page cache.
     fills: bool = False
     #: The (process, descriptor) of a call that only passes through the page cache (sendfile). The next such call must ask again.
@@ -79,7 +79,7 @@ class Explainer:
         self.main_mount: MountKey | None = None
         self._size_of = size_of
         self._page_size = page_size
-        self._calls = proc.CallReader()
+        self._calls = system_call.CallReader()
         self._maps_limiter = trio.CapacityLimiter(64)
 
     def close(self) -> None:
@@ -165,14 +165,14 @@ class Explainer:
         else:
             calls = [*self._calls_of(self.accessor(file, 0))]
         for call in calls:
-            side = proc.appending(call)
+            side = system_call.appending(call)
             shown = None if side is None else proc.descriptor_of(call.tid, side[0])
             if side is None or shown is None or shown.inode not in (None, file.node.id):
                 continue
             return bool(shown.flags & os.O_APPEND) if side[1] is None else side[1]
         return None
 
-    def _calls_of(self, who: Accessor) -> Iterator[proc.SystemCall]:
+    def _calls_of(self, who: Accessor) -> Iterator[system_call.SystemCall]:
         """The system calls of the threads that may have made the request."""
         if who.certain:
             certain = who.call or self._calls.read(who.tid)
@@ -196,7 +196,7 @@ class Explainer:
         direction: Direction,
         who: Accessor,
         fills: bool | None,
-    ) -> tuple[proc.Transfer | None, proc.SystemCall | None]:
+    ) -> tuple[system_call.Transfer | None, system_call.SystemCall | None]:
         """The range and the call of the transfer that the request belongs to; else (None, the call of a thread that seems to be faulting)."""
         faulting = None
         for call in self._calls_of(who):
@@ -207,13 +207,17 @@ class Explainer:
                 and self._fits(file, call, transfer, offset, size)
             ):
                 return transfer, call
-            if faulting is None or (call.number == proc.PAGE_FAULT and faulting.number != proc.PAGE_FAULT):
+            if faulting is None or (
+                call.number == system_call.PAGE_FAULT and faulting.number != system_call.PAGE_FAULT
+            ):
                 faulting = call
         return None, faulting
 
-    async def _side_of(self, call: proc.SystemCall, direction: Direction) -> proc.Transfer | None:
-        side = proc.reading if direction is Direction.READ else proc.writing
-        if not proc.reads_memory(call):
+    async def _side_of(
+        self, call: system_call.SystemCall, direction: Direction
+    ) -> system_call.Transfer | None:
+        side = system_call.reading if direction is Direction.READ else system_call.writing
+        if not system_call.reads_memory(call):
             return side(call)
         # The accessor's memory may be a mapping of this mount, and its mmap lock may be held until this request is answered.
         with trio.move_on_after(_MAPS_DEADLINE):
@@ -223,7 +227,12 @@ class Explainer:
         return None
 
     def _fits(
-        self, file: OpenFile[Node], call: proc.SystemCall, transfer: proc.Transfer, offset: int, size: int
+        self,
+        file: OpenFile[Node],
+        call: system_call.SystemCall,
+        transfer: system_call.Transfer,
+        offset: int,
+        size: int,
     ) -> bool:
         """Whether a request can be a piece of that transfer. Checks the range first, then the file of the call's descriptor."""
         start, end = transfer.offset, offset + size
@@ -248,8 +257,8 @@ class Explainer:
     def _moved(
         self,
         file: OpenFile[Node],
-        call: proc.SystemCall,
-        transfer: proc.Transfer,
+        call: system_call.SystemCall,
+        transfer: system_call.Transfer,
         offset: int,
         size: int,
         direction: Direction,
@@ -314,7 +323,9 @@ class Explainer:
         )
 
     @staticmethod
-    def _begins(call: proc.SystemCall, transfer: proc.Transfer, offset: int, direction: Direction) -> bool:
+    def _begins(
+        call: system_call.SystemCall, transfer: system_call.Transfer, offset: int, direction: Direction
+    ) -> bool:
         """Whether the request is the first of a call that bypasses the page cache, though most calls of its kind go through it."""
         if not transfer.paged or direction is not Direction.READ:
             return False
@@ -324,8 +335,12 @@ class Explainer:
         return descriptor is None or offset == descriptor.position
 
     def _cut(
-        self, call: proc.SystemCall, transfer: proc.Transfer, descriptor: int, offset: int | None
-    ) -> proc.Transfer:
+        self,
+        call: system_call.SystemCall,
+        transfer: system_call.Transfer,
+        descriptor: int,
+        offset: int | None,
+    ) -> system_call.Transfer:
         """The transfer of a copy, shortened to the end of its source as generic_copy_file_checks() in the kernel does."""
         source = call.opened(descriptor)
         size = None if source is None or source.inode is None else self._size_of(source.inode)
@@ -335,10 +350,10 @@ class Explainer:
         return replace(transfer, count=min(transfer.count, left)) if left > 0 else transfer
 
     @staticmethod
-    def _progress(who: Accessor, call: proc.SystemCall) -> tuple[bool, int] | None:
+    def _progress(who: Accessor, call: system_call.SystemCall) -> tuple[bool, int] | None:
         """The progress of the thread: (True, number of calls it has finished), or (False, nanoseconds it has run) for a call that is not
         counted. None when neither can be seen."""
-        counted = proc.is_counted(call)
+        counted = system_call.is_counted(call)
         value = proc.calls_finished(who.pid, call.tid) if counted else proc.run_time(call.tid)
         return None if value is None else (counted, value)
 
@@ -354,8 +369,8 @@ class Explainer:
         return progress[1] - grant.progress[1] < (1 if progress[0] else _COMES_BACK)
 
     def blocked_in(
-        self, who: Accessor, call: proc.SystemCall | None = None
-    ) -> tuple[proc.SystemCall, int | None] | None:
+        self, who: Accessor, call: system_call.SystemCall | None = None
+    ) -> tuple[system_call.SystemCall, int | None] | None:
         """A value that identifies the call in which the accessor waits; None when it does not wait.
 
         Values compare equal as long as the same call continues. `call` is the call, where it is known already.
@@ -365,22 +380,22 @@ class Explainer:
         return None if call is None else (call, proc.calls_finished(who.pid, call.tid))
 
     async def _fault(
-        self, file: OpenFile[Node], call: proc.SystemCall | None, offset: int, size: int, who: Accessor
+        self, file: OpenFile[Node], call: system_call.SystemCall | None, offset: int, size: int, who: Accessor
     ) -> Explanation | None:
         """Explain a page-cache fill of a direct_io file by a touched mapping or by advice (posix_fadvise(2), readahead(2)).
 
         None when no mapping of the accessor explains it.
         """
         tid = call.tid if call is not None else who.known_tid
-        leaves = who.certain or (call is not None and call.number == proc.PAGE_FAULT)
+        leaves = who.certain or (call is not None and call.number == system_call.PAGE_FAULT)
         fill = Access(AccessKind.FILL, offset, size, who.pid, tid, leaves=leaves)
-        if call is not None and proc.is_advice(call):
+        if call is not None and system_call.is_advice(call):
             return Explanation((fill,), tid, Direction.READ, call=call, fills=True)
         if file.announced.covers(offset, offset + size):
             return Explanation((), tid, Direction.READ, call=call, fills=True)
         mapping = await self._mapping(file, offset, size, who)
         if mapping is None:
-            if not who.certain and (call is None or call.number != proc.PAGE_FAULT):
+            if not who.certain and (call is None or call.number != system_call.PAGE_FAULT):
                 return None
             return Explanation((fill,), tid, Direction.READ, call=call, fills=True)
         writable = mapping.writable and mapping.shared

@@ -24,7 +24,7 @@ import trio
 
 from fusehsm.emulator.handles import HandleTable, OpenFile
 from fusehsm.emulator.waiting import KillWatch
-from fusehsm.linux import proc
+from fusehsm.linux import proc, system_call
 from fusehsm.overlay.attributes import path_of
 from fusehsm.overlay.overlay import Node
 
@@ -265,7 +265,7 @@ class FileLocks:
         held.note(lock)
 
     def _place(self, held: _Held, lock: Lock, tid: int) -> None:
-        command = proc.fcntl_of(tid)
+        command = system_call.fcntl_of(tid)
         if command is None:
             return
         held.of_file = command[1] not in (_SETLK, _SETLKW)
@@ -349,7 +349,7 @@ class FileLocks:
             for held, _ in self._in_the_way(other.file.node, other.owner, other.lock):
                 if held.owner == waiter.owner:
                     # The kernel leaves open file description locks out: their owner may be several processes.
-                    command = proc.fcntl_of(waiter.tid)
+                    command = system_call.fcntl_of(waiter.tid)
                     return command is None or command[1] != _OFD_SETLKW
                 if held.owner not in seen:
                     seen.add(held.owner)

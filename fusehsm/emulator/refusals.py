@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from fusehsm.emulator.explain import Accessor, Explainer, Explanation
 from fusehsm.emulator.handles import DeniedFill, OpenFile
-from fusehsm.linux import proc
+from fusehsm.linux import system_call
 from fusehsm.linux.ranges import RangeSet
 from fusehsm.overlay.overlay import Node
 
@@ -113,7 +113,7 @@ class Refusals:
         who: Accessor,
     ) -> None:
         waits = self._explainer.blocked_in(who, explanation.call)
-        in_call = waits is not None and waits[0].number != proc.PAGE_FAULT
+        in_call = waits is not None and waits[0].number != system_call.PAGE_FAULT
         window = _SAME_CALL_SECONDS if in_call else _SAME_FAULT_SECONDS
         file.denied.pop(who.tid, None)
         file.denied[who.tid] = DeniedFill(

@@ -14,7 +14,8 @@ from typing import Final
 
 from fusehsm.linux import syscalls
 from fusehsm.linux.mountinfo import MountId
-from fusehsm.linux.proc import PAGE_FAULT, SystemCall, descriptor_of, memory_at, string_at
+from fusehsm.linux.proc import descriptor_of, memory_at, string_at
+from fusehsm.linux.system_call import PAGE_FAULT, SystemCall
 
 # By the call's number: which of its arguments are descriptors of files that it accesses.
 _DESCRIPTORS: Final[dict[str, dict[int, tuple[int, ...]]]] = {

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from fusehsm.fanotify.abi import mask_names
-from fusehsm.linux import proc, syscalls
+from fusehsm.linux import proc, syscalls, system_call
 from fusehsm.supervisor import tasks
 from fusehsm.supervisor.groups import Outstanding, SupervisedGroup
 from fusehsm.text import shown
@@ -142,8 +142,8 @@ def _waits_for_server(tid: int) -> bool:
 
 def _concerns(tid: int, group: SupervisedGroup, *, fault: bool) -> bool:
     """Whether the system call in which a thread waits has to do with a mount of the group. `fault`: the result for a page fault, which is no call."""
-    call = proc.call_of(tid)
-    if call is None or call.number == proc.PAGE_FAULT:
+    call = system_call.call_of(tid)
+    if call is None or call.number == system_call.PAGE_FAULT:
         return fault
     devices = {source.mount.device for source in group.sources()}
     points = [os.fsencode(source.mount.mount_point) for source in group.sources()]

@@ -29,7 +29,7 @@ from fusehsm.fanotify.abi import (
     encode_response,
     mask_names,
 )
-from fusehsm.linux.proc import CallReader, reading
+from fusehsm.linux.system_call import CallReader, reading
 from tests.conftest import MakeAccessor
 from tests.support.async_listener import HOLD
 from tests.support.harness import PATIENCE
