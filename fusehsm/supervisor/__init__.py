@@ -10,6 +10,7 @@ filters.py     the BPF program for seccomp(2): which system calls the supervisor
 notifier.py    receives those system calls and sends the answers (seccomp_unotify(2))
 calls.py       does each system call, in a thread of its own
 groups.py      a group as the processes of the command share it
+sources.py     the events of one mount for a group
 readiness.py   a group's descriptor in the command: readable while events wait, and a notice when its last copy is closed
 placing.py     the descriptor numbers that groups get, and a line for groups that go elsewhere
 delivery.py    events into a process: its descriptors, its memory

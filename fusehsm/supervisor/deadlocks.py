@@ -18,7 +18,8 @@ from typing import Final
 from fusehsm.fanotify.abi import mask_names
 from fusehsm.linux import proc, syscalls, system_call
 from fusehsm.supervisor import tasks
-from fusehsm.supervisor.groups import Outstanding, SupervisedGroup
+from fusehsm.supervisor.groups import SupervisedGroup
+from fusehsm.supervisor.sources import Outstanding
 from fusehsm.text import shown
 
 _INTERVAL: Final = 0.25  # seconds between two looks
@@ -70,7 +71,7 @@ class DeadlockWatch:
             # A listener that owes no answer, and whose own accesses wait for none, waits for something else.
             if not group.owes():
                 continue
-            processes = {proc.process_of(tid) for tid in group.listeners}
+            processes = {proc.process_of(tid) for tid in group.listeners()}
             for process in _with_children(processes):
                 for tid in proc.threads_of(process)[:_MOST_THREADS]:
                     wait = self._wait_of(tid, group, now)

@@ -17,9 +17,10 @@ from fusehsm.fanotify.abi import (
     FAN_REPORT_FD_ERROR,
 )
 from fusehsm.supervisor import tasks
-from fusehsm.supervisor.groups import Source, SupervisedGroup
+from fusehsm.supervisor.groups import SupervisedGroup
 from fusehsm.supervisor.notifier import CallIsOver, Notifier, TrappedCall
 from fusehsm.supervisor.parked import Parked, ParkedCalls
+from fusehsm.supervisor.sources import Source
 
 _INT: Final = struct.Struct("=i")
 

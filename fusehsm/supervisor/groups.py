@@ -5,18 +5,14 @@ import enum
 import errno
 import logging
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from fusehsm.backends.lookup import FoundObject, mark_request
-from fusehsm.control.blocking_client import BlockingConnection
-from fusehsm.control.event_stream import EventStream, Received
-from fusehsm.control.protocol import VERSION, Hello, MarkBacking, MarkRequest, Reader
+from fusehsm.control.event_stream import Received
+from fusehsm.control.protocol import MarkBacking, MarkRequest, Reader
 from fusehsm.fanotify import rules
 from fusehsm.fanotify.abi import (
     FAN_CLASS_CONTENT,
@@ -35,6 +31,7 @@ from fusehsm.fanotify.abi import (
 from fusehsm.linux import proc, syscalls
 from fusehsm.linux.mountinfo import Mount, read_mounts
 from fusehsm.supervisor.readiness import Bell
+from fusehsm.supervisor.sources import Outstanding, Source, refused
 from fusehsm.supervisor.view import Target
 
 _ANSWERS_WITHIN = 1.0  # seconds; a mount's server never waits for a client
@@ -51,42 +48,6 @@ class Leaving(enum.Enum):
     STAYS = enum.auto()
     #: Ask again later.
     LATER = enum.auto()
-
-
-@dataclass(slots=True, eq=False)
-class Source:
-    """A group's connection to one mount, on which it has marks: the place that its events come from."""
-
-    #: The mount.
-    mount: Mount
-    #: For marks.
-    connection: BlockingConnection
-    #: The events of the mount's own group.
-    stream: EventStream
-    #: The threads whose process the mount knows as a reader of the events.
-    readers: set[int] = field(default_factory=set)
-
-    def close(self) -> None:
-        """End the connection, without waiting. The mount then removes the group's marks; its --unattended decides the unanswered events."""
-        self.connection.hang_up()
-        self.stream.close()
-
-    def finish(self) -> None:
-        """close(), and wait, for 2 seconds at most, until the mount has removed the marks and decided the unanswered events."""
-        self.stream.close()
-        self.connection.finish()
-        self.connection.hang_up()
-
-
-class Outstanding(NamedTuple):
-    """A permission event that the command has not answered."""
-
-    #: The mount of the event.
-    source: Source
-    #: The event.
-    received: Received
-    #: When the command read it, seconds of time.monotonic(); 0 if it has not.
-    since: float
 
 
 class SupervisedGroup:
@@ -120,8 +81,6 @@ class SupervisedGroup:
         self._unanswered: rules.UnansweredEvents[tuple[Source, int]] = rules.UnansweredEvents()
         # The same events by their numbers, to find out which wait for long.
         self._outstanding: dict[tuple[Source, int], Outstanding] = {}
-        #: The threads that have read events.
-        self.listeners: set[int] = set()
         self._readers: dict[int, None] = {}
         self._users = 0
         self._left = False
@@ -157,30 +116,24 @@ class SupervisedGroup:
         found = look_up()
         try:
             below = targets(found)
-            if below is None or below:
-                rules.check_mark(self.flags, self.dialect, flags, mask, found.kind)
-            for target in below or ():
-                path = None if target.path is None else os.fsdecode(target.path)
-                request: MarkRequest | MarkBacking
-                if target.mount is None:
-                    request = MarkBacking(flags, mask, *target.device, target.inode, path)
-                else:
-                    shown = target.mount
-                    request = MarkRequest(
-                        flags, mask, *target.device, target.inode, shown.number, shown.unique
-                    )
-                self._request(self._source(target.overlay, flags), request)
-            if below is None or below:
+            if below is not None and not below:
+                self._mark_found(flags, mask, found)
                 return
-            mount = _mount_of(found.device)
-            message = mark_request(flags, mask, found)
-            if mount is None and not self._marked_on_backing(message):
-                raise self._elsewhere(flags, mask, found)
-            if mount is not None:
-                rules.check_mark(self.flags, self.dialect, flags, mask, found.kind)
-                self._request(self._source(mount, flags), message)
+            rules.check_mark(self.flags, self.dialect, flags, mask, found.kind)
+            for target in below or ():
+                self._request(self._source(target.overlay, flags), target.request(flags, mask))
         finally:
             os.close(found.descriptor)
+
+    def _mark_found(self, flags: int, mask: int, found: FoundObject) -> None:
+        """Mark an object that the caller has found as everybody sees it."""
+        mount = _mount_of(found.device)
+        message = mark_request(flags, mask, found)
+        if mount is not None:
+            rules.check_mark(self.flags, self.dialect, flags, mask, found.kind)
+            self._request(self._source(mount, flags), message)
+        elif not self._marked_on_backing(message):
+            raise self._elsewhere(flags, mask, found)
 
     def _marked_on_backing(self, mark: MarkRequest) -> bool:
         """Make the mark if it names a file of a mount by its backing, as through an event descriptor. Returns whether it does."""
@@ -196,7 +149,7 @@ class SupervisedGroup:
     def _check_dialect(self, mask: int) -> None:
         old = PATCH_V2.pre_access
         if mask & old and not self._told_dialect:
-            raise _refused(
+            raise refused(
                 errno.EINVAL,
                 f"a mark with {old:#x}, FAN_PRE_ACCESS in patch-v2 and patch-v1 only: say which it is, with --abi patch-v2 or --abi patch-v1",
             )
@@ -217,7 +170,14 @@ class SupervisedGroup:
                     return source
             if not flags & FAN_MARK_ADD:
                 raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
-            source = self._connect(mount)
+            source = Source.connect(
+                mount,
+                self.flags,
+                self.event_f_flags,
+                self.dialect,
+                self.bell,
+                told_dialect=self._told_dialect,
+            )
             with self._lock:
                 if self._closed:
                     source.close()
@@ -225,30 +185,6 @@ class SupervisedGroup:
                 self._sources.append(source)
                 self._wake_readers()
             return source
-
-    def _connect(self, mount: Mount) -> Source:
-        connection = BlockingConnection(mount)
-        try:
-            name = self.dialect.name
-            hello = Hello(
-                VERSION, self.flags | FAN_NONBLOCK, self.event_f_flags, name if self._told_dialect else None
-            )
-            result, descriptor = connection.request(hello, [self.bell.fileno()])
-            if descriptor is None:
-                raise connection.gone()
-            events = socket.socket(fileno=descriptor)
-            if result["dialect"] != name:
-                events.close()
-                raise _refused(
-                    errno.EINVAL,
-                    f"{mount.mount_point} speaks {result['dialect']}, where a mark's bits mean something else than in {name}: "
-                    f"say what the command speaks, with --abi {result['dialect']} or --abi {name}",
-                )
-        except BaseException:
-            connection.close()
-            raise
-        stream = EventStream(events, self.flags, self.dialect, connection.gone, close_on_exec=True)
-        return Source(mount, connection, stream)
 
     def _elsewhere(self, flags: int, mask: int, found: FoundObject) -> OSError:
         """The error of this kernel for the mark."""
@@ -267,7 +203,7 @@ class SupervisedGroup:
         finally:
             os.close(probe)
         major, minor = found.device
-        return _refused(
+        return refused(
             errno.EOPNOTSUPP,
             f"a mark on an object on no fusehsm mount (device {major}:{minor}), which only the kernel could watch: give its directory to --mount",
         )
@@ -327,13 +263,12 @@ class SupervisedGroup:
             with self._lock:
                 self._unanswered.add(number, (source, received.number))
                 self._outstanding[source, received.number] = Outstanding(source, received, time.monotonic())
-                self.listeners.add(tid)
 
     def _tell_reader(self, source: Source, tid: int) -> None:
         source.readers.add(tid)
         process = proc.process_of(tid)
         if (started := proc.started(process)) is not None:
-            # A mount of an older fusehsm does not know the request, or the mount is gone.
+            # The mount may be gone.
             with contextlib.suppress(OSError):
                 source.connection.request(Reader(process, started))
 
@@ -374,15 +309,19 @@ class SupervisedGroup:
         """The mounts on which it has marks."""
         return list(self._sources)
 
+    def listeners(self) -> set[int]:
+        """The threads that have read permission events of these mounts."""
+        return set().union(*(source.readers for source in self.sources()))
+
     def owes(self) -> bool:
         """Whether an access waits for the command: for an answer, or for a read of its event."""
-        return bool(self._outstanding) or (bool(self.listeners) and self._something_waits())
+        return bool(self._outstanding) or (bool(self.listeners()) and self._something_waits())
 
     def asks_about(self, process: int) -> bool:
         """Whether an event of that process waits for the command."""
         with self._lock:
-            return any(event.received.pid == process for event in self._outstanding.values()) or any(
-                received.pid == process for source in self._sources for received in source.stream.waiting()
+            return any(
+                event.received.pid == process for event in (*self._outstanding.values(), *self._unread())
             )
 
     def overdue(self, seconds: float, processes: set[int]) -> list[Outstanding]:
@@ -390,14 +329,20 @@ class SupervisedGroup:
         before = time.monotonic() - seconds
         with self._lock:
             read = [event for event in self._outstanding.values() if event.since <= before]
-            own = [
-                Outstanding(source, received, 0)
-                for source in self._sources
-                for received in source.stream.waiting()
-                if received.pid in processes and received.mask & self.dialect.permission
-            ]
-            self._wake_for_buffered()
+            own = [event for event in self._unread() if event.received.pid in processes]
         return [*read, *own]
+
+    def _unread(self) -> list[Outstanding]:
+        """The permission events that the command has not read. They stay."""
+        unread = [
+            Outstanding(source, received, 0)
+            for source in self._sources
+            for received in source.stream.waiting()
+            if received.mask & self.dialect.permission
+        ]
+        # A reader that waits for the sockets would miss what has left them.
+        self._wake_for_buffered()
+        return unread
 
     def deny(self, event: Outstanding, number: int) -> None:
         """Deny an event of overdue() with that errno. An answer that the command gives later has no effect."""
@@ -521,9 +466,3 @@ class SupervisedGroup:
 
 def _mount_of(device: tuple[int, int]) -> Mount | None:
     return next((mount for mount in read_mounts() if mount.is_fusehsm and mount.device == device), None)
-
-
-def _refused(number: int, why: str) -> OSError:
-    """Log the reason for a refusal, and make its OSError. The command gets only the errno; the log is for the user."""
-    _log.warning("%s", why)
-    return OSError(number, os.strerror(number))

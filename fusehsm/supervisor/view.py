@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from fusehsm.backends.lookup import FoundObject
+from fusehsm.control.protocol import MarkBacking, MarkRequest
 from fusehsm.fanotify.abi import (
     FAN_MARK_FILESYSTEM,
     FAN_MARK_IGNORE_BITS,
@@ -58,6 +59,13 @@ class Target:
     path: bytes | None
     #: A mount of the overlay itself that is to be marked; the numbers above are the overlay's own then.
     mount: mountinfo.MountId | None = None
+
+    def request(self, flags: int, mask: int) -> MarkRequest | MarkBacking:
+        """The request to the overlay's server for fanotify_mark(2) with these flags and this mask."""
+        if self.mount is not None:
+            return MarkRequest(flags, mask, *self.device, self.inode, self.mount.number, self.mount.unique)
+        path = None if self.path is None else os.fsdecode(self.path)
+        return MarkBacking(flags, mask, *self.device, self.inode, path)
 
 
 class View:
