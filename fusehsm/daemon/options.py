@@ -7,6 +7,7 @@ import importlib
 import os
 import stat
 import sys
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +98,12 @@ class Plan:
     fuse_options: frozenset[str]
 
 
+def check_choice(option: str, value: str, choices: Collection[str]) -> None:
+    """Raise ValueError, with one line, for a value of a command line's option that is not among the choices."""
+    if value not in choices:
+        raise ValueError(f"{option} {value}: not known; choose {', '.join(choices)}")
+
+
 def checked(options: MountOptions) -> Plan:
     """Check the options. Raises MountError for what this machine lacks, ValueError for bad usage; each is one line."""
     if options.abi not in DIALECTS:
@@ -107,8 +114,7 @@ def checked(options: MountOptions) -> Plan:
         ("--cache", options.cache or "private", CACHES),
         ("--locks", options.locks or "local", LOCKS),
     ):
-        if value not in choices:
-            raise ValueError(f"{name} {value}: not known; choose {', '.join(choices)}")
+        check_choice(name, value, choices)
     if options.locks == "shared" and resolved(options.engine) == "pyfuse3":
         raise ValueError("--locks shared: pyfuse3 does not hand locks on; use --engine devfuse")
     default_policy = "deny=EIO" if options.handler else "allow"

@@ -66,7 +66,13 @@ class Refusals:
         who: Accessor,
     ) -> None:
         """A fill of `size` bytes at `offset` was denied with the errno `number`."""
-        self._add_to_file(file, explanation, offset, size, number, who)
+        waits = self._explainer.blocked_in(who, explanation.call)
+        in_call = waits is not None and waits[0].number != system_call.PAGE_FAULT
+        window = _SAME_CALL_SECONDS if in_call else _SAME_FAULT_SECONDS
+        file.denied.pop(who.tid, None)
+        file.denied[who.tid] = DeniedFill(
+            waits, offset, offset + size, number, _REPEATS, time.monotonic() + window
+        )
         self._forget_old()
         node = self._nodes.pop(file.node.id, None)
         if node is None:
@@ -102,23 +108,6 @@ class Refusals:
             if self._nodes[node_id].last >= oldest:
                 return
             del self._nodes[node_id]
-
-    def _add_to_file(
-        self,
-        file: OpenFile[Node],
-        explanation: Explanation,
-        offset: int,
-        size: int,
-        number: int,
-        who: Accessor,
-    ) -> None:
-        waits = self._explainer.blocked_in(who, explanation.call)
-        in_call = waits is not None and waits[0].number != system_call.PAGE_FAULT
-        window = _SAME_CALL_SECONDS if in_call else _SAME_FAULT_SECONDS
-        file.denied.pop(who.tid, None)
-        file.denied[who.tid] = DeniedFill(
-            waits, offset, offset + size, number, _REPEATS, time.monotonic() + window
-        )
 
     def _check_repeat(
         self, file: OpenFile[Node], explanation: Explanation, offset: int, size: int, who: Accessor

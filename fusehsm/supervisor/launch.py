@@ -40,6 +40,9 @@ _PR_SET_NO_NEW_PRIVS = 38
 _SET_MODE_FILTER = 1
 FAILURE = struct.Struct("=16si")  # the step, an errno
 
+_libc: Any = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
 
 class _Program(ctypes.Structure):
     """struct sock_fprog."""
@@ -59,7 +62,9 @@ def main() -> None:
             _enter_namespace(orders["user"])
             views = [(_copy(place), place) for place in orders[VIEW]]
             served = [_copy(place) for place in orders[VIEW]]
-            socket.send_fds(control, [FAILURE.pack(b"view", 0)], [*(copy for copy, _ in views), *served])
+            socket.send_fds(
+                control, [FAILURE.pack(VIEW.encode(), 0)], [*(copy for copy, _ in views), *served]
+            )
             for copy in served:
                 os.close(copy)
             orders = _take_orders(control)
@@ -92,9 +97,8 @@ def _take_orders(control: socket.socket) -> dict[str, Any]:
 
 def _enter_namespace(user: bool) -> None:
     """Enter a mount namespace; with `user`, in a user namespace too, without which an ordinary user may not do that."""
-    libc: Any = ctypes.CDLL(None, use_errno=True)
     uid, gid = os.geteuid(), os.getegid()
-    _check(libc.unshare(_CLONE_NEWNS | (_CLONE_NEWUSER if user else 0)))
+    _check(_libc.unshare(_CLONE_NEWNS | (_CLONE_NEWUSER if user else 0)))
     if user:
         # Each id stays what it is. The kernel wants the first line before an ordinary user may map a group.
         for name, line in (
@@ -108,30 +112,26 @@ def _enter_namespace(user: bool) -> None:
 
 def _copy(place: str) -> int:
     """A descriptor of a private copy of the mounts at and below a place. It is mounted nowhere yet."""
-    libc: Any = ctypes.CDLL(None, use_errno=True)
-    libc.syscall.restype = ctypes.c_long
     flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | _AT_RECURSIVE
-    copy = _check(libc.syscall(_SYS_OPEN_TREE, _AT_FDCWD, os.fsencode(place), flags))
+    copy = _check(_libc.syscall(_SYS_OPEN_TREE, _AT_FDCWD, os.fsencode(place), flags))
     # A shared copy would get every overlay that is mounted on its original.
     private = _MOUNT_ATTR.pack(0, 0, _MS_PRIVATE, 0)
     flags = _AT_EMPTY_PATH | _AT_RECURSIVE
-    if libc.syscall(_SYS_MOUNT_SETATTR, copy, b"", flags, private, len(private)) < 0:
+    if _libc.syscall(_SYS_MOUNT_SETATTR, copy, b"", flags, private, len(private)) < 0:
         if ctypes.get_errno() != errno.ENOSYS:
             raise _error()
         # Before Linux 5.12.
         path = b"/proc/self/fd/%d" % copy
-        _check(libc.mount(b"none", path, None, ctypes.c_ulong(_MS_PRIVATE | _MS_REC), None))
+        _check(_libc.mount(b"none", path, None, ctypes.c_ulong(_MS_PRIVATE | _MS_REC), None))
     return copy
 
 
 def _put_over(copy: int, place: str) -> None:
     """Mount a copy on its place, over the overlay where that has come into this namespace."""
-    libc: Any = ctypes.CDLL(None, use_errno=True)
-    libc.syscall.restype = ctypes.c_long
     target = os.fsencode(place)
     # A shared overlay would pass on what is mounted over it. EINVAL: no mount is here.
-    libc.mount(b"none", target, None, ctypes.c_ulong(_MS_PRIVATE), None)
-    _check(libc.syscall(_SYS_MOVE_MOUNT, copy, b"", _AT_FDCWD, target, _MOVE_MOUNT_F_EMPTY_PATH))
+    _libc.mount(b"none", target, None, ctypes.c_ulong(_MS_PRIVATE), None)
+    _check(_libc.syscall(_SYS_MOVE_MOUNT, copy, b"", _AT_FDCWD, target, _MOVE_MOUNT_F_EMPTY_PATH))
     os.close(copy)
 
 
@@ -148,7 +148,6 @@ def _error() -> OSError:
 
 def _install(program: bytes, seccomp: int, flags: list[int]) -> tuple[int, bool]:
     """Install the filter. Returns its descriptor, and whether the kernel took the first of the `flags` (older kernels know fewer)."""
-    libc: Any = ctypes.CDLL(None, use_errno=True)
     buffer = ctypes.create_string_buffer(program, len(program))
     structure = _Program(len(program) // 8, ctypes.cast(buffer, ctypes.c_char_p))
     may_without = os.geteuid() == 0
@@ -157,8 +156,8 @@ def _install(program: bytes, seccomp: int, flags: list[int]) -> tuple[int, bool]
         for promise in (False, True) if may_without else (True,):
             # An ordinary user must not deceive a set-id program by its answers to that program's system calls.
             if promise:
-                libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-            descriptor = int(libc.syscall(seccomp, _SET_MODE_FILTER, each, ctypes.byref(structure)))
+                _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+            descriptor = int(_libc.syscall(seccomp, _SET_MODE_FILTER, each, ctypes.byref(structure)))
             if descriptor >= 0:
                 return descriptor, position == 0
             number = ctypes.get_errno()
@@ -177,7 +176,7 @@ def _restore(orders: dict[str, Any]) -> None:
         signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_NOFILE, orders["descriptors"])
     # Without the supervisor, which answers its calls, the command could not even map a library.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.getppid() != orders["supervisor"]:
         os.kill(os.getpid(), signal.SIGTERM)
     signal.pthread_sigmask(signal.SIG_SETMASK, orders["blocked"])

@@ -2,13 +2,12 @@
 
 import marshal
 import os
-import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn, Self
 
 from fusehsm.linux.signals import signals_blocked
 from fusehsm.supervisor.launch import FAILURE, VIEW
@@ -40,7 +39,7 @@ class Launcher:
                     [sys.executable, "-I", "-S", program, str(theirs.fileno())], close_fds=False
                 )
 
-    def __enter__(self) -> "Launcher":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -77,18 +76,16 @@ class Launcher:
             self._fail(message)
         for descriptor in descriptors:
             os.set_inheritable(descriptor, False)
-        return FAILURE.unpack(message)[0].rstrip(b"\0").decode(), descriptors
+        return _unpacked(message)[0], descriptors
 
-    def _fail(self, message: bytes) -> None:
+    def _fail(self, message: bytes) -> NoReturn:
         self.process.wait()
         if not message:
             raise LaunchError("", 0)
-        name, number = FAILURE.unpack(message)
-        raise LaunchError(name.rstrip(b"\0").decode(), number)
+        raise LaunchError(*_unpacked(message))
 
-    def abandon(self) -> None:
-        """End a process that has not become the command."""
-        self._control.close()
-        with suppress(ProcessLookupError):
-            self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
+
+def _unpacked(message: bytes) -> tuple[str, int]:
+    """The step and the errno of a message of launch.py."""
+    step, number = FAILURE.unpack(message)
+    return step.rstrip(b"\0").decode(), number

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fusehsm.daemon.options import EVENT_MODES, LOCKS
+from fusehsm.daemon.options import EVENT_MODES, LOCKS, check_choice
 from fusehsm.fanotify.abi import DIALECTS
 from fusehsm.supervisor.launcher import MOST_PLACES
 
@@ -43,10 +43,8 @@ def check(options: RunOptions) -> None:
     """Raise ValueError, with one line, for options that do not go together."""
     if options.abi is not None and options.abi not in DIALECTS:
         raise ValueError(f"--abi {options.abi}: not a dialect; choose {', '.join(DIALECTS)}")
-    if options.events not in EVENT_MODES:
-        raise ValueError(f"--events {options.events}: not known; choose {', '.join(EVENT_MODES)}")
-    if options.locks is not None and options.locks not in LOCKS:
-        raise ValueError(f"--locks {options.locks}: not known; choose {', '.join(LOCKS)}")
+    check_choice("--events", options.events, EVENT_MODES)
+    check_choice("--locks", options.locks or "local", LOCKS)
     if options.keep and not options.mounts:
         raise ValueError("--keep: there is no --mount that could be kept")
     if options.accessor and options.any_descriptor:
