@@ -17,43 +17,37 @@ NOTIF_GROUP = FAN_CLASS_NOTIF | FAN_CLOEXEC
 MANY = 5 * CREDIT + 7
 
 
-def read_all(group: Group) -> int:
-    """How many events there are until EAGAIN, in large reads."""
+def drain(take: Callable[[], list[int]]) -> int:
+    """How many events there are until EAGAIN. `take` gives the descriptors of the next ones."""
     count = 0
     while True:
         try:
-            data = group.read(1 << 16)
+            descriptors = take()
         except BlockingIOError:
             return count
-        for event in decode_events(group.dialect, data):
-            os.close(event.fd)
-            count += 1
+        for descriptor in descriptors:
+            os.close(descriptor)
+        count += len(descriptors)
+
+
+def read_all(group: Group) -> int:
+    """In large reads."""
+    return drain(lambda: [event.fd for event in decode_events(group.dialect, group.read(1 << 16))])
 
 
 def read_one_by_one(group: Group) -> int:
-    """The same, in reads of one event."""
-    count = 0
-    while True:
-        try:
-            data = group.read(30)
-        except BlockingIOError:
-            return count
-        (event,) = decode_events(group.dialect, data)
-        os.close(event.fd)
-        count += 1
+    """In reads of one event."""
+
+    def take() -> list[int]:
+        (event,) = decode_events(group.dialect, group.read(30))
+        return [event.fd]
+
+    return drain(take)
 
 
 def take_all(group: Group) -> int:
-    """The same, as values."""
-    count = 0
-    while True:
-        try:
-            events = group.take_events()
-        except BlockingIOError:
-            return count
-        for event in events:
-            os.close(event.fd)
-        count += len(events)
+    """As values."""
+    return drain(lambda: [event.fd for event in group.take_events()])
 
 
 def open_each(directory: str, number: int) -> None:
@@ -62,10 +56,10 @@ def open_each(directory: str, number: int) -> None:
         os.close(os.open(f"{directory}/{index}", os.O_RDONLY))
 
 
-@pytest.mark.parametrize("drain", [read_all, read_one_by_one, take_all])
+@pytest.mark.parametrize("count", [read_all, read_one_by_one, take_all])
 @pytest.mark.parametrize("number", [0, 1, CREDIT - 1, CREDIT, CREDIT + 1, MANY])
 async def test_all_that_is_queued(
-    world: World, accessor: Accessor, number: int, drain: Callable[[Group], int]
+    world: World, accessor: Accessor, number: int, count: Callable[[Group], int]
 ) -> None:
     place = world.inside("queued")
     for index in range(number):
@@ -75,7 +69,7 @@ async def test_all_that_is_queued(
             await group.mark(FAN_MARK_ADD, FAN_OPEN, path=str(place.path / str(index)))
         for _ in range(2):
             await accessor.run(open_each, str(place.path), number)
-            assert drain(group) == number
+            assert count(group) == number
 
 
 async def test_events_with_long_paths(world: World, accessor: Accessor) -> None:

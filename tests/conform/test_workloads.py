@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,59 +77,54 @@ def test_the_kernel_as_recorded(
         assert lines(stream) == lines(recording.kernel[workload.key])
 
 
+Compare = Callable[[Workload], None]
+
+
+@pytest.fixture
 def compare(
-    workload: Workload,
-    emulated: Side,
-    performer: Performer,
-    recording: Recording,
-    request: pytest.FixtureRequest,
-) -> None:
-    """With the exception of known divergences, which must show: an entry of the table that is none any more has to go."""
-    # Tests of any engine name none; a mount has this one then.
-    engine = emulated.engine if emulated.engine in ENGINES else "devfuse"
-    known = tuple(name for name in workload.divergences if applying(name, engine))
-    kernel = recording.kernel[workload.key]
-    if workload.unsteady:
-        # What was recorded once is no measure.
-        kernel = performer.perform(workload, request.getfixturevalue("real"))
-    comparison = performer.compare(
-        workload,
-        kernel,
-        emulated,
-        known,
-        recording.emulated.get(f"{engine}: {workload.key}"),
-    )
-    wanted = Verdict.KNOWN if known else Verdict.IDENTICAL
-    # With pyfuse3, whose pids are the openers', a stream may happen to be right.
-    excused = comparison.verdict is Verdict.IDENTICAL and engine == "pyfuse3"
-    assert comparison.verdict is wanted or excused, "\n".join(comparison.difference())
+    emulated: Side, performer: Performer, recording: Recording, request: pytest.FixtureRequest
+) -> Compare:
+    """compare(workload) holds the emulator against the kernel.
+
+    With the exception of known divergences, which must show: an entry of the table that is none any more has to go.
+    """
+
+    def compare(workload: Workload) -> None:
+        # Tests of any engine name none; a mount has this one then.
+        engine = emulated.engine if emulated.engine in ENGINES else "devfuse"
+        known = tuple(name for name in workload.divergences if applying(name, engine))
+        kernel = recording.kernel[workload.key]
+        if workload.unsteady:
+            # What was recorded once is no measure.
+            kernel = performer.perform(workload, request.getfixturevalue("real"))
+        comparison = performer.compare(
+            workload,
+            kernel,
+            emulated,
+            known,
+            recording.emulated.get(f"{engine}: {workload.key}"),
+        )
+        wanted = Verdict.KNOWN if known else Verdict.IDENTICAL
+        # With pyfuse3, whose pids are the openers', a stream may happen to be right.
+        excused = comparison.verdict is Verdict.IDENTICAL and engine == "pyfuse3"
+        assert comparison.verdict is wanted or excused, "\n".join(comparison.difference())
+
+    return compare
 
 
 @pytest.mark.fuse
 @pytest.mark.parametrize("workload", ON_A_MOUNT, ids=key)
-def test_the_emulator_as_the_kernel(
-    workload: Workload,
-    emulated: Side,
-    performer: Performer,
-    recording: Recording,
-    request: pytest.FixtureRequest,
-) -> None:
-    compare(workload, emulated, performer, recording, request)
+def test_the_emulator_as_the_kernel(workload: Workload, compare: Compare) -> None:
+    compare(workload)
 
 
 @pytest.mark.fuse
 @pytest.mark.root
 @pytest.mark.any_engine
 @pytest.mark.parametrize("workload", UNDER_RUN, ids=key)
-def test_a_listener_under_fusehsm_run_as_on_the_kernel(
-    workload: Workload,
-    emulated: Side,
-    performer: Performer,
-    recording: Recording,
-    request: pytest.FixtureRequest,
-) -> None:
+def test_a_listener_under_fusehsm_run_as_on_the_kernel(workload: Workload, compare: Compare) -> None:
     """`fusehsm run` takes the engine that it finds best, so once is enough."""
-    compare(workload, emulated, performer, recording, request)
+    compare(workload)
 
 
 def test_there_are_workloads_enough() -> None:

@@ -55,9 +55,7 @@ class Silent:
         command = [*RUN, *view, "--quiet", "--mount", str(place), "--events", mode, "--", *words]
         self.run = stack.enter_context(Program(command))
         self.run.wait_ready()
-        children = Path(f"/proc/{self.run.process.pid}/task/{self.run.process.pid}/children").read_text()
-        session = os.getsid(self.run.process.pid)
-        (self.pid,) = (int(child) for child in children.split() if os.getsid(int(child)) == session)
+        self.pid = self.run.command_pid
         os.kill(self.pid, signal.SIGSTOP)
 
     def access(self, kind: str) -> "subprocess.Popen[str]":

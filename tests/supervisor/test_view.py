@@ -5,6 +5,7 @@ import shlex
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from fusehsm.conform.accessor import Accessor
 from fusehsm.linux.syscalls import MNT_DETACH, MS_BIND, mount, umount2
 from tests.support import harness
-from tests.support.harness import NOBODY, fuse_device_for_everybody
+from tests.support.harness import NOBODY, fuse_device_for_everybody, fusehsm
 from tests.support.kernel_and_run import RUN, STEP, Program, mounts_at, standing
 from tests.support.listener_programs.building import listener_words
 from tests.support.listener_steps import NOTE, PAGE, SIZE, make_files, planned
@@ -43,6 +44,21 @@ def run(*words: str | Path, **more: object) -> "subprocess.CompletedProcess[str]
             raise
     said = "".join(line for line in complaint.splitlines(keepends=True) if NOTE not in line)
     return subprocess.CompletedProcess(words, process.returncode, output, said)
+
+
+def shell(place: Path, script: str, *words: str | Path) -> list[str]:
+    """A shell with a view of the place, which is $0 of the script."""
+    return [*RUN, "--listener", "--mount", str(place), "--", "sh", "-c", script, str(place), *map(str, words)]
+
+
+@contextmanager
+def standing_still(place: Path, script: str, tmp_path: Path) -> Iterator[None]:
+    """A shell that has done its script and stays until the end of the body."""
+    with Program(shell(place, f"{script}; echo ready; {UNTIL}", tmp_path / "end")) as running:
+        running.wait_ready()
+        yield
+        (tmp_path / "end").touch()
+        assert running.end() == 0
 
 
 def listening(directory: Path, *places: Path, marks: tuple[tuple[str, str, str], ...] = ()) -> list[str]:
@@ -80,25 +96,9 @@ def test_the_command_sees_the_files_themselves(place: Path) -> None:
 
 
 def test_all_others_see_the_overlay(place: Path, accessor: Accessor, tmp_path: Path) -> None:
-    with Program(
-        [
-            *RUN,
-            "--listener",
-            "--mount",
-            str(place),
-            "--",
-            "sh",
-            "-c",
-            f"echo ready; {UNTIL}",
-            "-",
-            str(tmp_path / "end"),
-        ]
-    ) as running:
-        running.wait_ready()
+    with standing_still(place, "true", tmp_path):
         assert mounts_at(place) == 1
         assert read(accessor, place / "stub", 10) == bytes(10)
-        (tmp_path / "end").touch()
-        assert running.end() == 0
     assert mounts_at(place) == 0
 
 
@@ -107,20 +107,13 @@ def test_its_own_accesses_make_no_events(place: Path, session_directory: Path) -
     require_root()
     with Program(listening(session_directory, place)) as listener:
         listener.wait_ready()
-        pid = listener_pid(listener)
+        pid = listener.command_pid
         os.kill(pid, signal.SIGSTOP)
         try:
             inside = ["nsenter", f"--target={pid}", "--mount", "head", "-c", "10", str(place / "stub")]
             assert subprocess.run(inside, capture_output=True, timeout=STEP, check=True).stdout == bytes(10)
         finally:
             os.kill(pid, signal.SIGCONT)
-
-
-def listener_pid(running: Program) -> int:
-    """The process of the command."""
-    children = Path(f"/proc/{running.process.pid}/task/{running.process.pid}/children").read_text().split()
-    (pid,) = (int(child) for child in children if os.getsid(int(child)) == os.getsid(running.process.pid))
-    return pid
 
 
 def test_the_working_directory_may_be_inside(place: Path) -> None:
@@ -135,25 +128,8 @@ def test_the_working_directory_may_be_inside(place: Path) -> None:
 
 def test_what_it_makes_is_there_for_others(place: Path, accessor: Accessor, tmp_path: Path) -> None:
     """Within the second for which the kernel may keep names of a shared backing."""
-    script = f'echo made > "$0/new"; echo ready; {UNTIL}'
-    with Program(
-        [
-            *RUN,
-            "--listener",
-            "--mount",
-            str(place),
-            "--",
-            "sh",
-            "-c",
-            script,
-            str(place),
-            str(tmp_path / "end"),
-        ]
-    ) as running:
-        running.wait_ready()
+    with standing_still(place, 'echo made > "$0/new"', tmp_path):
         assert read(accessor, place / "new", 10) == b"made\n"
-        (tmp_path / "end").touch()
-        assert running.end() == 0
 
 
 # Marks and fills
@@ -187,9 +163,7 @@ def test_a_mark_on_a_file_with_the_number_of_an_earlier_one(
     words = listener_words(session_directory, place, "blocking", marks=(("add", "PRE_ACCESS", "again"),))
     for _ in range(5):  # an inode number need not be used again at once
         file.write_bytes(bytes(PAGE))
-        with Program(
-            [*RUN, "--listener", "--mount", str(place), "--", "sh", "-c", script, "-", *words]
-        ) as listener:
+        with Program(shell(place, script, *words)) as listener:
             listener.output.wait_for(lambda line: line == "early", STEP)
             assert read(accessor, file, 10) == bytes(10)
             go.touch()
@@ -260,8 +234,7 @@ def test_a_marked_bind_mount_of_the_command_is_there_for_others(
     (place / "way").mkdir()
     words = listener_words(session_directory, place, "blocking", marks=(("add|mount", "PRE_ACCESS", "way"),))
     script = 'mount --bind "$0/below" "$0/way" && exec "$@"'
-    command = [*RUN, "--listener", "--mount", str(place), "--", "sh", "-c", script, str(place), *words]
-    with Program(command) as listener:
+    with Program(shell(place, script, *words)) as listener:
         listener.wait_ready()
         assert mounts_at(place / "way") == 1
         assert read(accessor, place / "below" / "inner", 10) == bytes(10)
@@ -272,24 +245,8 @@ def test_a_marked_bind_mount_of_the_command_is_there_for_others(
 def test_other_mounts_of_the_command_stay_its_own(place: Path, accessor: Accessor, tmp_path: Path) -> None:
     require_root()
     (place / "way").mkdir()
-    script = f'mount -t tmpfs none "$0/way" && touch "$0/way/file"; echo ready; {UNTIL}'
-    command = [
-        *RUN,
-        "--listener",
-        "--mount",
-        str(place),
-        "--",
-        "sh",
-        "-c",
-        script,
-        str(place),
-        str(tmp_path / "end"),
-    ]
-    with Program(command) as running:
-        running.wait_ready()
+    with standing_still(place, 'mount -t tmpfs none "$0/way" && touch "$0/way/file"', tmp_path):
         assert accessor.call(lambda path: os.listdir(path), str(place / "way"), timeout=STEP) == []
-        (tmp_path / "end").touch()
-        assert running.end() == 0
 
 
 # Namespaces, users, refusals
@@ -301,18 +258,7 @@ def test_where_mounts_are_shared(place: Path, tmp_path: Path) -> None:
     watched, elsewhere = place / "below", place / "elsewhere"
     elsewhere.mkdir()
     inside = f'mount -t tmpfs none "{elsewhere}" && echo kept > "{elsewhere}/file"; {UNTIL}; stat -f -c %T "{watched}"'
-    command = [
-        *RUN,
-        "--listener",
-        "--mount",
-        str(watched),
-        "--",
-        "sh",
-        "-c",
-        inside,
-        "-",
-        str(tmp_path / "end"),
-    ]
+    command = shell(watched, inside, tmp_path / "end")
     outside = f"""
         {shlex.join(command)} &
         until test -e "{elsewhere}/file"; do sleep 0.05; done
@@ -406,9 +352,20 @@ def test_without_the_right_to_a_namespace(place: Path) -> None:
     assert mounts_at(place) == 0
 
 
-def test_kept_mounts_go_on_with_what_the_view_showed(place: Path, accessor: Accessor) -> None:
+def test_kept_mounts_go_on_with_what_the_view_showed(
+    place: Path, places: Callable[[str], Path], accessor: Accessor
+) -> None:
     """Mounts below the directory, too, although the command's namespace has ended."""
-    done = run("--keep", "--mount", place, "--", "true")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert mounts_at(place) == 1
-    assert read(accessor, place / "stub", 10) == bytes(10)
+    require_root()
+    elsewhere, below = places("elsewhere"), place / "mounted"
+    (elsewhere / "file").write_bytes(b"here")
+    below.mkdir()
+    mount(bytes(elsewhere), bytes(below), None, MS_BIND)
+    try:
+        done = run("--keep", "--mount", place, "--", "true")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert mounts_at(place) == 1
+        assert read(accessor, below / "file", 10) == b"here"
+        assert fusehsm("umount", place).returncode == 0
+    finally:
+        umount2(bytes(below), MNT_DETACH)

@@ -99,6 +99,14 @@ class Program:
         except AssertionError as error:
             raise AssertionError(f"{error}\n" + "\n".join(self.complaints.lines)) from None
 
+    @property
+    def command_pid(self) -> int:
+        """The process of the command of `fusehsm run`. The servers of its mounts lead sessions of their own."""
+        pid = self.process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        (found,) = (int(child) for child in children if os.getsid(int(child)) == os.getsid(pid))
+        return found
+
     def end(self) -> int:
         """Wait for its own end; the exit code as subprocess has it (negative: a signal)."""
         try:
