@@ -219,15 +219,13 @@ def run(
     ] = False,
     quiet: Annotated[
         bool,
-        typer.Option(
-            "--quiet", help="Do not tell of files of which the command allows ranges that are holes."
-        ),
+        typer.Option("--quiet", help="No line about a file of which the command allows a read of a hole."),
     ] = False,
     deadlock_timeout: Annotated[
         float,
         typer.Option(
             metavar="SECONDS",
-            help="Deny with EDEADLK an access that makes the command wait for itself for so long (0: never).",
+            help="If the command waits for itself: after so long, deny the access that it waits for, with EDEADLK (0: never).",
         ),
     ] = 5.0,
     listener: Annotated[

@@ -70,7 +70,7 @@ class MountOptions:
     backing: int | None = None
     #: A descriptor of SRC as the listener's mount shows it: event descriptors are opened there.
     event_root: int | None = None
-    #: Tell of each file of which a listener allows a range that is a hole.
+    #: Report each file of which a listener allows a range that is a hole.
     tell_holes: bool = False
 
 

@@ -1,6 +1,6 @@
-"""Tells of accesses that a listener has allowed although their range is a hole, so that the accessor reads zeros.
+"""Reports the files of which a listener allows a range that is a hole: the accessor reads zeros.
 
-A listener that fills a file by another way than the overlay knows, or takes the file for an unknown one, looks like this from outside.
+This is what one sees of a listener that fills another file than it was asked for, or that takes the file for one that it need not fill.
 """
 
 import errno
@@ -12,12 +12,12 @@ from fusehsm.events import Access, AccessKind, EventShape
 from fusehsm.overlay.overlay import Node, Overlay
 from fusehsm.text import shown
 
-_MOST_FILES: Final = 100_000  # beyond them a file may be told of again
+_MOST_FILES: Final = 100_000  # beyond them a file may be reported again
 _READING: Final = frozenset((AccessKind.READ, AccessKind.MAP, AccessKind.FAULT, AccessKind.FILL))
 
 
 class UnfilledFiles:
-    """The files of the mount at `destination` that were told of, each once.
+    """Reports files of the mount at `destination`, each once.
 
     `descriptor_of` gives an open file's descriptor, which stays its owner's. `tell` gets the line.
     """
@@ -49,7 +49,7 @@ class UnfilledFiles:
                 self._tell(
                     f"{shown(path)}: allowed at {shape.offset} ({shape.count} bytes), where it has a hole: the accessor reads zeros; if the "
                     "command fills files in another way than through the event's descriptor, start it with fusehsm run --listener "
-                    "(--quiet: not this line)"
+                    "(--quiet hides this line)"
                 )
         except OSError:
             return  # nothing can be told of a file that cannot be opened

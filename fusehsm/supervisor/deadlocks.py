@@ -1,8 +1,8 @@
-"""Ends waits of a listener for itself: a thread of it waits in the kernel for a mount, and the mount waits for that listener's answer.
+"""Ends the waits of a listener for itself: its thread waits in the kernel for a mount, and the mount waits for that listener's answer.
 
-FUSE holds locks while an access waits: the inode's for a write, a truncation or the change of a name, a page's for a page fault. A listener that
+FUSE holds a lock while an access waits: the inode's for a write, a truncation or the change of a name, a page's for a page fault. A listener that
 writes to the same file through the mount then waits for the access that waits for it. On a real kernel the access would hold no lock.
-So such a wait is told of on stderr after a second, and after `timeout` seconds the access that it waits for is denied with EDEADLK.
+After one second a line on stderr names such a wait. After `timeout` seconds the access that the thread waits for is denied with EDEADLK.
 """
 
 import errno
@@ -102,7 +102,10 @@ class DeadlockWatch:
         )
 
     def _tell(self, group: SupervisedGroup, tid: int, processes: set[int], *, deny: bool) -> None:
-        """Tell of the accesses that a waiting thread may wait for, each once, and deny them: those that wait for the listener as long as it does."""
+        """Name the accesses that a waiting thread may wait for, each once, and with `deny` deny them.
+
+        They are those that have waited for the listener for as long as the thread has waited.
+        """
         patience = self._timeout if deny else min(_TOLD_AFTER, self._timeout)
         for event in group.overdue(patience, processes):
             if event not in self._told:

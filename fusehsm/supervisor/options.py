@@ -29,9 +29,9 @@ class RunOptions:
     listener: bool = False
     #: Answer the calls on all descriptors, so that a group may have any number.
     any_descriptor: bool = False
-    #: Do not tell of holes that the command lets accessors read.
+    #: Do not report files of which the command allows a read of a hole.
     quiet: bool = False
-    #: Seconds for which the command may wait for itself; 0 for no limit.
+    #: The longest time for which the command may wait for itself, in seconds; 0 for no limit.
     deadlock_timeout: float = 5.0
 
 
