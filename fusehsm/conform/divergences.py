@@ -65,8 +65,7 @@ DIVERGENCES: Final = (
     Divergence(
         topic=Topic.STUBS,
         name="holes are data",
-        difference="SEEK_DATA and SEEK_HOLE report that a watched file has no holes. The processes that read the events of a pre-content group "
-        "with a mark on the file learn the truth with devfuse.",
+        difference="SEEK_DATA and SEEK_HOLE report that a watched file has no holes, and only with devfuse its listener sees them.",
         reason="A program that skips holes, such as `cp`, would copy a stub as zeros without any event, as it does on a real kernel.",
         safe="A copy asks for every byte.",
         test="test_holes_are_data",
@@ -82,11 +81,9 @@ DIVERGENCES: Final = (
     Divergence(
         topic=Topic.STUBS,
         name="blocks of stubs for the listener",
-        difference="Its listener, too, gets one block for such a file from stat(2) of its path; fstat(2) of an event's descriptor and SEEK_DATA "
-        "(with devfuse) tell the truth.",
-        reason="The kernel caches the attributes of a file for all processes. What the listener asks for, a `tar -S` would get as well.",
-        safe="No accessor gets another number. A listener that takes the file for filled by st_blocks has to look in one of the other ways: "
-        "`fusehsm run` tells of the hole that it allows, and with `--listener` the number is the file's own.",
+        difference="stat(2) of such a file's path shows one block to its listener, too, while fstat(2) of an event's descriptor shows none.",
+        reason="The kernel caches the attributes of a file for all processes, so `tar -S` would get the listener's answer as well.",
+        safe="`fusehsm run` reports a hole that a listener allows, and with `--listener` the number is the file's own.",
         test="test_blocks_of_stubs_for_the_listener",
     ),
     Divergence(
