@@ -4,15 +4,18 @@
 set -u
 root=$1 result=$2
 exec > "$result/output" 2>&1
-cd "$root"
 
+# The kernel's modules lie in the checkout, which the machine's own /tmp or /var/tmp may hide.
+mkdir -p "$root"
+mount --bind "/run/host$root" "$root"
 modprobe --all fuse ext4 loop # before /usr is covered: the modules lie in a tmpfs there
+umount "$root"
 chmod 666 /dev/fuse # the mode that udev sets
 
 # The machine's root file system asks the host for every byte every time. So programs come from a second mount of the host, with an unlimited cache.
 # Temporary files go to a tmpfs: the machine's overlay at /tmp lacks O_TMPFILE, for example.
 tag=$(awk '$2 == "/run/host" { print $1 }' /proc/mounts)
-python=$(readlink --canonicalize .venv/bin/python)
+python=$(readlink --canonicalize "/run/host$root/.venv/bin/python")
 umount /run/host
 mount -t 9p -o ro,trans=virtio,version=9p2000.L,msize=512000,cache=loose "$tag" /run/host
 mount -t tmpfs -o mode=1777 scratch /tmp

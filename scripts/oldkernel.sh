@@ -60,6 +60,8 @@ finish() {
     rm -rf "$result"
 }
 trap finish EXIT
+# The machine's own /tmp and /var/tmp would hide a checkout that lies there.
+cp scripts/oldkernel-guest.sh "$result/guest.sh"
 printf '%s\n' "${arguments[@]}" > "$result/arguments"
 : > "$result/output"
 mkfifo "$result/input"
@@ -68,7 +70,7 @@ exec 3<> "$result/input" # an input without an end: at the end of its input QEMU
 say "Linux $kernel, software emulation, at most $limit s"
 # /run/host in the guest is the host's root again; oldkernel-guest.sh mounts it with a cache.
 PATH=$root/.venv/bin:$PATH timeout --kill-after=10 "$limit" vng --disable-kvm --force-9p --cpus 2 --memory 4G --run "$image" --rodir /run/host=/ --rwdir "/run/result=$result" \
-    --exec "bash '$root/scripts/oldkernel-guest.sh' '$root' /run/result" <&3 3<&- > "$result/console" 2>&1 &
+    --exec "bash /run/result/guest.sh '$root' /run/result" <&3 3<&- > "$result/console" 2>&1 &
 machine=$!
 tail --pid="$machine" --lines=+1 --follow "$result/output"
 code=0
