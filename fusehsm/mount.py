@@ -46,9 +46,9 @@ def mount(options: MountOptions) -> int:
     Raises MountError, and ValueError for bad usage.
     """
     plan = checked(options)
-    if plan.exact and not maps_direct_files_shared(options.engine):
+    if plan.events == "exact" and not maps_direct_files_shared(options.engine):
         print(
-            "fusehsm: note: with --events exact, mmap(MAP_SHARED) of a watched file fails with ENODEV; --events first-access allows it",
+            "fusehsm: note: with --events exact, mmap(MAP_SHARED) of a watched file fails with ENODEV here; leave --events out to allow it",
             file=sys.stderr,
         )
     _start_logging(options)
@@ -176,7 +176,7 @@ def _serve(options: MountOptions, plan: Plan, ready: Callable[[], None]) -> None
     gate = Gate(
         overlay,
         destination=plan.destination,
-        exact=plan.exact,
+        events=plan.events,
         dialect=DIALECTS[options.abi],
         unattended=plan.unattended,
         event_timeout=plan.event_timeout,

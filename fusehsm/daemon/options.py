@@ -21,7 +21,7 @@ from fusehsm.linux import mountinfo
 if TYPE_CHECKING:
     from fusehsm.handler import Handler
 
-EVENT_MODES = ("exact", "first-access", "auto")
+EVENT_MODES = ("exact", "per-file", "first-access", "auto")
 CACHES = ("private", "shared")
 LOCKS = ("shared", "local")
 
@@ -82,8 +82,8 @@ class Plan:
     source: str
     #: The real path of DST.
     destination: str
-    #: Make one event for each system call (--events exact).
-    exact: bool
+    #: The event mode: "exact", "per-file" or "first-access".
+    events: str
     #: The backing changes only through the mount (--cache private).
     private: bool
     #: Locks on files are locks on SRC; None: where that costs nothing.
@@ -126,8 +126,7 @@ def checked(options: MountOptions) -> Plan:
     return Plan(
         source=source,
         destination=destination,
-        exact=options.events == "exact"
-        or (options.events == "auto" and maps_direct_files_shared(options.engine)),
+        events=_events(options),
         private=options.cache == "private" or (options.cache is None and in_place),
         shares_locks=None if options.locks is None else options.locks == "shared",
         handler=_import_handler(options.handler) if options.handler else None,
@@ -135,6 +134,13 @@ def checked(options: MountOptions) -> Plan:
         event_timeout=event_timeout,
         fuse_options=_fuse_options(options, source),
     )
+
+
+def _events(options: MountOptions) -> str:
+    """The event mode, with auto replaced. Files of exact mode cannot be mapped shared everywhere; then auto keeps exact for those that need it."""
+    if options.events != "auto":
+        return options.events
+    return "exact" if maps_direct_files_shared(options.engine) else "per-file"
 
 
 def directories(source: str, destination: str) -> tuple[str, str]:

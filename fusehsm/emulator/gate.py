@@ -24,8 +24,8 @@ from fusehsm.emulator.page_cache import CacheControl, StalePages
 from fusehsm.events import Access, AccessKind, Armed
 from fusehsm.fanotify import rules
 from fusehsm.fanotify.abi import (
+    CONTENT_PERM_EVENTS,
     FAN_ACCESS,
-    FAN_ACCESS_PERM,
     FAN_CLOSE,
     FAN_MARK_ADD,
     FAN_MARK_FILESYSTEM,
@@ -42,15 +42,15 @@ from fusehsm.linux.mountinfo import MountId
 from fusehsm.overlay.overlay import AttributeChanges, Caller, Node, Overlay
 
 _FMODE_EXEC = 0x20  # open flag of execve (include/linux/fs.h); FUSE passes it on
-_PERMISSION_EVENTS = FAN_OPEN_PERM | FAN_OPEN_EXEC_PERM | FAN_ACCESS_PERM
 
 
 class Gate:
     """The operations of one mount that listeners may hear of.
 
-    `destination`: the mount point; events show paths under it. `exact`: the event mode. `page_size`: in bytes. `open_limit`: how many
-    backing files may be open for handles at once. `direct`: in exact mode, unwatched files bypass the page cache, too. A file that is opened
-    before it is marked then reads and writes as on the real kernel: it asks no listener, and waits for no accessor that does.
+    `destination`: the mount point; events show paths under it. `events`: the event mode, "exact", "per-file" (exact for the files that a group
+    hears call by call, first-access for all others) or "first-access". `page_size`: in bytes. `open_limit`: how many backing files may be open
+    for handles at once. `direct`: in exact mode, unwatched files bypass the page cache, too. A file that is opened before it is marked then
+    reads and writes as on the real kernel: it asks no listener, and waits for no accessor that does.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Gate:
         overlay: Overlay,
         *,
         destination: str,
-        exact: bool,
+        events: str,
         dialect: Dialect,
         unattended: UnattendedPolicy,
         event_timeout: EventTimeout | None,
@@ -67,12 +67,15 @@ class Gate:
         direct: bool = False,
     ) -> None:
         self.overlay = overlay
-        self._all_direct = direct and exact
         self.destination = destination
-        self.exact = exact
+        self.events_mode = events
+        #: Whether there are events of single calls, at least for some files.
+        self.exact = events != "first-access"
+        self._per_file = events == "per-file"
+        self._all_direct = direct and self.exact
         self.default_dialect = dialect
         self.listeners = Listeners(
-            dialect, page_size, self._event_path, unattended, event_timeout, notifies=exact
+            dialect, page_size, self._event_path, unattended, event_timeout, notifies=self.exact
         )
         self.handles: HandleTable[Node] = HandleTable(overlay.open, open_limit, overlay.is_pinned)
         self.leases: Leases[Node] = Leases()
@@ -110,11 +113,6 @@ class Gate:
         self._stale.cache = cache
         self._explainer.device = device
         self._explainer.main_mount = None if mount is None else MountKey(mount.number, mount.unique)
-
-    @property
-    def events_mode(self) -> str:
-        """`exact` or `first-access`, as on the command line."""
-        return "exact" if self.exact else "first-access"
 
     def open_descriptor(self, node: Node) -> int | None:
         """A descriptor of the backing file, if an open file has one; it stays that file's."""
@@ -165,7 +163,7 @@ class Gate:
         assert node is not None
         kind = self.object_kind(node)
         rules.check_mark(group.flags, group.dialect, flags, mask, kind)
-        if flags & FAN_MARK_ADD and mask & _PERMISSION_EVENTS and not self.exact:
+        if flags & FAN_MARK_ADD and mask & CONTENT_PERM_EVENTS and not self.exact:
             raise OSError(
                 errno.EOPNOTSUPP,
                 "first-access mode has no OPEN_PERM, OPEN_EXEC_PERM or ACCESS_PERM; mount with --events exact",
@@ -203,7 +201,11 @@ class Gate:
 
     def _adjust_read_ahead(self) -> None:
         if self._stale.cache is not None and self.exact:
-            self._stale.cache.set_page_exact(any(not group.marks.empty for group in self.listeners.groups))
+            marks = [group.marks for group in self.listeners.groups]
+            needed = any(
+                each.permissions | each.notified if self._per_file else not each.empty for each in marks
+            )
+            self._stale.cache.set_page_exact(needed)
 
     async def moved(self, parent: Node, name: bytes) -> None:
         """A file has got the name `name` in `parent`, whose marks may cover it now."""
@@ -346,7 +348,7 @@ class Gate:
         uid: int,
     ) -> tuple[OpenFile[Node], bool]:
         try:
-            await self.content.ask(access, subject, node, Armed.ALL, only=~_PERMISSION_EVENTS)
+            await self.content.ask(access, subject, node, Armed.ALL, only=~CONTENT_PERM_EVENTS)
         except BaseException:
             os.close(descriptor)
             raise
@@ -355,7 +357,14 @@ class Gate:
         # Reads that the page cache serves make no request, so they could make no notification either.
         direct = self._all_direct or (
             self.exact
-            and ((armed is not Armed.NO and heard) or self.listeners.hears_notification(FAN_ACCESS, subject))
+            and (
+                (
+                    armed is not Armed.NO
+                    and heard
+                    and (not self._per_file or self.listeners.asks_by_call(subject))
+                )
+                or self.listeners.hears_notification(FAN_ACCESS, subject)
+            )
         )
         # Without keep_cache the kernel drops the node's pages. Pages that came in unasked must go. Pages of a direct_io file go so that every
         # new mapping makes its event, as in the kernel. They stay while one of them waits for a listener: this open(2) would wait, too, and

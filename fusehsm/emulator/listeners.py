@@ -20,7 +20,7 @@ from fusehsm.events import (
     notification,
     shapes,
 )
-from fusehsm.fanotify.abi import FAN_ACCESS_PERM, FAN_OPEN_PERM, Dialect, mask_names
+from fusehsm.fanotify.abi import CONTENT_PERM_EVENTS, FAN_ACCESS_PERM, FAN_OPEN_PERM, Dialect, mask_names
 from fusehsm.fanotify.marks import MarkTable, Subject
 from fusehsm.fanotify.policy import EventTimeout, Unattended, UnattendedPolicy
 from fusehsm.linux import proc
@@ -205,6 +205,13 @@ class Listeners:
         return any(
             group.marks.watched(subject)
             & (FAN_OPEN_PERM | (group.dialect.pre_content if group.dialect.open_event else 0))
+            for group in self.groups
+        )
+
+    def asks_by_call(self, subject: Subject) -> bool:
+        """Whether any group wants permission events of the subject other than pre-content events. These are about single calls."""
+        return any(
+            group.marks.permissions and group.marks.watched(subject) & CONTENT_PERM_EVENTS
             for group in self.groups
         )
 

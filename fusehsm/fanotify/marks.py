@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
 from fusehsm.fanotify.abi import (
+    CONTENT_PERM_EVENTS,
     FAN_EVENT_FLAGS,
     FAN_EVENT_ON_CHILD,
     FAN_MARK_ADD,
@@ -135,6 +136,8 @@ class MarkTable:
         self.tells_mounts = False
         #: The notifications that any of the marks wants, or wanted before its inode was deleted.
         self.notified = 0
+        #: The permission events, other than pre-content events, that any of the marks wants, or wanted before its inode was deleted.
+        self.permissions = 0
 
     @property
     def empty(self) -> bool:
@@ -271,11 +274,12 @@ class MarkTable:
     def _note(self, mark: _Mark) -> None:
         self._any_ends_with_write |= mark.ends_with_write
         self.notified |= mark.mask & NOTIFICATION_EVENTS
+        self.permissions |= mark.mask & CONTENT_PERM_EVENTS
 
     def _refresh(self) -> None:
         self._refresh_wide()
         self._any_ends_with_write = False
-        self.notified = 0
+        self.notified = self.permissions = 0
         for mark in (*self._wide(), *self._inodes.values()):
             self._note(mark)
 

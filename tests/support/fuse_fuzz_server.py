@@ -52,7 +52,7 @@ def main(source: str, descriptor: int, world: str) -> None:
     gate = Gate(
         overlay,
         destination="/mount",
-        exact=exact,
+        events="exact" if exact else "first-access",
         dialect=DIALECTS["linux-6.14"],
         unattended=UnattendedPolicy(Unattended.ALLOW),
         event_timeout=None,

@@ -121,7 +121,7 @@ class InProcessSite(Site):
         gate = Gate(
             overlay,
             destination=str(self.path),
-            exact=True,
+            events="exact",
             dialect=LINUX_6_14,
             unattended=UnattendedPolicy(Unattended.ALLOW),
             event_timeout=None,
