@@ -562,6 +562,18 @@ def conform(
         bool, typer.Option("--record", help="Save the kernel's streams as those that come with the package.")
     ] = False,
     engine: Annotated[str, typer.Option(help="The emulator's engine: pyfuse3, devfuse or auto.")] = "auto",
+    events: Annotated[
+        str,
+        typer.Option(
+            help="The emulator's event mode: exact, per-file or first-access. In first-access, every byte that the kernel asks for must be asked for."
+        ),
+    ] = "exact",
+    sample: Annotated[
+        int | None, typer.Option(metavar="N", help="Only a fixed sample of N of the workloads.")
+    ] = None,
+    patience: Annotated[
+        float, typer.Option(metavar="SECONDS", help="How long one workload may take; more on a slow machine.")
+    ] = 30.0,
     list_: Annotated[bool, typer.Option("--list", help="Show the workloads' names and exit.")] = False,
 ) -> int:
     """Run workloads on the real kernel and on the emulator, and compare their event streams.
@@ -572,6 +584,14 @@ def conform(
     from fusehsm.conform.command import list_workloads
 
     if list_:
-        list_workloads(workloads or [])
+        list_workloads(workloads or [], sample)
         return 0
-    return do_conform(workloads or [], engine=engine, as_json=json, record=record)
+    return do_conform(
+        workloads or [],
+        engine=engine,
+        events=events,
+        number=sample,
+        patience=patience,
+        as_json=json,
+        record=record,
+    )

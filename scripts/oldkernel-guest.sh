@@ -1,6 +1,6 @@
 #!/bin/bash
-# Runs inside the virtual machine of scripts/oldkernel.sh: oldkernel-guest.sh CHECKOUT RESULT. Reads pytest's arguments from RESULT/arguments, a line each;
-# writes RESULT/output and, at the end, its exit code to RESULT/status.
+# Runs inside the virtual machine of scripts/oldkernel.sh: oldkernel-guest.sh CHECKOUT RESULT. Reads the part's name and its arguments from
+# RESULT/arguments, a line each; writes RESULT/output and, at the end, its exit code to RESULT/status.
 set -u
 root=$1 result=$2
 exec > "$result/output" 2>&1
@@ -32,6 +32,6 @@ unset CI # this kernel has no pre-content events; with CI set that would be a fa
 
 mapfile -t arguments < "$result/arguments"
 echo "Linux $(uname -r)"
-.venv/bin/python -m pytest -p no:cacheprovider "${arguments[@]}"
+bash scripts/oldkernel-part "$result" "${arguments[@]}"
 echo $? > "$result/status"
 sync

@@ -1,17 +1,22 @@
 #!/bin/bash
-# oldkernel.sh [ARGUMENTS]: runs tests under an old Debian kernel, in a virtual machine without hardware virtualisation. The kernel's package is
-# fetched and unpacked, not installed. The machine's root is the host's, read only. ARGUMENTS are pytest's, by default those of
-# scripts/oldkernel-tests. Ends with pytest's exit code. Environment:
-#   KERNEL=6.1            or 5.10
-#   OLDKERNEL_LIMIT=1500  seconds after which the machine is stopped
-#   DEBIAN_MIRROR=URL     the mirror with the kernel's package; default: the mirror of the host's own packages
+# oldkernel.sh [ARGUMENTS]: measures fusehsm under an old Debian kernel, in a virtual machine without hardware virtualisation. The kernel's package is
+# fetched and unpacked, not installed. The machine's root is the host's, read only. Each part (scripts/oldkernel-part) runs in a machine of its own, and
+# leaves its result in build/oldkernel/results/KERNEL/. With ARGUMENTS there is one part: pytest with these arguments. Ends with 1 if a part fails.
+# Environment:
+#   KERNEL=6.1             or 5.10, 6.12
+#   PARTS="conform doctor" some parts only
+#   OLDKERNEL_LIMIT=1500   seconds after which a machine is stopped; default: 1500 with ARGUMENTS, else 7200
+#   DEBIAN_MIRROR=URL      the mirror with the kernel's package; default: the mirror of the host's own packages
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export LC_ALL=C.UTF-8
 PATH=$PATH:/usr/sbin:/sbin
 
 kernel=${KERNEL:-6.1}
-limit=${OLDKERNEL_LIMIT:-1500}
+parts=${PARTS:-doctor programs core conform pyfuse3 first-access}
+limit=7200
+[ $# = 0 ] || { parts=pytest limit=1500; }
+limit=${OLDKERNEL_LIMIT:-$limit}
 root=$PWD
 place=$root/build/oldkernel
 say() { echo "oldkernel: $*" >&2; }
@@ -20,7 +25,8 @@ fail() { say "$*"; exit 1; }
 case $kernel in
     5.10) release=bullseye ;;
     6.1) release=bookworm ;;
-    *) fail "KERNEL=$kernel: not in the list of kernels; give 6.1 or 5.10" ;;
+    6.12) release=trixie ;;
+    *) fail "KERNEL=$kernel: not in the list of kernels; give 5.10, 6.1 or 6.12" ;;
 esac
 [ "$(uname -m)" = x86_64 ] || fail "$(uname -m): the kernels in the list are for x86_64 only; run it on such a machine"
 
@@ -35,7 +41,7 @@ fetch_kernel() { # into $place/$kernel
     local options=(-qq -o "Dir::Etc::SourceList=$apt/$release.list" -o Dir::Etc::SourceParts=/dev/null -o "Dir::State::Lists=$apt/lists"
         -o "Dir::Cache=$apt/cache" -o APT::Sandbox::User= -o APT::Architecture=amd64)
     apt-get "${options[@]}" update || return
-    name=$(apt-cache "${options[@]}" search --names-only "^linux-image-${kernel/./\\.}\.[0-9.]+-[0-9]+-amd64$" | cut -d ' ' -f 1 | sort -V | tail -n 1)
+    name=$(apt-cache "${options[@]}" search --names-only "^linux-image-${kernel/./\\.}\.[0-9.]+(-[0-9]+|\+deb[0-9]+)-amd64$" | cut -d ' ' -f 1 | sort -V | tail -n 1)
     [ -n "$name" ] || { say "no linux-image-$kernel in Debian $release"; return 1; }
     say "fetching $name (70 MB, once)"
     (cd "$apt" && rm -f ./*.deb && apt-get "${options[@]}" download "$name") || return
@@ -47,38 +53,53 @@ fetch_kernel() { # into $place/$kernel
 [ -d "$place/$kernel" ] || fetch_kernel || fail "Debian's kernel $kernel could not be fetched (above); check the network, then run make again"
 image=$(echo "$place/$kernel"/boot/vmlinuz-*)
 
-# The machine writes only its output here, so byte code is made now: compiling and pytest's rewriting would take minutes in the machine.
-arguments=("$@")
-[ $# -gt 0 ] || mapfile -t arguments < <(grep -v -e '^#' -e '^$' scripts/oldkernel-tests)
-collected=$(.venv/bin/python -m pytest --collect-only --quiet "${arguments[@]}" 2>&1) || { echo "$collected" | tail -n 20 >&2; fail "pytest cannot collect the tests (above)"; }
+
+# The machine writes only its results, so byte code is made now: compiling and pytest's rewriting would take minutes in the machine.
+collected=$(.venv/bin/python -m pytest --collect-only --quiet "${@:-tests}" 2>&1) || { echo "$collected" | tail -n 20 >&2; fail "pytest cannot collect the tests (above)"; }
 .venv/bin/python -m compileall -q fusehsm tests
 
-result=$(mktemp -d "$place/run-XXXXXX")
+run=$(mktemp -d "$place/run-XXXXXX")
 machine=
 finish() {
     [ -z "$machine" ] || kill "$machine" 2> /dev/null || true
-    rm -rf "$result"
+    rm -rf "$run"
 }
 trap finish EXIT
-# The machine's own /tmp and /var/tmp would hide a checkout that lies there.
-cp scripts/oldkernel-guest.sh "$result/guest.sh"
-printf '%s\n' "${arguments[@]}" > "$result/arguments"
-: > "$result/output"
-mkfifo "$result/input"
-exec 3<> "$result/input" # an input without an end: at the end of its input QEMU polls in a busy loop
+mkfifo "$run/input"
+exec 3<> "$run/input" # an input without an end: at the end of its input QEMU polls in a busy loop
 
-say "Linux $kernel, software emulation, at most $limit s"
-# /run/host in the guest is the host's root again; oldkernel-guest.sh mounts it with a cache.
-PATH=$root/.venv/bin:$PATH timeout --kill-after=10 "$limit" vng --disable-kvm --force-9p --cpus 2 --memory 4G --run "$image" --rodir /run/host=/ --rwdir "/run/result=$result" \
-    --exec "bash /run/result/guest.sh '$root' /run/result" <&3 3<&- > "$result/console" 2>&1 &
-machine=$!
-tail --pid="$machine" --lines=+1 --follow "$result/output"
-code=0
-wait "$machine" || code=$?
-machine=
-if [ ! -s "$result/status" ]; then
-    tail -n 30 "$result/console" >&2
-    [ "$code" != 124 ] && [ "$code" != 137 ] || fail "the tests did not end within $limit s; the machine has been stopped"
-    fail "the machine ended (exit code $code) before the tests did; the end of its console is above"
-fi
-exit "$(cat "$result/status")"
+in_machine() { # part, arguments of the part: runs it, and says how it ended
+    local part=$1 result=$run/result code=0
+    rm -rf "$result" && mkdir "$result"
+    # The machine's own /tmp and /var/tmp would hide a checkout that lies there.
+    cp scripts/oldkernel-guest.sh "$result/guest.sh"
+    printf '%s\n' "$@" > "$result/arguments"
+    : > "$result/output"
+    say "Linux $kernel, software emulation, $part, at most $limit s"
+    # /run/host in the guest is the host's root again; oldkernel-guest.sh mounts it with a cache.
+    PATH=$root/.venv/bin:$PATH timeout --kill-after=10 "$limit" vng --disable-kvm --force-9p --cpus 2 --memory 4G --run "$image" --rodir /run/host=/ --rwdir "/run/result=$result" \
+        --exec "bash /run/result/guest.sh '$root' /run/result" <&3 3<&- > "$result/console" 2>&1 &
+    machine=$!
+    tail --pid="$machine" --lines=+1 --follow "$result/output"
+    wait "$machine" || code=$?
+    machine=
+    if [ ! -s "$result/status" ]; then
+        tail -n 30 "$result/console" >&2
+        [ "$code" != 124 ] && [ "$code" != 137 ] || { say "$part did not end within $limit s; the machine has been stopped"; return 1; }
+        say "the machine ended (exit code $code) before $part did; the end of its console is above"
+        return 1
+    fi
+    if [ "$part" != pytest ]; then
+        mkdir -p "$place/results/$kernel"
+        cp "$result/output" "$place/results/$kernel/$part.log"
+        cp "$result/status" "$place/results/$kernel/$part.status"
+        ! [ -e "$result/$part.json" ] || cp "$result/$part.json" "$place/results/$kernel/$part.json"
+    fi
+    [ "$(cat "$result/status")" = 0 ] || { say "$part failed (exit code $(cat "$result/status"))"; return 1; }
+}
+
+failed=0
+for part in $parts; do
+    in_machine "$part" "$@" || failed=1
+done
+exit $failed

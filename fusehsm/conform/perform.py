@@ -4,13 +4,14 @@ import difflib
 import enum
 import itertools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import trio
 
+from fusehsm.conform import coverage
 from fusehsm.conform.accessor import AccessorTimeout, Zygote
-from fusehsm.conform.scene import scene
+from fusehsm.conform.scene import PATIENCE, scene
 from fusehsm.conform.sides import Side
 from fusehsm.conform.stream import UNFINISHED, Did, Stream, arranged, ended_early, lines, results
 from fusehsm.conform.workload import Workload
@@ -24,6 +25,8 @@ class Verdict(enum.Enum):
 
     #: The two streams are equal.
     IDENTICAL = "identical"
+    #: Every byte was asked for, and the calls did the same: the most that first-access mode can be (coverage.py).
+    COVERED = "every byte asked for"
     #: They differ as an entry of the table of divergences says.
     KNOWN = "known divergence"
     #: They differ without an entry, or otherwise than recorded with the entry.
@@ -49,6 +52,8 @@ class Comparison:
     left_out: bool = False
     #: The emulator's stream of the first run, if that differed and the workload ran again.
     first: Stream | None = None
+    #: With `--events first-access`: the largest size in bytes of each file. None: the events must be the kernel's.
+    sizes: Mapping[str, int] | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -64,6 +69,10 @@ class Comparison:
             return Verdict.DIFFERENT
         if lines(self.kernel) == lines(self.emulated):
             return Verdict.IDENTICAL
+        if self.sizes is not None:
+            if not coverage.faults(self.kernel, self.emulated, self.sizes):
+                return Verdict.COVERED
+            return Verdict.KNOWN if self.divergences else Verdict.DIFFERENT
         if not self.divergences:
             return Verdict.DIFFERENT
         if self.workload.unsteady:
@@ -74,6 +83,7 @@ class Comparison:
 
     def difference(self) -> list[str]:
         """A unified diff: lines of the kernel only (-), lines of the emulator only (+), and their context."""
+        faults = [] if self.sizes is None else coverage.faults(self.kernel, self.emulated, self.sizes)
         wanted, name = self.kernel, "the kernel"
         is_news = self.verdict is Verdict.DIFFERENT and not ended_early(self.kernel)
         if is_news and self.divergences and self.expected is not None and not self.workload.unsteady:
@@ -81,7 +91,7 @@ class Comparison:
         found = _difference(wanted, self.emulated, name)
         if not found and self.verdict is Verdict.DIFFERENT:
             return ["both sides ended early:", *(f" {line}" for line in lines(self.kernel))]
-        return found
+        return faults + found
 
     def first_difference(self) -> list[str]:
         """The difference between the second run and the first, as a unified diff; empty without a second run."""
@@ -99,6 +109,12 @@ class Performer:
     zygote: Zygote
     #: Ends the run when a signal comes; None: no signals are watched.
     interruption: Interruption | None = None
+    #: Seconds for one workload.
+    patience: float = PATIENCE
+    #: Compare what first-access mode can do, and not event by event.
+    first_access: bool = False
+    #: The largest size in bytes of each file of the last workload, by its path in the stream.
+    sizes: dict[str, int] = field(default_factory=dict)
     _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     def perform(self, workload: Workload, side: Side) -> Stream:
@@ -128,7 +144,9 @@ class Performer:
         On a busy machine an accessor can be preempted in the middle of a request. Then /proc does not show it waiting, and the
         emulator makes one event more than the kernel. This seldom happens twice.
         """
-        comparison = Comparison(workload, kernel, self.perform(workload, emulated), divergences, expected)
+        stream = self.perform(workload, emulated)
+        sizes = self.sizes if self.first_access else None
+        comparison = Comparison(workload, kernel, stream, divergences, expected, sizes=sizes)
         if comparison.verdict is not Verdict.DIFFERENT or ended_early(comparison.emulated):
             return comparison
         return replace(comparison, emulated=self.perform(workload, emulated), first=comparison.emulated)
@@ -145,9 +163,10 @@ class Performer:
         stream: Stream = []
         name = f"workload-{next(self._numbers)}"
         try:
-            async with scene(side, name, self.zygote) as made:
-                stream = made.stream
+            async with scene(side, name, self.zygote, self.patience) as made:
+                stream, self.sizes = made.stream, made.sizes
                 await workload.script(made)
+                made.measure()
         except Exception as raised:
             error = _first(raised)
             late = isinstance(error, trio.TooSlowError | AccessorTimeout)

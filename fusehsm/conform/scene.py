@@ -57,7 +57,7 @@ HOLD = -1  # an answer: none for now
 _UNNAMED = re.compile(r"(^|/)#\d+ \(deleted\)$")  # a file of O_TMPFILE: ext4 names it after its inode
 # Files with a new name in every run: those of sed -i, git's test for symbolic links, git's new objects.
 _TEMPORARY = re.compile(r"^(sed|\.git/t|\.git/objects/\w\w/tmp_obj_)\w{6}$")
-_PATIENCE = 30.0  # seconds for one workload
+PATIENCE = 30.0  # seconds for one workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +212,8 @@ class Scene:
         self.backing.chmod(0o777)
         self.stream: Stream = []
         self.listeners: list[Listener] = []
+        #: The largest size in bytes that each file is known to have had, by its path in the stream.
+        self.sizes: dict[str, int] = {}
         #: What else adds its entries to the stream before the result of a call.
         self.on_settle: list[Callable[[], None]] = []
         self._accessors: list[Accessor] = []
@@ -227,7 +229,15 @@ class Scene:
         """Make a file with the first `size` bytes of CONTENT. Returns its path for accessors."""
         (self.backing / name).write_bytes(CONTENT[:size])
         (self.backing / name).chmod(mode)
+        self.sizes[name] = max(size, self.sizes.get(name, 0))
         return str(self.path / name)
+
+    def measure(self) -> None:
+        """Note the sizes of all files as they are now."""
+        for path in self.backing.rglob("*"):
+            if path.is_file() and not path.is_symlink():
+                name = str(path.relative_to(self.backing))
+                self.sizes[name] = max(path.stat().st_size, self.sizes.get(name, 0))
 
     def content(self, name: str = "file") -> bytes:
         """The file's content now. Not while a listener watches the file: on the real kernel this process would wait for itself."""
@@ -349,7 +359,8 @@ class Scene:
         listener = Listener(self, name, group, answer, lazy=lazy, noted=noted)
         self.listeners.append(listener)
         for mark in marks:
-            await group.mark(FAN_MARK_ADD | mark.flags, mark.mask, path=str(self.path / mark.name))
+            mask = mark.mask & ~self.side.without
+            await group.mark(FAN_MARK_ADD | mark.flags, mask, path=str(self.path / mark.name))
         if not lazy:
             self._nursery.start_soon(listener.run)
         return listener
@@ -367,9 +378,9 @@ def _named(operation: str | Callable[..., Any]) -> str:
 
 
 @asynccontextmanager
-async def scene(side: Side, name: str, zygote: Zygote) -> AsyncIterator[Scene]:
-    """A scene in a new directory `name`. Its listeners and accessors end with it. Raises trio.TooSlowError after 30 s."""
-    with trio.fail_after(_PATIENCE):
+async def scene(side: Side, name: str, zygote: Zygote, patience: float = PATIENCE) -> AsyncIterator[Scene]:
+    """A scene in a new directory `name`. Its listeners and accessors end with it. Raises trio.TooSlowError after `patience` seconds."""
+    with trio.fail_after(patience):
         async with trio.open_nursery() as nursery:
             made = Scene(side, name, zygote, nursery)
             try:

@@ -20,7 +20,13 @@ from fusehsm.backends.emulated import EmulatedGroup
 from fusehsm.backends.kernel import KernelGroup
 from fusehsm.conform.accessor import Accessor, AccessorTimeout, Zygote
 from fusehsm.daemon.child import ForegroundMount, foreground_mount
-from fusehsm.fanotify.abi import FAN_CLASS_PRE_CONTENT, FAN_CLOEXEC, FAN_MARK_ADD, LINUX_6_14
+from fusehsm.fanotify.abi import (
+    CONTENT_PERM_EVENTS,
+    FAN_CLASS_PRE_CONTENT,
+    FAN_CLOEXEC,
+    FAN_MARK_ADD,
+    LINUX_6_14,
+)
 from fusehsm.linux import syscalls
 from fusehsm.linux.mountinfo import mount_of, mount_of_descriptor, mounts_on
 from fusehsm.linux.signals import signals_held
@@ -87,6 +93,8 @@ class Side:
     engine: str = ""
     #: The emulator's daemon; None on the real kernel.
     emulator: Emulator | None = None
+    #: The event bits that a mark on this side may not have: those that first-access mode does not make.
+    without: int = 0
 
     @property
     def is_kernel(self) -> bool:
@@ -128,8 +136,9 @@ def emulated_side(backing: Path, path: Path, engine: str, *options: str) -> Iter
     for place in (backing, path):
         place.mkdir(parents=True, exist_ok=True)
     said: deque[str] = deque(maxlen=LINES)
+    without = CONTENT_PERM_EVENTS if "first-access" in options else 0
     with foreground_mount(str(backing), str(path), "--engine", engine, *options, hear=said.append) as daemon:
-        yield Side(backing, path, engine, Emulator(daemon, path, said))
+        yield Side(backing, path, engine, Emulator(daemon, path, said), without)
 
 
 def _tool(name: str) -> str:

@@ -103,7 +103,7 @@ def test_one_that_fails_says_how(side: Side, performer: Performer) -> None:
 def test_one_that_hangs_is_given_up(
     act: object, side: Side, performer: Performer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fusehsm.conform.scene._PATIENCE", 4)
+    monkeypatch.setattr(performer, "patience", 4)
     stream = performer.perform(listener_row("hanging", act), side)  # type: ignore[arg-type]
     assert stream[-1] == Did(UNFINISHED, "ended", "too late"), lines(stream)
     nothing_is_left(side)

@@ -71,7 +71,7 @@ def test_a_stopped_daemon_is_told_from_a_slow_one(
     emulated: Side, performer: Performer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And killed, so that what follows fails at once."""
-    monkeypatch.setattr("fusehsm.conform.scene._PATIENCE", 0.5)
+    monkeypatch.setattr(performer, "patience", 0.5)
     monkeypatch.setattr("fusehsm.conform.sides._ANSWERS_WITHIN", 0.5)
     stream = performer.perform(harming(signal.SIGSTOP), emulated)
     assert stream[-1] == Did(UNFINISHED, "ended", "the emulator does not answer")

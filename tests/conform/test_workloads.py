@@ -242,7 +242,7 @@ def test_a_damaged_recording_says_so(tmp_path: Path) -> None:
 def test_a_workload_that_never_ends_is_given_up(
     real: Side, performer: Performer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fusehsm.conform.scene._PATIENCE", 0.5)
+    monkeypatch.setattr(performer, "patience", 0.5)
 
     async def script(scene: Scene) -> None:
         path = scene.file()

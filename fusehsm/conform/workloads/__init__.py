@@ -1,7 +1,9 @@
 """All workloads, by family. A new workload goes into the list of its family at the end of a module."""
 
+import hashlib
 from collections.abc import Sequence
 from fnmatch import fnmatch
+from typing import Final
 
 from fusehsm.conform.workload import Workload
 from fusehsm.conform.workloads import (
@@ -53,6 +55,34 @@ def chosen(patterns: Sequence[str]) -> list[Workload]:
         if not any(_fits(workload, pattern) for workload in WORKLOADS):
             raise ValueError(f"no workload is called {pattern}; `fusehsm conform --list` shows their names")
     return [workload for workload in WORKLOADS if any(_fits(workload, pattern) for pattern in patterns)]
+
+
+#: The workloads that are about bytes and not about marks, groups or single calls: those that first-access mode can serve like the kernel.
+BYTES: Final = (
+    "reading",
+    "writing",
+    "copying",
+    "mapping",
+    "names",
+    "processes",
+    "denying/PRE_ACCESS-*",
+    "aio",
+    "uring",
+    "programs",
+)
+
+
+def sample(workloads: Sequence[Workload], number: int | None) -> list[Workload]:
+    """A fixed sample of so many workloads, in their order (None: all). A new workload changes it by one at most.
+
+    Raises ValueError for a number below 1.
+    """
+    if number is None:
+        return list(workloads)
+    if number < 1:
+        raise ValueError(f"a sample of {number} workloads has none; give a number from 1 on")
+    kept = sorted(workloads, key=lambda workload: hashlib.sha256(workload.key.encode()).digest())[:number]
+    return [workload for workload in workloads if workload in kept]
 
 
 def _fits(workload: Workload, pattern: str) -> bool:
