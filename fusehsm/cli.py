@@ -565,7 +565,7 @@ def conform(
     events: Annotated[
         str,
         typer.Option(
-            help="The emulator's event mode: exact, per-file or first-access. In first-access, every byte that the kernel asks for must be asked for."
+            help="The emulator's event mode: exact or first-access. In first-access, every byte that the kernel asks for must be asked for."
         ),
     ] = "exact",
     sample: Annotated[
@@ -574,6 +574,9 @@ def conform(
     patience: Annotated[
         float, typer.Option(metavar="SECONDS", help="How long one workload may take; more on a slow machine.")
     ] = 30.0,
+    attempts: Annotated[
+        int, typer.Option(metavar="N", min=1, help="How often a workload that differs may run.")
+    ] = 2,
     list_: Annotated[bool, typer.Option("--list", help="Show the workloads' names and exit.")] = False,
 ) -> int:
     """Run workloads on the real kernel and on the emulator, and compare their event streams.
@@ -592,6 +595,7 @@ def conform(
         events=events,
         number=sample,
         patience=patience,
+        attempts=attempts,
         as_json=json,
         record=record,
     )

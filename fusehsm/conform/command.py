@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from fusehsm.conform.accessor import Zygote
-from fusehsm.conform.divergences import applying
+from fusehsm.conform.divergences import applying, limits
 from fusehsm.conform.perform import Comparison, Performer, Verdict
 from fusehsm.conform.scene import PATIENCE
 from fusehsm.conform.sides import NoKernelEvents, Side, emulated_side, ext4_image, kernel_side
-from fusehsm.conform.stream import SHIPPED, Recording, ended_early, to_json
+from fusehsm.conform.stream import SHIPPED, Recording, ended_early, recorded_name, to_json
 from fusehsm.conform.workload import Workload
 from fusehsm.conform.workloads import BYTES, WORKLOADS, chosen, sample
 from fusehsm.daemon.options import check_choice
@@ -30,10 +30,11 @@ _STYLES = {
     Verdict.KNOWN: "yellow",
     Verdict.DIFFERENT: "bold red",
     Verdict.LEFT_OUT: "dim",
+    Verdict.NOT_HERE: "dim",
 }
 _ALWAYS_COUNTED = (Verdict.IDENTICAL, Verdict.KNOWN, Verdict.DIFFERENT)
 _IMAGE_MIB = 1024
-_EVENTS = ("exact", "per-file", "first-access")
+_EVENTS = ("exact", "first-access")
 _SIGNALLED = (
     128  # plus the signal's number: the exit code that a shell reports for a program that a signal has ended
 )
@@ -46,13 +47,14 @@ def conform(
     events: str = "exact",
     number: int | None = None,
     patience: float = PATIENCE,
+    attempts: int = 2,
     as_json: bool = False,
     record: bool = False,
 ) -> int:
     """Compare the workloads. Returns the exit code: 0 if every difference is a known divergence, else 1.
 
     `events`: the mount's event mode; first-access is compared by coverage.py. `number`: a fixed sample of so many workloads (None: all).
-    `patience`: seconds for one workload. `record`: save the streams as those that are shipped with the package. After a signal it unmounts
+    `patience`: seconds for one workload. `attempts`: how often a workload that differs runs. `record`: save the streams as those that are shipped with the package. After a signal it unmounts
     everything and returns 128 plus the signal's number. Raises ValueError for a pattern that fits no workload, an unknown engine or event
     mode, or a recording of another mode than exact; NoKernelEvents if `record` is given and the kernel has no pre-content events, and OSError
     if nothing can be mounted or if the emulator dies or hangs.
@@ -65,7 +67,7 @@ def conform(
         raise ValueError("--record: only exact events are recorded; leave --events out")
     try:
         with interruptible() as interruption:
-            mode = _Mode(engine, events, patience)
+            mode = _Mode(engine, events, patience, attempts)
             seen = _seen(workloads, mode, interruption, as_json=as_json, record=record)
     except Interrupted as interrupted:
         print(f"fusehsm: ended by {interrupted}", file=sys.stderr)
@@ -86,6 +88,7 @@ class _Mode:
     engine: str
     events: str
     patience: float
+    attempts: int
 
 
 def _seen(
@@ -102,7 +105,9 @@ def _seen(
         zygote = Zygote()
         stack.callback(zygote.close)
         stack.callback(interruption.ignore)
-        performer = Performer(zygote, interruption, mode.patience, first_access=mode.events == "first-access")
+        performer = Performer(
+            zygote, interruption, mode.patience, mode.attempts, first_access=mode.events == "first-access"
+        )
         comparisons = _compare(performer, workloads, kernel, emulated, recording, anew=record)
         seen = _report_json(comparisons) if as_json else _report(comparisons, kernel, recording)
         if record:
@@ -146,13 +151,16 @@ def _compare(
     anew: bool,
 ) -> Iterator[Comparison]:
     for number, workload in enumerate(workloads, 1):
+        if workload.needs is not None and performer.lacks(workload.needs, emulated.backing):
+            yield Comparison(workload, [], [], (), left_out=Verdict.NOT_HERE)
+            continue
         wanted = (
             performer.perform(workload, kernel) if kernel is not None else recording.kernel.get(workload.key)
         )
         if wanted is None:
             continue  # the workload is newer than the recording
         if workload.needs_root and os.geteuid() != 0:
-            yield Comparison(workload, wanted, [], (), left_out=True)
+            yield Comparison(workload, wanted, [], (), left_out=Verdict.LEFT_OUT)
             continue
         comparison = performer.compare(
             workload,
@@ -164,7 +172,9 @@ def _compare(
                 for name in workload.divergences
                 if performer.first_access or applying(name, emulated.engine)
             ),
-            None if anew else recording.emulated.get(f"{emulated.engine}: {workload.key}"),
+            None
+            if anew
+            else recording.of_emulator(emulated.engine, workload.key, limits(workload.divergences)),
         )
         yield comparison
         trouble = _trouble(comparison, emulated, performer)
@@ -235,7 +245,7 @@ def _keep(seen: list[Comparison], recording: Recording, engine: str) -> None:
             continue
         key = comparison.workload.key
         recording.kernel[key] = comparison.kernel
-        recording.emulated.pop(f"{engine}: {key}", None)
+        recording.emulated.pop(recorded_name(engine, key), None)
         if comparison.divergences and not comparison.workload.unsteady:
-            recording.emulated[f"{engine}: {key}"] = comparison.emulated
+            recording.emulated[recorded_name(engine, key)] = comparison.emulated
     recording.save()

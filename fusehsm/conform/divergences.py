@@ -7,6 +7,7 @@ Run this module to print docs/divergences.md. With `--summary` it prints the REA
 """
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
@@ -57,8 +58,8 @@ class Divergence:
         """The engines that have it, as text."""
         if not any(self.until):
             return ", ".join(self.engines)
-        version = ".".join(map(str, self.until))
-        return f"{', '.join(self.engines)}; all before Linux {version}"
+        older = f"all before Linux {'.'.join(map(str, self.until))}"
+        return f"{', '.join(self.engines)}; {older}" if self.engines else older
 
 
 DIVERGENCES: Final = (
@@ -188,6 +189,16 @@ DIVERGENCES: Final = (
         reason="Segments are mappings, and mappings ask when they are touched.",
         safe="Every byte is asked for before it runs.",
         test="test_program_start",
+    ),
+    Divergence(
+        topic=Topic.MAPPINGS,
+        name="programs that are read again",
+        difference="execve(2) of a program whose second read is denied reads it a second time, with events like those of the first.",
+        reason="Kernels with loadable modules look for one that knows the program's format, and then try again, which Linux 6.14 ended.",
+        safe="The listener is asked again, and the errno of execve(2) is the same.",
+        test="test_what_older_kernels_do",
+        engines=(),
+        until=(6, 14),
     ),
     Divergence(
         topic=Topic.MAPPINGS,
@@ -694,6 +705,11 @@ def applying(name: str, engine: str) -> bool:
     """Whether the emulator with this engine has the divergence `name` on the running kernel. Raises KeyError for an unknown name."""
     entry = _BY_NAME[name]
     return engine in entry.engines or kernel_version() < entry.until
+
+
+def limits(names: Iterable[str]) -> set[tuple[int, int]]:
+    """The kernels (major, minor) before which those divergences hold with all engines, as far as the running kernel is older."""
+    return {_BY_NAME[name].until for name in names if kernel_version() < _BY_NAME[name].until}
 
 
 def markdown_page() -> str:

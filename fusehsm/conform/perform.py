@@ -6,15 +6,16 @@ import itertools
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import trio
 
 from fusehsm.conform import coverage
-from fusehsm.conform.accessor import AccessorTimeout, Zygote
+from fusehsm.conform.accessor import Accessor, AccessorTimeout, Zygote
 from fusehsm.conform.scene import PATIENCE, scene
 from fusehsm.conform.sides import Side
 from fusehsm.conform.stream import UNFINISHED, Did, Stream, arranged, ended_early, lines, results
-from fusehsm.conform.workload import Workload
+from fusehsm.conform.workload import Need, Workload
 from fusehsm.linux.signals import Interruption
 
 # The comparison of two streams
@@ -33,6 +34,8 @@ class Verdict(enum.Enum):
     DIFFERENT = "different"
     #: The workload needs root, and the user is not root.
     LEFT_OUT = "left out: needs root"
+    #: The kernel does not have what the workload is about (Workload.needs).
+    NOT_HERE = "not on this kernel"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +51,9 @@ class Comparison:
     divergences: tuple[str, ...]
     #: The emulator's recorded stream, for a workload with a divergence.
     expected: Stream | None = None
-    #: The workload did not run, because it needs root.
-    left_out: bool = False
-    #: The emulator's stream of the first run, if that differed and the workload ran again.
+    #: The reason for which the workload did not run: LEFT_OUT or NOT_HERE.
+    left_out: Verdict | None = None
+    #: The emulator's stream of the run before the last, if that differed and the workload ran again.
     first: Stream | None = None
     #: With `--events first-access`: the largest size in bytes of each file. None: the events must be the kernel's.
     sizes: Mapping[str, int] | None = None
@@ -63,8 +66,8 @@ class Comparison:
         excuses the events but not the results. An early end is always DIFFERENT: on the kernel's side the workload is broken, on the
         emulator's side the emulator has died or hangs.
         """
-        if self.left_out:
-            return Verdict.LEFT_OUT
+        if self.left_out is not None:
+            return self.left_out
         if ended_early(self.kernel) or ended_early(self.emulated):
             return Verdict.DIFFERENT
         if lines(self.kernel) == lines(self.emulated):
@@ -111,11 +114,14 @@ class Performer:
     interruption: Interruption | None = None
     #: Seconds for one workload.
     patience: float = PATIENCE
+    #: How often a workload that differs may run.
+    attempts: int = 2
     #: Compare what first-access mode can do, and not event by event.
     first_access: bool = False
     #: The largest size in bytes of each file of the last workload, by its path in the stream.
     sizes: dict[str, int] = field(default_factory=dict)
     _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    _lacking: dict[str, bool] = field(default_factory=dict)
 
     def perform(self, workload: Workload, side: Side) -> Stream:
         """Run a workload and return its stream. If it ends early, the last entry is the cause. Raises Interrupted."""
@@ -139,17 +145,36 @@ class Performer:
         divergences: tuple[str, ...],
         expected: Stream | None,
     ) -> Comparison:
-        """Run a workload on the emulator and compare the streams. If they differ, run it a second time.
+        """Run a workload on the emulator and compare the streams. If they differ, run it again.
 
-        On a busy machine an accessor can be preempted in the middle of a request. Then /proc does not show it waiting, and the
+        On a busy or slow machine an accessor can be preempted in the middle of a request. Then /proc does not show it waiting, and the
         emulator makes one event more than the kernel. This seldom happens twice.
         """
         stream = self.perform(workload, emulated)
         sizes = self.sizes if self.first_access else None
         comparison = Comparison(workload, kernel, stream, divergences, expected, sizes=sizes)
-        if comparison.verdict is not Verdict.DIFFERENT or ended_early(comparison.emulated):
-            return comparison
-        return replace(comparison, emulated=self.perform(workload, emulated), first=comparison.emulated)
+        for _ in range(1, self.attempts):
+            if comparison.verdict is not Verdict.DIFFERENT or ended_early(comparison.emulated):
+                break
+            comparison = replace(
+                comparison, emulated=self.perform(workload, emulated), first=comparison.emulated
+            )
+        return comparison
+
+    def lacks(self, need: Need, directory: Path) -> bool:
+        """Whether the kernel lacks something, tried on a file that is made in `directory` and removed. `directory` is not on a mount of fusehsm."""
+        if need.name not in self._lacking:
+            path = directory / f"need-{next(self._numbers)}"
+            path.write_bytes(bytes(20000))
+            result: object
+            with Accessor(self.zygote) as accessor:
+                try:
+                    result = accessor.call(need.act, str(path), *need.arguments)
+                except OSError as error:
+                    result = error
+            path.unlink()
+            self._lacking[need.name] = need.lacking(result)
+        return self._lacking[need.name]
 
     async def _perform(self, workload: Workload, side: Side) -> Stream:
         async with trio.open_nursery() as nursery:
@@ -166,7 +191,8 @@ class Performer:
             async with scene(side, name, self.zygote, self.patience) as made:
                 stream, self.sizes = made.stream, made.sizes
                 await workload.script(made)
-                made.measure()
+                if self.first_access and not side.is_kernel:
+                    made.measure()
         except Exception as raised:
             error = _first(raised)
             late = isinstance(error, trio.TooSlowError | AccessorTimeout)

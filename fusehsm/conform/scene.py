@@ -233,7 +233,7 @@ class Scene:
         return str(self.path / name)
 
     def measure(self) -> None:
-        """Note the sizes of all files as they are now."""
+        """Note the sizes of all files as they are now. On the real kernel's side this process could wait for itself: listeners hear it there."""
         for path in self.backing.rglob("*"):
             if path.is_file() and not path.is_symlink():
                 name = str(path.relative_to(self.backing))

@@ -13,7 +13,7 @@ import os
 import platform
 import struct
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -192,6 +192,12 @@ def _group(entry: Entry) -> str:
     return entry.group if isinstance(entry, Heard) else ""
 
 
+def recorded_name(engine: str, key: str, before: tuple[int, int] | None = None) -> str:
+    """The name of an emulator's stream in a recording: "ENGINE: KEY", or "ENGINE before MAJOR.MINOR: KEY" for kernels older than that."""
+    older = "" if before is None else f" before {before[0]}.{before[1]}"
+    return f"{engine}{older}: {key}"
+
+
 @dataclass(slots=True)
 class Recording:
     """All recorded streams."""
@@ -204,7 +210,7 @@ class Recording:
     date: str = ""
     #: The real kernel's streams, by the workload's key.
     kernel: dict[str, Stream] = field(default_factory=dict)
-    #: The emulator's streams of workloads with a divergence, by "ENGINE: KEY".
+    #: The emulator's streams of workloads with a divergence, by recorded_name().
     emulated: dict[str, Stream] = field(default_factory=dict)
 
     @classmethod
@@ -221,6 +227,16 @@ class Recording:
             )
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path}: not a recording ({error}); make it anew with --record") from None
+
+    def of_emulator(self, engine: str, key: str, limits: Iterable[tuple[int, int]]) -> Stream | None:
+        """The emulator's recorded stream of a workload; None if there is none.
+
+        `limits`: the kernels (major, minor) before which a divergence of the workload holds, as far as the running kernel is older. The stream
+        recorded for the lowest of them counts; without one, that of new kernels.
+        """
+        names = [recorded_name(engine, key, limit) for limit in sorted(limits)]
+        names.append(recorded_name(engine, key))
+        return next((self.emulated[name] for name in names if name in self.emulated), None)
 
     def of_this_kernel(self) -> None:
         """Set release, machine and date to those of the running kernel and of today."""

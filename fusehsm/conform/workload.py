@@ -1,13 +1,26 @@
 """The definition of a workload: a name, a script that runs in a scene, and the known divergences that it shows."""
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fusehsm.conform.divergences import DIVERGENCES
 from fusehsm.conform.scene import EVERYTHING, SIZE, Scene
 
 Script = Callable[[Scene], Awaitable[None]]
 _KNOWN = frozenset(entry.name for entry in DIVERGENCES)
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Something that older kernels lack, or that a system may forbid. A try on a plain file shows whether it is there, not the kernel's version."""
+
+    #: What it is, for people.
+    name: str
+    #: A function for an accessor, called with the path of a file and `arguments`.
+    act: Callable[..., object]
+    arguments: tuple[object, ...]
+    #: Whether the act's result, or the OSError that it raised, shows that it is lacking.
+    lacking: Callable[[object], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +42,8 @@ class Workload:
     unsteady: bool = False
     #: The workload runs only as root.
     needs_root: bool = False
+    #: What the kernel must have for this workload.
+    needs: Need | None = None
 
     def __post_init__(self) -> None:
         for name in self.divergences:
@@ -44,6 +59,11 @@ class Workload:
     def key(self) -> str:
         """The name in commands and recordings: "family/name", without spaces and quotation marks."""
         return f"{self.family}/{self.name}".replace(" ", "-").replace("'", "")
+
+
+def needing(need: Need, workload: Workload) -> Workload:
+    """The workload, which needs this of the kernel."""
+    return replace(workload, needs=need)
 
 
 def one_call(

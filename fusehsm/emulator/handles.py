@@ -69,6 +69,10 @@ class DeniedFill:
     repeats_left: int
     #: Until when they get it, in monotonic seconds.
     expires: float
+    #: How often the thread had waited (proc.voluntary_switches()), None if that decides nothing.
+    switches: int | None = None
+    #: Until when they get it if the thread has waited for nothing else in between, in monotonic seconds.
+    expires_awake: float = 0.0
 
 
 @dataclass(slots=True, eq=False)

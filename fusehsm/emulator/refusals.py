@@ -14,14 +14,16 @@ from dataclasses import dataclass, field
 
 from fusehsm.emulator.explain import Accessor, Explainer, Explanation
 from fusehsm.emulator.handles import DeniedFill, OpenFile
-from fusehsm.linux import system_call
+from fusehsm.linux import proc, system_call
 from fusehsm.linux.ranges import RangeSet
 from fusehsm.overlay.overlay import Node
 
 _REPEATS = 2
-# A call that continues differs visibly from a new equal call. A fault does not, so time decides.
+# A call that continues differs visibly from a new equal call. A fault does not, so time decides. A slow or busy machine needs more of it: there a
+# thread that has not slept since it was refused is still in the same fault, because the repeat comes at once.
 _SAME_CALL_SECONDS = 1.0
 _SAME_FAULT_SECONDS = 0.05
+_SAME_FAULT_AWAKE_SECONDS = 1.0
 # The kernel lets the next follower go as soon as one is refused, but the follower's process may have to wait for a CPU.
 _NEXT_FOLLOWER_SECONDS = 1.0
 
@@ -68,11 +70,14 @@ class Refusals:
         """A fill of `size` bytes at `offset` was denied with the errno `number`."""
         waits = self._explainer.blocked_in(who, explanation.call)
         in_call = waits is not None and waits[0].number != system_call.PAGE_FAULT
-        window = _SAME_CALL_SECONDS if in_call else _SAME_FAULT_SECONDS
+        now = time.monotonic()
+        denied = DeniedFill(waits, offset, offset + size, number, _REPEATS, now + _SAME_CALL_SECONDS)
+        if not in_call:
+            denied.expires = now + _SAME_FAULT_SECONDS
+            denied.switches = proc.voluntary_switches(who.known_tid) if who.certain else None
+            denied.expires_awake = now + _SAME_FAULT_AWAKE_SECONDS
         file.denied.pop(who.tid, None)
-        file.denied[who.tid] = DeniedFill(
-            waits, offset, offset + size, number, _REPEATS, time.monotonic() + window
-        )
+        file.denied[who.tid] = denied
         self._forget_old()
         node = self._nodes.pop(file.node.id, None)
         if node is None:
@@ -115,12 +120,14 @@ class Refusals:
         denied = file.denied.get(who.tid)
         if denied is None:
             return
-        if denied.repeats_left <= 0 or time.monotonic() > denied.expires:
+        if denied.repeats_left <= 0 or not _is_same_fault(denied, who.tid):
             del file.denied[who.tid]
             return
         overlaps = offset < denied.end and denied.start < offset + size
         if overlaps and self._explainer.blocked_in(who, explanation.call) == denied.waits:
             denied.repeats_left -= 1
+            if denied.switches is not None:
+                denied.switches += 1  # it waits for this answer
             raise OSError(denied.errno, os.strerror(denied.errno))
 
     def _check_follower(
@@ -138,11 +145,24 @@ class Refusals:
         raise OSError(number, os.strerror(number))
 
 
+def _is_same_fault(denied: DeniedFill, tid: int) -> bool:
+    """Whether a thread that asks again may still be in the fault or the call that was denied."""
+    now = time.monotonic()
+    if now <= denied.expires:
+        return True
+    # It waited for the first answer, and waits now; any wait between the two is one more.
+    return (
+        denied.switches is not None
+        and now <= denied.expires_awake
+        and proc.voluntary_switches(tid) == denied.switches + 1
+    )
+
+
 def _forget_expired(denied: dict[int, DeniedFill]) -> None:
     """Remove the expired entries, which are the oldest."""
     now = time.monotonic()
     while denied:
         tid = next(iter(denied))
-        if denied[tid].expires >= now:
+        if max(denied[tid].expires, denied[tid].expires_awake) >= now:
             return
         del denied[tid]

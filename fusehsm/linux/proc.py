@@ -152,6 +152,12 @@ def calls_finished(pid: int, tid: int) -> int | None:
     return None if reads is None or writes is None else reads + writes
 
 
+def voluntary_switches(tid: int) -> int | None:
+    """How often a thread has given up its processor to wait (getrusage(2), ru_nvcsw); None if the kernel does not tell."""
+    text = _read_proc(f"/proc/{tid}/status")
+    return _status_field(text, b"voluntary_ctxt_switches", 10) if text else None
+
+
 def run_time(tid: int) -> int | None:
     """The run time in nanoseconds of a thread that is blocked now; None if the kernel does not tell."""
     text = _read_proc(f"/proc/{tid}/schedstat")

@@ -78,7 +78,7 @@ def test_a_sample_in_first_access_mode() -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--events", "some"], "fusehsm: --events some: not known; choose exact, per-file, first-access\n"),
+        (["--events", "some"], "fusehsm: --events some: not known; choose exact, first-access\n"),
         (["--events", "first-access", "--record"], "fusehsm: --record: only exact events are recorded; leave --events out\n"),
         (["--sample", "0"], "fusehsm: a sample of 0 workloads has none; give a number from 1 on\n"),
     ],

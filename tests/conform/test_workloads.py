@@ -10,7 +10,7 @@ import pytest
 
 from fusehsm.conform import command
 from fusehsm.conform.accessor import Zygote
-from fusehsm.conform.divergences import ENGINES, applying
+from fusehsm.conform.divergences import ENGINES, applying, limits
 from fusehsm.conform.perform import Comparison, Performer, Verdict
 from fusehsm.conform.scene import Scene
 from fusehsm.conform.sides import Side, emulated_side, kernel_side
@@ -92,6 +92,8 @@ def compare(
     def compare(workload: Workload) -> None:
         # Tests of any engine name none; a mount has this one then.
         engine = emulated.engine if emulated.engine in ENGINES else "devfuse"
+        if workload.needs is not None and performer.lacks(workload.needs, emulated.backing):
+            pytest.skip(f"this kernel has no {workload.needs.name}")
         known = tuple(name for name in workload.divergences if applying(name, engine))
         kernel = recording.kernel[workload.key]
         if workload.unsteady:
@@ -102,7 +104,7 @@ def compare(
             kernel,
             emulated,
             known,
-            recording.emulated.get(f"{engine}: {workload.key}"),
+            recording.of_emulator(engine, workload.key, limits(workload.divergences)),
         )
         wanted = Verdict.KNOWN if known else Verdict.IDENTICAL
         # With pyfuse3, whose pids are the openers', a stream may happen to be right.

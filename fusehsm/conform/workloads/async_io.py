@@ -1,6 +1,7 @@
 """Asynchronous I/O with raw system calls: io_submit(2) as in libaio, and io_uring(7) with one entry at a time."""
 
 import ctypes
+import errno
 import mmap
 import os
 import struct
@@ -9,7 +10,7 @@ from functools import partial
 
 from fusehsm.conform.accessor_worker import libc
 from fusehsm.conform.scene import MIB, PAGE, PRE_GROUP, Scene
-from fusehsm.conform.workload import Script, Workload, one_call
+from fusehsm.conform.workload import Need, Script, Workload, needing, one_call
 from fusehsm.fanotify.abi import FAN_REPORT_TID
 
 aio = partial(one_call, "aio")
@@ -175,6 +176,13 @@ def threads(opcode: int, flags: int = 0) -> Script:
 
 READV, WRITEV = 1, 2
 READ, WRITE, FALLOCATE, OPENAT, FADVISE, FTRUNCATE, ASYNC = 22, 23, 17, 18, 24, 55, 16
+IO_URING = Need("io_uring(7)", submit_entry, (READ, 0, 100), lambda result: isinstance(result, OSError))
+TRUNCATES = Need(
+    "IORING_OP_FTRUNCATE of io_uring(7)",
+    submit_entry,
+    (FTRUNCATE, 5000, 0),
+    lambda result: isinstance(result, OSError) or result == (-errno.EINVAL, b""),
+)
 URING = [
     uring("READ", submit_entry, READ, 5000, 100),
     uring("READ of several pages", submit_entry, READ, 4000, 9000),
@@ -197,10 +205,10 @@ URING = [
     uring("WRITE", submit_entry, WRITE, 5000, 100),
     uring("WRITE asynchronous", submit_entry, WRITE, 5000, 100, ASYNC),
     uring("FALLOCATE", submit_entry, FALLOCATE, 5000, PAGE, differs="fallocate"),
-    uring("FTRUNCATE", submit_entry, FTRUNCATE, 5000, 0),
+    needing(TRUNCATES, uring("FTRUNCATE", submit_entry, FTRUNCATE, 5000, 0)),
     uring("OPENAT", submit_entry, OPENAT, 0, 0),
     uring("FADVISE", submit_entry, FADVISE, 0, 8192),
     Workload("uring", "READ by thread", threads(READ)),
     Workload("uring", "READ asynchronous by thread", threads(READ, ASYNC), "pid"),
 ]
-WORKLOADS = [*AIO, *URING]
+WORKLOADS = [*AIO, *(workload if workload.needs else needing(IO_URING, workload) for workload in URING)]

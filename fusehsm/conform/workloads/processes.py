@@ -1,6 +1,7 @@
 """execve(2) of programs, of scripts and files that are neither, and the process of an event: threads, children, descriptors that were passed on."""
 
 import ctypes
+import errno
 import glob
 import os
 import shutil
@@ -10,7 +11,7 @@ from collections.abc import Callable
 
 from fusehsm.conform.accessor_worker import libc
 from fusehsm.conform.scene import PRE_GROUP, Scene
-from fusehsm.conform.workload import Script, Workload
+from fusehsm.conform.workload import Need, Script, Workload, needing
 from fusehsm.fanotify.abi import FAN_REPORT_PIDFD, FAN_REPORT_TID
 
 # These functions run in an accessor. They can use the names that accessor_worker.py gives them, and no others of this module.
@@ -179,6 +180,9 @@ def executed(
     return Workload("executing", name, script, differs, unsteady=unsteady)
 
 
+CHECKS = Need("AT_EXECVE_CHECK of execveat(2)", check_execution, (), errno.EINVAL.__eq__)
+
+
 async def written_while_it_runs(scene: Scene) -> None:
     """open(2) of a running program for writing. The events of its start are not noted; they only have to be watched."""
     path = copied("sleep")(scene)
@@ -211,8 +215,8 @@ EXECUTING = [
     executed("what is no program", content, execute),
     executed("what is empty", written(""), execute),
     executed("what may not be executed", lambda scene: scene.file(mode=0o644), execute),
-    executed("a check", copied("true"), check_execution),
-    executed("a check of what is no program", content, check_execution),
+    needing(CHECKS, executed("a check", copied("true"), check_execution)),
+    needing(CHECKS, executed("a check of what is no program", content, check_execution)),
     Workload("executing", "written while it runs", written_while_it_runs, "running programs"),
 ]
 

@@ -10,7 +10,7 @@ from functools import partial
 
 from fusehsm.conform.accessor_worker import libc
 from fusehsm.conform.scene import MIB, PAGE, SIZE
-from fusehsm.conform.workload import one_call
+from fusehsm.conform.workload import Need, needing, one_call
 
 row = partial(one_call, "writing")
 truncated = partial(one_call, "truncating")
@@ -111,6 +111,9 @@ def write_beyond_the_limit(path: str) -> int:
 
 
 APPEND = os.O_APPEND
+NOAPPEND = Need(
+    "RWF_NOAPPEND of pwritev2(2)", pwritev_to_append, (0x20,), lambda result: isinstance(result, OSError)
+)
 WRITING = [
     *(
         row(f"pwrite {count}@{offset}", pwrite_only, count, offset)
@@ -139,7 +142,7 @@ WRITING = [
     row("pwritev RWF_HIPRI", pwritev, [100], 5000, os.RWF_HIPRI),
     row("pwritev RWF_DONTCACHE", pwritev, [100], 5000, 0x80, differs="RWF_NOWAIT"),
     row("pwritev RWF_ATOMIC", pwritev, [PAGE], PAGE, 0x40, differs="calls that fail"),
-    row("pwritev RWF_NOAPPEND", pwritev_to_append, 0x20),
+    needing(NOAPPEND, row("pwritev RWF_NOAPPEND", pwritev_to_append, 0x20)),
     row("pwritev with an unknown flag", pwritev, [100], 5000, 0x10000, differs="RWF_NOWAIT"),
     row("pwritev2 at a position", pwritev2_at_position, 5000, 100),
     row("pwritev RWF_NOWAIT", pwritev, [100], 5000, os.RWF_NOWAIT, differs="RWF_NOWAIT"),
