@@ -104,7 +104,9 @@ def mount(
     ] = "linux-6.14",
     events: Annotated[
         str,
-        typer.Option(help="exact (for each system call), first-access (for each page-cache fill) or auto."),
+        typer.Option(
+            help="exact (for each system call), first-access (for each page-cache fill), per-file (exact where a group needs it) or auto."
+        ),
     ] = "auto",
     engine: Annotated[
         str, typer.Option(help="The engine for FUSE requests: pyfuse3, devfuse or auto.")
@@ -203,7 +205,10 @@ def run(
         typer.Option(help="The command's dialect: linux-6.14 (default), patch-v2 or patch-v1."),
     ] = None,
     events: Annotated[
-        str, typer.Option(help="The mounts' events: exact, first-access or auto; see fusehsm mount --help.")
+        str,
+        typer.Option(
+            help="The mounts' events: exact, per-file, first-access or auto; see fusehsm mount --help."
+        ),
     ] = "auto",
     locks: Annotated[
         str | None, typer.Option(help="The mounts' locks: shared or local; see fusehsm mount --help.")
@@ -377,7 +382,9 @@ def fetch(
         list[str] | None,
         typer.Option("-o", metavar="OPTS", help="FUSE mount options of the mount, if there is one."),
     ] = None,
-    events: Annotated[str, typer.Option(help="The mount's events: exact, first-access or auto.")] = "exact",
+    events: Annotated[
+        str, typer.Option(help="The mount's events: exact, per-file, first-access or auto.")
+    ] = "auto",
     engine: Annotated[str, typer.Option(help="The mount's engine: pyfuse3, devfuse or auto.")] = "auto",
     allow_other: Annotated[
         bool, typer.Option("--allow-other", help="Let other users into the mount; file modes decide.")

@@ -74,7 +74,7 @@ async def told(path: Path) -> dict[str, object]:
 
 async def test_what_auto_is(make_mount: MakeMount) -> None:
     status = await told(make_mount().path)
-    assert status["events"] == ("exact" if kernel_version() >= (6, 6) else "first-access")
+    assert status["events"] == ("exact" if kernel_version() >= (6, 6) else "per-file")
 
 
 async def test_shared_mappings_in_exact_mode(exact: Mount, accessor: Accessor) -> None:

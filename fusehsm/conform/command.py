@@ -54,10 +54,10 @@ def conform(
     """Compare the workloads. Returns the exit code: 0 if every difference is a known divergence, else 1.
 
     `events`: the mount's event mode; first-access is compared by coverage.py. `number`: a fixed sample of so many workloads (None: all).
-    `patience`: seconds for one workload. `attempts`: how often a workload that differs runs. `record`: save the streams as those that are shipped with the package. After a signal it unmounts
-    everything and returns 128 plus the signal's number. Raises ValueError for a pattern that fits no workload, an unknown engine or event
-    mode, or a recording of another mode than exact; NoKernelEvents if `record` is given and the kernel has no pre-content events, and OSError
-    if nothing can be mounted or if the emulator dies or hangs.
+    `patience`: seconds for one workload. `attempts`: how often a workload that differs runs. `record`: save the streams as those that are
+    shipped with the package. After a signal it unmounts everything and returns 128 plus the signal's number. Raises ValueError for a pattern
+    that fits no workload, an unknown engine or event mode, or a recording of another mode than exact; NoKernelEvents if `record` is given and
+    the kernel has no pre-content events, and OSError if nothing can be mounted or if the emulator dies or hangs.
     """
     workloads = sample(chosen(patterns or (BYTES if events == "first-access" else ())), number)
     if engine not in ENGINES:

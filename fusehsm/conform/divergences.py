@@ -282,6 +282,15 @@ DIVERGENCES: Final = (
     ),
     Divergence(
         topic=Topic.FIRST_ACCESS,
+        name="files opened before the mark for notifications (per-file)",
+        difference="With `--events per-file`, reads of a file that was opened while groups asked only for its pre-content events make no "
+        "FAN_ACCESS for a group that asks for it later, if they are served by the page cache.",
+        reason="The kernel decides at open(2) whether a file uses the page cache.",
+        safe="Nothing waits for a notification, and the next open(2) has them.",
+        test="test_files_opened_before_the_mark_for_notifications",
+    ),
+    Divergence(
+        topic=Topic.FIRST_ACCESS,
         name="eviction through an event (first-access)",
         difference="With `--events first-access` and `--cache private`, content that a listener evicts or replaces through an event's descriptor, "
         "which is open on SRC, is still read from the page cache.",

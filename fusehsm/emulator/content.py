@@ -17,7 +17,7 @@ from fusehsm.emulator.backing_writes import BackingWriter
 from fusehsm.emulator.explain import Explainer, Explanation
 from fusehsm.emulator.handles import Direction, HandleTable, OpenFile
 from fusehsm.emulator.listeners import Listeners
-from fusehsm.emulator.page_cache import StalePages
+from fusehsm.emulator.page_cache import DROPS_WRITTEN_PAGES, StalePages
 from fusehsm.emulator.refusals import Refusals
 from fusehsm.events import STRENGTH, Access, AccessKind, Armed
 from fusehsm.fanotify.abi import FAN_ACCESS, FAN_MODIFY
@@ -25,7 +25,7 @@ from fusehsm.fanotify.marks import Subject
 from fusehsm.linux import proc
 from fusehsm.linux.file_io import BackingReader, Buffer
 from fusehsm.linux.ranges import RangeSet
-from fusehsm.linux.syscalls import FALLOC_FL_KEEP_SIZE
+from fusehsm.linux.syscalls import FALLOC_FL_KEEP_SIZE, kernel_version
 from fusehsm.overlay.overlay import Node, Overlay
 
 # Delay before a page is dropped that a call passes through the page cache. The call must have had it, and the kernel does not report that. A
@@ -60,6 +60,7 @@ class Content:
         self._reader = BackingReader()
         self._writer = BackingWriter(overlay, explainer)
         self._refusals = Refusals(explainer)
+        self._keeps_written_pages = kernel_version() < DROPS_WRITTEN_PAGES
 
     def forgotten(self, node_id: int) -> None:
         """Forget a node, as the kernel has forgotten it and its pages."""
@@ -264,6 +265,8 @@ class Content:
                 raise
         if elsewhere:
             self._stale.drop_changed_soon(file.node, offset, len(data))
+        if self._keeps_written_pages and file.direct and written:
+            await self._stale.drop_written(file.node, offset, offset + written)
         await self.modified(file.node, offset, offset + written)
         if explanation is not None and listeners.notified & FAN_MODIFY and written:
             self._notify(explanation, self._seen_before(file), file.node)

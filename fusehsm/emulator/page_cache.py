@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
-from typing import Protocol
+from typing import Final, Protocol
 
 import trio
 
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 _DROP_DEADLINE = 1.0  # seconds
 # How long the answer to a request waits for that. The request may have locked more than its own pages.
 _MOMENT = 0.1  # seconds
+# The first Linux whose direct writes drop the cached pages of the bytes that they write.
+DROPS_WRITTEN_PAGES: Final = (6, 6)
 _MOST_THREADS = 1024  # for drops that are made at once
 
 Drop = Callable[[], None]
@@ -150,6 +152,17 @@ class StalePages:
         # The write has been made: a failure of a drop is logged, but is no reason to deny the write.
         with suppress(OSError):
             await self._dropped(drops, _MOMENT)
+
+    async def drop_written(self, node: Node, start: int, end: int) -> None:
+        """Drop a node's cached pages of [`start`, `end`), which a write has changed past the page cache, for those who have it open otherwise.
+
+        Returns when they are dropped, or after 0.1 seconds. Only kernels before DROPS_WRITTEN_PAGES need it.
+        """
+        cache = self.cache
+        if cache is None or not (node.id in self._tainted or node.id in self._asked):
+            return
+        with suppress(OSError):
+            await self._dropped([partial(cache.inval_range, node.id, start, end - start)], _MOMENT)
 
     def inval_range_later(self, node: Node, offset: int, size: int, delay: float) -> None:
         """Drop a node's cached pages of a range after `delay` seconds. The READ of that range is about to be answered."""

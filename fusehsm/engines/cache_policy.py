@@ -5,14 +5,11 @@ from typing import Final
 
 from fusehsm.emulator.gate import Gate
 from fusehsm.emulator.handles import OpenFile
+from fusehsm.emulator.page_cache import DROPS_WRITTEN_PAGES
 from fusehsm.linux.syscalls import kernel_version
 from fusehsm.overlay.overlay import Node
 
 FOREVER: Final = 1e9  # seconds; FUSE has no value for "until it is invalidated"
-_DROPS_WRITTEN_PAGES: Final = (
-    6,
-    6,
-)  # first Linux whose direct writes drop the cached pages of the bytes that they write
 _SHARED: Final = 1.0  # seconds to cache names and attributes of a backing that other processes change, too
 
 
@@ -74,7 +71,7 @@ class CachePolicy:
             not self.private
             and file.appends
             and file.flags & os.O_ACCMODE == os.O_WRONLY
-            and kernel_version() >= _DROPS_WRITTEN_PAGES
+            and kernel_version() >= DROPS_WRITTEN_PAGES
         )
 
     def forgotten(self, node_id: int) -> None:

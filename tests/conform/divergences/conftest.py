@@ -31,3 +31,9 @@ def first_access(make_shared_mount: MakeMount, engine: str) -> Side:
 def private(make_shared_mount: MakeMount, engine: str) -> Side:
     mount = make_shared_mount("--events", "first-access", "--cache", "private")
     return Side(mount.source, mount.path, "mount", engine)
+
+
+@pytest.fixture(scope="module")
+def per_file(make_shared_mount: MakeMount, engine: str) -> Side:
+    mount = make_shared_mount("--events", "per-file")
+    return Side(mount.source, mount.path, "mount", engine)

@@ -218,3 +218,24 @@ async def test_flags_of_sent_files(kernel: Side, exact: Side, accessor: Accessor
         async with side.listening():
             flags = await accessor.run(flags_after_sending, await accessor.run("open", path, os.O_RDONLY))
         assert bool(flags & os.O_DIRECT) is side.diverges("flags of sent files")
+
+
+async def test_files_opened_before_the_mark_for_notifications(
+    kernel: Side, per_file: Side, accessor: Accessor
+) -> None:
+    for side in (kernel, per_file):
+        path = side.file("early")
+        async with side.listening():
+            descriptor = await accessor.run("open", path, os.O_RDONLY)
+            await accessor.run("pread", descriptor, 10, 0)
+            async with side.listening("ACCESS_PERM") as listener:
+                # The kernel arms a file when it is opened: there is no event on both sides.
+                await accessor.run("pread", descriptor, 10, 0)
+                assert listener.take() == []
+                await accessor.run("pread_path", path, 10, 0)
+                assert listener.briefly() == [("ACCESS_PERM", None, None)]
+            async with side.listening("ACCESS") as listener:
+                await accessor.run("pread", descriptor, 10, 0)
+                await accessor.run("pread_path", path, 10, 0)
+                await listener.wait_for(1 + (side is kernel))
+                assert len(listener.take()) == 1 + (side is kernel)
