@@ -27,7 +27,7 @@ cd "$root"
 export TMPDIR=/tmp HOME=/tmp PYTHONDONTWRITEBYTECODE=1 HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis PATH=$PATH:/usr/sbin:/sbin
 
 # This machine is ten to fifty times slower than the host.
-export FUSEHSM_TESTS_LONGEST=600 FUSEHSM_TESTS_PATIENCE=300
+export FUSEHSM_TESTS_LONGEST=900 FUSEHSM_TESTS_PATIENCE=300 FUSEHSM_TESTS_PROGRAMS=$root/build/oldkernel/programs
 unset CI # this kernel has no pre-content events; with CI set that would be a failure
 
 mapfile -t arguments < "$result/arguments"

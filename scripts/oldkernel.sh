@@ -13,7 +13,7 @@ export LC_ALL=C.UTF-8
 PATH=$PATH:/usr/sbin:/sbin
 
 kernel=${KERNEL:-6.1}
-parts=${PARTS:-doctor programs core conform pyfuse3 first-access}
+parts=${PARTS:-doctor programs listeners core conform pyfuse3 first-access}
 limit=7200
 [ $# = 0 ] || { parts=pytest limit=1500; }
 limit=${OLDKERNEL_LIMIT:-$limit}
@@ -57,6 +57,8 @@ image=$(echo "$place/$kernel"/boot/vmlinuz-*)
 # The machine writes only its results, so byte code is made now: compiling and pytest's rewriting would take minutes in the machine.
 collected=$(.venv/bin/python -m pytest --collect-only --quiet "${@:-tests}" 2>&1) || { echo "$collected" | tail -n 20 >&2; fail "pytest cannot collect the tests (above)"; }
 .venv/bin/python -m compileall -q fusehsm tests
+mkdir -p "$place/programs"
+.venv/bin/python -m tests.support.listener_programs.building "$place/programs"
 
 run=$(mktemp -d "$place/run-XXXXXX")
 machine=

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from fusehsm.linux.proc import Descriptor, descriptor_of, memory_at, process_of
 
 PAGE_FAULT = -1  # SystemCall.number of a thread that is blocked outside any system call
+IO_URING_ENTER = 426  # on every architecture
 _MEMORY_POINTER = struct.Struct("=q")
 _IOVEC = struct.Struct("=QQ")
 _IOV_MAX = 1024
