@@ -1,5 +1,5 @@
 # Each target sets up everything that it needs (scripts/bootstrap.sh).
-.PHONY: help demo test check lint bench conform soak oldkernel setup setup-bench setup-demo clean
+.PHONY: help demo test check lint bench conform soak oldkernel oldkernels setup setup-bench setup-demo clean
 .DEFAULT_GOAL := help
 
 BIN := .venv/bin
@@ -14,7 +14,8 @@ help:
 	@echo "make bench  measure fusehsm, the real kernel and bindfs, and fetch, cp, rsync and curl (ARGS=--quick for a short run)"
 	@echo "make conform  compare the emulator with the real kernel, with both engines: all workloads (docs/conform.md), and 2,000 new sequences"
 	@echo "make soak   kill fetch at 500 random moments while users work, and compare every byte (ARGS=\"--points 5000 --seed 1\")"
-	@echo "make oldkernel  run the core tests under Debian's Linux 6.1 in an emulated machine (KERNEL=5.10: under 5.10)"
+	@echo "make oldkernel  run tests and fusehsm conform under Debian's Linux 6.1 in an emulated machine (KERNEL=5.10 or 6.12: under those)"
+	@echo "make oldkernels  the same under all of them, in hours, with the results in docs/old-kernels.md"
 	@echo "make clean  remove the virtual environment and caches"
 
 demo: setup-demo
@@ -48,7 +49,14 @@ soak: setup
 
 oldkernel:
 	@scripts/bootstrap.sh oldkernel
-	@KERNEL="$(KERNEL)" scripts/oldkernel.sh $(ARGS)
+	@KERNEL="$(KERNEL)" PARTS="$(PARTS)" WORKLOADS="$(WORKLOADS)" scripts/oldkernel.sh $(ARGS)
+
+# A part that fails does not stop the others: the page shows it.
+oldkernels:
+	@scripts/bootstrap.sh oldkernel
+	@for kernel in 5.10 6.1 6.12; do KERNEL=$$kernel scripts/oldkernel.sh || true; done
+	@scripts/oldkernel.sh --here
+	@$(BIN)/python scripts/old_kernels.py
 
 setup:
 	@scripts/bootstrap.sh tests

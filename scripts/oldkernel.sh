@@ -1,10 +1,12 @@
 #!/bin/bash
-# oldkernel.sh [ARGUMENTS]: measures fusehsm under an old Debian kernel, in a virtual machine without hardware virtualisation. The kernel's package is
+# oldkernel.sh [--here | ARGUMENTS]: measures fusehsm under an old Debian kernel, in a virtual machine without hardware virtualisation. The kernel's package is
 # fetched and unpacked, not installed. The machine's root is the host's, read only. Each part (scripts/oldkernel-part) runs in a machine of its own, and
-# leaves its result in build/oldkernel/results/KERNEL/. With ARGUMENTS there is one part: pytest with these arguments. Ends with 1 if a part fails.
+# leaves its result in build/oldkernel/results/KERNEL/PART/, from which scripts/old_kernels.py makes docs/old-kernels.md. With ARGUMENTS there is one
+# part: pytest with these arguments. --here: the parts that compare, under this machine's own kernel. Ends with 1 if a part fails.
 # Environment:
 #   KERNEL=6.1             or 5.10, 6.12
 #   PARTS="conform doctor" some parts only
+#   WORKLOADS="uring ..."  only these workloads of the parts that compare
 #   OLDKERNEL_LIMIT=1500   seconds after which a machine is stopped; default: 1500 with ARGUMENTS, else 7200
 #   DEBIAN_MIRROR=URL      the mirror with the kernel's package; default: the mirror of the host's own packages
 set -euo pipefail
@@ -22,6 +24,20 @@ place=$root/build/oldkernel
 say() { echo "oldkernel: $*" >&2; }
 fail() { say "$*"; exit 1; }
 
+if [ "${1:-}" = --here ]; then
+    # The column to compare with: this machine's own kernel, without an emulated machine.
+    kernel=$(uname -r | cut -d . -f 1,2)
+    status=0
+    for part in ${PARTS:-conform pyfuse3 first-access}; do
+        kept=$place/results/$kernel/$part
+        mkdir -p "$kept"
+        : > "$kept/workloads"
+        scripts/oldkernel-part "$kept" "$part" || status=1
+        mv "$kept/$part.json" "$kept/$(date +%Y%m%d-%H%M%S).json"
+        rm "$kept/workloads"
+    done
+    exit $status
+fi
 case $kernel in
     5.10) release=bullseye ;;
     6.1) release=bookworm ;;
@@ -76,6 +92,7 @@ in_machine() { # part, arguments of the part: runs it, and says how it ended
     # The machine's own /tmp and /var/tmp would hide a checkout that lies there.
     cp scripts/oldkernel-guest.sh "$result/guest.sh"
     printf '%s\n' "$@" > "$result/arguments"
+    printf '%s' "${WORKLOADS:-}" > "$result/workloads"
     : > "$result/output"
     say "Linux $kernel, software emulation, $part, at most $limit s"
     # /run/host in the guest is the host's root again; oldkernel-guest.sh mounts it with a cache.
@@ -92,10 +109,10 @@ in_machine() { # part, arguments of the part: runs it, and says how it ended
         return 1
     fi
     if [ "$part" != pytest ]; then
-        mkdir -p "$place/results/$kernel"
-        cp "$result/output" "$place/results/$kernel/$part.log"
-        cp "$result/status" "$place/results/$kernel/$part.status"
-        ! [ -e "$result/$part.json" ] || cp "$result/$part.json" "$place/results/$kernel/$part.json"
+        local kept=$place/results/$kernel/$part/$(date +%Y%m%d-%H%M%S)
+        mkdir -p "${kept%/*}"
+        cp "$result/output" "$kept.log"
+        ! [ -e "$result/$part.json" ] || cp "$result/$part.json" "$kept.json"
     fi
     [ "$(cat "$result/status")" = 0 ] || { say "$part failed (exit code $(cat "$result/status"))"; return 1; }
 }
