@@ -17,9 +17,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from fusehsm.control import socket as control_socket
-from fusehsm.daemon.options import MountError, MountOptions, Plan, checked
+from fusehsm.daemon.options import NOTE, MountError, MountOptions, Plan, checked, note_about
 from fusehsm.engines import fuse_mount
-from fusehsm.engines.choice import maps_direct_files_shared
 from fusehsm.fanotify.abi import DIALECTS
 from fusehsm.linux import mountinfo
 
@@ -46,11 +45,9 @@ def mount(options: MountOptions) -> int:
     Raises MountError, and ValueError for bad usage.
     """
     plan = checked(options)
-    if plan.events == "exact" and not maps_direct_files_shared(options.engine):
-        print(
-            "fusehsm: note: with --events exact, mmap(MAP_SHARED) of a watched file fails with ENODEV here; leave --events out to allow it",
-            file=sys.stderr,
-        )
+    note = note_about(plan.events, options.engine)
+    if note:
+        print(f"{NOTE}{note}", file=sys.stderr, flush=True)
     _start_logging(options)
     if options.foreground:
         _serve(options, plan, lambda: print("ready", file=sys.stderr, flush=True))

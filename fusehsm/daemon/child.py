@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from fusehsm.control import socket as control_socket
+from fusehsm.daemon.options import NOTE
 from fusehsm.engines.fuse_mount import unmount
 from fusehsm.linux.mountinfo import Mount, MountId, read_mounts
 from fusehsm.linux.signals import signals_blocked, signals_held
@@ -46,7 +47,8 @@ def foreground_mount(
 
     `pass_fds`: descriptors that the server inherits.
 
-    Other users may use the mount if root mounts it. `hear` gets each later line of the server's output, in another thread.
+    Other users may use the mount if root mounts it. `hear` gets the server's notes, and in another thread each line that it prints once it is
+    ready.
 
     The mount also ends when this process is killed, because this process holds the other end of a socket. (PR_SET_PDEATHSIG does not survive
     setfsuid(2), which filesystem servers call.) Raises OSError with the command's output if the mount does not come up.
@@ -68,7 +70,7 @@ def foreground_mount(
                     pass_fds=[lifeline.fileno(), *pass_fds],
                     text=True,
                 )
-            _wait_until_ready(daemon)
+            _wait_until_ready(daemon, hear)
             reader = threading.Thread(target=_pass_on, args=(daemon, hear), daemon=True)
             with signals_blocked():
                 reader.start()
@@ -82,12 +84,15 @@ def foreground_mount(
         held.close()
 
 
-def _wait_until_ready(daemon: "subprocess.Popen[str]") -> None:
+def _wait_until_ready(daemon: "subprocess.Popen[str]", hear: Callable[[str], None]) -> None:
     assert daemon.stderr is not None
     said = []
     for line in daemon.stderr:
         if line == "ready\n":
             return
+        if line.startswith(NOTE):
+            hear(line.rstrip("\n"))
+            continue
         said.append(line.strip().removeprefix("fusehsm: "))
     raise OSError(" ".join(said) or f"the mount did not start: exit code {daemon.wait()}")
 
@@ -114,6 +119,13 @@ def _end(daemon: "subprocess.Popen[str]", held: socket.socket, destination: str)
         left = MountId.unpack(held.recv(_LONGEST_MESSAGE))
         if left is not None:
             _unmount_dead(destination, left)
+
+
+def pass_on_notes(said: str) -> None:
+    """Print the notes among the lines that `fusehsm mount` has printed."""
+    for line in said.splitlines():
+        if line.startswith(NOTE):
+            _complain(line)
 
 
 def _unmount_dead(destination: str, left: MountId) -> None:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 EVENT_MODES = ("exact", "per-file", "first-access", "auto")
 CACHES = ("private", "shared")
 LOCKS = ("shared", "local")
+#: The beginning of a line about what cannot be had here, although the mount works.
+NOTE = "fusehsm: note: "
 
 
 class MountError(Exception):
@@ -134,6 +136,13 @@ def checked(options: MountOptions) -> Plan:
         event_timeout=event_timeout,
         fuse_options=_fuse_options(options, source),
     )
+
+
+def note_about(events: str, engine: str) -> str:
+    """What cannot be had with this event mode and engine on this kernel, in one line for the start; "" if everything can."""
+    if events != "exact" or maps_direct_files_shared(engine):
+        return ""
+    return "with --events exact, mmap(MAP_SHARED) of a watched file fails with ENODEV here; leave --events out to allow it"
 
 
 def _events(options: MountOptions) -> str:

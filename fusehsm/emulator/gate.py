@@ -72,7 +72,7 @@ class Gate:
         #: Whether there are events of single calls, at least for some files.
         self.exact = events != "first-access"
         self._per_file = events == "per-file"
-        self._all_direct = direct and self.exact
+        self._all_direct = direct and events == "exact"
         self.default_dialect = dialect
         self.listeners = Listeners(
             dialect, page_size, self._event_path, unattended, event_timeout, notifies=self.exact
@@ -203,7 +203,8 @@ class Gate:
         if self._stale.cache is not None and self.exact:
             marks = [group.marks for group in self.listeners.groups]
             needed = any(
-                each.permissions | each.notified if self._per_file else not each.empty for each in marks
+                each.permissions | each.notified & FAN_ACCESS if self._per_file else not each.empty
+                for each in marks
             )
             self._stale.cache.set_page_exact(needed)
 

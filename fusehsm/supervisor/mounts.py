@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 
-from fusehsm.daemon.child import foreground_mount
+from fusehsm.daemon.child import foreground_mount, pass_on_notes
 from fusehsm.daemon.options import MountError
 from fusehsm.linux import mountinfo
 from fusehsm.linux.signals import signals_held
@@ -101,6 +101,7 @@ def _mount(mounts: ExitStack, place: str, options: RunOptions, view: Sequence[in
         if done.returncode == 0:
             # Until the command begins: if another directory cannot be mounted, no mount is kept.
             mounts.callback(_unmount, place, mountinfo.id_at(place))
+            pass_on_notes(done.stderr)
     if done.returncode:
         raise RunError(done.stderr.strip().removeprefix("fusehsm: "))
 

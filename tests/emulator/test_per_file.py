@@ -5,6 +5,8 @@
 
 import mmap
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from fusehsm.engines.choice import maps_direct_files_shared
 from fusehsm.linux.mountinfo import mount_of
 from tests.conftest import MakeMount
 from tests.support.async_listener import listening
-from tests.support.harness import Mount
+from tests.support.harness import Mount, fusehsm
 
 pytestmark = pytest.mark.fuse
 
@@ -141,3 +143,49 @@ async def test_permission_events_go_again(mount: Mount, accessor: Accessor) -> N
         listener.take()
         assert await accessor.run(write_shared, str(path), 0, b"new") == b"new"
         assert asked(listener.briefly(), 0, PAGE)
+
+
+@pytest.mark.root
+async def test_reads_ahead_where_no_call_is_asked_for(mount: Mount, accessor: Accessor) -> None:
+    """Notifications that need no call of their own change nothing: without read-ahead there would be 256 events."""
+    (mount.source / "long").write_bytes(bytes(1 << 20))
+    async with listening(mount.path, ("PRE_ACCESS", "CLOSE_WRITE", "MODIFY")) as listener:
+        await accessor.run("read_file", str(mount.path / "long"))
+        heard = listener.briefly()
+    assert {name for name, _, _ in heard} == {"PRE_ACCESS"}
+    assert len(heard) < 40
+
+
+@pytest.mark.root
+async def test_a_mapping_brings_in_single_pages_where_calls_are_asked_for(
+    mount: Mount, accessor: Accessor
+) -> None:
+    path = file(mount, "faults")
+    async with listening(path, ("PRE_ACCESS", "OPEN_PERM"), mark="inode") as listener:
+        descriptor = await accessor.run("open", str(path), os.O_RDONLY)
+        number = await accessor.run("map_file", descriptor, PAGE, PAGE)
+        listener.take()
+        await accessor.run("touch", number, 0)
+        assert listener.briefly() == [("PRE_ACCESS", PAGE, PAGE)]
+
+
+def test_under_fusehsm_run_as_well(places: Callable[[str], Path]) -> None:
+    """Which keeps unwatched files out of the page cache (--direct), where that does not forbid shared mappings."""
+    place = places("run")
+    (place / "mapped").write_bytes(bytes(SIZE))
+    program = "import mmap, os; mmap.mmap(os.open('mapped', os.O_RDWR), 0)[0] = 7"
+    done = fusehsm(
+        "run",
+        "--events",
+        "per-file",
+        "--accessor",
+        "--mount",
+        place,
+        "--",
+        sys.executable,
+        "-c",
+        program,
+        cwd=place,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (place / "mapped").read_bytes()[0] == 7

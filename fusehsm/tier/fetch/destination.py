@@ -14,6 +14,7 @@ import trio
 from fusehsm.backends.backing import root_of_backing
 from fusehsm.backends.opening import BACKENDS, kernel_can_watch
 from fusehsm.control.client import ControlConnection
+from fusehsm.daemon.child import pass_on_notes
 from fusehsm.daemon.options import MountError
 from fusehsm.linux.mountinfo import Mount, MountId, id_at, id_of, mount_of, read_mounts
 from fusehsm.linux.signals import Interrupted, signals_held
@@ -175,6 +176,7 @@ def _mount(path: str, arguments: Sequence[str], mounted: list[MountId]) -> None:
         )
         if result.returncode == 0:
             mounted.append(id_at(path))
+            pass_on_notes(result.stderr)
     if result.returncode == 2:
         raise ValueError(" ".join(result.stderr.replace("fusehsm: ", "").split()))
     if result.returncode:
