@@ -1,8 +1,9 @@
 #!/bin/bash
-# oldkernel.sh [--here | ARGUMENTS]: measures fusehsm under an old Debian kernel, in a virtual machine without hardware virtualisation. The kernel's package is
+# oldkernel.sh [--here | --command COMMAND | ARGUMENTS]: measures fusehsm under an old Debian kernel, in a virtual machine without hardware virtualisation. The kernel's package is
 # fetched and unpacked, not installed. The machine's root is the host's, read only. Each part (scripts/oldkernel-part) runs in a machine of its own, and
 # leaves its result in build/oldkernel/results/KERNEL/PART/, from which scripts/old_kernels.py makes docs/old-kernels.md. With ARGUMENTS there is one
-# part: pytest with these arguments. --here: the parts that compare, under this machine's own kernel. Ends with 1 if a part fails.
+# part: pytest with these arguments. --here: the parts that compare, under this machine's own kernel. --command: a shell command
+# in the machine, as root, in the checkout. Ends with 1 if a part fails.
 # Environment:
 #   KERNEL=6.1             or 5.10, 6.12
 #   PARTS="conform doctor" some parts only
@@ -18,6 +19,7 @@ kernel=${KERNEL:-6.1}
 parts=${PARTS:-doctor programs listeners core conform pyfuse3 first-access}
 limit=7200
 [ $# = 0 ] || { parts=pytest limit=1500; }
+[ "${1:-}" != --command ] || parts=command
 limit=${OLDKERNEL_LIMIT:-$limit}
 root=$PWD
 place=$root/build/oldkernel
@@ -71,7 +73,7 @@ image=$(echo "$place/$kernel"/boot/vmlinuz-*)
 
 
 # The machine writes only its results, so byte code is made now: compiling and pytest's rewriting would take minutes in the machine.
-collected=$(.venv/bin/python -m pytest --collect-only --quiet "${@:-tests}" 2>&1) || { echo "$collected" | tail -n 20 >&2; fail "pytest cannot collect the tests (above)"; }
+[ "${1:-}" = --command ] || collected=$(.venv/bin/python -m pytest --collect-only --quiet "${@:-tests}" 2>&1) || { echo "$collected" | tail -n 20 >&2; fail "pytest cannot collect the tests (above)"; }
 .venv/bin/python -m compileall -q fusehsm tests
 mkdir -p "$place/programs"
 .venv/bin/python -m tests.support.listener_programs.building "$place/programs"
@@ -108,7 +110,7 @@ in_machine() { # part, arguments of the part: runs it, and says how it ended
         say "the machine ended (exit code $code) before $part did; the end of its console is above"
         return 1
     fi
-    if [ "$part" != pytest ]; then
+    if [ $# = 1 ]; then
         local kept=$place/results/$kernel/$part/$(date +%Y%m%d-%H%M%S)
         mkdir -p "${kept%/*}"
         cp "$result/output" "$kept.log"
