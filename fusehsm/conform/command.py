@@ -6,12 +6,13 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 
+from fusehsm.conform import installed
 from fusehsm.conform.accessor import Zygote
 from fusehsm.conform.divergences import applying, limits
 from fusehsm.conform.perform import Comparison, Performer, Verdict
@@ -31,6 +32,7 @@ _STYLES = {
     Verdict.DIFFERENT: "bold red",
     Verdict.LEFT_OUT: "dim",
     Verdict.NOT_HERE: "dim",
+    Verdict.NOT_TRIED: "dim",
 }
 _ALWAYS_COUNTED = (Verdict.IDENTICAL, Verdict.KNOWN, Verdict.DIFFERENT)
 _IMAGE_MIB = 1024
@@ -52,6 +54,9 @@ def conform(
     record: bool = False,
 ) -> int:
     """Compare the workloads. Returns the exit code: 0 if every difference is a known divergence, else 1.
+
+    A workload whose programs are not installed is not tried. Where a recording takes the kernel's place, a stream that differs and comes from
+    another version of a program than the recorded one counts as not tried, too.
 
     `events`: the mount's event mode; first-access is compared by coverage.py. `number`: a fixed sample of so many workloads (None: all).
     `patience`: seconds for one workload. `attempts`: how often a workload that differs runs. `record`: save the streams as those that are
@@ -154,6 +159,10 @@ def _compare(
         if workload.needs is not None and performer.lacks(workload.needs, emulated.backing):
             yield Comparison(workload, [], [], (), left_out=Verdict.NOT_HERE)
             continue
+        missing = installed.missing(workload.programs)
+        if missing:
+            yield Comparison(workload, [], [], (), not_tried=f"{missing} is not installed")
+            continue
         wanted = (
             performer.perform(workload, kernel) if kernel is not None else recording.kernel.get(workload.key)
         )
@@ -176,11 +185,29 @@ def _compare(
             if anew
             else recording.of_emulator(emulated.engine, workload.key, limits(workload.divergences)),
         )
+        if not anew:
+            comparison = _regarding_programs(comparison, recording, is_recorded=kernel is None)
         yield comparison
         trouble = _trouble(comparison, emulated, performer)
         if trouble:
             left = len(workloads) - number
             raise OSError(f"{trouble}; {left} workload{'s' * (left != 1)} not compared")
+
+
+def _regarding_programs(comparison: Comparison, recording: Recording, *, is_recorded: bool) -> Comparison:
+    """The comparison, if its programs are the recorded ones. Other programs make other events, so the recorded streams are no measure.
+
+    `is_recorded`: the kernel's stream is a recorded one.
+    """
+    workload = comparison.workload
+    if comparison.verdict is not Verdict.DIFFERENT or ended_early(comparison.emulated) or workload.unsteady:
+        return comparison
+    other = installed.other(workload.programs, recording.programs.get(workload.key, ()))
+    if not other:
+        return comparison
+    if is_recorded:
+        return replace(comparison, not_tried=other, first=None)
+    return replace(comparison, workload=replace(workload, unsteady=True))
 
 
 def _trouble(comparison: Comparison, emulated: Side, performer: Performer) -> str:
@@ -197,7 +224,8 @@ def _report(comparisons: Iterator[Comparison], kernel: Side | None, recording: R
         seen.append(comparison)
         verdict = comparison.verdict
         names = ", ".join(comparison.divergences)
-        what = f"{verdict.value}: {names}" if verdict is Verdict.KNOWN else verdict.value
+        reason = names if verdict is Verdict.KNOWN else comparison.not_tried
+        what = f"{verdict.value}: {reason}" if reason else verdict.value
         attempts = "at both attempts" if verdict is Verdict.DIFFERENT else "at the second attempt"
         attempt = "" if comparison.first is None else f"  ({attempts})"
         console.print(f"{comparison.workload.key:<60} [{_STYLES[verdict]}]{escape(what)}[/]{attempt}")
@@ -226,6 +254,7 @@ def _report_json(comparisons: Iterator[Comparison]) -> list[Comparison]:
             "workload": comparison.workload.key,
             "verdict": comparison.verdict.value,
             "divergences": comparison.divergences,
+            "not_tried": comparison.not_tried,
             "difference": comparison.difference(),
             "attempts": 1 if comparison.first is None else 2,
             "first_difference": comparison.first_difference(),
@@ -241,10 +270,13 @@ def _keep(seen: list[Comparison], recording: Recording, engine: str) -> None:
     recording.of_this_kernel()
     recording.keep_only({workload.key for workload in WORKLOADS})
     for comparison in seen:
-        if ended_early(comparison.kernel) or ended_early(comparison.emulated):
+        if comparison.not_tried or ended_early(comparison.kernel) or ended_early(comparison.emulated):
             continue
         key = comparison.workload.key
         recording.kernel[key] = comparison.kernel
+        recording.programs.pop(key, None)
+        if comparison.workload.programs and not comparison.workload.unsteady:
+            recording.programs[key] = tuple(map(installed.version, comparison.workload.programs))
         recording.emulated.pop(recorded_name(engine, key), None)
         if comparison.divergences and not comparison.workload.unsteady:
             recording.emulated[recorded_name(engine, key)] = comparison.emulated

@@ -36,6 +36,8 @@ class Verdict(enum.Enum):
     LEFT_OUT = "left out: needs root"
     #: The kernel does not have what the workload is about (Workload.needs).
     NOT_HERE = "not on this kernel"
+    #: This machine's programs decide, and not the emulator: one is missing, or is not the recorded one.
+    NOT_TRIED = "not tried"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,8 @@ class Comparison:
     expected: Stream | None = None
     #: The reason for which the workload did not run: LEFT_OUT or NOT_HERE.
     left_out: Verdict | None = None
+    #: The cause of Verdict.NOT_TRIED; "": the workload was tried.
+    not_tried: str = ""
     #: The emulator's stream of the run before the last, if that differed and the workload ran again.
     first: Stream | None = None
     #: With `--events first-access`: the largest size in bytes of each file. None: the events must be the kernel's.
@@ -68,6 +72,8 @@ class Comparison:
         """
         if self.left_out is not None:
             return self.left_out
+        if self.not_tried:
+            return Verdict.NOT_TRIED
         if ended_early(self.kernel) or ended_early(self.emulated):
             return Verdict.DIFFERENT
         if lines(self.kernel) == lines(self.emulated):

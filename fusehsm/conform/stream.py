@@ -212,6 +212,8 @@ class Recording:
     kernel: dict[str, Stream] = field(default_factory=dict)
     #: The emulator's streams of workloads with a divergence, by recorded_name().
     emulated: dict[str, Stream] = field(default_factory=dict)
+    #: The versions of the programs (Workload.programs) of a workload whose events they decide, by the workload's key.
+    programs: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: Path = SHIPPED) -> "Recording":
@@ -224,6 +226,7 @@ class Recording:
                 found["date"],
                 {key: from_json(entries) for key, entries in found["kernel"].items()},
                 {key: from_json(entries) for key, entries in found["emulated"].items()},
+                {key: tuple(versions) for key, versions in found["programs"].items()},
             )
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path}: not a recording ({error}); make it anew with --record") from None
@@ -246,6 +249,7 @@ class Recording:
     def keep_only(self, keys: Collection[str]) -> None:
         """Remove the streams of workloads that do not exist any more."""
         self.kernel = {key: stream for key, stream in self.kernel.items() if key in keys}
+        self.programs = {key: versions for key, versions in self.programs.items() if key in keys}
         self.emulated = {
             name: stream for name, stream in self.emulated.items() if name.partition(": ")[2] in keys
         }
@@ -255,6 +259,10 @@ class Recording:
         path.parent.mkdir(exist_ok=True)
         head = {"release": self.release, "machine": self.machine, "date": self.date}
         parts = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in head.items()]
+        programs = [
+            f"    {json.dumps(key)}: {json.dumps(each)}" for key, each in sorted(self.programs.items())
+        ]
+        parts += ['  "programs": {\n' + ",\n".join(programs) + "\n  }"]
         parts += [_streams("kernel", self.kernel), _streams("emulated", self.emulated)]
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             try:

@@ -44,6 +44,8 @@ class Workload:
     needs_root: bool = False
     #: What the kernel must have for this workload.
     needs: Need | None = None
+    #: The programs and files of this machine that the workload uses: names in the PATH, or absolute paths.
+    programs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in self.divergences:

@@ -4,13 +4,13 @@ import ctypes
 import errno
 import mmap
 import os
-import shutil
 import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from fusehsm.conform.accessor_worker import libc
+from fusehsm.conform.executable import write_executable
 from fusehsm.conform.scene import (
     DIALECT,
     EVERYTHING,
@@ -245,6 +245,7 @@ def row(
     steps: tuple[int, ...] = (*ANSWERS, 0),
     unsteady: bool = False,
     needs_root: bool = False,
+    programs: tuple[str, ...] = (),
 ) -> Workload:
     """A workload that makes one call for each of `steps`, its answer (0: allowed), and notes the file's content at the end."""
 
@@ -261,13 +262,19 @@ def row(
             scene.say("afterwards", "file holds", scene.content())
 
     return Workload(
-        "denying", f"{denied} at {name}", script, differs, unsteady=unsteady, needs_root=needs_root
+        "denying",
+        f"{denied} at {name}",
+        script,
+        differs,
+        unsteady=unsteady,
+        needs_root=needs_root,
+        programs=programs,
     )
 
 
 def program(scene: Scene) -> str:
-    """A copy of true(1)."""
-    shutil.copy(shutil.which("true") or "/bin/true", scene.backing / "file")
+    """A program that exits with 0."""
+    write_executable(scene.backing / "file")
     return str(scene.path / "file")
 
 
@@ -376,10 +383,10 @@ ROWS = [
         )
         for denied in (PRE, ACCESS)
     ),
-    row("execve of a script", EXEC, execute, make=shell_script),
-    row("execve of a script", OPEN, execute, make=shell_script),
-    row("execve of a script", PRE, execute, make=shell_script),
-    row("execve of a script", ACCESS, execute, make=shell_script),
+    row("execve of a script", EXEC, execute, make=shell_script, programs=("/bin/sh",)),
+    row("execve of a script", OPEN, execute, make=shell_script, programs=("/bin/sh",)),
+    row("execve of a script", PRE, execute, make=shell_script, programs=("/bin/sh",)),
+    row("execve of a script", ACCESS, execute, make=shell_script, programs=("/bin/sh",)),
     row("listing", OPEN, "listdir", make=directory, mask=NO_PRE | FAN_ONDIR),
     row("listing", ACCESS, "listdir", make=directory, mask=NO_PRE | FAN_ONDIR),
     row(

@@ -5,12 +5,12 @@ its own, and the hand-over of its group. On the emulator it runs under `fusehsm 
 import mmap
 import os
 import select
-import shutil
 import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from fusehsm.conform.executable import write_executable
 from fusehsm.conform.listener import LOOK, READ, Call, listening, stubs
 from fusehsm.conform.listener import listener_row as row
 from fusehsm.conform.listener_worker import PAGE, Listener, content, fill, in_child
@@ -283,8 +283,7 @@ def execute(path: str) -> int:
 def program(place: Path) -> None:
     """Make "file" an executable, and "other" a stub."""
     stubs(place)
-    shutil.copy(shutil.which("true") or "/bin/true", place / "file")
-    (place / "file").chmod(0o755)
+    write_executable(place / "file")
 
 
 def at_once(name: str, act: Callable[..., object], *arguments: object) -> Workload:

@@ -1,9 +1,9 @@
 """Notifications with a descriptor: OPEN, OPEN_EXEC, ACCESS, MODIFY, CLOSE_WRITE, CLOSE_NOWRITE. Their merging, and the groups that hear them."""
 
 import os
-import shutil
 from collections.abc import Callable
 
+from fusehsm.conform.executable import write_executable
 from fusehsm.conform.scene import (
     EVERYTHING,
     MIB,
@@ -86,8 +86,8 @@ def row(
 
 
 def program(scene: Scene) -> str:
-    """A copy of true(1)."""
-    shutil.copy(shutil.which("true") or "/bin/true", scene.backing / "file")
+    """A program that exits with 0."""
+    write_executable(scene.backing / "file")
     return str(scene.path / "file")
 
 

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 
 from fusehsm.conform.accessor_worker import libc
+from fusehsm.conform.executable import write_executable
 from fusehsm.conform.scene import PRE_GROUP, Scene
 from fusehsm.conform.workload import Need, Script, Workload, needing
 from fusehsm.fanotify.abi import FAN_REPORT_PIDFD, FAN_REPORT_TID
@@ -58,7 +59,7 @@ def check_execution(path: str) -> int:
 def write_while_it_runs(path: str) -> int:
     child = os.fork()
     if child == 0:
-        os.execve(path, [path, "1000"], {})
+        os.execve(path, [path], {})
     os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     while os.readlink(f"/proc/{child}/exe") != path:
         pass
@@ -111,14 +112,16 @@ def execute_by_interpreter(path: str, program: str) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def copied_file(*patterns: str) -> Callable[[Scene], str]:
-    """Makes "file" a copy of the system's first file that one of these patterns matches."""
+def first(*patterns: str) -> str:
+    """The first file of this machine that one of these patterns matches; else the first pattern."""
+    return next((file for pattern in patterns for file in sorted(glob.glob(pattern))), patterns[0])
+
+
+def copied(file: str) -> Callable[[Scene], str]:
+    """Makes "file" a copy of a file of this machine."""
 
     def make(scene: Scene) -> str:
-        found = next((file for pattern in patterns for file in sorted(glob.glob(pattern))), None)
-        if found is None:
-            raise FileNotFoundError(patterns[0])
-        shutil.copy(found, scene.backing / "file")
+        shutil.copy(file, scene.backing / "file")
         (scene.backing / "file").chmod(0o755)
         return str(scene.path / "file")
 
@@ -132,17 +135,16 @@ def script_of_ours(scene: Scene) -> str:
     return written(f"#!{scene.path}/interpreter\n")(scene)
 
 
-def copied(program: str) -> Callable[[Scene], str]:
-    """Makes "file" a copy of a program of the system."""
+def program(scene: Scene) -> str:
+    """Makes "file" a program that exits with 0."""
+    write_executable(scene.backing / "file")
+    return str(scene.path / "file")
 
-    def make(scene: Scene) -> str:
-        found = shutil.which(program)
-        if found is None:
-            raise FileNotFoundError(program)
-        shutil.copy(found, scene.backing / "file")
-        return str(scene.path / "file")
 
-    return make
+def failing_program(scene: Scene) -> str:
+    """Makes "file" a program that exits with 1."""
+    write_executable(scene.backing / "file", 1)
+    return str(scene.path / "file")
 
 
 def written(text: str) -> Callable[[Scene], str]:
@@ -168,6 +170,7 @@ def executed(
     *arguments: object,
     differs: str | tuple[str, ...] = (),
     unsteady: bool = False,
+    programs: tuple[str, ...] = (),
 ) -> Workload:
     """A workload: an accessor executes the file that `make` makes, while a listener hears all."""
 
@@ -177,7 +180,7 @@ def executed(
         await scene.call(act, path, *arguments, what=name)
         listener.close()
 
-    return Workload("executing", name, script, differs, unsteady=unsteady)
+    return Workload("executing", name, script, differs, unsteady=unsteady, programs=programs)
 
 
 CHECKS = Need("AT_EXECVE_CHECK of execveat(2)", check_execution, (), errno.EINVAL.__eq__)
@@ -185,37 +188,48 @@ CHECKS = Need("AT_EXECVE_CHECK of execveat(2)", check_execution, (), errno.EINVA
 
 async def written_while_it_runs(scene: Scene) -> None:
     """open(2) of a running program for writing. The events of its start are not noted; they only have to be watched."""
-    path = copied("sleep")(scene)
+    write_executable(scene.backing / "file", None)
     await scene.listen(scene.everywhere(), noted=False)
-    await scene.call(write_while_it_runs, path, what="open for writing")
+    await scene.call(write_while_it_runs, str(scene.path / "file"), what="open for writing")
 
 
 START = "program start"
-LOADER = copied_file("/lib64/ld-linux-x86-64.so.2", "/lib/ld-linux-aarch64.so.1")
-LIBRARY = copied_file("/lib/*-linux-gnu/libz.so.1", "/usr/lib/*-linux-gnu/libz.so.1", "/usr/lib*/libz.so.1")
-TRUE = shutil.which("true") or "/bin/true"
+LOADER = first("/lib64/ld-linux-x86-64.so.2", "/lib/ld-linux-aarch64.so.1")
+LIBRARY = first("/lib/*-linux-gnu/libz.so.1", "/usr/lib/*-linux-gnu/libz.so.1", "/usr/lib*/libz.so.1")
+TRUE = shutil.which("true") or "true"
+SHELL, PERL, HEAD = "/bin/sh", "/usr/bin/perl", "/usr/bin/head"
 EXECUTING = [
-    executed("a program", copied("true"), execute, differs=START, unsteady=True),
-    executed("a program that fails", copied("false"), execute, differs=START, unsteady=True),
-    executed("by descriptor", copied("true"), execute_by_descriptor, differs=START, unsteady=True),
-    executed("in a thread", copied("true"), execute_in_thread, differs=START, unsteady=True),
-    executed("a script", written("#!/bin/sh\nexit 7\n"), execute),
-    executed("a script with arguments", written('#!/bin/sh -e\nexit "$1"\n'), execute, "9"),
-    executed("a script of another interpreter", written("#!/usr/bin/perl\nexit 3\n"), execute),
+    executed("a program", program, execute, differs=START, unsteady=True),
+    executed("a program that fails", failing_program, execute, differs=START, unsteady=True),
+    executed("by descriptor", program, execute_by_descriptor, differs=START, unsteady=True),
+    executed("in a thread", program, execute_in_thread, differs=START, unsteady=True),
+    executed("a script", written("#!/bin/sh\nexit 7\n"), execute, programs=(SHELL,)),
+    executed(
+        "a script with arguments", written('#!/bin/sh -e\nexit "$1"\n'), execute, "9", programs=(SHELL,)
+    ),
+    executed(
+        "a script of another interpreter", written("#!/usr/bin/perl\nexit 3\n"), execute, programs=(PERL,)
+    ),
     executed("a script without an interpreter", written("#!/missing\n"), execute),
     executed("a script that names no interpreter", written("exit 5\n"), execute),
-    executed("a script whose interpreter is a script", script_of_ours, execute),
+    executed("a script whose interpreter is a script", script_of_ours, execute, programs=(SHELL,)),
+    executed("a program that has been unlinked", program, execute_unlinked, differs=START, unsteady=True),
+    executed("by posix_spawn", program, spawn, differs=START, unsteady=True),
     executed(
-        "a program that has been unlinked", copied("true"), execute_unlinked, differs=START, unsteady=True
+        "a program's interpreter",
+        copied(LOADER),
+        execute_by_interpreter,
+        TRUE,
+        differs=START,
+        unsteady=True,
+        programs=(LOADER, TRUE),
     ),
-    executed("by posix_spawn", copied("true"), spawn, differs=START, unsteady=True),
-    executed("a program's interpreter", LOADER, execute_by_interpreter, TRUE, differs=START, unsteady=True),
-    executed("a library", LIBRARY, load_library, differs=START, unsteady=True),
-    executed("what a program inherits", content, execute_with_descriptor, differs="pid"),
+    executed("a library", copied(LIBRARY), load_library, differs=START, unsteady=True, programs=(LIBRARY,)),
+    executed("what a program inherits", content, execute_with_descriptor, differs="pid", programs=(HEAD,)),
     executed("what is no program", content, execute),
     executed("what is empty", written(""), execute),
     executed("what may not be executed", lambda scene: scene.file(mode=0o644), execute),
-    needing(CHECKS, executed("a check", copied("true"), check_execution)),
+    needing(CHECKS, executed("a check", program, check_execution)),
     needing(CHECKS, executed("a check of what is no program", content, check_execution)),
     Workload("executing", "written while it runs", written_while_it_runs, "running programs"),
 ]

@@ -1,7 +1,6 @@
 """Real programs of the system. They map files and fork. The files at the end must be equal; mappings ask when touched."""
 
 import os
-import shutil
 import subprocess
 import tarfile
 from collections.abc import Callable, Sequence
@@ -76,12 +75,14 @@ def row(
     make: Callable[[Scene], None],
     *command: str,
     differs: str | tuple[str, ...] = (),
+    programs: tuple[str, ...] = (),
 ) -> Workload:
-    """A workload: the command runs in a directory that `make` has filled, while a listener hears all. The content of all files is noted."""
+    """A workload: the command runs in a directory that `make` has filled, while a listener hears all. The content of all files is noted.
+
+    `programs`: those that the command runs.
+    """
 
     async def script(scene: Scene) -> None:
-        if shutil.which(command[0]) is None:
-            raise FileNotFoundError(f"{command[0]} is not installed")
         make(scene)
         listener = await scene.listen(scene.everywhere())
         await scene.call(run, str(scene.path), command, what=" ".join(command))
@@ -90,14 +91,14 @@ def row(
             if left.is_file() and not left.is_symlink() and left.name not in _CHANGING:
                 scene.say("afterwards", f"{left.relative_to(scene.backing)} holds", left.read_bytes())
 
-    return Workload("programs", name, script, differs)
+    return Workload("programs", name, script, differs, programs=(command[0], *programs))
 
 
 _CHANGING = ("index",)  # git's index contains the files' times and inode numbers
 EMPTY = "empty reads and writes"
 WORKLOADS = [
     row("cat", some_files, "cat", "file", "large"),
-    row("cat to a file", some_files, "sh", "-c", "cat file large > both", differs=EMPTY),
+    row("cat to a file", some_files, "sh", "-c", "cat file large > both", differs=EMPTY, programs=("cat",)),
     row("cp", some_files, "cp", "large", "copy", differs=EMPTY),
     row("cp, always sparse", some_files, "cp", "--sparse=always", "large", "copy"),
     row("cp of a tree", a_tree, "cp", "-a", "tree", "copy", differs=EMPTY),
@@ -136,7 +137,14 @@ WORKLOADS = [
         "file",
         "text",
     ),
-    row("tar to a pipe", some_files, "sh", "-c", "tar cf - --mtime=2020-01-01 file | wc -c"),
+    row(
+        "tar to a pipe",
+        some_files,
+        "sh",
+        "-c",
+        "tar cf - --mtime=2020-01-01 file | wc -c",
+        programs=("tar", "wc"),
+    ),
     row("tar, unpacking", an_archive, "tar", "xf", "archive.tar"),
     row("gzip", some_files, "gzip", "-nk", "text"),
     row("perl", some_files, "perl", "-ne", "$n++; END { print $n }", "text"),
@@ -151,6 +159,7 @@ WORKLOADS = [
         "sh",
         "-c",
         "git init -q . && git add . && git status --short",
+        programs=("git",),
     ),
     row(
         "git, committing",
@@ -159,5 +168,6 @@ WORKLOADS = [
         "-c",
         "export GIT_AUTHOR_DATE=@1 GIT_COMMITTER_DATE=@1; git init -q . && git add . && "
         "git -c user.name=n -c user.email=e commit -qm message && git log --oneline && git diff",
+        programs=("git",),
     ),
 ]
