@@ -1,12 +1,15 @@
 #!/bin/bash
-# bootstrap.sh [demo | bench | tests | oldkernel]: sets up everything for `make demo`, `make bench`, `make test` or `make oldkernel`: system packages
-# (Debian, Ubuntu), /dev/fuse, and a virtual environment in .venv. `demo` does not install the packages of the tests. If everything is there, it is
-# quick. For a step that it cannot do, it prints one line.
+# bootstrap.sh [--list] [demo | bench | tests | oldkernel]: sets up everything for `make demo`, `make bench`, `make test` or `make oldkernel`: system
+# packages (Debian, Ubuntu), /dev/fuse, and a virtual environment in .venv. Each gets only the packages that it uses, and one line names them all before
+# the first is installed. If everything is there, it is quick. For a step that it cannot do, it prints one line.
+# With --list it prints the packages, also those that are there, and does nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export LC_ALL=C.UTF-8 DEBIAN_FRONTEND=noninteractive DEBCONF_NOWARNINGS=yes
 PATH=$PATH:/usr/sbin:/sbin # mkfs.ext4 and losetup are not in every user's PATH
 
+LIST=no
+if [ "${1:-}" = --list ]; then LIST=yes; shift; fi
 FOR=${1:-tests}
 OLDEST=11 # Python 3.11
 VENV=.venv
@@ -33,12 +36,12 @@ apt_update() {
     as_root apt-get -qq update 2>&1 | without_addresses >&2 || return 1
     APT_UPDATED=yes
 }
-install_packages() { # why, packages
-    local why=$1; shift
+can_install() { # packages
+    command -v apt-get > /dev/null || fail "missing: $*; install what Debian calls so and try again"
+    as_root true || fail "missing: $*; run: sudo apt-get install $*"
+}
+install_packages() {
     local by_hand="sudo apt-get install $*"
-    command -v apt-get > /dev/null || fail "missing: $why; install what Debian calls $* and try again"
-    as_root true || fail "missing: $why; run: $by_hand"
-    say "installing $*"
     apt_update || fail "apt-get update failed; fix the package sources, then run: $by_hand"
     as_root apt-get -qq -y -o Dpkg::Use-Pty=0 install --no-install-recommends "$@" 2>&1 > /dev/null | without_addresses >&2 ||
         fail "apt-get could not install these packages; run: $by_hand"
@@ -53,75 +56,86 @@ find_python() {
     done
     return 1
 }
-install_python() {
+python_packages() { # what to install where no Python is new enough
     local minor
     command -v apt-get > /dev/null && as_root true && apt_update ||
         fail "no Python 3.$OLDEST or later: none of python3, python3.11, python3.12, python3.13; install one (sudo apt-get install python3.11 python3.11-venv python3.11-dev) or set PYTHON=/path/to/it"
-    if ! command -v python3 > /dev/null; then
-        install_packages "Python" python3
-        find_python > /dev/null && return
+    minor=$(apt-cache show --no-all-versions python3 2> /dev/null | sed -nE 's/^Version: 3\.([0-9]+).*/\1/p')
+    if [ "${minor:-0}" -ge $OLDEST ]; then
+        echo python3 python3-venv python3-dev
+        return
     fi
     for minor in 13 12 11; do
         if [ -n "$(apt-cache search --names-only "^python3\.$minor-venv\$")" ]; then
-            install_packages "Python 3.$OLDEST or later" "python3.$minor" "python3.$minor-venv" "python3.$minor-dev"
+            echo "python3.$minor" "python3.$minor-venv" "python3.$minor-dev"
             return
         fi
     done
     fail "no Python 3.$OLDEST or later here or in the package sources; install one and set PYTHON=/path/to/it"
 }
-
-python=$(find_python) || { install_python; hash -r; python=$(find_python); } || fail "no Python 3.$OLDEST or later; install one and set PYTHON=/path/to/it"
+has() { [ $LIST = no ] && "$@"; } # a test; with --list nothing is there
+of_python() { # venv, ensurepip and headers belong to the interpreter, of any origin
+    local version package
+    version=$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    package=python$version
+    case $(readlink -f "$1") in /usr/bin/*) ;; *) package=python3 ;; esac
+    has "$1" -c 'import venv, ensurepip' 2> /dev/null || echo "$package-venv"
+    has [ -e "$("$1" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] || echo "$package-dev"
+}
 
 # The missing packages. The checks look for the tools and not for package names, so another distribution or another Python works too.
+need() { # package, tools that it has
+    local package=$1 tool; shift
+    for tool in "$@"; do has command -v "$tool" > /dev/null || { echo "$package"; return; }; done
+}
 missing_packages() {
-    # venv, ensurepip and headers belong to the interpreter, of any origin.
-    local version package
-    version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-    package=python$version
-    case $(readlink -f "$python") in /usr/bin/*) ;; *) package=python3 ;; esac
-    "$python" -c 'import venv, ensurepip' 2> /dev/null || echo "$package-venv"
-    [ -e "$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] || echo "$package-dev"
-    command -v gcc > /dev/null || echo gcc
-    [ -e /usr/include/stdio.h ] || echo libc6-dev
-    if ! command -v pkg-config > /dev/null; then echo pkg-config libfuse3-dev
-    elif ! pkg-config --exists fuse3; then echo libfuse3-dev
+    # fusehsm itself, with its engine pyfuse3, which pip compiles
+    need gcc gcc
+    has [ -e /usr/include/stdio.h ] || echo libc6-dev
+    need pkg-config pkg-config
+    has pkg-config --exists fuse3 2> /dev/null || echo libfuse3-dev
+    need fuse3 fusermount3
+    need mount mount umount
+    has [ -e /dev/fuse ] || need kmod modprobe
+    if [ "$FOR" != demo ]; then
+        need e2fsprogs mkfs.ext4
+        need mount losetup
+        need bindfs bindfs
     fi
-    command -v fusermount3 > /dev/null || echo fuse3
-    command -v mkfs.ext4 > /dev/null || echo e2fsprogs
-    command -v losetup > /dev/null && command -v umount > /dev/null || echo mount
-    command -v setfacl > /dev/null || echo acl
-    command -v setfattr > /dev/null || echo attr
-    command -v setcap > /dev/null || echo libcap2-bin
-    command -v bindfs > /dev/null || echo bindfs
-    command -v git > /dev/null || echo git
-    [ -e /dev/fuse ] || command -v modprobe > /dev/null || echo kmod
     if [ "$FOR" = bench ]; then
-        command -v rsync > /dev/null || echo rsync
-        command -v curl > /dev/null || echo curl
+        need rsync rsync
+        need curl curl
+    fi
+    if [ "$FOR" = tests ] || [ "$FOR" = oldkernel ]; then
+        need acl setfacl
+        need attr setfattr
+        need libcap2-bin setcap
+        need git git
     fi
     if [ "$FOR" = tests ]; then
-        command -v go > /dev/null || echo golang-go # a listener whose runtime has signals and an epoll of its own
-        command -v ip > /dev/null || echo iproute2 # networks of their own, as of several machines
-        command -v strace > /dev/null || echo strace # counts what an event costs
+        need golang-go go # a listener whose runtime has signals and an epoll of its own
+        need iproute2 ip # networks of their own, as of several machines
+        need strace strace # counts what an event costs
+        need sqlite3 sqlite3 # a program for `fusehsm conform`
     fi
     if [ "$FOR" = oldkernel ]; then
-        command -v qemu-system-x86_64 > /dev/null || echo qemu-system-x86
-        command -v depmod > /dev/null || echo kmod
-        command -v busybox > /dev/null || echo busybox-static
-        command -v dpkg-deb > /dev/null || echo dpkg
-        [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || echo debian-archive-keyring
+        need qemu-system-x86 qemu-system-x86_64
+        need kmod depmod
+        need busybox-static busybox
+        need dpkg dpkg-deb
+        has [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || echo debian-archive-keyring
     fi
 }
 
 # Servers that only tests and measurements use. These start them with configurations of their own, so the installation must not start them.
 missing_servers() {
     case $FOR in tests | bench) ;; *) return 0 ;; esac
-    command -v nginx > /dev/null || echo nginx-light
+    need nginx-light nginx
     [ "$FOR" = tests ] || return 0
-    command -v sshd > /dev/null || echo openssh-server
-    command -v memcached > /dev/null || echo memcached # for swift, which comes with pip
+    need openssh-server sshd
+    need memcached memcached # for swift, which comes with pip
 }
-install_servers() { # why, packages
+install_servers() { # packages
     local policy=/usr/sbin/policy-rc.d ours=no
     if [ ! -e $policy ] && printf '#!/bin/sh\nexit 101\n' | as_root tee $policy > /dev/null; then
         ours=yes
@@ -136,15 +150,25 @@ install_servers() { # why, packages
         case " $* " in *" openssh-server "*) as_root systemctl --quiet disable ssh.service ssh.socket 2> /dev/null || true ;; esac
     fi
 }
-mapfile -t missing < <(missing_packages | tr ' ' '\n')
-if [ ${#missing[@]} -gt 0 ]; then
-    install_packages "${missing[*]}" "${missing[@]}"
+
+python=$(find_python) || python=
+if [ -n "$python" ]; then for_python=$(of_python "$python"); else for_python=$(python_packages); fi
+mapfile -t packages < <({ [ -z "$for_python" ] || echo "$for_python"; missing_packages; } | tr ' ' '\n' | awk '!seen[$0]++')
+mapfile -t servers < <(missing_servers)
+if [ $LIST = yes ]; then
+    [ ${#packages[@]} = 0 ] || printf '%s\n' "${packages[@]}"
+    [ ${#servers[@]} = 0 ] || printf '%s\n' "${servers[@]}"
+    exit 0
+fi
+if [ $((${#packages[@]} + ${#servers[@]})) -gt 0 ]; then
+    can_install "${packages[@]}" "${servers[@]}"
+    say "installing ${packages[*]}${servers[*]:+ ${servers[*]} (servers are not started)}"
+    [ ${#packages[@]} = 0 ] || install_packages "${packages[@]}"
+    [ ${#servers[@]} = 0 ] || install_servers "${servers[@]}"
     hash -r
 fi
-mapfile -t missing < <(missing_servers)
-if [ ${#missing[@]} -gt 0 ]; then
-    install_servers "${missing[*]}" "${missing[@]}"
-    hash -r
+if [ -z "$python" ]; then
+    python=$(find_python) || fail "no Python 3.$OLDEST or later; install one and set PYTHON=/path/to/it"
 fi
 
 # Minimal images lack /etc/mtab, and without it fusermount3 cannot unmount.
