@@ -107,11 +107,22 @@ def mount_of(path: str | bytes | os.PathLike[str]) -> Mount:
 
 
 def mount_of_descriptor(descriptor: int) -> Mount:
-    """The mount of an open file. Raises FileNotFoundError if that mount is not in this namespace (a pipe, a memfd)."""
+    """The mount of an open file. Raises FileNotFoundError if that mount is not in the list: of a pipe, a memfd, or of the root of a chroot."""
     mount_id = _number_of(descriptor)
     for mount in read_mounts():
         if mount.mount_id == mount_id:
             return mount
+    root = os.open("/", os.O_PATH | os.O_CLOEXEC)
+    try:
+        if _number_of(root) == mount_id:
+            # The kernel lists the mounts below a process's root directory, and this one begins above it.
+            raise FileNotFoundError(
+                errno.ENOENT,
+                "/ is not in the list of mounts, because this is a chroot of a directory that is no mount; "
+                "run mount --bind DIR DIR before chroot DIR",
+            )
+    finally:
+        os.close(root)
     raise FileNotFoundError(errno.ENOENT, f"descriptor {descriptor} is on no mount of this mount namespace")
 
 

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from fusehsm.linux.mountinfo import Mount, mount_of, mount_of_descriptor, read_mounts
 from tests.conftest import MakeMount
+from tests.support.harness import PATIENCE, environment
 
 pytestmark = pytest.mark.any_engine
 
@@ -67,3 +69,30 @@ def test_a_dead_mount_is_still_recognised(make_mount: MakeMount) -> None:
     assert mount_of(mount.path).device == device
     with pytest.raises(OSError):
         mount_of(mount.path / "file")
+
+
+CHROOT = """
+import os, sys
+from fusehsm.linux import mountinfo
+os.chroot(sys.argv[1])
+try:
+    print(mountinfo.mount_of("/").root)
+except OSError as error:
+    print(error.strerror)
+"""
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("is_mount", [False, True], ids=["a directory", "a mount"])
+def test_the_root_of_a_chroot(is_mount: bool, tmp_path: Path) -> None:
+    """The kernel lists the mounts below the root directory of a process, so the mount above is missing."""
+    (tmp_path / "proc").mkdir()
+    bind = 'mount --bind "$1" "$1"; ' if is_mount else ""
+    script = f'set -e; {bind}mount -t proc proc "$1/proc"; exec "$2" -c "$3" "$1"'
+    command = ["unshare", "--mount", "sh", "-c", script, "sh", str(tmp_path), sys.executable, CHROOT]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    if is_mount:
+        assert done.stdout.strip().endswith(tmp_path.name)
+    else:
+        assert "run mount --bind DIR DIR before chroot DIR" in done.stdout
