@@ -75,6 +75,8 @@ class View:
         self._places = {place.mount_id: place for place in places}
         # The mounts that the namespace had when the command began: their (major, minor) in the list of mounts, and their roots.
         self._began: dict[int, tuple[tuple[int, int], str]] = {}
+        # The command's root directory when it began.
+        self._root = b"/"
         self._lock = threading.Lock()
         # The mount points of the command's bind mounts that others see.
         self._shown: list[str] = []
@@ -82,6 +84,7 @@ class View:
     def begin(self, pid: int) -> None:
         """The command is about to begin in that process: whatever is mounted later, it mounts itself."""
         self._began = {mount.mount_id: (mount.device, mount.root) for mount in mountinfo.read_mounts(pid)}
+        self._root = _root_of(pid)
 
     def close(self) -> None:
         """Unmount what was mounted for others."""
@@ -120,15 +123,15 @@ class View:
             return None if only_ignores else []
         if mount.mount_id in self._began:
             place, below = self._place_of(mount, mounts), ""
-            top = "" if place is None else place.path
+            top, root = "" if place is None else place.path, self._root
         else:
             place, below = self._bound(mount)
-            top = mount.mount_point
+            top, root = mount.mount_point, _root_of(tid)
             if place is not None and flags & FAN_MARK_TYPE_MASK == FAN_MARK_MOUNT:
                 return None if only_ignores else [self._show(place, below, mount)]
         if place is None:
             return None if only_ignores else []
-        path = _inside(found.descriptor, top)
+        path = _inside(found.descriptor, root.rstrip(b"/") + os.fsencode(top))
         if path is not None and below:
             path = os.path.join(os.fsencode(below), path)
         return [Target(place.overlay, found.device, found.inode, path)]
@@ -175,12 +178,18 @@ class View:
         return Target(place.overlay, place.overlay.device, status.st_ino, None, shown)
 
 
-def _inside(descriptor: int, top: str) -> bytes | None:
-    """The path of an open file below `top`; None if it has no name any more.
+def _root_of(pid: int) -> bytes:
+    """The root directory of a process in the listener's namespace, from the root of that namespace on: in a chroot it is not "/"."""
+    return os.readlink(b"/proc/%d/root" % pid)
 
-    It is the path in the listener's namespace, also as seen from here, because that namespace's mounts are not below our root.
+
+def _inside(descriptor: int, above: bytes) -> bytes | None:
+    """The path of an open file below `above`; None if it has no name any more.
+
+    Both are paths from the root of the listener's namespace on. The kernel shows them so from here, because that namespace's mounts are not
+    below our root, and it also does if both processes are in a chroot.
     """
-    path, above = os.readlink(b"/proc/self/fd/%d" % descriptor), os.fsencode(top)
+    path = os.readlink(b"/proc/self/fd/%d" % descriptor)
     if path.endswith(_DELETED) or not (path + b"/").startswith(above + b"/"):
         return None
     return path[len(above) + 1 :]

@@ -154,6 +154,18 @@ def test_a_mark_on_what_it_sees_is_one_on_the_overlay(
         assert read(accessor, place / "stub", PAGE) == planned(0, PAGE)
 
 
+def test_in_a_chroot(place: Path, session_directory: Path, tmp_path: Path) -> None:
+    """Seen from outside of its namespace, the files of a listener in a chroot have longer paths than it knows."""
+    require_root()
+    enter = 'mount --rbind / "$0" && exec chroot "$0" "$@"'
+    listener = listening(session_directory, place, marks=(("add", "PRE_ACCESS", "stub"),))
+    with Program(["unshare", "--mount", "sh", "-c", enter, str(tmp_path), *listener]) as running:
+        running.wait_ready()
+        inside = ["nsenter", f"--target={running.process.pid}", "--mount", "--root", "head", "-c", str(PAGE)]
+        done = subprocess.run([*inside, place / "stub"], capture_output=True, timeout=STEP, check=True)
+        assert done.stdout == planned(0, PAGE)
+
+
 def test_a_mark_on_a_file_with_the_number_of_an_earlier_one(
     place: Path, session_directory: Path, accessor: Accessor
 ) -> None:
