@@ -123,13 +123,20 @@ missing_packages() {
         need kmod depmod
         need busybox-static busybox
         need dpkg dpkg-deb
+        need golang-go go
+        # Programs that map files shared (tests/test_mapping_programs.py).
+        need default-jdk-headless javac
         has [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || echo debian-archive-keyring
     fi
 }
 
 # Servers that only tests and measurements use. These start them with configurations of their own, so the installation must not start them.
 missing_servers() {
-    case $FOR in tests | bench) ;; *) return 0 ;; esac
+    case $FOR in tests | bench | oldkernel) ;; *) return 0 ;; esac
+    if [ "$FOR" = oldkernel ]; then
+        compgen -G '/usr/lib/postgresql/*/bin/initdb' > /dev/null && [ "$LIST" = no ] || echo postgresql
+        return 0
+    fi
     need nginx-light nginx
     [ "$FOR" = tests ] || return 0
     need openssh-server sshd
