@@ -43,7 +43,8 @@ def runs(kernel: str, part: str, ending: str) -> list[Path]:
 def compared(kernel: str, part: str) -> dict[str, Result]:
     """The last result of each workload, in the order of the workloads."""
     found: dict[str, Result] = {}
-    for path in runs(kernel, part, "json"):
+    paths = runs(kernel, part, "json") + (runs(kernel, "view", "json") if part == "conform" else [])
+    for path in paths:
         for line in path.read_text().splitlines():
             result = json.loads(line)
             found[result["workload"]] = result

@@ -16,7 +16,7 @@ export LC_ALL=C.UTF-8
 PATH=$PATH:/usr/sbin:/sbin
 
 kernel=${KERNEL:-6.1}
-parts=${PARTS:-doctor programs listeners core conform pyfuse3 first-access}
+parts=${PARTS:-doctor programs listeners core conform view pyfuse3 first-access}
 limit=7200
 [ $# = 0 ] || { parts=pytest limit=1500; }
 [ "${1:-}" != --command ] || parts=command
@@ -30,7 +30,7 @@ if [ "${1:-}" = --here ]; then
     # The column to compare with: this machine's own kernel, without an emulated machine.
     kernel=$(uname -r | cut -d . -f 1,2)
     status=0
-    for part in ${PARTS:-conform pyfuse3 first-access}; do
+    for part in ${PARTS:-conform view pyfuse3 first-access}; do
         kept=$place/results/$kernel/$part
         mkdir -p "$kept"
         : > "$kept/workloads"

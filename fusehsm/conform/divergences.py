@@ -506,6 +506,16 @@ DIVERGENCES: Final = (
     ),
     Divergence(
         topic=Topic.CALLS,
+        name="zeros by fallocate",
+        difference="fallocate(2) with FALLOC_FL_ZERO_RANGE fails with EOPNOTSUPP.",
+        reason="Older kernels do not hand it on to a FUSE server (fs/fuse/file.c, since Linux 5.14).",
+        safe="Nothing happens without an event.",
+        test="test_what_older_kernels_do",
+        engines=(),
+        until=(5, 14),
+    ),
+    Divergence(
+        topic=Topic.CALLS,
         name="fallocate",
         difference="fallocate(2) fails with EOPNOTSUPP, and posix_fallocate(3) writes instead.",
         reason="pyfuse3 has no handler for it.",

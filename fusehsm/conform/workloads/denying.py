@@ -345,8 +345,12 @@ ROWS = [
     row("ftruncate", PRE, ftruncate),
     row("fallocate", PRE, fallocate, differs="fallocate"),
     *(
-        row(f"fallocate of {name}", PRE, writing.fallocate, mode, 5000, 9000, differs="fallocate")
-        for name, mode in {"a hole": 3, "zeros": 0x10, "what the size does not count": 1}.items()
+        row(f"fallocate of {name}", PRE, writing.fallocate, mode, 5000, 9000, differs=differs)
+        for name, mode, differs in (
+            ("a hole", 3, "fallocate"),
+            ("zeros", 0x10, writing.ZEROS),
+            ("what the size does not count", 1, "fallocate"),
+        )
     ),
     row("sendfile", PRE, send),
     row("sendfile", ACCESS, send),

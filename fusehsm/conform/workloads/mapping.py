@@ -9,7 +9,7 @@ from functools import partial
 
 from fusehsm.conform.accessor_worker import libc
 from fusehsm.conform.scene import MIB, PAGE, SIZE, Scene
-from fusehsm.conform.workload import Script, Workload, one_call
+from fusehsm.conform.workload import Need, Script, Workload, needing, one_call
 
 row = partial(one_call, "mapping")
 
@@ -273,6 +273,9 @@ UNWRITTEN, EXT4 = "pages not yet written", "what ext4 refuses"
 EXACT_SHARED = "shared mappings (exact)"
 READ, WRITE, EXECUTE = mmap.PROT_READ, mmap.PROT_WRITE, mmap.PROT_EXEC
 PRIVATE, SHARED, POPULATE, LOCKED = mmap.MAP_PRIVATE, mmap.MAP_SHARED, 0x8000, 0x2000
+POPULATES = Need(
+    "MADV_POPULATE_READ of madvise(2)", map_and_advise, (22,), lambda result: isinstance(result, OSError)
+)
 UNTOUCHED, FAIL = "mappings ask when touched", "calls that fail"
 WORKLOADS = [
     row("all, touch all", map_and_touch, SIZE, 0, [0, 5000, 9000, 19999]),
@@ -299,7 +302,7 @@ WORKLOADS = [
     row("MAP_LOCKED", map_with, PRIVATE | LOCKED, READ, True),
     row("mlock", lock_mapping),
     row("MADV_WILLNEED", map_and_advise, 3),
-    row("MADV_POPULATE_READ", map_and_advise, 22),
+    needing(POPULATES, row("MADV_POPULATE_READ", map_and_advise, 22)),
     row("grow with mremap", map_and_grow, differs=UNTOUCHED),
     row("longer than the file", map_beyond_the_end, 1 << 20),
     row("touch beyond the end", touch_beyond_the_end, differs=UNTOUCHED),
@@ -335,7 +338,7 @@ WORKLOADS = [
     row("shared, grow with mremap", map_shared_and_grow, differs=(UNTOUCHED, EXACT_SHARED)),
     row("shared with a child that writes", map_shared_in_child, differs=(UNTOUCHED, EXACT_SHARED)),
     row("shared, pages in another order", map_reordered, differs=(UNTOUCHED, EXACT_SHARED)),
-    row("MADV_POPULATE_WRITE", map_and_advise, 23, READ | WRITE),
+    needing(POPULATES, row("MADV_POPULATE_WRITE", map_and_advise, 23, READ | WRITE)),
     row("mprotect", map_and_protect),
     row("MADV_DONTNEED and again", map_and_forget),
     row("MAP_FIXED over another", map_over_another, differs=UNTOUCHED),

@@ -214,6 +214,7 @@ def allocate_in_child(path: str) -> int:
 
 
 MODES = ("fallocate", "fallocate modes")
+ZEROS = ("fallocate", "zeros by fallocate")
 KEEP, PUNCH, COLLAPSE, ZERO, INSERT, UNSHARE = 1, 2, 8, 0x10, 0x20, 0x40  # linux/falloc.h
 ALLOCATING = [
     allocated("within", fallocate, 0, 5000, 100),
@@ -225,9 +226,9 @@ ALLOCATING = [
     allocated("a hole in odd places", fallocate, PUNCH | KEEP, 5000, 9000),
     allocated("a hole to beyond the end", fallocate, PUNCH | KEEP, 2 * PAGE, MIB),
     allocated("a hole at the end", fallocate, PUNCH | KEEP, SIZE, PAGE),
-    allocated("zeros", fallocate, ZERO, 5000, 9000),
-    allocated("zeros beyond the end", fallocate, ZERO, 19000, 9000),
-    allocated("zeros keeping the size", fallocate, ZERO | KEEP, 19000, 9000),
+    allocated("zeros", fallocate, ZERO, 5000, 9000, differs=ZEROS),
+    allocated("zeros beyond the end", fallocate, ZERO, 19000, 9000, differs=ZEROS),
+    allocated("zeros keeping the size", fallocate, ZERO | KEEP, 19000, 9000, differs=ZEROS),
     allocated("collapse", fallocate, COLLAPSE, PAGE, PAGE, differs=MODES),
     allocated("insert", fallocate, INSERT, PAGE, PAGE, differs=MODES),
     allocated("unshare", fallocate, UNSHARE, PAGE, PAGE, differs=MODES),

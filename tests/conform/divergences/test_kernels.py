@@ -1,5 +1,6 @@
 """The rows that hold on older kernels with every engine, each shown on the kernel that runs here. `make oldkernel` runs this on the old ones."""
 
+import ctypes
 import errno
 import os
 import sys
@@ -10,6 +11,7 @@ import pytest
 import trio
 
 from fusehsm.conform.accessor import Accessor
+from fusehsm.conform.accessor_worker import libc
 from fusehsm.conform.divergences import DIVERGENCES
 from tests.conform.divergences.sides import PAGE, Side
 from tests.conftest import MakeAccessor
@@ -83,7 +85,7 @@ async def _hears_soon(listener: Listener, offset: int) -> bool:
 async def unnamed_file(side: Side, make_accessor: MakeAccessor) -> bool:
     number = await errno_of(make_accessor().run("open", str(side.path), os.O_TMPFILE | os.O_RDWR))
     assert number in (0, errno.EOPNOTSUPP)
-    return number == errno.EOPNOTSUPP
+    return bool(number == errno.EOPNOTSUPP)
 
 
 def close_in_child(descriptor: int) -> int:
@@ -113,11 +115,28 @@ async def closing_process(side: Side, make_accessor: MakeAccessor) -> bool:
     return event.pid == accessor.pid
 
 
+def allocate_zeros(path: str) -> int:
+    """The errno of fallocate(2) with FALLOC_FL_ZERO_RANGE."""
+    failed = libc.fallocate(os.open(path, os.O_RDWR), 0x10, ctypes.c_int64(0), ctypes.c_int64(100))
+    return ctypes.get_errno() if failed else 0
+
+
+async def zero_range(side: Side, make_accessor: MakeAccessor) -> bool:
+    number = await make_accessor().run(allocate_zeros, side.file("zeros"))
+    # pyfuse3 has no fallocate(2) at all: the row "fallocate".
+    if side.diverges("fallocate"):
+        assert number == errno.EOPNOTSUPP
+        return side.diverges("zeros by fallocate")
+    assert number in (0, errno.EOPNOTSUPP)
+    return bool(number == errno.EOPNOTSUPP)
+
+
 SHOWS: dict[str, Callable[[Side, MakeAccessor], Awaitable[bool]]] = {
     "shared mappings (exact)": shared_mapping,
     "programs that are read again": second_read_of_a_program,
     "writers of one file": second_writer,
     "O_TMPFILE": unnamed_file,
+    "zeros by fallocate": zero_range,
     "who closes": closing_process,
 }
 
