@@ -59,7 +59,8 @@ def no_view(error: LaunchError) -> RunError:
     if error.errno in (errno.EPERM, errno.EACCES, errno.ENOSPC) and os.geteuid() != 0:
         cause = (
             "ordinary users may not make user namespaces here; run it as root, or allow them (sysctl "
-            "kernel.apparmor_restrict_unprivileged_userns=0, kernel.unprivileged_userns_clone=1 or user.max_user_namespaces)"
+            "kernel.apparmor_restrict_unprivileged_userns=0, kernel.unprivileged_userns_clone=1 or user.max_user_namespaces); "
+            "the kernel never allows them in a chroot"
         )
     elif error.errno == errno.EPERM:
         cause = (
