@@ -27,6 +27,7 @@ from fusehsm.fanotify.abi import (
     FAN_REPORT_PIDFD,
     FAN_REPORT_TID,
     FAN_UNLIMITED_QUEUE,
+    O_LARGEFILE,
     Dialect,
     encode_event,
     event_length,
@@ -36,9 +37,6 @@ from fusehsm.fanotify.rules import UnansweredEvents, check_init, fill_buffer, pa
 
 #: sysctl fs.fanotify.max_queued_events
 MAX_QUEUED_EVENTS: Final = 16384
-
-# The kernel's value. That of glibc, and so of Python, is 0 on 64-bit machines.
-_O_LARGEFILE: Final = 0o100000
 
 _OVERFLOW_SHAPE: Final = EventShape(FAN_Q_OVERFLOW, None, None)
 
@@ -268,7 +266,7 @@ class Group:
     @property
     def event_flags(self) -> int:
         """The flags of open(2) with which event fds are made, as /proc/PID/fdinfo shows them: O_LARGEFILE always."""
-        return self.event_f_flags | _O_LARGEFILE
+        return self.event_f_flags | O_LARGEFILE
 
     @property
     def statistics(self) -> dict[str, int]:

@@ -19,6 +19,7 @@ from fusehsm.engines import fuse_protocol as protocol
 from fusehsm.engines.cache_policy import CachePolicy
 from fusehsm.engines.filesystem import Filesystem, Found
 from fusehsm.engines.fuse_protocol import Attribute, Attributes, Init, Opcode, Request
+from fusehsm.fanotify.abi import O_LARGEFILE
 from fusehsm.linux import system_call
 from fusehsm.overlay.directory import DirectoryStream
 from fusehsm.overlay.overlay import TIME_NOW, AttributeChanges, Caller, Node
@@ -519,7 +520,7 @@ def _is_for_ioctl(flags: int, tid: int) -> bool:
 
     Then the request lacks O_LARGEFILE, which every open(2) of a 64-bit program has.
     """
-    return not flags & protocol.O_LARGEFILE and system_call.is_in_ioctl(tid)
+    return not flags & O_LARGEFILE and system_call.is_in_ioctl(tid)
 
 
 def _time(valid: int, given: Attribute, now: Attribute, seconds: int, nanoseconds: int) -> int | None:

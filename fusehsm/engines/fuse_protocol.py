@@ -5,7 +5,6 @@ Source: include/uapi/linux/fuse.h, protocol 7.31 (Linux 5.10 has 7.32) to 7.45. 
 
 import enum
 import os
-import platform
 import stat
 import struct
 from dataclasses import dataclass
@@ -117,8 +116,6 @@ class Attribute(enum.IntFlag):
     MTIME_NOW = 1 << 8
 
 
-#: The kernel's flag of open(2), which 64-bit C libraries do not show.
-O_LARGEFILE: Final = 0o400000 if platform.machine() == "aarch64" else 0o100000
 FOPEN_DIRECT_IO: Final = 1 << 0
 FOPEN_KEEP_CACHE: Final = 1 << 1
 FOPEN_CACHE_DIR: Final = 1 << 3

@@ -7,6 +7,7 @@ integers are in the machine's own byte order, as in the kernel. Nothing here doe
 from __future__ import annotations
 
 import errno
+import platform
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -81,6 +82,10 @@ FAN_EVENT_FLAGS: Final = FAN_ONDIR | FAN_EVENT_ON_CHILD
 CONTENT_PERM_EVENTS: Final = FAN_OPEN_PERM | FAN_ACCESS_PERM | FAN_OPEN_EXEC_PERM
 #: Notifications that a group without FAN_REPORT_*FID may ask for (kernel: FANOTIFY_PATH_EVENTS).
 NOTIFICATION_EVENTS: Final = FAN_ACCESS | FAN_MODIFY | FAN_CLOSE | FAN_OPEN | FAN_OPEN_EXEC
+
+# fanotify_init(2): event_f_flags
+#: The kernel's flag of open(2), which differs between architectures. C libraries of 64-bit machines, and so Python, show 0 (asm/fcntl.h).
+O_LARGEFILE: Final = 0o400000 if platform.machine() == "aarch64" else 0o100000
 
 # Responses
 FAN_ALLOW: Final = 0x01

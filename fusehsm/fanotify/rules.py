@@ -58,6 +58,7 @@ from fusehsm.fanotify.abi import (
     FAN_UNLIMITED_MARKS,
     FAN_UNLIMITED_QUEUE,
     NOTIFICATION_EVENTS,
+    O_LARGEFILE,
     RESPONSE_LENGTH,
     Dialect,
     decode_response,
@@ -76,14 +77,12 @@ _INIT_FLAGS: Final = (
     | FAN_REPORT_FD_ERROR
     | FAN_REPORT_MNT
 )
-# The kernel's O_LARGEFILE. That of glibc, and so of Python, is 0 on 64-bit machines.
-_O_LARGEFILE: Final = 0o100000
 _EVENT_F_FLAGS: Final = (
     os.O_ACCMODE
     | os.O_APPEND
     | os.O_NONBLOCK
     | os.O_SYNC  # two bits, one of them is O_DSYNC; the kernel accepts each of them alone
-    | _O_LARGEFILE
+    | O_LARGEFILE
     | os.O_NOATIME
     | os.O_CLOEXEC
 )

@@ -36,6 +36,7 @@ from fusehsm.fanotify.abi import (
     FAN_REPORT_TID,
     FAN_UNLIMITED_MARKS,
     FAN_UNLIMITED_QUEUE,
+    O_LARGEFILE,
     decode_events,
     encode_response,
     mask_names,
@@ -77,7 +78,7 @@ async def test_event_descriptors(world: World, accessor: Accessor, notes: TakeNo
         await accessor.run(read_whole, path)
         (event,) = await group.read()
         assert (event.length, event.offset, event.pidfd) == (24, None, None)
-        assert fcntl.fcntl(event.fd, fcntl.F_GETFL) & ~os.O_CLOEXEC == flags | 0o100000
+        assert fcntl.fcntl(event.fd, fcntl.F_GETFL) & ~os.O_CLOEXEC == flags | O_LARGEFILE
         # What is done through it is not told.
         assert os.pread(event.fd, 100, 0) == CONTENT[:100]
         if flags == os.O_RDWR:

@@ -1,6 +1,8 @@
 """The bytes of events and responses: as a real kernel was seen to write them, and back."""
 
 import errno
+import fcntl
+import os
 import re
 import struct
 from pathlib import Path
@@ -266,3 +268,12 @@ def test_mask_names_gives_unnamed_bits_as_numbers_and_lowest_first() -> None:
     ]
     assert mask_names(0x190000, PATCH_V2) == ["OPEN_PERM", "PRE_ACCESS", "PRE_MODIFY"]
     assert mask_names(0, LINUX_6_14) == []
+
+
+def test_the_flag_that_the_kernel_gives_every_open_file_of_a_64_bit_program(tmp_path: Path) -> None:
+    # arm64 has another one than x86-64, whose value is O_NOFOLLOW there.
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    try:
+        assert fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~os.O_ACCMODE == abi.O_LARGEFILE
+    finally:
+        os.close(descriptor)

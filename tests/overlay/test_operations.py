@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fusehsm.fanotify.abi import O_LARGEFILE
 from fusehsm.linux import syscalls
 from fusehsm.overlay import overlay
 from fusehsm.overlay.overlay import RENAME_EXCHANGE, RENAME_NOREPLACE, AttributeChanges, Overlay
@@ -429,8 +430,7 @@ class TestOpen:
     )
     def test_flags(self, tree: Overlay, file: overlay.Node, asked: int, given: int) -> None:
         fd = tree.open(file, asked)
-        large_file = 0o100000  # Python's O_LARGEFILE is 0 on 64 bits, the kernel shows its own
-        assert fcntl.fcntl(fd, fcntl.F_GETFL) & ~large_file == given
+        assert fcntl.fcntl(fd, fcntl.F_GETFL) & ~O_LARGEFILE == given
         assert fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
         assert os.fstat(fd).st_size == 7
         os.close(fd)
@@ -460,7 +460,7 @@ class TestOpen:
     )
     def test_for_events(self, tree: Overlay, file: overlay.Node, flags: int) -> None:
         fd = tree.open_for_event(file, flags | os.O_CLOEXEC)
-        assert fcntl.fcntl(fd, fcntl.F_GETFL) == flags | 0o100000
+        assert fcntl.fcntl(fd, fcntl.F_GETFL) == flags | O_LARGEFILE
         assert fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
         os.close(fd)
 

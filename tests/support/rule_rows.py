@@ -39,6 +39,7 @@ from fusehsm.fanotify.abi import (
     FAN_REPORT_PIDFD,
     FAN_REPORT_TID,
     LINUX_6_14,
+    O_LARGEFILE,
     deny_errno,
     encode_audit_rule,
     encode_response,
@@ -87,7 +88,7 @@ def init_rows() -> Iterator[tuple[int, int, int]]:
             yield group_class | 1 << bit, os.O_RDONLY, EINVAL
     for flags in (CONTENT | PRE, CONTENT | PRE | 0x2, CONTENT | PRE | 0x200):
         yield flags, os.O_RDONLY, EINVAL
-    good = os.O_APPEND | os.O_NONBLOCK | os.O_SYNC | 0o100000 | os.O_NOATIME | os.O_CLOEXEC
+    good = os.O_APPEND | os.O_NONBLOCK | os.O_SYNC | O_LARGEFILE | os.O_NOATIME | os.O_CLOEXEC
     for mode in (os.O_RDONLY, os.O_WRONLY, os.O_RDWR):
         yield PRE, mode, 0
         yield PRE, mode | good, 0

@@ -18,7 +18,7 @@ from fusehsm.backends.kernel import KernelGroup
 from fusehsm.backends.opening import DEFAULT_FLAGS
 from fusehsm.conform.accessor import Accessor
 from fusehsm.conform.scene import PRE_ACCESS
-from fusehsm.fanotify.abi import FAN_MARK_ADD, FAN_MARK_MOUNT
+from fusehsm.fanotify.abi import FAN_MARK_ADD, FAN_MARK_MOUNT, O_LARGEFILE
 from fusehsm.linux import syscalls
 from fusehsm.linux.mountinfo import mount_of
 from tests.conform.divergences.sides import PAGE, READ_ONLY, Side
@@ -189,9 +189,8 @@ async def test_flags_of_event_descriptors(kernel: Side, exact: Side, accessor: A
 
         async with side.listening(answer=note):
             await accessor.run("pread_path", path, 100, 0)
-        large = 0o100000  # O_LARGEFILE, which Python hides
         shown = os.O_CLOEXEC if side is kernel else 0
-        assert flags == [(os.O_RDONLY | large | shown, fcntl.FD_CLOEXEC)]
+        assert flags == [(os.O_RDONLY | O_LARGEFILE | shown, fcntl.FD_CLOEXEC)]
 
 
 async def test_descriptors_of_directories(kernel: Side, exact: Side, accessor: Accessor) -> None:
