@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fusehsm.linux import syscalls
 
 _SIGKILL_BIT = 1 << 8
+_WITHOUT_TAG = (1 << 56) - 1  # no address of a program is higher
 # Signals whose default action does not end the process (signal(7)): it ignores the signal, stops or continues.
 _NOT_FATAL_BY_DEFAULT = sum(1 << (number - 1) for number in (17, 18, 19, 20, 21, 22, 23, 28))
 
@@ -165,13 +166,16 @@ def run_time(tid: int) -> int | None:
 
 
 def memory_at(tid: int, address: int, size: int) -> bytes | None:
-    """`size` bytes at an address of a thread's memory; None if not all of them can be read. May wait as long as the memory does."""
+    """`size` bytes at an address of a thread's memory; None if not all of them can be read. May wait as long as the memory does.
+
+    The topmost byte of the address may be a tag (arm64: Documentation/arch/arm64/tagged-address-abi.rst), which is no part of a place in the file.
+    """
     try:
         descriptor = os.open(f"/proc/{tid}/mem", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
     try:
-        data = os.pread(descriptor, size, address)
+        data = os.pread(descriptor, size, address & _WITHOUT_TAG)
     except (OSError, OverflowError):
         return None
     finally:

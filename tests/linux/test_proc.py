@@ -1,5 +1,6 @@
 """What /proc says of real processes."""
 
+import ctypes
 import os
 import signal
 import threading
@@ -20,6 +21,14 @@ def test_descriptor_tells_position_flags_and_inode(tmp_path: Path) -> None:
     assert found.inode == os.fstat(descriptor).st_ino
     os.close(descriptor)
     assert proc.descriptor_of(os.getpid(), descriptor) is None
+
+
+def test_memory_at_a_tagged_pointer() -> None:
+    # As a program with the tagged address ABI of arm64 hands them to the kernel (hwasan, memory tagging).
+    buffer = ctypes.create_string_buffer(b"content")
+    for tag in (0, 0x34, 0xB4):
+        address = tag << 56 | ctypes.addressof(buffer)
+        assert proc.memory_at(os.getpid(), address, 7) == b"content", tag
 
 
 def test_mappings_are_picked_by_device_and_inode(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The system calls that real processes really wait in, as /proc tells them."""
 
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -26,6 +27,10 @@ elif what == "readv":
 elif what == "splice":
     out = os.pipe()
     os.splice(reader, out[1], 12345)
+elif what == "tagged":
+    assert libc.prctl(55, 1, 0, 0, 0) == 0  # PR_SET_TAGGED_ADDR_CTRL
+    vector = (ctypes.c_uint64 * 2)(0x34 << 56 | ctypes.addressof(buffer), 5107)
+    libc.readv(reader, ctypes.c_void_p(0xB4 << 56 | ctypes.addressof(vector)), 1)
 elif what == "thread":
     thread = threading.Thread(target=os.read, args=(reader, 4321))
     thread.start()
@@ -62,9 +67,12 @@ def transfer_of(reader: system_call.CallReader, tid: int) -> system_call.Transfe
     return None if call is None else system_call.reading(call)
 
 
-@pytest.mark.parametrize(
-    ("what", "count", "paged"), [("read", 70000, False), ("readv", 5107, False), ("splice", 12345, True)]
-)
+CALLS = [("read", 70000, False), ("readv", 5107, False), ("splice", 12345, True)]
+if platform.machine() == "aarch64":
+    CALLS.append(("tagged", 5107, False))  # only there pointers have tags
+
+
+@pytest.mark.parametrize(("what", "count", "paged"), CALLS)
 def test_the_range_of_a_blocked_call(what: str, count: int, paged: bool) -> None:
     reader = system_call.CallReader()
     with waiting(what) as (pid, descriptor):
