@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from fusehsm.conform.accessor import Accessor, Zygote
@@ -23,6 +24,12 @@ from tests.support.requirements import require, require_fuse, require_pre_conten
 
 # A test that takes longer loses its mounts' daemons, so that it fails instead of hanging; none comes near it.
 LONGEST_TEST = float(os.environ.get("FUSEHSM_TESTS_LONGEST", "180"))  # seconds
+
+# No test of how long something takes: an emulated machine has no time limit for an example, nor for making one.
+hypothesis.settings.register_profile(
+    "any-speed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any-speed")
 
 MakeMount = Callable[..., Mount]
 MakeAccessor = Callable[..., Accessor]
