@@ -25,7 +25,7 @@ RUN = (*harness.COMMAND, "run", "--accessor", "--")
 PAGE = 4096
 PRE_ACCESS = 0x00100000
 SIZE = 10 * PAGE
-STEP = 30.0
+STEP = harness.PATIENCE / 2  # seconds
 MAP_SHARED_VALIDATE = 3
 
 

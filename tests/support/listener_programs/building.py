@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.support import harness
+
 SOURCES = Path(__file__).parent
 _C = ("gcc", "-O1", "-g", "-w", "-pthread")  # what calls.c does on purpose, compilers warn of
 _LISTENER = ("listener.c", "events.c", "marking.c", "waiting.c", "lives.c", "numbers.c")
@@ -16,7 +18,7 @@ _SOURCES = {
     "own": ("own.c",),
     "races": ("races.c", "races_signals.c", "races_numbers.c"),
 }
-_PATIENCE = 120.0  # seconds for one compiler
+_PATIENCE = 2 * harness.PATIENCE  # seconds for one compiler
 #: The variable with the directory of programs that are made already: compilers take minutes in an emulated machine.
 READY_MADE = "FUSEHSM_TESTS_PROGRAMS"
 
