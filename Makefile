@@ -1,5 +1,5 @@
 # Each target sets up everything that it needs (scripts/bootstrap.sh).
-.PHONY: help demo test check lint bench conform soak oldkernel oldkernels setup setup-bench setup-demo clean
+.PHONY: help demo test check lint bench conform soak oldkernel oldkernels arm64 setup setup-bench setup-demo clean
 .DEFAULT_GOAL := help
 
 BIN := .venv/bin
@@ -16,6 +16,7 @@ help:
 	@echo "make soak   kill fetch at 500 random moments while users work, and compare every byte (ARGS=\"--points 5000 --seed 1\")"
 	@echo "make oldkernel  run tests and fusehsm conform under Debian's Linux 6.1 in an emulated machine (KERNEL=5.10 or 6.12: under those)"
 	@echo "make oldkernels  the same under all of them, in hours, with the results in docs/old-kernels.md"
+	@echo "make arm64  run the pure tests, those of fusehsm run, and a mount on an emulated arm64 machine (docs/arm64.md)"
 	@echo "make clean  remove the virtual environment and caches"
 
 demo: setup-demo
@@ -57,6 +58,10 @@ oldkernels:
 	@for kernel in 5.10 6.1 6.12; do KERNEL=$$kernel scripts/oldkernel.sh || true; done
 	@scripts/oldkernel.sh --here
 	@$(BIN)/python scripts/old_kernels.py
+
+arm64:
+	@scripts/bootstrap.sh arm64
+	@KERNEL="$(KERNEL)" PARTS="$(PARTS)" scripts/arm64.sh $(ARGS)
 
 setup:
 	@scripts/bootstrap.sh tests

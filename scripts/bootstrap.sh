@@ -1,5 +1,5 @@
 #!/bin/bash
-# bootstrap.sh [--list] [demo | bench | tests | oldkernel]: sets up everything for `make demo`, `make bench`, `make test` or `make oldkernel`: system
+# bootstrap.sh [--list] [demo | bench | tests | oldkernel | arm64]: sets up everything for the target of make of that name (tests: `make test`): system
 # packages (Debian, Ubuntu), /dev/fuse, and a virtual environment in .venv. Each gets only the packages that it uses, and one line names them all before
 # the first is installed. If everything is there, it is quick. For a step that it cannot do, it prints one line.
 # With --list it prints the packages, also those that are there, and does nothing.
@@ -126,6 +126,15 @@ missing_packages() {
         need golang-go go
         # Programs that map files shared (tests/test_mapping_programs.py).
         need default-jdk-headless javac
+        has [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || echo debian-archive-keyring
+    fi
+    if [ "$FOR" = arm64 ]; then
+        need qemu-system-arm qemu-system-aarch64
+        need kmod depmod
+        need busybox-static busybox
+        need dpkg dpkg-deb
+        need xz-utils xz
+        need zstd zstd
         has [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || echo debian-archive-keyring
     fi
 }
