@@ -6,7 +6,7 @@
 # Environment:
 #   KERNEL=6.12           the kernel of Debian 13, or 6.18 and others of its backports
 #   PARTS="pure run"      some parts only, in this order
-#   ARM64_LIMIT=7200      seconds after which the machine is stopped
+#   ARM64_LIMIT=21600     seconds after which the machine is stopped
 #   DEBIAN_MIRROR=URL     the mirror with the packages; default: the mirror of the host's own packages
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -16,7 +16,7 @@ PATH=$PATH:/usr/sbin:/sbin
 kernel=${KERNEL:-6.12}
 parts=${PARTS:-doctor mount run pure}
 [ $# = 0 ] || parts=${PARTS:-pytest}
-limit=${ARM64_LIMIT:-7200}
+limit=${ARM64_LIMIT:-21600}
 root=$PWD
 place=$root/build/arm64
 say() { echo "arm64: $*" >&2; }
