@@ -23,7 +23,7 @@ fi
 echo /checkout > /usr/lib/python3/dist-packages/fusehsm.pth
 # Byte code goes to the image, so that the second run is faster.
 export PYTHONPYCACHEPREFIX=/var/cache/python HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis GIT_CONFIG_COUNT=1 GIT_CONFIG_KEY_0=safe.directory GIT_CONFIG_VALUE_0='*'
-# This machine is ten to fifty times slower than the host.
+# This machine is much slower than the host.
 export FUSEHSM_TESTS_LONGEST=1200 FUSEHSM_TESTS_PATIENCE=600
 cd /checkout
 
