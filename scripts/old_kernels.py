@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fusehsm.conform.divergences import DIVERGENCES
+from fusehsm.conform.perform import Comparison
 from fusehsm.conform.stream import Recording, from_json, recorded_name
 from fusehsm.conform.workloads import WORKLOADS
 
@@ -24,6 +25,9 @@ BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 COMPARING = {"conform": "devfuse", "pyfuse3": "pyfuse3", "first-access": "devfuse"}
 TESTING = ("programs", "listeners", "core")
 UNTIL = {entry.name: entry.until for entry in DIVERGENCES}
+ENGINES_OF = {entry.name: entry.engines for entry in DIVERGENCES}
+BY_KEY = {workload.key: workload for workload in WORKLOADS}
+RECORDING = Recording.load()
 KNOWN, DIFFERENT = "known divergence", "different"
 
 Result = dict[str, Any]
@@ -40,6 +44,19 @@ def runs(kernel: str, part: str, ending: str) -> list[Path]:
     return sorted((RESULTS / kernel / part).glob(f"*.{ending}"))
 
 
+def judged(kernel: str, part: str, result: Result) -> Result:
+    """The result with its verdict by the table of divergences and the recording as they are now, which may be newer than the run."""
+    workload, engine = BY_KEY[result["workload"]], COMPARING[part]
+    if part == "first-access" or result["verdict"] not in (KNOWN, DIFFERENT):
+        return result
+    older = [name for name in workload.divergences if version(kernel) < UNTIL[name]]
+    holding = tuple(name for name in workload.divergences if name in older or engine in ENGINES_OF[name])
+    expected = RECORDING.of_emulator(engine, workload.key, (UNTIL[name] for name in older))
+    kernels_own, emulated = from_json(result["kernel"]), from_json(result["emulated"])
+    comparison = Comparison(workload, kernels_own, emulated, holding, expected)
+    return {**result, "verdict": comparison.verdict.value, "divergences": holding}
+
+
 def compared(kernel: str, part: str) -> dict[str, Result]:
     """The last result of each workload, in the order of the workloads."""
     found: dict[str, Result] = {}
@@ -47,7 +64,8 @@ def compared(kernel: str, part: str) -> dict[str, Result]:
     for path in paths:
         for line in path.read_text().splitlines():
             result = json.loads(line)
-            found[result["workload"]] = result
+            if result["workload"] in BY_KEY:
+                found[result["workload"]] = judged(kernel, part, result)
     return {workload.key: found[workload.key] for workload in WORKLOADS if workload.key in found}
 
 
@@ -62,13 +80,13 @@ def tested(kernel: str, part: str) -> str:
 
 def limit(kernel: str, result: Result) -> tuple[int, int] | None:
     """The kernel before which the workload's divergence holds, if it holds on this one for that reason."""
-    names = next(workload.divergences for workload in WORKLOADS if workload.key == result["workload"])
+    names = BY_KEY[result["workload"]].divergences
     return min((UNTIL[name] for name in names if version(kernel) < UNTIL[name]), default=None)
 
 
 def record() -> None:
     """Save the streams. Raises SystemExit where two kernels before the same limit have different ones."""
-    recording, seen = Recording.load(), dict[str, str]()
+    recording, seen = RECORDING, dict[str, str]()
     for kernel in kernels():
         for part, engine in COMPARING.items():
             for key, result in compared(kernel, part).items():
