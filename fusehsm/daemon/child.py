@@ -121,11 +121,15 @@ def _end(daemon: "subprocess.Popen[str]", held: socket.socket, destination: str)
             _unmount_dead(destination, left)
 
 
-def pass_on_notes(said: str) -> None:
-    """Print the notes among the lines that `fusehsm mount` has printed."""
+def pass_on_notes(said: str) -> str:
+    """Print the notes among the lines that `fusehsm mount` has printed. Returns the other lines."""
+    others = []
     for line in said.splitlines():
         if line.startswith(NOTE):
             _complain(line)
+        else:
+            others.append(line)
+    return "\n".join(others)
 
 
 def _unmount_dead(destination: str, left: MountId) -> None:

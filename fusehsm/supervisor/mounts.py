@@ -102,9 +102,9 @@ def _mount(mounts: ExitStack, place: str, options: RunOptions, view: Sequence[in
         if done.returncode == 0:
             # Until the command begins: if another directory cannot be mounted, no mount is kept.
             mounts.callback(_unmount, place, mountinfo.id_at(place))
-            pass_on_notes(done.stderr)
+    said = pass_on_notes(done.stderr)
     if done.returncode:
-        raise RunError(done.stderr.strip().removeprefix("fusehsm: "))
+        raise RunError(said.strip().removeprefix("fusehsm: "))
 
 
 def _unmount(place: str, mount_id: mountinfo.MountId) -> None:

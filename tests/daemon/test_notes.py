@@ -33,3 +33,17 @@ def test_of_fetch(fuse: None, places: Callable[[str], Path]) -> None:
 def test_of_a_mount(make_mount: MakeMount) -> None:
     assert NOTE in make_mount(*CANNOT).log.lines
     assert not any("MAP_SHARED" in line for line in make_mount("--engine", "pyfuse3").log.lines)
+
+
+@pytest.mark.any_engine
+def test_apart_from_an_error(fuse: None, places: Callable[[str], Path]) -> None:
+    store, place = places("store"), places("apart")
+    (store / "file").write_bytes(b"content")
+    assert fusehsm("populate", store, place).returncode == 0
+
+    done = fusehsm("fetch", store, place, "--backend", "fuse", *CANNOT, "-o", "no_such_option")
+    assert done.returncode == 1
+    note, complaint = done.stderr.splitlines()
+    assert note == NOTE
+    assert "cannot be mounted" in complaint
+    assert "MAP_SHARED" not in complaint

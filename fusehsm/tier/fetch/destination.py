@@ -176,11 +176,11 @@ def _mount(path: str, arguments: Sequence[str], mounted: list[MountId]) -> None:
         )
         if result.returncode == 0:
             mounted.append(id_at(path))
-            pass_on_notes(result.stderr)
+    said = pass_on_notes(result.stderr).replace("fusehsm: ", "").strip()
     if result.returncode == 2:
-        raise ValueError(" ".join(result.stderr.replace("fusehsm: ", "").split()))
+        raise ValueError(" ".join(said.split()))
     if result.returncode:
-        said = result.stderr.replace("fusehsm: ", "").strip() or f"exit code {result.returncode}"
+        said = said or f"exit code {result.returncode}"
         raise OSError(errno.EIO, f"{shown(path)} cannot be mounted: {' '.join(said.split())}")
 
 
