@@ -4,6 +4,7 @@ There an event is for the pages that enter the page cache, so neither its range 
 "first-access events"). But a listener must be asked for every byte that the kernel asks for, and for nothing beyond the kernel's read-ahead.
 """
 
+import difflib
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Final
@@ -12,6 +13,7 @@ from fusehsm.conform.stream import Heard, Stream, results
 from fusehsm.linux.ranges import RangeSet
 
 _PAGE: Final = 4096
+_DIFF_HEADS: Final = ("---", "+++", "@@")
 #: Bytes before and after an access that the kernel may read as well: two windows of its default read-ahead (VM_READAHEAD_PAGES).
 READ_AHEAD: Final = 2 * 128 * 1024
 
@@ -36,11 +38,8 @@ def faults(kernel: Stream, emulated: Stream, sizes: Mapping[str, int]) -> list[s
             found += [
                 f"bytes {start} to {end} of {path} were asked for" for start, end in near.gaps(first, last)
             ]
-    did, does = results(kernel), results(emulated)
-    found += [f"-{line}" for line in did if line not in does] + [
-        f"+{line}" for line in does if line not in did
-    ]
-    return found
+    changes = difflib.unified_diff(results(kernel), results(emulated), n=0, lineterm="")
+    return found + [line for line in changes if not line.startswith(_DIFF_HEADS)]
 
 
 def _asked(stream: Stream) -> dict[str, RangeSet]:
