@@ -175,7 +175,7 @@ def _compare(
             workload,
             wanted,
             emulated,
-            # A row about one engine's exact events may also hold in first-access mode, where fewer events come as they are.
+            # In first-access mode all rows of the workload count, also those that this engine does not have in exact mode.
             tuple(
                 name
                 for name in workload.divergences
@@ -206,7 +206,7 @@ def _regarding_programs(comparison: Comparison, recording: Recording, *, is_reco
     if not other:
         return comparison
     if is_recorded:
-        return replace(comparison, not_tried=other, first=None)
+        return replace(comparison, not_tried=other, first=None, attempts=1)
     return replace(comparison, workload=replace(workload, unsteady=True))
 
 
@@ -226,8 +226,7 @@ def _report(comparisons: Iterator[Comparison], kernel: Side | None, recording: R
         names = ", ".join(comparison.divergences)
         reason = names if verdict is Verdict.KNOWN else comparison.not_tried
         what = f"{verdict.value}: {reason}" if reason else verdict.value
-        attempts = "at both attempts" if verdict is Verdict.DIFFERENT else "at the second attempt"
-        attempt = "" if comparison.first is None else f"  ({attempts})"
+        attempt = f"  ({_attempts(comparison)})" if comparison.attempts > 1 else ""
         console.print(f"{comparison.workload.key:<60} [{_STYLES[verdict]}]{escape(what)}[/]{attempt}")
         shown = comparison.difference() if verdict is Verdict.DIFFERENT else []
         for line in (*shown, *comparison.first_difference()):
@@ -239,10 +238,18 @@ def _report(comparisons: Iterator[Comparison], kernel: Side | None, recording: R
         if verdict in _ALWAYS_COUNTED or verdict in found
     )
     whom = "this kernel" if kernel is not None else f"Linux {recording.release}"
-    again = sum(comparison.first is not None for comparison in seen)
+    again = sum(comparison.attempts > 1 for comparison in seen)
     twice = f"; {again} took a second attempt" if again else ""
     console.print(f"{len(seen)} workloads, compared with {whom}: {counts}{twice}")
     return seen
+
+
+def _attempts(comparison: Comparison) -> str:
+    """At which of several attempts the verdict was found."""
+    number = comparison.attempts
+    if comparison.verdict is Verdict.DIFFERENT:
+        return "at both attempts" if number == 2 else f"at all {number} attempts"
+    return "at the second attempt" if number == 2 else f"at attempt {number}"
 
 
 def _report_json(comparisons: Iterator[Comparison]) -> list[Comparison]:
@@ -256,7 +263,7 @@ def _report_json(comparisons: Iterator[Comparison]) -> list[Comparison]:
             "divergences": comparison.divergences,
             "not_tried": comparison.not_tried,
             "difference": comparison.difference(),
-            "attempts": 1 if comparison.first is None else 2,
+            "attempts": comparison.attempts,
             "first_difference": comparison.first_difference(),
             "kernel": to_json(comparison.kernel),
             "emulated": to_json(comparison.emulated),

@@ -59,6 +59,8 @@ class Comparison:
     not_tried: str = ""
     #: The emulator's stream of the run before the last, if that differed and the workload ran again.
     first: Stream | None = None
+    #: How often the workload ran.
+    attempts: int = 1
     #: With `--events first-access`: the largest size in bytes of each file. None: the events must be the kernel's.
     sizes: Mapping[str, int] | None = None
 
@@ -103,8 +105,8 @@ class Comparison:
         return faults + found
 
     def first_difference(self) -> list[str]:
-        """The difference between the second run and the first, as a unified diff; empty without a second run."""
-        return [] if self.first is None else _difference(self.emulated, self.first, "the second attempt")
+        """The difference between the last run and the one before it, as a unified diff; empty after one run."""
+        return [] if self.first is None else _difference(self.emulated, self.first, "the last attempt")
 
 
 def _difference(wanted: Stream, emulated: Stream, name: str) -> list[str]:
@@ -159,12 +161,11 @@ class Performer:
         stream = self.perform(workload, emulated)
         sizes = self.sizes if self.first_access else None
         comparison = Comparison(workload, kernel, stream, divergences, expected, sizes=sizes)
-        for _ in range(1, self.attempts):
+        for attempts in range(2, self.attempts + 1):
             if comparison.verdict is not Verdict.DIFFERENT or ended_early(comparison.emulated):
                 break
-            comparison = replace(
-                comparison, emulated=self.perform(workload, emulated), first=comparison.emulated
-            )
+            stream = self.perform(workload, emulated)
+            comparison = replace(comparison, emulated=stream, first=comparison.emulated, attempts=attempts)
         return comparison
 
     def lacks(self, need: Need, directory: Path) -> bool:
