@@ -202,10 +202,10 @@ class Gate:
     def _adjust_read_ahead(self) -> None:
         if self._stale.cache is not None and self.exact:
             marks = [group.marks for group in self.listeners.groups]
-            needed = any(
-                each.permissions | each.notified & FAN_ACCESS if self._per_file else not each.empty
-                for each in marks
-            )
+            if self._per_file:
+                needed = any(each.permissions or each.notified & FAN_ACCESS for each in marks)
+            else:
+                needed = any(not each.empty for each in marks)
             self._stale.cache.set_page_exact(needed)
 
     async def moved(self, parent: Node, name: bytes) -> None:
@@ -356,14 +356,11 @@ class Gate:
         # Also if it is not heard by this mount: a page that it brought into the cache would be shown by every mount.
         heard = self.listeners.hears_content(subject._replace(mount=None))
         # Reads that the page cache serves make no request, so they could make no notification either.
+        by_call = not self._per_file or self.listeners.asks_by_call(subject)
         direct = self._all_direct or (
             self.exact
             and (
-                (
-                    armed is not Armed.NO
-                    and heard
-                    and (not self._per_file or self.listeners.asks_by_call(subject))
-                )
+                (armed is not Armed.NO and heard and by_call)
                 or self.listeners.hears_notification(FAN_ACCESS, subject)
             )
         )

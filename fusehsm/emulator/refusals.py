@@ -19,8 +19,8 @@ from fusehsm.linux.ranges import RangeSet
 from fusehsm.overlay.overlay import Node
 
 _REPEATS = 2
-# A call that continues differs visibly from a new equal call. A fault does not, so time decides. A slow or busy machine needs more of it: there a
-# thread that has not slept since it was refused is still in the same fault, because the repeat comes at once.
+# A call that continues differs visibly from a new equal call. A fault does not, so time decides. On a slow or busy machine the kernel's repeat may
+# come later. It is known by the thread, which has waited for nothing else since it was refused.
 _SAME_CALL_SECONDS = 1.0
 _SAME_FAULT_SECONDS = 0.05
 _SAME_FAULT_AWAKE_SECONDS = 1.0
