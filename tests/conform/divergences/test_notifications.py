@@ -8,6 +8,7 @@ from fusehsm.backends.opening import open_group
 from fusehsm.conform.accessor import Accessor
 from tests.conform.divergences.sides import READ_ONLY, Side
 from tests.support.async_listener import Listener
+from tests.support.closing import close_in_child
 
 pytestmark = [pytest.mark.fuse, pytest.mark.kernel]
 
@@ -38,22 +39,6 @@ async def test_notifications_of_files_opened_before_the_mark(
             await listener.wait_until_named("MODIFY")
             names = {name for event in listener.take() for name in event.names}
             assert names == ({"ACCESS", "MODIFY"} if side is kernel else {"MODIFY"})
-
-
-def close_in_child(descriptor: int) -> int:
-    """Close it here, and then for good in a child; the child's pid."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(writer)
-        os.read(reader, 1)
-        os.close(descriptor)
-        os._exit(0)
-    os.close(descriptor)
-    os.close(writer)
-    os.waitpid(child, 0)
-    os.close(reader)
-    return child
 
 
 async def closed_by(listener: Listener) -> int:
