@@ -1,8 +1,8 @@
-"""Programs that map files shared, on stubs, with the options that users take: none.
+"""Programs that map files shared, on files that a listener watches.
 
-Before Linux 6.6, and with pyfuse3, a file with exact events cannot be mapped shared (`--events auto` is per-file there). Each program works on a
-mount whose other files have exact events, and on what `fusehsm fetch` serves. A program that is not installed is not tried.
-`make oldkernel` installs them.
+Before Linux 6.6, and with pyfuse3, a file with exact events cannot be mapped shared. So `--events auto` is per-file there, and these tests name it to
+have the same on every kernel. Each program works on a mount whose other files have exact events, and on what `fusehsm fetch` serves by default.
+A program that is not installed is not tried. `make oldkernel` installs them.
 """
 
 import os
@@ -218,7 +218,7 @@ def made(session_directory: Path) -> Callable[[Program], Path]:
 
 @pytest.mark.parametrize("program", INSTALLED, ids=lambda program: program.name)
 async def test_on_a_mount_beside_files_with_exact_events(
-    program: Program, made: Callable[[Program], Path], make_mount: MakeMount, places: Callable[[str], Path]
+    program: Program, made: Callable[[Program], Path], make_mount: MakeMount
 ) -> None:
     mount = make_mount("--events", "per-file", "--allow-other")
     subprocess.run(["cp", "-a", made(program), mount.source / "work"], check=True, timeout=PATIENCE)
