@@ -28,7 +28,7 @@ UNTIL = {entry.name: entry.until for entry in DIVERGENCES}
 ENGINES_OF = {entry.name: entry.engines for entry in DIVERGENCES}
 BY_KEY = {workload.key: workload for workload in WORKLOADS}
 RECORDING = Recording.load()
-KNOWN, DIFFERENT = "known divergence", "different"
+KNOWN, DIFFERENT, NOT_RUN = "known divergence", "different", "not run"
 
 Result = dict[str, Any]
 
@@ -75,7 +75,7 @@ def tested(kernel: str, part: str) -> str:
     said = (
         re.findall(r"(\d+) (passed|failed|errors?|skipped)\b", logs[-1].read_text()[-2000:]) if logs else []
     )
-    return ", ".join(f"{number} {word}" for number, word in said) or "not run"
+    return ", ".join(f"{number} {word}" for number, word in said) or NOT_RUN
 
 
 def limit(kernel: str, result: Result) -> tuple[int, int] | None:
@@ -109,7 +109,7 @@ def kernels() -> list[str]:
 def cell(result: Result | None) -> str:
     """The table's cell for one kernel and one workload."""
     if result is None:
-        return "not run"
+        return NOT_RUN
     if result["verdict"] != KNOWN:
         return str(result["verdict"])
     return f"known: {', '.join(result['divergences'])}"
@@ -121,7 +121,7 @@ def summary(kernel: str) -> str:
     for part in COMPARING:
         counts = Counter(result["verdict"] for result in compared(kernel, part).values())
         cells.append(
-            ", ".join(f"{number} {verdict}" for verdict, number in sorted(counts.items())) or "not run"
+            ", ".join(f"{number} {verdict}" for verdict, number in sorted(counts.items())) or NOT_RUN
         )
     return " | ".join((kernel, *cells, *(tested(kernel, part) for part in TESTING)))
 
@@ -134,7 +134,7 @@ def measured() -> str:
     rows = []
     for key, result in results[newest].items():
         cells = {kernel: cell(results[kernel].get(key)) for kernel in older}
-        if any(text != cell(result) for text in cells.values()):
+        if any(text not in (cell(result), NOT_RUN) for text in cells.values()):
             rows.append(f"| {key} | {cell(result)} | " + " | ".join(cells[kernel] for kernel in older) + " |")
     heads = ("kernel", *COMPARING, *TESTING)
     return "\n".join(
