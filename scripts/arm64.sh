@@ -1,8 +1,8 @@
 #!/bin/bash
 # arm64.sh [ARGUMENTS]: runs tests under an emulated arm64 kernel and Debian's arm64 user land. It unpacks Debian's packages into an image (once), boots
-# Debian's kernel with QEMU, and runs the parts of scripts/arm64-part there. A copy of the checkout is the machine's /checkout, read only. Nothing is installed on the
-# host but QEMU, and no maintainer script of a package runs. With ARGUMENTS there is one part: pytest with these arguments. Ends with 1 if a part fails.
-# The results are in build/arm64/results/KERNEL/.
+# Debian's kernel with QEMU, and runs the parts of scripts/arm64-part there. A copy of the checkout is the machine's /checkout, read only. Nothing is
+# installed on the host but QEMU, and no maintainer script of a package runs. With ARGUMENTS there is one part: pytest with these arguments. Ends with 1
+# if a part fails. The results are in build/arm64/results/KERNEL/.
 # Environment:
 #   KERNEL=6.12           the kernel of Debian 13, or 6.18 and others of its backports
 #   PARTS="pure run"      some parts only, in this order
@@ -19,8 +19,8 @@ parts=${PARTS:-doctor mount run pure}
 limit=${ARM64_LIMIT:-21600}
 root=$PWD
 place=$root/build/arm64
-say() { echo "arm64: $*" >&2; }
-fail() { say "$*"; exit 1; }
+name=arm64
+. scripts/emulated.sh
 
 # The machine's programs. A change of this list makes the image again.
 packages=(base-files base-passwd bash coreutils dash findutils grep libc-bin passwd procps sed tar
@@ -32,18 +32,12 @@ packages=(base-files base-passwd bash coreutils dash findutils grep libc-bin pas
 
 mkdir -p "$place"
 # A package list of its own, in which no package is installed.
-mirror() {
-    local found
-    found=${DEBIAN_MIRROR:-$(apt-get indextargets --format '$(REPO_URI)' | grep -m 1 '/debian/$' || true)}
-    [ -n "$found" ] || fail "no Debian mirror in this machine's package sources; set DEBIAN_MIRROR to one's address"
-    echo "$found"
-}
 apt=$place/apt
 options=(-qq -o "Dir::Etc::SourceList=$apt/sources.list" -o Dir::Etc::SourceParts=/dev/null -o "Dir::State::Lists=$apt/lists" -o "Dir::State::status=$apt/status"
     -o "Dir::Cache=$apt/cache" -o APT::Sandbox::User= -o APT::Architecture=arm64 -o APT::Architectures=arm64 -o Debug::NoLocking=true)
 update() {
     local release from
-    from=$(mirror)
+    from=$(debian_mirror) || return
     rm -rf "$apt"
     mkdir -p "$apt/lists/partial" "$apt/cache/archives/partial"
     touch "$apt/status"
@@ -78,13 +72,13 @@ make_image() {
 
 # The kernel, and a first root with the modules that it needs to reach the image.
 make_kernel() { # into $place/$kernel
-    local tree=$place/$kernel.new first=$place/first name release module
+    local tree=$place/$kernel.new first=$place/first package release module
     update || return
-    name=$(apt-cache "${options[@]}" search --names-only "^linux-image-${kernel/./\\.}\.[0-9]+\+deb13-arm64$" | cut -d ' ' -f 1 | sort -V | tail -n 1)
-    [ -n "$name" ] || { say "no linux-image-$kernel in Debian 13 and its backports"; return 1; }
-    say "fetching $name and busybox (100 MB, once)"
+    package=$(apt-cache "${options[@]}" search --names-only "^linux-image-${kernel/./\\.}\.[0-9]+\+deb13-arm64$" | cut -d ' ' -f 1 | sort -V | tail -n 1)
+    [ -n "$package" ] || { say "no linux-image-$kernel in Debian 13 and its backports"; return 1; }
+    say "fetching $package and busybox (100 MB, once)"
     # From 7.1 on the modules may have a package of their own.
-    local names=("$name" busybox-static) modules=linux-modules-${name#linux-image-}
+    local names=("$package" busybox-static) modules=linux-modules-${package#linux-image-}
     [ -z "$(apt-cache "${options[@]}" search --names-only "^${modules//+/\\+}$")" ] || names+=("$modules")
     rm -rf "$tree" "$first"
     mkdir -p "$tree" "$first"/{bin,modules,proc,sys,dev,root}
@@ -133,13 +127,7 @@ INIT
     fail "Debian's packages could not be fetched and unpacked (above); check the network, then run make again"
 [ -d "$place/$kernel" ] || make_kernel || fail "Debian's kernel could not be fetched and unpacked (above); check the network, then run make again"
 
-run=$(mktemp -d "$place/run-XXXXXX")
-machine=
-finish() {
-    [ -z "$machine" ] || kill "$machine" 2> /dev/null || true
-    rm -rf "$run"
-}
-trap finish EXIT
+begin_run
 # A copy, so that the checkout can be edited meanwhile.
 mkdir "$run/result" "$run/checkout"
 tar --create --exclude ./build --exclude './.*' --exclude __pycache__ . | tar --extract --directory "$run/checkout"
@@ -164,9 +152,8 @@ mkdir -p "$place/results/$kernel"
 cp "$run/console" "$place/results/$kernel/console.log"
 for log in "$run"/result/*.log "$run"/result/*.status; do [ ! -e "$log" ] || cp "$log" "$place/results/$kernel/"; done
 if [ ! -e "$run/result/ended" ]; then
-    tail -n 30 "$run/console" >&2
-    [ "$code" != 124 ] && [ "$code" != 137 ] || fail "the tests did not end within $limit s; the machine has been stopped"
-    fail "the machine ended (exit code $code) before its tests did; the end of its console is above"
+    why_ended "$code" "$parts" "$run/console"
+    exit 1
 fi
 failed=0
 for part in $parts; do

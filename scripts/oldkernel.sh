@@ -1,9 +1,9 @@
 #!/bin/bash
-# oldkernel.sh [--here | --command COMMAND | ARGUMENTS]: measures fusehsm under an old Debian kernel, in a virtual machine without hardware virtualisation. The kernel's package is
-# fetched and unpacked, not installed. The machine's root is the host's, read only. Each part (scripts/oldkernel-part) runs in a machine of its own, and
-# leaves its result in build/oldkernel/results/KERNEL/PART/, from which scripts/old_kernels.py makes docs/old-kernels.md. With ARGUMENTS there is one
-# part: pytest with these arguments. --here: the parts that compare, under this machine's own kernel. --command: a shell command
-# in the machine, as root, in the checkout. Ends with 1 if a part fails.
+# oldkernel.sh [--here | --command COMMAND | ARGUMENTS]: measures fusehsm under an old Debian kernel, in a virtual machine without hardware
+# virtualisation. The kernel's package is fetched and unpacked, not installed. The machine's root is the host's, read only. Each part
+# (scripts/oldkernel-part) runs in a machine of its own, and leaves its result in build/oldkernel/results/KERNEL/PART/, from which
+# scripts/old_kernels.py makes docs/old-kernels.md. With ARGUMENTS there is one part: pytest with these arguments. --here: the parts that compare,
+# under this machine's own kernel. --command: a shell command in the machine, as root, in the checkout. Ends with 1 if a part fails.
 # Environment:
 #   KERNEL=6.1             or 5.10, 6.12
 #   PARTS="conform doctor" some parts only
@@ -23,8 +23,8 @@ limit=7200
 limit=${OLDKERNEL_LIMIT:-$limit}
 root=$PWD
 place=$root/build/oldkernel
-say() { echo "oldkernel: $*" >&2; }
-fail() { say "$*"; exit 1; }
+name=oldkernel
+. scripts/emulated.sh
 
 if [ "${1:-}" = --here ]; then
     # The column to compare with: this machine's own kernel, without an emulated machine.
@@ -51,18 +51,17 @@ esac
 mkdir -p "$place"
 # A separate package list: the host may run another release of Debian.
 fetch_kernel() { # into $place/$kernel
-    local apt=$place/apt name mirror
-    mirror=${DEBIAN_MIRROR:-$(apt-get indextargets --format '$(REPO_URI)' | grep -m 1 '/debian/$' || true)}
-    [ -n "$mirror" ] || { say "no Debian mirror in this machine's package sources; set DEBIAN_MIRROR to one's address"; return 1; }
+    local apt=$place/apt package mirror
+    mirror=$(debian_mirror) || return
     mkdir -p "$apt/lists/partial" "$apt/cache/archives/partial"
     echo "deb [arch=amd64 signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $release main" > "$apt/$release.list"
     local options=(-qq -o "Dir::Etc::SourceList=$apt/$release.list" -o Dir::Etc::SourceParts=/dev/null -o "Dir::State::Lists=$apt/lists"
         -o "Dir::Cache=$apt/cache" -o APT::Sandbox::User= -o APT::Architecture=amd64)
     apt-get "${options[@]}" update || return
-    name=$(apt-cache "${options[@]}" search --names-only "^linux-image-${kernel/./\\.}\.[0-9.]+(-[0-9]+|\+deb[0-9]+)-amd64$" | cut -d ' ' -f 1 | sort -V | tail -n 1)
-    [ -n "$name" ] || { say "no linux-image-$kernel in Debian $release"; return 1; }
-    say "fetching $name (70 MB, once)"
-    (cd "$apt" && rm -f ./*.deb && apt-get "${options[@]}" download "$name") || return
+    package=$(apt-cache "${options[@]}" search --names-only "^linux-image-${kernel/./\\.}\.[0-9.]+(-[0-9]+|\+deb[0-9]+)-amd64$" | cut -d ' ' -f 1 | sort -V | tail -n 1)
+    [ -n "$package" ] || { say "no linux-image-$kernel in Debian $release"; return 1; }
+    say "fetching $package (70 MB, once)"
+    (cd "$apt" && rm -f ./*.deb && apt-get "${options[@]}" download "$package") || return
     rm -rf "$place/$kernel.new"
     dpkg-deb --extract "$apt"/*.deb "$place/$kernel.new" || return
     rm -f "$apt"/*.deb
@@ -71,20 +70,13 @@ fetch_kernel() { # into $place/$kernel
 [ -d "$place/$kernel" ] || fetch_kernel || fail "Debian's kernel $kernel could not be fetched (above); check the network, then run make again"
 image=$(echo "$place/$kernel"/boot/vmlinuz-*)
 
-
 # The machine writes only its results, so byte code is made now: compiling and pytest's rewriting would take minutes in the machine.
 [ "${1:-}" = --command ] || collected=$(.venv/bin/python -m pytest --collect-only --quiet "${@:-tests}" 2>&1) || { echo "$collected" | tail -n 20 >&2; fail "pytest cannot collect the tests (above)"; }
 .venv/bin/python -m compileall -q fusehsm tests
 mkdir -p "$place/programs"
 .venv/bin/python -m tests.support.listener_programs.building "$place/programs"
 
-run=$(mktemp -d "$place/run-XXXXXX")
-machine=
-finish() {
-    [ -z "$machine" ] || kill "$machine" 2> /dev/null || true
-    rm -rf "$run"
-}
-trap finish EXIT
+begin_run
 mkfifo "$run/input"
 exec 3<> "$run/input" # an input without an end: at the end of its input QEMU polls in a busy loop
 
@@ -105,9 +97,7 @@ in_machine() { # part, arguments of the part: runs it, and says how it ended
     wait "$machine" || code=$?
     machine=
     if [ ! -s "$result/status" ]; then
-        tail -n 30 "$result/console" >&2
-        [ "$code" != 124 ] && [ "$code" != 137 ] || { say "$part did not end within $limit s; the machine has been stopped"; return 1; }
-        say "the machine ended (exit code $code) before $part did; the end of its console is above"
+        why_ended "$code" "$part" "$result/console"
         return 1
     fi
     if [ $# = 1 ]; then
