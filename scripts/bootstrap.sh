@@ -126,6 +126,7 @@ missing_packages() {
         need golang-go go
         # Programs that map files shared (tests/test_mapping_programs.py).
         need default-jdk-headless javac
+        need apparmor apparmor_parser # loads the profiles of tests/test_security_modules.py
         has [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || echo debian-archive-keyring
     fi
     if [ "$FOR" = arm64 ]; then

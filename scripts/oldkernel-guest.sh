@@ -10,6 +10,7 @@ mkdir -p "$root"
 mount --bind "/run/host$root" "$root"
 modprobe --all fuse ext4 loop # before /usr is covered: the modules lie in a tmpfs there
 umount "$root"
+mountpoint -q /sys/kernel/security || mount -t securityfs securityfs /sys/kernel/security # AppArmor's profiles are loaded there
 chmod 666 /dev/fuse # the mode that udev sets
 
 # The machine's root file system asks the host for every byte every time. So programs come from a second mount of the host, with an unlimited cache.

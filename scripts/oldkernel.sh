@@ -8,6 +8,7 @@
 #   KERNEL=6.1             or 5.10, 6.12
 #   PARTS="conform doctor" some parts only
 #   WORKLOADS="uring ..."  only these workloads of the parts that compare
+#   APPEND="security=selinux" more parameters for the kernel
 #   OLDKERNEL_LIMIT=1500   seconds after which a machine is stopped; default: 1500 with ARGUMENTS, else 7200
 #   DEBIAN_MIRROR=URL      the mirror with the kernel's package; default: the mirror of the host's own packages
 set -euo pipefail
@@ -90,7 +91,7 @@ in_machine() { # part, arguments of the part: runs it, and says how it ended
     : > "$result/output"
     say "Linux $kernel, software emulation, $part, at most $limit s"
     # /run/host in the guest is the host's root again; oldkernel-guest.sh mounts it with a cache.
-    PATH=$root/.venv/bin:$PATH timeout --kill-after=10 "$limit" vng --disable-kvm --force-9p --cpus 2 --memory 4G --run "$image" --rodir /run/host=/ --rwdir "/run/result=$result" \
+    PATH=$root/.venv/bin:$PATH timeout --kill-after=10 "$limit" vng --disable-kvm --force-9p --cpus 2 --memory 4G ${APPEND:+--append "$APPEND"} --run "$image" --rodir /run/host=/ --rwdir "/run/result=$result" \
         --exec "bash /run/result/guest.sh '$root' /run/result" <&3 3<&- > "$result/console" 2>&1 &
     machine=$!
     tail --pid="$machine" --lines=+1 --follow "$result/output"

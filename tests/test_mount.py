@@ -230,6 +230,27 @@ def test_what_an_ordinary_user_may_not(open_device: None, backing: Path, mount_p
     assert not is_mounted(mount_point)
 
 
+@pytest.mark.engine("devfuse")
+def test_a_context_of_selinux(backing: Path, mount_point: Path) -> None:
+    """Its commas are in double quotes, as for mount(8)."""
+    quoted = 'context="system_u:object_r:tmp_t:s0:c1,c2"'
+    whole = fusehsm("mount", "-o", f"nosuid,{quoted},noatime", backing, mount_point)
+    # The kernel of the tests has no SELinux.
+    assert whole.stderr == (
+        f"fusehsm: {mount_point}: Invalid argument; leave out the context: SELinux is off, or does not accept it here\n"
+    )
+    cut = fusehsm("mount", "-o", quoted.replace('"', ""), backing, mount_point)
+    assert cut.returncode == 2
+    assert cut.stderr == (
+        "fusehsm: -o c2: looks like a part of context=system_u:object_r:tmp_t:s0:c1; put a context that has commas into double quotes, "
+        "and all into single ones: -o 'context=\"system_u:object_r:tmp_t:s0:c1,c2\"'\n"
+    )
+    split = fusehsm("mount", "--engine", "pyfuse3", "-o", quoted, backing, mount_point)
+    assert split.returncode == 2
+    assert split.stderr == f"fusehsm: -o {quoted}: libfuse splits it at its commas; use --engine devfuse\n"
+    assert not is_mounted(mount_point)
+
+
 def test_bad_fuse_options(backing: Path, mount_point: Path, engine: str) -> None:
     done = fusehsm("mount", "--engine", engine, "-o", "no_such_option", backing, mount_point)
     assert done.returncode == 1

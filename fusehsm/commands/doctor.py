@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 from fusehsm.fanotify.abi import FAN_CLASS_PRE_CONTENT
+from fusehsm.linux import security_modules
 from fusehsm.linux.mountinfo import mount_of, read_mounts
 from fusehsm.linux.subprocesses import own_command, own_environment
 
@@ -112,7 +113,9 @@ def _device() -> Check:
         os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
         fix = "modprobe fuse (in a container: start it with --device /dev/fuse --cap-add SYS_ADMIN)"
-        if error.errno in (errno.EACCES, errno.EPERM):
+        if security_modules.may_explain(error):
+            fix = security_modules.refusal()
+        elif error.errno in (errno.EACCES, errno.EPERM):
             fix = "chmod 666 /dev/fuse (in a container: start it with --device /dev/fuse)"
         return Check("/dev/fuse", Verdict.BAD, error.strerror or str(error), fix)
     return Check("/dev/fuse", Verdict.GOOD, "can be opened")
@@ -287,6 +290,12 @@ def _system_calls() -> Check:
     scope = ""
     with suppress(OSError):
         scope = Path("/proc/sys/kernel/yama/ptrace_scope").read_text().strip()
+    module = security_modules.confinement()
+    if module is not None and scope in ("", "0"):
+        found = (
+            f"closed ({module} forbids ptrace): a split or appending call's event has the request's own range"
+        )
+        return Check(name, Verdict.LIMITED, found, f"allow it; {security_modules.RULES}")
     cause = f"Yama's ptrace_scope is {scope}" if scope not in ("", "0") else "the kernel refuses"
     fix = "sysctl kernel.yama.ptrace_scope=0, as root, or mount as root"
     if scope == "3":

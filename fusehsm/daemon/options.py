@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import re
 import stat
 import sys
 from collections.abc import Collection
@@ -16,10 +17,14 @@ from typing import TYPE_CHECKING, cast
 from fusehsm.engines.choice import ENGINES, maps_direct_files_shared, resolved
 from fusehsm.fanotify.abi import DIALECTS
 from fusehsm.fanotify.policy import EventTimeout, UnattendedPolicy
-from fusehsm.linux import mountinfo
+from fusehsm.linux import mountinfo, security_modules
 
 if TYPE_CHECKING:
     from fusehsm.handler import Handler
+
+# SELinux's options, and a category of a context, or a range of them.
+_CONTEXT = re.compile("(fs|def|root)?context=")
+_CATEGORY = re.compile(r'c[0-9]+(\.c[0-9]+)?"?')
 
 EVENT_MODES = ("exact", "per-file", "first-access", "auto")
 CACHES = ("private", "shared")
@@ -198,8 +203,10 @@ def _check_fuse(options: MountOptions) -> None:
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
             fix = "run modprobe fuse as root"
-        elif error.errno == errno.EACCES:
+        elif error.errno == errno.EACCES and not security_modules.may_explain(error):
             fix = "run chmod 666 /dev/fuse as root"
+        elif error.errno == errno.EACCES:
+            fix = security_modules.refusal()
         else:
             fix = "see fusehsm doctor"
         raise MountError(f"/dev/fuse: {error.strerror}; {fix}") from None
@@ -232,11 +239,32 @@ def _user_allow_other() -> bool:
 def _fuse_options(options: MountOptions, source: str) -> frozenset[str]:
     # A comma would end the option, and pyfuse3 takes ASCII only. Another source shows as "fusehsm" in the list of mounts.
     shown = source if source.isascii() and not set(source) & set(",\\") else "fusehsm"
-    given = {word for option in options.options for word in option.split(",") if word}
+    given = {word for option in options.options for word in _words(option)}
+    _check_contexts(given, options)
     chosen = given | {"default_permissions", "subtype=fusehsm"}
     if not any(option.startswith("fsname=") for option in given):
         chosen.add(f"fsname={shown}")
     return frozenset(chosen | ({"allow_other"} if options.allow_other else set()))
+
+
+def _words(option: str) -> list[str]:
+    """The words of a list with commas. A comma in double quotes is part of its word, as in mount(8): context="...:s0:c1,c2"."""
+    return [word for word in re.findall(r'(?:"[^"]*"|[^,])+', option) if word]
+
+
+def _check_contexts(given: set[str], options: MountOptions) -> None:
+    """Check SELinux's options. Raises ValueError for a context that was cut at its commas, or that the engine cannot hand on."""
+    contexts = sorted(word for word in given if _CONTEXT.match(word))
+    cut = sorted(word for word in given if _CATEGORY.fullmatch(word))
+    if contexts and cut:
+        name, _, value = contexts[0].partition("=")
+        raise ValueError(
+            f"-o {cut[0]}: looks like a part of {name}={value}; put a context that has commas into double quotes, and all into "
+            f"single ones: -o '{name}=\"{value.strip(chr(34))},{cut[0]}\"'"
+        )
+    with_commas = [word for word in contexts if "," in word]
+    if with_commas and resolved(options.engine) == "pyfuse3":
+        raise ValueError(f"-o {with_commas[0]}: libfuse splits it at its commas; use --engine devfuse")
 
 
 def _import_handler(name: str) -> Handler:

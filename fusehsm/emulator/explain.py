@@ -3,6 +3,7 @@
 This module asks no listener and decides nothing. `Explainer` finds the accesses; events.py says which events they make.
 """
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -12,8 +13,10 @@ import trio
 from fusehsm.emulator.handles import Direction, Grant, OpenFile
 from fusehsm.events import Access, AccessKind
 from fusehsm.fanotify.marks import MAIN, MountKey
-from fusehsm.linux import call_mount, proc, system_call
+from fusehsm.linux import call_mount, proc, security_modules, system_call
 from fusehsm.overlay.overlay import Node
+
+log = logging.getLogger(__name__)
 
 # How long to wait for an accessor's mappings, whose mmap lock may be held; seconds.
 _MAPS_DEADLINE = 0.5
@@ -79,8 +82,19 @@ class Explainer:
         self.main_mount: MountKey | None = None
         self._size_of = size_of
         self._page_size = page_size
-        self._calls = system_call.CallReader()
+        self._calls = system_call.CallReader(refused=self._tell_of_refusal)
+        self._told_of_refusal = False
         self._maps_limiter = trio.CapacityLimiter(64)
+
+    def _tell_of_refusal(self, tid: int) -> None:
+        """Say once that an accessor's system call may not be looked at."""
+        if not self._told_of_refusal:
+            self._told_of_refusal = True
+            log.warning(
+                "note: process %d may not be looked at, so its events have the ranges of FUSE's requests and not of its calls: %s",
+                tid,
+                security_modules.refusal_to_trace(tid),
+            )
 
     def close(self) -> None:
         """Close the files of /proc that are kept open."""

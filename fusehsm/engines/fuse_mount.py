@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from fusehsm.engines.base import MountRefused as MountRefused
-from fusehsm.linux import mountinfo, syscalls
+from fusehsm.linux import mountinfo, security_modules, syscalls
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +64,11 @@ _MOUNT_FIXES: Final = {
 }
 # Messages of fusermount3, and the fix for each. The first that matches counts.
 _FIXES: Final = (
+    # fusermount3 mounts as root, so file modes are not the cause.
+    (
+        "mount failed: Permission denied",
+        f"a security module forbids it to {_HELPER}; {security_modules.RULES}",
+    ),
     ("user_allow_other", "put the line user_allow_other into /etc/fuse.conf"),
     ("unknown option", "leave it out, or mount as root and without auto_unmount"),
     ("no write access|not owned by user", "an ordinary user mounts only on directories that they own"),
@@ -208,6 +213,8 @@ def _open_device() -> int:
     try:
         return os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
+        if security_modules.may_explain(error):
+            raise MountRefused(f"/dev/fuse: {error.strerror}; {security_modules.refusal()}") from None
         command = "chmod 666 /dev/fuse" if error.errno == errno.EACCES else "modprobe fuse"
         raise MountRefused(f"/dev/fuse: {error.strerror}; run {command} as root") from None
 
@@ -220,9 +227,14 @@ def _mounted_directly(mount_point: str, asked: _Asked, descriptor: int) -> bool:
     try:
         syscalls.mount(source, target, kind, asked.flags, data)
     except OSError as error:
-        if error.errno == errno.EPERM and os.geteuid() != 0:
+        # AppArmor asks before the kernel does: EACCES.
+        if error.errno in (errno.EPERM, errno.EACCES) and os.geteuid() != 0:
             return False
         fix = _MOUNT_FIXES.get(error.errno or 0, "see fusehsm doctor")
+        if error.errno == errno.EACCES:
+            fix = security_modules.refusal()
+        elif error.errno == errno.EINVAL and any("context=" in word for word in asked.data):
+            fix = "leave out the context: SELinux is off, or does not accept it here"
         raise MountRefused(f"{mount_point}: {error.strerror}; {fix}") from None
     return True
 

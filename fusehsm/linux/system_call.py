@@ -14,6 +14,7 @@ import platform
 import struct
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -113,8 +114,10 @@ _FALLING_ASLEEP = 200_000  # nanoseconds
 class CallReader:
     """Reads /proc/<tid>/syscall. Keeps up to `limit` of those files open, because to open one costs more than to read it."""
 
-    def __init__(self, limit: int = 64) -> None:
+    def __init__(self, limit: int = 64, refused: Callable[[int], None] | None = None) -> None:
+        """`refused` is called with a thread whose call may not be looked at."""
         self._limit = limit
+        self._refused = refused
         self._descriptors: OrderedDict[int, int] = OrderedDict()
         self._processes: dict[int, int] = {}
 
@@ -138,7 +141,8 @@ class CallReader:
         if descriptor is None:
             try:
                 descriptor = os.open(f"/proc/{tid}/syscall", os.O_RDONLY | os.O_CLOEXEC)
-            except OSError:
+            except OSError as error:
+                self._note(tid, error)
                 return None
             self._descriptors[tid] = descriptor
             if len(self._descriptors) > self._limit:
@@ -152,9 +156,10 @@ class CallReader:
                 while words == _RUNS and time.monotonic_ns() < until:
                     os.sched_yield()
                     words = os.pread(descriptor, 256, 0).split()
-        except OSError:
+        except OSError as error:
             # The thread has died (another may have its id now), or belongs to another user since an execve.
             self._drop(tid)
+            self._note(tid, error)
             return None
         if len(words) == 9:
             numbers = [int(word, 16) for word in words[1:]]
@@ -162,6 +167,10 @@ class CallReader:
         if len(words) == 3:
             return SystemCall(tid, PAGE_FAULT, (), int(words[1], 16), int(words[2], 16))
         return None
+
+    def _note(self, tid: int, error: OSError) -> None:
+        if self._refused is not None and isinstance(error, PermissionError):
+            self._refused(tid)
 
     def _drop(self, tid: int) -> None:
         self._processes.pop(tid, None)

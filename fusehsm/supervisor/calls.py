@@ -29,7 +29,7 @@ from fusehsm.fanotify.abi import (
     Dialect,
     decode_response,
 )
-from fusehsm.linux import proc
+from fusehsm.linux import proc, security_modules
 from fusehsm.supervisor import tasks
 from fusehsm.supervisor.deadlocks import DeadlockWatch
 from fusehsm.supervisor.delivery import Reading
@@ -211,6 +211,7 @@ class Calls:
             # Such groups have no permission events. The kernel's own notify on fusehsm mounts, too, if the marks are on files and directories.
             self._tell_of_file_ids()
             raise _GoOn
+        self._check_traceable(call)
         if not self._is_privileged(call, _CAP_SYS_ADMIN) or (
             flags & FAN_ENABLE_AUDIT and not self._is_privileged(call, _CAP_AUDIT_WRITE)
         ):
@@ -246,6 +247,16 @@ class Calls:
                 "groups with FAN_REPORT_FID and its like cannot mark a mount or file system of fusehsm (ENODEV): mark files and "
                 "directories, or use --listener"
             )
+
+    @staticmethod
+    def _check_traceable(call: TrappedCall) -> None:
+        """Raise PermissionError, and say why, where events cannot be written into the caller's memory."""
+        try:
+            tasks.check_traceable(call.tid)
+        except PermissionError:
+            cause = security_modules.refusal_to_trace(call.tid)
+            _log.warning("process %d gets no fanotify group (EPERM): %s", call.tid, cause)
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM)) from None
 
     def _is_privileged(self, call: TrappedCall, capability: int) -> bool:
         """Whether the caller has the capability that the kernel would ask for.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 from fusehsm.fanotify.abi import DIALECTS
+from fusehsm.linux import security_modules
 from fusehsm.linux.signals import Interrupted, interruptible
 from fusehsm.linux.syscalls import prctl
 from fusehsm.supervisor import filters
@@ -51,6 +52,8 @@ _FIXES: Final = {
     errno.EBUSY: "a supervisor of system calls is at work here already (fusehsm run within fusehsm run, or a container's); run it outside",
     errno.EPERM: "seccomp(2) is forbidden here; in a container allow it (--security-opt seccomp=unconfined)",
 }
+
+_log = logging.getLogger(__name__)
 
 
 def run(options: RunOptions) -> NoReturn:
@@ -210,7 +213,7 @@ class _Run:
             if got.si_signo == signal.SIGCONT:
                 self._continue(child)
             elif got.si_signo in _PASSED_ON and got.si_code != _FROM_TERMINAL:
-                child.send_signal(got.si_signo)
+                _pass_on(child, got.si_signo)
             if got.si_signo == signal.SIGCHLD:
                 self._reap_strays(child)
         return code
@@ -234,7 +237,7 @@ class _Run:
         with suppress(ChildProcessError):
             change = os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WCONTINUED | os.WNOHANG)
             if change is None:
-                child.send_signal(signal.SIGCONT)
+                _pass_on(child, signal.SIGCONT)
             else:
                 self._stop_with(change)
 
@@ -249,6 +252,16 @@ class _Run:
                 status = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
                 if pid != child.pid and status[0] == "Z" and _is_stray(pid):
                     os.waitpid(pid, os.WNOHANG)
+
+
+def _pass_on(child: "subprocess.Popen[bytes]", number: int) -> None:
+    """Send the command a signal. If that is forbidden (a set-id program, a security module), say so: the command goes on, and so do its mounts."""
+    try:
+        child.send_signal(number)
+    except PermissionError:
+        module = security_modules.confinement(child.pid) or security_modules.confinement()
+        cause = f"{module} forbids it; {security_modules.RULES}" if module else "it is another user's"
+        _log.warning("%s is not passed on to process %d: %s", signal.Signals(number).name, child.pid, cause)
 
 
 def _is_stray(pid: int) -> bool:

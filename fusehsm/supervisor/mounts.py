@@ -6,16 +6,25 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Final
 
 from fusehsm.daemon.child import foreground_mount, pass_on_notes
 from fusehsm.daemon.options import MountError
-from fusehsm.linux import mountinfo
+from fusehsm.linux import mountinfo, security_modules
 from fusehsm.linux.signals import signals_held
 from fusehsm.linux.subprocesses import own_command, own_environment
 from fusehsm.mount import unmount
 from fusehsm.supervisor.launcher import Launcher, LaunchError
 from fusehsm.supervisor.options import RunError, RunOptions
 from fusehsm.supervisor.view import View
+
+# Settings (sysctl(8)) that forbid user namespaces: the name, the value that forbids, one that allows.
+_NAMESPACE_SETTINGS: Final = (
+    ("user.max_user_namespaces", "0", "10000"),
+    ("kernel.unprivileged_userns_clone", "0", "1"),
+    ("kernel.apparmor_restrict_unprivileged_userns", "1", "0"),
+)
 
 
 def mount_places(stack: ExitStack, options: RunOptions) -> None:
@@ -58,10 +67,11 @@ def no_view(error: LaunchError) -> RunError:
     """The error of one line for a view that could not be made."""
     if error.errno in (errno.EPERM, errno.EACCES, errno.ENOSPC) and os.geteuid() != 0:
         cause = (
-            "ordinary users may not make user namespaces here; run it as root, or allow them (sysctl "
-            "kernel.apparmor_restrict_unprivileged_userns=0, kernel.unprivileged_userns_clone=1 or user.max_user_namespaces); "
+            f"ordinary users may not make user namespaces here; {_namespaces_fix()}, or run it as root, or leave --listener out; "
             "the kernel never allows them in a chroot"
         )
+    elif error.errno == errno.EACCES:
+        cause = f"no mount namespace for the command: {security_modules.refusal()}"
     elif error.errno == errno.EPERM:
         cause = (
             "mount namespaces are forbidden here; in a container allow CAP_SYS_ADMIN, or leave --listener out"
@@ -69,6 +79,15 @@ def no_view(error: LaunchError) -> RunError:
     else:
         cause = f"no mount namespace for the command: {error.strerror}; leave --listener out"
     return RunError(f"fusehsm run: --listener: {cause}")
+
+
+def _namespaces_fix() -> str:
+    """The setting that keeps ordinary users from making user namespaces, as a command that changes it."""
+    for name, forbids, allows in _NAMESPACE_SETTINGS:
+        with suppress(OSError):
+            if Path("/proc/sys", *name.split(".")).read_text().strip() == forbids:
+                return f"as root, run sysctl {name}={allows}"
+    return f"allow them: {security_modules.refusal()}"
 
 
 def _places(options: RunOptions) -> list[str]:

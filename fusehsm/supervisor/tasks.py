@@ -168,6 +168,20 @@ def _fault() -> OSError:
     return OSError(errno.EFAULT, os.strerror(errno.EFAULT))
 
 
+def check_traceable(tid: int) -> None:
+    """Raise PermissionError where this process may not look at that thread's descriptors and memory (ptrace(2), PTRACE_MODE_READ and _ATTACH).
+
+    Everything else here needs both.
+    """
+    try:
+        os.readlink(f"/proc/{tid}/cwd")
+        syscalls.read_memory(tid, 0, 1)
+    except PermissionError:
+        raise
+    except OSError:  # EFAULT: no memory is at that address; or the thread has gone
+        pass
+
+
 def read_memory(tid: int, address: int, size: int) -> bytes:
     """`size` bytes at an address in the process of that thread."""
     if not size:

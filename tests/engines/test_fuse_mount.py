@@ -303,7 +303,9 @@ def test_contradictions(mount_point: Path) -> None:
 
 def test_an_option_that_this_kernel_lacks(mount_point: Path) -> None:
     text = refusal(mount_point, "fscontext=no such context")
-    assert text == f"{mount_point}: Invalid argument; leave out the -o options that this kernel lacks"
+    assert text == (
+        f"{mount_point}: Invalid argument; leave out the context: SELinux is off, or does not accept it here"
+    )
 
 
 def test_an_option_that_fusermount3_lacks(mount_point: Path) -> None:

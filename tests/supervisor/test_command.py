@@ -1,6 +1,7 @@
 """`fusehsm run`: a command under it is as it would be without; what it mounts goes, whatever happened."""
 
 import ctypes
+import errno
 import fcntl
 import itertools
 import json
@@ -463,3 +464,22 @@ def test_an_ordinary_user(
         expected = take(accessor, world.place, SERIES)
         assert finish(world, running, accessor) == expected
     assert {name: (world.place / name).read_bytes() for name in LEFT} == LEFT
+
+
+def test_a_command_that_may_not_be_looked_at(open_device: None) -> None:
+    """No event could be written into its memory: it gets no group, and one line says why."""
+    command, environment, who = harness.command_of(NOBODY)
+    program = (
+        "import ctypes, os; libc = ctypes.CDLL(None, use_errno=True); libc.prctl(4, 0, 0, 0, 0); "  # PR_SET_DUMPABLE
+        "print(libc.fanotify_init(8, 0), ctypes.get_errno())"
+    )
+    with harness.start(
+        [*command, "run", "--", command[0], "-S", "-c", program],
+        env=harness.environment(**environment),
+        cwd="/",
+        **who,
+    ) as running:
+        output, complaint = running.communicate(timeout=harness.PATIENCE)
+    assert output == f"-1 {errno.EPERM}\n"
+    assert complaint.count("\n") == 1
+    assert "gets no fanotify group (EPERM): it is another user's, its program may not be read" in complaint

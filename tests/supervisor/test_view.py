@@ -338,6 +338,31 @@ def test_an_ordinary_user(places: Callable[[str], Path], session_directory: Path
         assert reader.stdout == planned(0, PAGE)
 
 
+def test_an_ordinary_user_without_namespaces(places: Callable[[str], Path]) -> None:
+    """The line names the setting that forbids them."""
+    require_root()
+    place = places("user")
+    os.chown(place, NOBODY, NOBODY)
+    program, environment, who = harness.command_of(NOBODY)
+    # In a namespace of its own, so that the setting is no other process's.
+    forbid = 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"'
+    inside = ["unshare", "--user", "--map-current-user", "--keep-caps", "sh", "-c", forbid, "-"]
+    with (
+        fuse_device_for_everybody(),
+        harness.start(
+            [*inside, *program, "run", "--listener", "--mount", str(place), "--", "true"],
+            env=harness.environment(**environment),
+            **who,
+        ) as running,
+    ):
+        output, complaint = running.communicate(timeout=STEP)
+    assert output == ""
+    assert complaint == (
+        "fusehsm: fusehsm run: --listener: ordinary users may not make user namespaces here; as root, run sysctl "
+        "user.max_user_namespaces=10000, or run it as root, or leave --listener out; the kernel never allows them in a chroot\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
