@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from fusehsm.engines.choice import maps_direct_files_shared
 from fusehsm.linux.mountinfo import read_mounts
 from fusehsm.linux.syscalls import MNT_DETACH, MS_BIND, mount, umount2
 from tests.support import harness, leftovers
 from tests.support.harness import LogReader
 
 RUN = (*harness.COMMAND, "run")
+# Where `auto` is not exact, so that every kernel has the events of a real one.
+EXACT = () if maps_direct_files_shared("auto") else ("--events", "exact")
 # Seconds for one step of a program or an accessor. All take milliseconds, but not in an emulated machine.
 STEP = max(20.0, harness.PATIENCE / 3)
 
@@ -42,7 +45,7 @@ class RunWorld:
             return list(program)
         option = {"view": ("--listener",), "any-descriptor": ("--any-descriptor",)}.get(self.name, ())
         keeping = ("--keep",) if keep else ()
-        return [*RUN, *option, "--mount", str(self.place), *keeping, "--", *program]
+        return [*RUN, *option, *EXACT, "--mount", str(self.place), *keeping, "--", *program]
 
 
 @contextmanager
