@@ -140,9 +140,10 @@ def environment(**more: str) -> dict[str, str]:
 
 
 class LogReader:
-    """Reads a child's output to its end, in a thread, so that the child never waits for us."""
+    """Reads a child's output to its end, in a thread, so that the child never waits for us. Lines that start with `without` are left out."""
 
-    def __init__(self, stream: "Iterator[str]") -> None:
+    def __init__(self, stream: "Iterator[str]", without: str | None = None) -> None:
+        self._without = without
         self._lines: list[str] = []
         self._changed = threading.Condition()
         self._ended = False
@@ -152,6 +153,8 @@ class LogReader:
     def _read(self, stream: Iterator[str]) -> None:
         with suppress(ValueError, OSError):  # closed under us
             for line in stream:
+                if self._without is not None and line.startswith(self._without):
+                    continue
                 with self._changed:
                     self._lines.append(line.rstrip("\n"))
                     self._changed.notify_all()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from fusehsm.daemon.options import NOTE
 from fusehsm.engines.choice import maps_direct_files_shared
 from fusehsm.linux.mountinfo import read_mounts
 from fusehsm.linux.syscalls import MNT_DETACH, MS_BIND, mount, umount2
@@ -87,14 +88,14 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 class Program:
-    """A child whose lines are read as they come; it is killed at the end whatever happened."""
+    """A child whose lines are read as they come; it is killed at the end whatever happened. Its complaints are without notes about the kernel."""
 
     def __init__(self, command: list[str], **more: object) -> None:
         self.process = harness.start(command, **more)
         assert self.process.stdout is not None
         assert self.process.stderr is not None
         self.output = LogReader(self.process.stdout)
-        self.complaints = LogReader(self.process.stderr)
+        self.complaints = LogReader(self.process.stderr, without=NOTE)
 
     def wait_ready(self) -> None:
         """Until it says that its marks stand."""
