@@ -421,6 +421,12 @@ class Content:
         for file in files:
             file.announced.clear()
 
+    @staticmethod
+    def forget_grants(files: Iterable[OpenFile[Node]]) -> None:
+        """Ask again for further pieces of calls that were allowed before the content was dropped."""
+        for file in files:
+            file.grants.clear()
+
 
 def _armed(file: OpenFile[Node]) -> Armed:
     assert isinstance(file.armed, Armed)

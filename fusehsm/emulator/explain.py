@@ -300,12 +300,13 @@ class Explainer:
             fills = transfer.paged and direction is Direction.READ
         grant = file.grants.get((call.tid, direction))
         passing = (who.pid, transfer.descriptor) if fills and who.certain else None
-        progress = self._progress(who, call) if passing else None
+        is_known = grant is not None and grant.call == call
+        progress = self._progress(who, call) if passing or is_known else None
         if (
             grant is not None
-            and grant.call == call
+            and is_known
             and not (fills is False and self._begins(call, transfer, offset, direction))
-            and self._continues(grant, offset, size, progress)
+            and self._continues(grant, offset, size, progress, passing=passing is not None)
         ):
             grant.next_offset = offset + size
             grant.repeats += offset == grant.start
@@ -338,10 +339,16 @@ class Explainer:
         elif appends:
             # The pieces of an appending write follow each other from the end of the file; the file position does not matter.
             start, end = offset, offset + transfer.count
+        elif not (start <= offset and offset + size <= end):
+            # The accessor has changed the offset in its memory, or the file position, since the kernel looked at it.
+            start, end = offset, offset + size
+            accesses = [Access(kind, start, size, who.pid, call.tid)]
         if not transfer.paged and start == offset and end == offset + size:
             # The request is the whole call. A sendfile(2) that found less continues at the end of the file (Linux 6.1).
             return Explanation(tuple(accesses), call.tid, direction, call=call)
         anywhere = fills or transfer.paged or transfer.offset is not None
+        if progress is None:
+            progress = self._progress(who, call)
         return Explanation(
             tuple(accesses),
             call.tid,
@@ -389,13 +396,18 @@ class Explainer:
         return None if value is None else (counted, value)
 
     @staticmethod
-    def _continues(grant: Grant, offset: int, size: int, progress: tuple[bool, int] | None) -> bool:
+    def _continues(
+        grant: Grant, offset: int, size: int, progress: tuple[bool, int] | None, *, passing: bool
+    ) -> bool:
         if offset + size > grant.end:
             return False
+        counts = [each[1] for each in (progress, grant.progress) if each is not None and each[0]]
+        if len(counts) == 2 and counts[0] != counts[1]:
+            return False  # the same call, made again
         if offset != grant.start:
             return offset == grant.next_offset or (grant.anywhere and offset > grant.start)
         # Pages that a call passes through the page cache are dropped behind it. The call asks again for a page that was dropped too early.
-        if progress is None or grant.progress is None or progress[0] is not grant.progress[0]:
+        if not passing or progress is None or grant.progress is None or progress[0] is not grant.progress[0]:
             return False
         return progress[1] - grant.progress[1] < (1 if progress[0] else _COMES_BACK)
 

@@ -231,6 +231,7 @@ class Gate:
     async def drop(self, node: Node) -> None:
         """Drop a node's cached pages, and forget the ranges that its mappings announced. Its next access makes an event again."""
         self._forget_announced(node)
+        self.content.forget_grants(self.handles.of_node(node))
         self.content.dropped(node)
         await self._stale.drop_all_of(node)
 

@@ -42,7 +42,7 @@ class Grant:
     next_offset: int
     #: Whether a piece may begin at any offset of the range, and not at `next_offset` only.
     anywhere: bool
-    #: The progress of its thread at the last piece, of a call that goes through the page cache: see Explainer._progress().
+    #: The progress of its thread at the last piece: see Explainer._progress().
     progress: tuple[bool, int] | None = None
     #: How often a call that goes through the page cache has asked again for its first page.
     repeats: int = 0
