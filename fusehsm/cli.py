@@ -97,7 +97,13 @@ def mount(
         typer.Option("-f", "--foreground", help="Do not daemonise; print `ready` on stderr when it answers."),
     ] = False,
     options: Annotated[
-        list[str] | None, typer.Option("-o", metavar="OPTS", help="FUSE mount options, separated by commas.")
+        list[str] | None,
+        typer.Option(
+            "-o",
+            metavar="OPTS",
+            help="FUSE mount options, separated by commas. noexec, nosuid, nodev, nosymfollow and ro are taken over from the mounts of SRC and "
+            "DST; root's mount in place has suid and dev where SRC has them, all others nosuid and nodev.",
+        ),
     ] = None,
     abi: Annotated[
         str, typer.Option(help="Dialect of the events: linux-6.14, patch-v2 or patch-v1.")

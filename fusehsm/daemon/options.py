@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from fusehsm.daemon import restrictions
 from fusehsm.engines.choice import ENGINES, maps_direct_files_shared, resolved
 from fusehsm.fanotify.abi import DIALECTS
 from fusehsm.fanotify.policy import EventTimeout, UnattendedPolicy
@@ -139,7 +140,7 @@ def checked(options: MountOptions) -> Plan:
         handler=_import_handler(options.handler) if options.handler else None,
         unattended=unattended,
         event_timeout=event_timeout,
-        fuse_options=_fuse_options(options, source),
+        fuse_options=_fuse_options(options, source, destination),
     )
 
 
@@ -236,12 +237,14 @@ def _user_allow_other() -> bool:
     return False
 
 
-def _fuse_options(options: MountOptions, source: str) -> frozenset[str]:
+def _fuse_options(options: MountOptions, source: str, destination: str) -> frozenset[str]:
     # A comma would end the option, and pyfuse3 takes ASCII only. Another source shows as "fusehsm" in the list of mounts.
     shown = source if source.isascii() and not set(source) & set(",\\") else "fusehsm"
     given = {word for option in options.options for word in _words(option)}
     _check_contexts(given, options)
-    chosen = given | {"default_permissions", "subtype=fusehsm"}
+    below = source if options.backing is None else options.backing
+    inherited = restrictions.options(below, destination, given, in_place=source == destination)
+    chosen = given | inherited | {"default_permissions", "subtype=fusehsm"}
     if not any(option.startswith("fsname=") for option in given):
         chosen.add(f"fsname={shown}")
     return frozenset(chosen | ({"allow_other"} if options.allow_other else set()))

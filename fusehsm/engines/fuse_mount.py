@@ -25,6 +25,8 @@ _UMOUNT_NOFOLLOW: Final = 8  # umount2(2)
 # MS_NOSUID and MS_NODEV: the defaults of libfuse's parse_mount_opts() and of fusermount3, also for root.
 _DEFAULT_FLAGS: Final = 0x2 | 0x4
 
+_MS_REMOUNT: Final = 0x20
+
 # A flag of mount(2), the option that sets it, the option that clears it.
 _FLAGS: Final = (
     (0x1, "ro", "rw"),
@@ -143,6 +145,19 @@ def mount(mount_point: str, options: frozenset[str]) -> Connection:
         raise
     os.close(descriptor)
     return _mount_through_helper(mount_point, asked)
+
+
+def set_flags(mount_point: str, options: frozenset[str]) -> None:
+    """Give a mount that libfuse has made the flags of `options` that libfuse does not know (nosymfollow). Needs root. Raises MountRefused."""
+    try:
+        syscalls.mount(
+            os.fsencode(mount_point),
+            os.fsencode(mount_point),
+            None,
+            syscalls.MS_BIND | _MS_REMOUNT | _understood(options).flags,
+        )
+    except OSError as error:
+        raise MountRefused(f"{mount_point}: -o nosymfollow: {error.strerror}; use --engine devfuse") from None
 
 
 def unmount(mount_point: str, wanted: mountinfo.MountId, *, lazily: bool) -> None:

@@ -22,6 +22,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, Setatt
 from fusehsm.emulator.gate import Gate
 from fusehsm.emulator.handles import OpenFile
 from fusehsm.emulator.page_cache import CacheControl
+from fusehsm.engines import fuse_mount
 from fusehsm.engines.base import MountRefused
 from fusehsm.engines.cache_policy import CachePolicy
 from fusehsm.engines.filesystem import Filesystem
@@ -31,6 +32,9 @@ from fusehsm.linux.suspension import is_cancellation
 from fusehsm.overlay.overlay import AttributeChanges, Caller, Node
 
 log = logging.getLogger(__name__)
+
+# A mount option that libfuse does not know.
+_NO_LINKS = "nosymfollow"
 
 _Parameters = ParamSpec("_Parameters")
 _ResultT = TypeVar("_ResultT")
@@ -343,12 +347,18 @@ class PyFuse3:
     def mount(self, mount_point: str, options: frozenset[str]) -> None:
         with _captured_stderr() as complaint:
             try:
-                pyfuse3.init(self._operations, mount_point, set(options))
+                pyfuse3.init(self._operations, mount_point, {*options} - {_NO_LINKS})
             except RuntimeError as error:
                 reason = complaint().strip().splitlines()
                 raise MountRefused(
                     f"{mount_point}: {reason[-1] if reason else error}; see fusehsm doctor"
                 ) from None
+        if _NO_LINKS in options:
+            try:
+                fuse_mount.set_flags(mount_point, options)
+            except MountRefused:
+                pyfuse3.close()
+                raise
 
     def caches(self, device: tuple[int, int]) -> CacheControl:
         # pyfuse3 cannot set max_background in INIT.
