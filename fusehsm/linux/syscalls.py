@@ -58,6 +58,7 @@ _AT_STATX_DONT_SYNC: Final = 0x4000
 _STATX_BTIME: Final = 0x800
 _STATX_BTIME_OFFSET: Final = 0x50
 _STATX_MNT_ID_UNIQUE: Final = 0x4000
+_STATX_INODE_OFFSET: Final = 0x20
 _STATX_DEVICE_OFFSET: Final = 0x88  # of stx_dev_major, stx_dev_minor and stx_mnt_id
 # These numbers are the same on every architecture (include/uapi/asm-generic/unistd.h).
 _SYS_FSOPEN: Final = 430
@@ -232,17 +233,18 @@ def birth_time(dir_fd: int, name: bytes) -> bytes | None:
 def unique_mount_id(fd: int) -> int | None:
     """The unique number of the mount that `fd` was opened on; None before Linux 6.8. No other mount gets it until the next boot. Sends no
     request to the filesystem's server."""
-    return mount_and_device(fd)[0]
+    return identity(fd)[0]
 
 
-def mount_and_device(fd: int) -> tuple[int | None, tuple[int, int]]:
-    """unique_mount_id(), and (major, minor) of the file system's device. Sends no request to the filesystem's server."""
+def identity(fd: int) -> tuple[int | None, tuple[int, int], int]:
+    """unique_mount_id(), (major, minor) of the file system's device, and the inode number. Sends no request to the filesystem's server."""
     buffer = ctypes.create_string_buffer(256)
     if _statx(fd, b"", _AT_EMPTY_PATH | _AT_STATX_DONT_SYNC, _STATX_MNT_ID_UNIQUE, buffer) < 0:
         raise _error()
     (mask,) = struct.unpack_from("=I", buffer)
     major, minor, number = struct.unpack_from("=IIQ", buffer, _STATX_DEVICE_OFFSET)
-    return number if mask & _STATX_MNT_ID_UNIQUE else None, (major, minor)
+    (inode,) = struct.unpack_from("=Q", buffer, _STATX_INODE_OFFSET)
+    return number if mask & _STATX_MNT_ID_UNIQUE else None, (major, minor), inode
 
 
 def syncfs(fd: int) -> None:
