@@ -11,6 +11,7 @@ import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 
 from fusehsm.emulator.attribute_cache import AttributeCache
 from fusehsm.emulator.content import Content
@@ -282,7 +283,10 @@ class Gate:
         if self.listeners.idle:
             if node in self.leases:
                 await self.leases.wait(node, tid, patient=patient)
-            descriptor = self.overlay.open(node, flags, uid)
+            try:
+                descriptor = self.overlay.open(node, flags, uid)
+            except BlockingIOError:
+                descriptor = await self._open_after_lease(node, flags, uid, tid, patient=patient)
             if flags & os.O_TRUNC:
                 await self.content.modified(node)
             return self._opened(node, flags, descriptor, Armed.NO, self._all_direct, tid, 0, uid), True
@@ -290,10 +294,19 @@ class Gate:
         if node in self.leases:
             # The kernel also asks listeners first (do_dentry_open()).
             await self.leases.wait(node, tid, patient=patient)
-        descriptor = self.overlay.open(node, flags, uid)
+        try:
+            descriptor = self.overlay.open(node, flags, uid)
+        except BlockingIOError:
+            descriptor = await self._open_after_lease(node, flags, uid, tid, patient=patient)
         if flags & os.O_TRUNC:
             await self.content.modified(node)
         return await self._open_armed(access, subject, node, flags, descriptor, armed, uid)
+
+    async def _open_after_lease(self, node: Node, flags: int, uid: int, tid: int, *, patient: bool) -> int:
+        """Open the backing file when the lease on it that another process holds there has ended."""
+        if not patient:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return await self.leases.retry(node, tid, partial(self.overlay.open, node, flags, uid))
 
     def open_for_ioctl(self, node: Node, flags: int, tid: int, uid: int) -> OpenFile[Node]:
         """Open a node for an ioctl(2) of a file that is open already: the kernel does so for itself, and no event is made. Raises OSError."""
@@ -466,7 +479,11 @@ class Gate:
                 await self.leases.wait(node, caller_.pid)
         async with self.content.changing(node, content=changes.size is not None):
             with self._usable(node, handle) as descriptor:
-                result = self.overlay.setattr(node, changes, descriptor, caller_)
+                change = partial(self.overlay.setattr, node, changes, descriptor, caller_)
+                try:
+                    result = change()
+                except BlockingIOError:
+                    result = await self.leases.retry(node, caller_.pid, change)
         self.attributes.told(*result)
         if changes.size is not None:
             await self.content.modified(node)

@@ -6,6 +6,9 @@ files.
 A lease is what F_SETLEASE with F_WRLCK is on the kernel's own filesystems (fcntl(2); docs/facts.md, section 17), by the same rules. It is
 refused while a process has the file open. An open with O_NONBLOCK fails instead of waiting. After a wait of fs.lease-break-time the lease is
 broken, and its holder is told so.
+
+Other processes may hold the kernel's leases on the backing files. An open that breaks one of those must not keep the other requests waiting:
+retry().
 """
 
 import errno
@@ -25,7 +28,11 @@ from fusehsm.overlay.overlay import Node, Overlay
 # RELEASE comes a moment after close(2): how often to check again whether a file is still open, and after how many seconds.
 _CLOSING_LOOKS, _CLOSING_SECONDS = 10, 0.005
 
+# Between two tries to open a file that another process has leased; seconds.
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.005, 0.1
+
 NodeT = TypeVar("NodeT", bound=Hashable)
+_ResultT = TypeVar("_ResultT")
 
 
 @dataclass(slots=True, eq=False)
@@ -115,6 +122,22 @@ class Leases(Generic[NodeT]):
                 raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
             else:
                 await self._wait_for(lease, lease.breaks_at, tid)
+
+    async def retry(self, node: NodeT, tid: int, action: Callable[[], _ResultT]) -> _ResultT:
+        """Try again what failed with BlockingIOError because another process holds a lease on the backing file, until the lease has ended.
+
+        The first try has begun to break the lease. Nothing tells of its end, and a thread that waits for it could not be stopped. Raises
+        OSError as wait(), and BlockingIOError if it lasts much longer than fs.lease-break-time.
+        """
+        end, pause = trio.current_time() + 2 * self._break_seconds(), _FIRST_PAUSE
+        while True:
+            await self._wait_for(Lease(node), trio.current_time() + pause, tid)
+            try:
+                return action()
+            except BlockingIOError:
+                if trio.current_time() > end:
+                    raise
+            pause = min(2 * pause, _LONGEST_PAUSE)
 
     async def _wait_for(self, lease: Lease[NodeT], deadline: float, tid: int) -> None:
         with trio.CancelScope(deadline=deadline) as scope:

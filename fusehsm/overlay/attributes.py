@@ -51,7 +51,7 @@ def apply(changes: AttributeChanges, fd: int, caller: Caller | None) -> None:
     """Change the inode of `fd` (any open file of it, or O_PATH). At no moment are there more rights than before or after.
 
     `caller`: the accessor, treated as the kernel treats a process without CAP_FSETID; None when the kernel does so itself.
-    Raises OSError.
+    Raises OSError; BlockingIOError (EAGAIN) for a new size while a lease on the file is being broken.
     """
     path = path_of(fd)
     if changes.size is not None:
@@ -60,7 +60,12 @@ def apply(changes: AttributeChanges, fd: int, caller: Caller | None) -> None:
         if _writable(fd):
             os.ftruncate(fd, changes.size)
         else:
-            os.truncate(path, changes.size)
+            # Unlike truncate(2), this does not wait for the end of a lease.
+            writable = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                os.ftruncate(writable, changes.size)
+            finally:
+                os.close(writable)
     if changes.uid is not None or changes.gid is not None:
         if caller is not None:
             # chown_common() in the kernel: a set-gid bit without execute permission goes, too, unless the caller is in the group.

@@ -326,14 +326,17 @@ class Overlay:
         """Open the node's backing file with the access mode, O_TRUNC and O_SYNC of `flags`; the caller closes the descriptor.
 
         It opens exactly this inode, so no other file is truncated. With O_TRUNC set-id bits are cleared unless `caller_uid` is 0. Raises
-        OSError as open(2), and for anything but a regular file: EISDIR for a directory, ELOOP for a symbolic link, ENXIO for the rest.
+        BlockingIOError (EAGAIN) while another process's lease on the file is being broken; otherwise OSError as open(2), and for anything
+        but a regular file: EISDIR for a directory, ELOOP for a symbolic link, ENXIO for the rest.
         """
         self._check_openable(node)
         fd = self._reach.path_fd(node)
         try:
             if flags & os.O_TRUNC and caller_uid != 0 and self._impersonation.privileged:
                 attributes.clear_privileges(fd)
-            path, backing_flags = path_of(fd), flags & (_BACKING_FLAGS | os.O_TRUNC) | os.O_CLOEXEC
+            # O_NONBLOCK, so that it does not wait for the end of a lease. On the descriptor of a regular file it changes nothing.
+            kept = flags & (_BACKING_FLAGS | os.O_TRUNC)
+            path, backing_flags = path_of(fd), kept | os.O_CLOEXEC | os.O_NONBLOCK
             try:
                 opened = self._reach.open(path, backing_flags)
             except OSError as error:
@@ -410,12 +413,19 @@ class Overlay:
             flags &= ~os.O_ACCMODE
         flags = flags & _EVENT_FLAGS | os.O_LARGEFILE | os.O_CLOEXEC
         if fd is not None:
-            return self._reach.open(path_of(fd), flags)
+            return self._open_at_once(fd, flags)
         fd = self._reach.path_fd(node)
         try:
-            return self._reach.open(path_of(fd), flags)
+            return self._open_at_once(fd, flags)
         finally:
             os.close(fd)
+
+    def _open_at_once(self, fd: int, flags: int) -> int:
+        """Open the file of `fd` again, without waiting for the end of a lease: BlockingIOError (EAGAIN)."""
+        opened = self._reach.open(path_of(fd), flags | os.O_NONBLOCK)
+        if not flags & os.O_NONBLOCK:
+            os.set_blocking(opened, True)
+        return opened
 
     def open_for_view(self, node: Node, flags: int, fd: int | None = None) -> int:
         """open_for_event() through the listener's own mount of the source, so that the mount id is the listener's, too.
