@@ -247,7 +247,9 @@ class Content:
         ):
             explanation = await self._ask_write(file, offset, len(data), tid, write_back)
         with self._handles.backing(file) as descriptor:
-            await self._before_change(file.node, descriptor, file.uid if uid is None else uid)
+            await self._before_change(
+                file.node, descriptor, file.uid if uid is None else uid, tid or file.tid
+            )
             try:
                 written, elsewhere = await self._writer.write(
                     file,
@@ -272,8 +274,8 @@ class Content:
             self._notify(explanation, self._seen_before(file), file.node)
         return written
 
-    async def _before_change(self, node: Node, descriptor: int, uid: int) -> None:
-        if self._overlay.before_write(node, descriptor, uid):
+    async def _before_change(self, node: Node, descriptor: int, uid: int, tid: int) -> None:
+        if self._overlay.before_write(node, descriptor, uid, tid):
             # With the old mode cached, the kernel would execute the file with its owner's rights.
             await self._stale.inval_attributes(node)
 
@@ -348,7 +350,7 @@ class Content:
             await self.ask(access, await self.seen(file.node, tid, file), file.node, _armed(file))
         async with self.changing(file.node):
             with self._handles.backing(file) as descriptor:
-                await self._before_change(file.node, descriptor, uid)
+                await self._before_change(file.node, descriptor, uid, tid)
                 await self._writer.allocate(descriptor, mode, offset, length)
         if not mode & FALLOC_FL_KEEP_SIZE:
             file.node.made_as_long_as(offset + length)
@@ -379,7 +381,7 @@ class Content:
                 asked.append((file, access))
         async with self.changing(target.node):
             with self._handles.backing(source) as readable, self._handles.backing(target) as writable:
-                await self._before_change(target.node, writable, uid)
+                await self._before_change(target.node, writable, uid, tid)
                 copied = await self._writer.copy(readable, source_offset, writable, target_offset, length)
         target.node.made_as_long_as(target_offset + copied)
         await self.modified(target.node)

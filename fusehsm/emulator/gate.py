@@ -284,7 +284,7 @@ class Gate:
             if node in self.leases:
                 await self.leases.wait(node, tid, patient=patient)
             try:
-                descriptor = self.overlay.open(node, flags, uid)
+                descriptor = self.overlay.open(node, flags, uid, tid)
             except BlockingIOError:
                 descriptor = await self._open_after_lease(node, flags, uid, tid, patient=patient)
             if flags & os.O_TRUNC:
@@ -295,7 +295,7 @@ class Gate:
             # The kernel also asks listeners first (do_dentry_open()).
             await self.leases.wait(node, tid, patient=patient)
         try:
-            descriptor = self.overlay.open(node, flags, uid)
+            descriptor = self.overlay.open(node, flags, uid, tid)
         except BlockingIOError:
             descriptor = await self._open_after_lease(node, flags, uid, tid, patient=patient)
         if flags & os.O_TRUNC:
@@ -306,7 +306,7 @@ class Gate:
         """Open the backing file when the lease on it that another process holds there has ended."""
         if not patient:
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-        return await self.leases.retry(node, tid, partial(self.overlay.open, node, flags, uid))
+        return await self.leases.retry(node, tid, partial(self.overlay.open, node, flags, uid, tid))
 
     def open_for_ioctl(self, node: Node, flags: int, tid: int, uid: int) -> OpenFile[Node]:
         """Open a node for an ioctl(2) of a file that is open already: the kernel does so for itself, and no event is made. Raises OSError."""

@@ -52,19 +52,25 @@ class Filesystem:
             # It was made on the backing. This request may come from open(2) without O_EXCL (see create()): ESTALE makes the kernel look it up again.
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from None
 
-    async def link(self, node_id: int, new_parent_id: int, new_name: bytes) -> Found:
+    async def link(self, node_id: int, new_parent_id: int, new_name: bytes, caller: Caller) -> Found:
         """Give a file another name."""
         new_parent = self._overlay.node(new_parent_id)
-        answer = self._overlay.link(self._overlay.node(node_id), new_parent, new_name)
+        answer = self._overlay.link(self._overlay.node(node_id), new_parent, new_name, caller)
         await self._gate.moved(new_parent, new_name)
         return answer
 
     async def rename(
-        self, old_parent_id: int, old_name: bytes, new_parent_id: int, new_name: bytes, flags: int
+        self,
+        old_parent_id: int,
+        old_name: bytes,
+        new_parent_id: int,
+        new_name: bytes,
+        flags: int,
+        caller: Caller,
     ) -> None:
         """renameat2(2)."""
         old_parent, new_parent = self._overlay.node(old_parent_id), self._overlay.node(new_parent_id)
-        self._overlay.rename(old_parent, old_name, new_parent, new_name, flags)
+        self._overlay.rename(old_parent, old_name, new_parent, new_name, flags, caller)
         await self._gate.moved(new_parent, new_name)
         if flags & RENAME_EXCHANGE:
             await self._gate.moved(old_parent, old_name)

@@ -180,32 +180,33 @@ class Operations:
 
     def unlink(self, request: Request) -> bytes:
         (name,) = protocol.names_in(request.body, 0, 1)
-        self._overlay.unlink(self._overlay.node(request.node_id), name)
+        self._overlay.unlink(self._overlay.node(request.node_id), name, self._caller(request))
         return _DONE
 
     def rmdir(self, request: Request) -> bytes:
         (name,) = protocol.names_in(request.body, 0, 1)
-        self._overlay.rmdir(self._overlay.node(request.node_id), name)
+        self._overlay.rmdir(self._overlay.node(request.node_id), name, self._caller(request))
         return _DONE
 
     def rename(self, request: Request) -> Answer:
         (new_parent,) = protocol.RENAME_IN.unpack_from(request.body)
         names = protocol.names_in(request.body, protocol.RENAME_IN.size, 2)
-        return self._rename(request.node_id, new_parent, names, 0)
+        return self._rename(request, new_parent, names, 0)
 
     def rename2(self, request: Request) -> Answer:
         new_parent, flags, _ = protocol.RENAME2_IN.unpack_from(request.body)
         names = protocol.names_in(request.body, protocol.RENAME2_IN.size, 2)
-        return self._rename(request.node_id, new_parent, names, flags)
+        return self._rename(request, new_parent, names, flags)
 
-    async def _rename(self, parent: int, new_parent: int, names: list[bytes], flags: int) -> bytes:
-        await self._filesystem.rename(parent, names[0], new_parent, names[1], flags)
+    async def _rename(self, request: Request, new_parent: int, names: list[bytes], flags: int) -> bytes:
+        caller = self._caller(request)
+        await self._filesystem.rename(request.node_id, names[0], new_parent, names[1], flags, caller)
         return _DONE
 
     async def link(self, request: Request) -> bytes:
         (node_id,) = protocol.LINK_IN.unpack_from(request.body)
         (name,) = protocol.names_in(request.body, protocol.LINK_IN.size, 1)
-        return self._entry(await self._filesystem.link(node_id, request.node_id, name))
+        return self._entry(await self._filesystem.link(node_id, request.node_id, name, self._caller(request)))
 
     # Attributes
 

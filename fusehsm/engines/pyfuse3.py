@@ -173,15 +173,17 @@ class Operations(pyfuse3.Operations):
     async def link(
         self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext
     ) -> EntryAttributes:
-        return self._attributes(*await self._filesystem.link(inode, new_parent_inode, new_name))
+        return self._attributes(
+            *await self._filesystem.link(inode, new_parent_inode, new_name, self._caller(ctx))
+        )
 
     @_errors_to_fuse
     async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
-        self._overlay.unlink(self._overlay.node(parent_inode), name)
+        self._overlay.unlink(self._overlay.node(parent_inode), name, self._caller(ctx))
 
     @_errors_to_fuse
     async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
-        self._overlay.rmdir(self._overlay.node(parent_inode), name)
+        self._overlay.rmdir(self._overlay.node(parent_inode), name, self._caller(ctx))
 
     @_errors_to_fuse
     async def rename(
@@ -193,7 +195,9 @@ class Operations(pyfuse3.Operations):
         flags: int,
         ctx: RequestContext,
     ) -> None:
-        await self._filesystem.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags)
+        await self._filesystem.rename(
+            parent_inode_old, name_old, parent_inode_new, name_new, flags, self._caller(ctx)
+        )
 
     # Files
 

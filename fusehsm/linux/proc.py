@@ -97,6 +97,30 @@ def has_capability(tid: int, number: int) -> bool:
     return bool(text and (_status_field(text, b"CapEff", 16) or 0) >> number & 1)
 
 
+def is_member(tid: int, gid: int) -> bool:
+    """Whether a group is a thread's own for files, or a supplementary one (in_group_p() in the kernel). False if the thread cannot be looked at."""
+    text = _read_proc(f"/proc/{tid}/status", 1 << 16)
+    if not text:
+        return False
+    own, supplementary = (
+        text[start : text.find(b"\n", start)].split()
+        for start in (text.find(name) + len(name) for name in (b"\nGid:", b"\nGroups:"))
+    )
+    return b"%d" % gid in (own[3], *supplementary)
+
+
+def rights(tid: int) -> tuple[list[int], int]:
+    """The supplementary groups of a thread and its effective capabilities (a bit each) in this process's user namespace; none where they cannot
+    be told."""
+    text = _read_proc(f"/proc/{tid}/status", 1 << 16)
+    if not text:
+        return [], 0
+    start = text.find(b"\nGroups:") + len(b"\nGroups:")
+    groups = [int(word) for word in text[start : text.find(b"\n", start)].split()]
+    effective = _status_field(text, b"CapEff", 16) or 0
+    return groups, effective if effective and shares_our_user_namespace(tid) else 0
+
+
 def threads_of(pid: int) -> list[int]:
     """The threads of a process; empty if the process is gone."""
     try:

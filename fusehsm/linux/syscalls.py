@@ -105,14 +105,6 @@ _getdents64.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
 _getdents64.restype = ctypes.c_ssize_t
 _fstatfs: Final[Any] = _libc.fstatfs
 _fstatfs.argtypes = [ctypes.c_int, ctypes.c_void_p]
-_setfsuid: Final[Any] = _fast_libc.setfsuid
-_setfsuid.argtypes = [ctypes.c_uint32]
-_setfsgid: Final[Any] = _fast_libc.setfsgid
-_setfsgid.argtypes = [ctypes.c_uint32]
-_capget: Final[Any] = _fast_libc.capget
-_capget.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-_capset: Final[Any] = _fast_libc.capset
-_capset.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
 _fanotify_init: Final[Any] = _libc.fanotify_init
 _fanotify_init.argtypes = [ctypes.c_uint, ctypes.c_uint]
 _fanotify_mark: Final[Any] = _libc.fanotify_mark
@@ -512,37 +504,6 @@ def write_memory(tid: int, address: int, data: bytes | bytearray) -> int:
     buffer = (ctypes.c_char * len(data)).from_buffer_copy(data)
     here, there = _VECTOR.pack(ctypes.addressof(buffer), len(data)), _VECTOR.pack(address, len(data))
     return _check(_process_vm_writev(tid, here, 1, there, 1, 0))
-
-
-@contextmanager
-def filesystem_identity(uid: int, gid: int) -> Iterator[None]:
-    """Create filesystem objects as `uid` and `gid`, in this thread only, with all capabilities kept (credentials(7)).
-
-    setfsuid(2) away from 0 drops the filesystem capabilities from the effective set. They are restored at once, so that permission checks stay
-    the server's own: the kernel has checked the accessor already, with its groups. Raises PermissionError if the process may not change its ids.
-    """
-    header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
-    capabilities = ctypes.create_string_buffer(24)
-    if _capget(header, capabilities) < 0:
-        raise _error()
-    old_gid = _setfsgid(gid)
-    old_uid = _setfsuid(uid)
-    try:
-        # setfsuid(2) does not report a failure. A second call with -1 changes nothing and returns the present id.
-        if (
-            _setfsuid(0xFFFFFFFF) != ctypes.c_int(uid).value
-            or _setfsgid(0xFFFFFFFF) != ctypes.c_int(gid).value
-        ):
-            raise PermissionError(errno.EPERM, "this process may not create files for other users")
-        if uid != old_uid and _capset(header, capabilities) < 0:
-            raise _error()
-        yield
-    finally:
-        _setfsuid(ctypes.c_uint32(old_uid).value)
-        _setfsgid(ctypes.c_uint32(old_gid).value)
-        # Back at fsuid 0 the kernel raises the filesystem capabilities again from the permitted set. A capability that
-        # was not effective before must not stay.
-        _capset(header, capabilities)
 
 
 def kernel_version() -> tuple[int, int]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import stat
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -56,9 +56,11 @@ def apply(changes: AttributeChanges, fd: int, caller: Caller | None) -> None:
     path = path_of(fd)
     if changes.size is not None:
         if caller is not None:
-            clear_privileges(fd)
+            clear_privileges(fd, caller.in_group)
         if _writable(fd):
             os.ftruncate(fd, changes.size)
+        elif changes.size < 0 or not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.truncate(path, changes.size)
         else:
             # Unlike truncate(2), this does not wait for the end of a lease.
             writable = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -105,15 +107,18 @@ def _set_times(path: bytes, atime_ns: int | None, mtime_ns: int | None) -> None:
         syscalls.set_times(path, TIME_NOW, TIME_NOW, now=TIME_NOW)
 
 
-def clear_privileges(fd: int) -> bool:
+def clear_privileges(fd: int, is_member: Callable[[int], bool]) -> bool:
     """Clear the bits that a write or truncation by an ordinary user clears; returns whether any was set.
 
-    They are set-user-id, and set-group-id where the group may execute (file_remove_privs() in the kernel, which checks the
-    capabilities of the server, not of the accessor). The kernel itself removes file capabilities at every write.
+    They are set-user-id, and set-group-id where the group may execute or the user is not in it: `is_member(gid)`
+    (setattr_should_drop_sgid() in the kernel, which checks the rights of the server, not of the accessor). The kernel itself removes file
+    capabilities at every write.
     """
-    mode = os.fstat(fd).st_mode
+    status = os.fstat(fd)
+    mode = status.st_mode
     if mode & _SUID_SGID and stat.S_ISREG(mode):
-        kept = mode & ~(_SUID_SGID if mode & stat.S_IXGRP else stat.S_ISUID)
+        keeps_group = mode & stat.S_ISGID and not mode & stat.S_IXGRP and is_member(status.st_gid)
+        kept = mode & ~(stat.S_ISUID if keeps_group else _SUID_SGID)
         if kept != mode:
             os.chmod(path_of(fd), stat.S_IMODE(kept))
             return True
@@ -131,22 +136,3 @@ def clear_foreign_sgid(fd: int, caller: Caller) -> None:
         and not caller.in_group(status.st_gid)
     ):
         os.chmod(path_of(fd), stat.S_IMODE(mode & ~stat.S_ISGID))
-
-
-def restore_mode(fd_path: bytes, wanted: int, status: os.stat_result, parent_path: bytes) -> bool:
-    """Undo the effect of the server's umask on a new object; returns whether the mode was changed.
-
-    `wanted` is the mode with the accessor's umask applied. Bits may also be missing because of a default ACL, which
-    replaces the umask. Those stay missing.
-    """
-    lost = wanted & 0o777 & ~status.st_mode
-    if not lost:
-        return False
-    try:
-        os.getxattr(parent_path, "system.posix_acl_default")
-        return False
-    except OSError as error:
-        if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
-            raise
-    os.chmod(fd_path, stat.S_IMODE(status.st_mode) | lost)
-    return True

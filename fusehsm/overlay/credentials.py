@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
-from fusehsm.linux import proc, syscalls
+from fusehsm.linux import identity, proc
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,22 +54,31 @@ class Caller:
 
 
 class Impersonation:
-    """Creates objects in a caller's name where the server may do so, and tells where it may not."""
+    """Lets the server act in a caller's name where it may do so, and tells where it may not."""
 
     def __init__(self) -> None:
         self._uid = os.geteuid()
         self._gid = os.getegid()
         self.privileged = self._uid == 0 and _may_switch()
-        """May this server create files that belong to others?"""
+        """May this server act for others?"""
 
-    def as_caller(self, caller: Caller) -> AbstractContextManager[None]:
-        """Context manager in which the objects that this thread creates belong to `caller`.
+    def as_caller(self, caller: Caller | None) -> AbstractContextManager[None]:
+        """Context manager in which this thread has the rights of `caller` (None: its own), and makes objects with exactly the mode that it gives.
 
-        So the backing's kernel code applies set-gid parents, quotas and ACLs, and no object belongs to root even for a moment.
+        So the backing's kernel code checks what the caller may do, at the moment of the change: the directory may be another one than the kernel
+        has checked, or have another owner. It also applies set-gid parents, quotas and ACLs, and no object belongs to root even for a
+        moment. A mode comes with the caller's umask applied. A caller that cannot be looked at has no supplementary groups and no
+        capabilities.
         """
-        if not self.privileged or (caller.uid == self._uid and caller.gid == self._gid):
-            return nullcontext()
-        return syscalls.filesystem_identity(caller.uid, caller.gid)
+        if caller is None or not self.privileged or (caller.uid == self._uid and caller.gid == self._gid):
+            return _NoUmask()
+        return self._acting(caller)
+
+    @contextmanager
+    def _acting(self, caller: Caller) -> Iterator[None]:
+        groups, effective = proc.rights(caller.pid) if caller.pid > 0 else ([], 0)
+        with identity.acting_as(caller.uid, caller.gid, groups, effective), _NoUmask():
+            yield
 
     def allows_suid(self, caller: Caller) -> bool:
         """Whether a new object may keep set-user-id and set-group-id bits. Not if it would belong to the server's user
@@ -81,9 +91,19 @@ class Impersonation:
         return self.privileged and caller.uid != 0
 
 
+class _NoUmask:
+    """Context manager in which the umask is 0."""
+
+    def __enter__(self) -> None:
+        self._before = os.umask(0)
+
+    def __exit__(self, *exception: object) -> None:
+        os.umask(self._before)
+
+
 def _may_switch() -> bool:
     try:
-        with syscalls.filesystem_identity(65534, 65534):
+        with identity.acting_as(65534, 65534, [], 0):
             return True
     except OSError:
         return False

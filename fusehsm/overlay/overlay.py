@@ -16,9 +16,10 @@ import os
 import stat
 import struct
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
-from fusehsm.linux import syscalls
+from fusehsm.linux import proc, syscalls
 from fusehsm.linux.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 from fusehsm.overlay import attributes
 from fusehsm.overlay.attributes import TIME_NOW, AttributeChanges, path_of
@@ -176,14 +177,14 @@ class Overlay:
         dir_fd = self._directory(parent, name)
         with self._impersonation.as_caller(caller):
             os.symlink(target, name, dir_fd=dir_fd)
-        return self._created(parent, name, dir_fd, 0)
+        return self._created(parent, name, dir_fd)
 
     def mkdir(self, parent: Node, name: bytes, mode: int, caller: Caller) -> tuple[Node, os.stat_result]:
         """Make a directory with `mode` (the umask already applied); counts one reference."""
         dir_fd = self._directory(parent, name)
         with self._impersonation.as_caller(caller):
             os.mkdir(name, mode, dir_fd=dir_fd)
-        return self._created(parent, name, dir_fd, mode)
+        return self._created(parent, name, dir_fd)
 
     def mknod(
         self, parent: Node, name: bytes, mode: int, rdev: int, caller: Caller
@@ -193,15 +194,18 @@ class Overlay:
         mode = self._creation_mode(dir_fd, mode, caller)
         with self._impersonation.as_caller(caller):
             os.mknod(name, mode, rdev, dir_fd=dir_fd)
-        return self._created(parent, name, dir_fd, mode)
+        return self._created(parent, name, dir_fd)
 
-    def link(self, node: Node, new_parent: Node, new_name: bytes) -> tuple[Node, os.stat_result]:
-        """Give `node` another name; counts one reference."""
+    def link(
+        self, node: Node, new_parent: Node, new_name: bytes, caller: Caller | None = None
+    ) -> tuple[Node, os.stat_result]:
+        """Give `node` another name on behalf of `caller`; counts one reference."""
         dir_fd = self._directory(new_parent, new_name)
         fd = self._reach.path_fd(node)
         try:
             # Through the magic link, so that the new name is for exactly this inode, even if it is a symbolic link.
-            os.link(path_of(fd), new_name, dst_dir_fd=dir_fd, follow_symlinks=True)
+            with self._impersonation.as_caller(caller):
+                os.link(path_of(fd), new_name, dst_dir_fd=dir_fd, follow_symlinks=True)
             status = os.fstat(fd)
         finally:
             os.close(fd)
@@ -210,32 +214,40 @@ class Overlay:
         node.lookups += 1
         return node, status
 
-    def unlink(self, parent: Node, name: bytes) -> None:
-        """Remove a name that is not that of a directory."""
+    def unlink(self, parent: Node, name: bytes, caller: Caller | None = None) -> None:
+        """Remove a name that is not that of a directory, on behalf of `caller` (None: the server itself)."""
         dir_fd = self._directory(parent, name)
         node, fd = self._doomed(dir_fd, name)
         try:
-            os.unlink(name, dir_fd=dir_fd)
+            with self._impersonation.as_caller(caller):
+                os.unlink(name, dir_fd=dir_fd)
         except BaseException:
             _close(fd)
             raise
         self._gone(node, parent, name, fd)
 
-    def rmdir(self, parent: Node, name: bytes) -> None:
-        """Remove an empty directory."""
+    def rmdir(self, parent: Node, name: bytes, caller: Caller | None = None) -> None:
+        """Remove an empty directory, on behalf of `caller`."""
         dir_fd = self._directory(parent, name)
         node, fd = self._doomed(dir_fd, name)
         try:
-            os.rmdir(name, dir_fd=dir_fd)
+            with self._impersonation.as_caller(caller):
+                os.rmdir(name, dir_fd=dir_fd)
         except BaseException:
             _close(fd)
             raise
         self._gone(node, parent, name, fd)
 
     def rename(
-        self, old_parent: Node, old_name: bytes, new_parent: Node, new_name: bytes, flags: int = 0
+        self,
+        old_parent: Node,
+        old_name: bytes,
+        new_parent: Node,
+        new_name: bytes,
+        flags: int = 0,
+        caller: Caller | None = None,
     ) -> None:
-        """renameat2(2) with RENAME_NOREPLACE, RENAME_EXCHANGE or 0. Raises OSError EINVAL for other flags."""
+        """renameat2(2) with RENAME_NOREPLACE, RENAME_EXCHANGE or 0, on behalf of `caller`. Raises OSError EINVAL for other flags."""
         if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), old_name)
         old_dir_fd = self._directory(old_parent, old_name)
@@ -244,10 +256,11 @@ class Overlay:
         moving = self._table.known(status)
         displaced, fd = self._doomed(new_dir_fd, new_name)
         try:
-            if flags:
-                syscalls.rename(old_dir_fd, old_name, new_dir_fd, new_name, flags)
-            else:
-                os.rename(old_name, new_name, src_dir_fd=old_dir_fd, dst_dir_fd=new_dir_fd)
+            with self._impersonation.as_caller(caller):
+                if flags:
+                    syscalls.rename(old_dir_fd, old_name, new_dir_fd, new_name, flags)
+                else:
+                    os.rename(old_name, new_name, src_dir_fd=old_dir_fd, dst_dir_fd=new_dir_fd)
         except BaseException:
             _close(fd)
             raise
@@ -322,18 +335,18 @@ class Overlay:
 
     # Files
 
-    def open(self, node: Node, flags: int, caller_uid: int = 0) -> int:
+    def open(self, node: Node, flags: int, caller_uid: int = 0, caller_tid: int = 0) -> int:
         """Open the node's backing file with the access mode, O_TRUNC and O_SYNC of `flags`; the caller closes the descriptor.
 
-        It opens exactly this inode, so no other file is truncated. With O_TRUNC set-id bits are cleared unless `caller_uid` is 0. Raises
-        BlockingIOError (EAGAIN) while another process's lease on the file is being broken; otherwise OSError as open(2), and for anything
-        but a regular file: EISDIR for a directory, ELOOP for a symbolic link, ENXIO for the rest.
+        It opens exactly this inode, so no other file is truncated. With O_TRUNC set-id bits are cleared unless `caller_uid` is 0; `caller_tid`
+        is its thread. Raises BlockingIOError (EAGAIN) while another process's lease on the file is being broken; otherwise OSError as open(2),
+        and for anything but a regular file: EISDIR for a directory, ELOOP for a symbolic link, ENXIO for the rest.
         """
         self._check_openable(node)
         fd = self._reach.path_fd(node)
         try:
             if flags & os.O_TRUNC and caller_uid != 0 and self._impersonation.privileged:
-                attributes.clear_privileges(fd)
+                attributes.clear_privileges(fd, partial(proc.is_member, caller_tid))
             # O_NONBLOCK, so that it does not wait for the end of a lease. On the descriptor of a regular file it changes nothing.
             kept = flags & (_BACKING_FLAGS | os.O_TRUNC)
             path, backing_flags = path_of(fd), kept | os.O_CLOEXEC | os.O_NONBLOCK
@@ -371,8 +384,6 @@ class Overlay:
             raise stale(name) from None
         try:
             status = os.fstat(fd)
-            if attributes.restore_mode(path_of(fd), mode, status, path_of(dir_fd)):
-                status = os.fstat(fd)
             node = self._table.enter(status, parent, name, dir_fd)
         except BaseException:
             os.close(fd)
@@ -390,7 +401,6 @@ class Overlay:
         with self._impersonation.as_caller(caller):
             fd = self._reach.open(directory, backing_flags, mode)
         try:
-            attributes.restore_mode(path_of(fd), mode, os.fstat(fd), directory)
             status = os.fstat(fd)
             node = self._table.enter_unnamed(status, parent, fd)
             node.lookups += 1
@@ -405,24 +415,22 @@ class Overlay:
 
         O_CLOEXEC is always set, and O_LARGEFILE as on every descriptor of a 64-bit process. Only files and directories can be
         opened, and directories for reading only: the kernel opens them for writing, too, but open(2) cannot. `fd`: any open file
-        of the node, or O_PATH, which saves a walk of its names.
+        of the node, or O_PATH, which saves a walk of its names. Where another process's lease would make it wait, it is BlockingIOError.
         """
         if node.kind != stat.S_IFDIR:
             self._check_openable(node)
         else:
             flags &= ~os.O_ACCMODE
         flags = flags & _EVENT_FLAGS | os.O_LARGEFILE | os.O_CLOEXEC
+        # O_NONBLOCK, so that it does not wait for the end of a lease.
         if fd is not None:
-            return self._open_at_once(fd, flags)
-        fd = self._reach.path_fd(node)
-        try:
-            return self._open_at_once(fd, flags)
-        finally:
-            os.close(fd)
-
-    def _open_at_once(self, fd: int, flags: int) -> int:
-        """Open the file of `fd` again, without waiting for the end of a lease: BlockingIOError (EAGAIN)."""
-        opened = self._reach.open(path_of(fd), flags | os.O_NONBLOCK)
+            opened = self._reach.open(path_of(fd), flags | os.O_NONBLOCK)
+        else:
+            fd = self._reach.path_fd(node)
+            try:
+                opened = self._reach.open(path_of(fd), flags | os.O_NONBLOCK)
+            finally:
+                os.close(fd)
         if not flags & os.O_NONBLOCK:
             os.set_blocking(opened, True)
         return opened
@@ -507,12 +515,15 @@ class Overlay:
         finally:
             os.close(fd)
 
-    def before_write(self, node: Node, fd: int, caller_uid: int) -> bool:
-        """Clear set-id bits before a write for user `caller_uid`, unless that is root; returns whether there were any.
+    def before_write(self, node: Node, fd: int, caller_uid: int, caller_tid: int) -> bool:
+        """Clear set-id bits before a write for user `caller_uid`, unless that is root; returns whether there were any. `caller_tid`: the
+        thread that writes, 0 if it is not known.
 
         The kernel clears file capabilities at every write, and set-id bits at the writes of an ordinary server.
         """
-        return caller_uid != 0 and self._impersonation.privileged and attributes.clear_privileges(fd)
+        if caller_uid == 0 or not self._impersonation.privileged:
+            return False
+        return attributes.clear_privileges(fd, partial(proc.is_member, caller_tid))
 
     @staticmethod
     def before_placing(fd: int) -> None:
@@ -618,18 +629,10 @@ class Overlay:
                 return mode & ~stat.S_ISGID
         return mode
 
-    def _created(self, parent: Node, name: bytes, dir_fd: int, mode: int) -> tuple[Node, os.stat_result]:
+    def _created(self, parent: Node, name: bytes, dir_fd: int) -> tuple[Node, os.stat_result]:
         status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
         node = self._table.enter(status, parent, name, dir_fd)
         node.lookups += 1
-        if mode & 0o777 & ~status.st_mode:
-            fd = os.open(name, _PATH_ONLY, dir_fd=dir_fd)
-            try:
-                if node.matches(os.fstat(fd)):
-                    attributes.restore_mode(path_of(fd), mode, status, path_of(dir_fd))
-                    status = os.fstat(fd)
-            finally:
-                os.close(fd)
         return node, status
 
     def _doomed(self, dir_fd: int, name: bytes) -> tuple[Node | None, int]:

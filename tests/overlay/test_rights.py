@@ -199,15 +199,16 @@ CHANGES: dict[str, Callable[[Face], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("mode", [0o6777, 0o4666, 0o2777, 0o6767, 0o777], ids=oct)
+@pytest.mark.parametrize("mode", [0o6777, 0o4666, 0o2777, 0o2666, 0o6767, 0o777], ids=oct)
 @pytest.mark.parametrize("owner", [0, NOBODY])
+@pytest.mark.parametrize("gid", [OTHER_GROUP, FOREIGN_GROUP])
 def test_set_id_bits_go_with_an_ordinary_users_change(
-    places: Places, tree: Overlay, accessor: Caller, change: str, mode: int, owner: int
+    places: Places, tree: Overlay, accessor: Caller, change: str, mode: int, owner: int, gid: int
 ) -> None:
     for root in (places.native, places.source):
         file = root / "plain/file"
         file.write_bytes(b"content")
-        os.chown(file, owner, OTHER_GROUP)
+        os.chown(file, owner, gid)
         os.setxattr(file, "security.capability", CAPABILITY)
         file.chmod(mode)
     CHANGES[change](OverlayFace(tree, accessor))
@@ -267,6 +268,82 @@ def test_an_acl_set_by_one_who_is_no_member(places: Places, tree: Overlay, acces
     OverlayFace(tree, accessor).set_xattr(b"plain/file", b"system.posix_acl_access", acl, 0)
     natively(lambda f: f.set_xattr(b"plain/file", b"system.posix_acl_access", acl, 0), places)
     assert snapshot(places.source) == snapshot(places.native)
+
+
+NAME_CHANGES: dict[str, Callable[[Face, bytes], object]] = {
+    "unlink": lambda f, d: f.unlink(d + b"/file"),
+    "unlink of one's own": lambda f, d: f.unlink(d + b"/own"),
+    "rmdir": lambda f, d: f.rmdir(d + b"/directory"),
+    "rename": lambda f, d: f.rename(d + b"/file", d + b"/new", 0),
+    "rename away": lambda f, d: f.rename(d + b"/own", b"plain/new", 0),
+    "rename of a directory": lambda f, d: f.rename(d + b"/directory", b"plain/new", 0),
+    "rename over another": lambda f, d: f.rename(d + b"/own", d + b"/file", 0),
+    "exchange": lambda f, d: f.rename(d + b"/own", d + b"/file", 2),
+    "link": lambda f, d: f.link(d + b"/own", d + b"/new"),
+    "link of another's": lambda f, d: f.link(d + b"/file", d + b"/new"),
+    "create": lambda f, d: f.create(d + b"/new", 0o644, b""),
+    "mkdir": lambda f, d: f.mkdir(d + b"/new", 0o755),
+    "mknod": lambda f, d: f.mknod(d + b"/new", stat.S_IFIFO | 0o622, 0),
+    "symlink": lambda f, d: f.symlink(d + b"/new", b"target"),
+}
+
+
+@pytest.mark.parametrize("change", NAME_CHANGES)
+@pytest.mark.parametrize(
+    ("mode", "gid"),
+    [
+        (0o777, 0),
+        (0o755, 0),
+        (0o1777, 0),
+        (0o775, OTHER_GROUP),
+        (0o1775, OTHER_GROUP),
+        (0o775, FOREIGN_GROUP),
+    ],
+)
+def test_names_change_with_the_accessors_rights(
+    places: Places, tree: Overlay, accessor: Caller, change: str, mode: int, gid: int
+) -> None:
+    """Also where no kernel has checked them: a directory may have got another owner or mode since it did."""
+    for root in (places.native, places.source):
+        directory = root / "changed"
+        directory.mkdir()
+        (directory / "directory").mkdir()
+        for name, owner in (("file", 0), ("own", NOBODY)):
+            (directory / name).write_bytes(b"")
+            os.chown(directory / name, owner, owner)
+        os.chown(directory, 0, gid)
+        directory.chmod(mode)
+    outcomes = []
+
+    def do(face: Face) -> None:
+        try:
+            NAME_CHANGES[change](face, b"changed")
+        except OSError as error:
+            (places.native / "outcome").write_text(errno.errorcode[error.errno or 0])
+
+    (places.native / "outcome").touch()
+    (places.native / "outcome").chmod(0o666)
+    for is_native in (False, True):
+        if is_native:
+            natively(do, places)
+        else:
+            do(OverlayFace(tree, accessor))
+        outcomes.append((places.native / "outcome").read_text())
+        (places.native / "outcome").write_text("")
+    (places.native / "outcome").unlink()
+    assert outcomes[0] == outcomes[1]
+    assert snapshot(places.source) == snapshot(places.native)
+
+
+def test_an_accessor_that_has_gone_has_no_groups(places: Places, tree: Overlay) -> None:
+    with process_of(NOBODY, NOBODY, (OTHER_GROUP,)) as pid:
+        caller = Caller(NOBODY, NOBODY, pid)
+        os.chown(places.source / "member", 0, OTHER_GROUP)
+        (places.source / "member").chmod(0o770)
+        OverlayFace(tree, caller).mkdir(b"member/first", 0o755)
+    for gone in (caller, Caller(NOBODY, NOBODY, 0)):
+        with pytest.raises(PermissionError):
+            OverlayFace(tree, gone).mkdir(b"member/second", 0o755)
 
 
 def test_trusted_attributes_are_shown_to_root_only(places: Places, tree: Overlay, accessor: Caller) -> None:

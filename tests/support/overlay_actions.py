@@ -230,7 +230,7 @@ class OverlayFace:
             node, status, fd = self.overlay.create(parent, name, os.O_RDWR | os.O_EXCL, mode, self.caller)
             assert node.id == status.st_ino == os.fstat(fd).st_ino
             if content:
-                self.overlay.before_write(node, fd, self.caller.uid)
+                self.overlay.before_write(node, fd, self.caller.uid, self.caller.pid)
                 os.pwrite(fd, content, 0)
             os.close(fd)
             self._forget(node)
@@ -250,21 +250,21 @@ class OverlayFace:
     def link(self, path: bytes, new: bytes) -> None:
         # As linkat(2): both directories are found before the file is.
         with self._at(path) as (_, _), self._at(new) as (parent, name), self.node(path) as node:
-            same, _ = self.overlay.link(node, parent, name)
+            same, _ = self.overlay.link(node, parent, name, self.caller)
             assert same is node
             self._forget(node)
 
     def unlink(self, path: bytes) -> None:
         with self._at(path) as (parent, name):
-            self.overlay.unlink(parent, name)
+            self.overlay.unlink(parent, name, self.caller)
 
     def rmdir(self, path: bytes) -> None:
         with self._at(path) as (parent, name):
-            self.overlay.rmdir(parent, name)
+            self.overlay.rmdir(parent, name, self.caller)
 
     def rename(self, path: bytes, new: bytes, flags: int) -> None:
         with self._at(path) as (parent, name), self._at(new) as (new_parent, new_name):
-            self.overlay.rename(parent, name, new_parent, new_name, flags)
+            self.overlay.rename(parent, name, new_parent, new_name, flags, self.caller)
 
     def _set(self, path: bytes, changes: AttributeChanges) -> None:
         with self.node(path) as node:
@@ -283,16 +283,16 @@ class OverlayFace:
 
     def write(self, path: bytes, offset: int, content: bytes) -> int:
         with self.node(path) as node:
-            fd = self.overlay.open(node, os.O_WRONLY, self.caller.uid)
+            fd = self.overlay.open(node, os.O_WRONLY, self.caller.uid, self.caller.pid)
             try:
-                self.overlay.before_write(node, fd, self.caller.uid)
+                self.overlay.before_write(node, fd, self.caller.uid, self.caller.pid)
                 return os.pwrite(fd, content, offset)
             finally:
                 os.close(fd)
 
     def open_truncating(self, path: bytes) -> None:
         with self.node(path) as node:
-            os.close(self.overlay.open(node, os.O_WRONLY | os.O_TRUNC, self.caller.uid))
+            os.close(self.overlay.open(node, os.O_WRONLY | os.O_TRUNC, self.caller.uid, self.caller.pid))
 
     def set_times(self, path: bytes, atime_ns: int | None, mtime_ns: int | None) -> None:
         self._set(path, AttributeChanges(atime_ns=atime_ns, mtime_ns=mtime_ns))
