@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from fusehsm.text import shown
+
 app = typer.Typer(
     name="fusehsm",
     help="Linux fanotify pre-content events on any kernel: a FUSE overlay that asks a listener before content is touched.",
@@ -52,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(what: object, code: int) -> int:
-    print(f"fusehsm: {' '.join(str(what).split())}", file=sys.stderr, flush=True)
+    print(f"fusehsm: {shown(' '.join(str(what).split()))}", file=sys.stderr, flush=True)
     return code
 
 

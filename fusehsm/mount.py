@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import logging.handlers
 import os
 import resource
 import select
@@ -17,6 +16,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from fusehsm.control import socket as control_socket
+from fusehsm.daemon.log import start as start_logging
 from fusehsm.daemon.options import NOTE, MountError, MountOptions, Plan, checked, note_about
 from fusehsm.engines import fuse_mount
 from fusehsm.fanotify.abi import DIALECTS
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _READY = b"ready\n"
-_SYSLOG = "/dev/log"
 _START_DEADLINE = 60.0  # seconds until the mount must answer
 _END_DEADLINE = 30.0  # seconds until the daemon must have ended after unmounting
 _INNER_PATIENCE = 5.0  # seconds for the mounts inside this mount to go before it does
@@ -48,33 +47,11 @@ def mount(options: MountOptions) -> int:
     note = note_about(plan.events, options.engine)
     if note:
         print(f"{NOTE}{note}", file=sys.stderr, flush=True)
-    _start_logging(options)
+    start_logging(options)
     if options.foreground:
         _serve(options, plan, lambda: print("ready", file=sys.stderr, flush=True))
         return 0
     return _daemonise(options, plan)
-
-
-def _start_logging(options: MountOptions) -> None:
-    """Log to --log-file, else in the foreground to stderr, as a daemon to the system's log."""
-    handler: logging.Handler
-    if options.log_file is not None:
-        try:
-            handler = logging.FileHandler(options.log_file, encoding="utf-8", errors="backslashreplace")
-        except OSError as error:
-            raise MountError(
-                f"{options.log_file}: {error.strerror}; give a --log-file that you may write"
-            ) from None
-        handler.setFormatter(logging.Formatter("%(asctime)s fusehsm[%(process)d]: %(message)s"))
-    elif options.foreground:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("fusehsm: %(message)s"))
-    elif os.path.exists(_SYSLOG):
-        handler = logging.handlers.SysLogHandler(_SYSLOG)
-        handler.setFormatter(logging.Formatter("fusehsm[%(process)d]: %(message)s"))
-    else:
-        handler = logging.NullHandler()
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
 # Serving

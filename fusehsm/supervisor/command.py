@@ -31,6 +31,7 @@ from fusehsm.supervisor.numbers import (
 )
 from fusehsm.supervisor.options import RunError, RunOptions, check
 from fusehsm.supervisor.view import View
+from fusehsm.text import LineFormatter, shown
 
 NOT_FOUND, NOT_EXECUTABLE = 127, 126  # the exit codes of shells
 
@@ -64,7 +65,9 @@ def run(options: RunOptions) -> NoReturn:
     check(options)
     machine = architecture()
     check_kernel(os.uname().release)
-    logging.basicConfig(level=logging.WARNING, format="fusehsm run: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(LineFormatter("fusehsm run: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     directory = os.getcwd()
     # The first ending signal that comes before the command starts ends this process in good order. Later ones do not disturb that.
     with interruptible():
@@ -202,7 +205,7 @@ class _Run:
             if number == errno.ENOENT
             else "give a program that can be run"
         )
-        print(f"fusehsm: {self._options.command[0]}: {found}; {fix}", file=sys.stderr, flush=True)
+        print(f"fusehsm: {shown(self._options.command[0])}: {found}; {fix}", file=sys.stderr, flush=True)
         return NOT_FOUND if number == errno.ENOENT else NOT_EXECUTABLE
 
     def _wait(self, child: "subprocess.Popen[bytes]") -> int:

@@ -22,7 +22,7 @@ from fusehsm.handler import GROUP_IS_GONE, serve
 from fusehsm.linux.beneath import directories
 from fusehsm.linux.mountinfo import read_mounts
 from fusehsm.linux.signals import Interrupted, Interruption, interruptible
-from fusehsm.text import shown
+from fusehsm.text import LineFormatter, shown
 from fusehsm.tier.fetch.access_list import Recorder, Touched, read_list, warm_up
 from fusehsm.tier.fetch.catalog import where
 from fusehsm.tier.fetch.destination import Destination, destination
@@ -131,7 +131,9 @@ def fetch(options: FetchOptions) -> int:
     """
     policy = options.policy()
     max_size = None if options.max_size is None else parse_size("--max-size", options.max_size)
-    logging.basicConfig(level=logging.WARNING, handlers=[StderrHandler()], format="fusehsm: %(message)s")
+    handler = StderrHandler()
+    handler.setFormatter(LineFormatter("fusehsm: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     # Not for the libraries of stores: at this level botocore logs where it found credentials.
     logging.getLogger("fusehsm").setLevel(logging.INFO)
     logging.captureWarnings(True)
