@@ -2,7 +2,8 @@
 
 Inside the mount's own process:
 
-    MIRROR_ORIGIN=/srv/origin MIRROR_ROOT=/mnt fusehsm mount /srv/stubs /mnt --handler examples.mirror:handler
+    export MIRROR_ORIGIN=/srv/origin MIRROR_ROOT=/mnt
+    fusehsm mount /srv/stubs /mnt --handler examples.mirror:handler --handler-path .
 
 or as a separate listener, for the real kernel or for a mount of fusehsm:
 

@@ -123,6 +123,13 @@ def mount(
         str | None,
         typer.Option(metavar="MODULE:CALLABLE", help="A handler to run in the mount's own process."),
     ] = None,
+    handler_path: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Look for the handler's module in this directory, too, after Python's own path.",
+        ),
+    ] = None,
     unattended: Annotated[
         str | None,
         typer.Option(
@@ -182,6 +189,7 @@ def mount(
             events=events,
             engine=engine,
             handler=handler,
+            handler_path=handler_path,
             unattended=unattended,
             event_timeout=event_timeout,
             allow_other=allow_other,

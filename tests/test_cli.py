@@ -212,7 +212,7 @@ def test_a_link_to_the_source_is_the_source(
 @pytest.mark.parametrize(
     ("handler", "words"),
     [
-        ("no_such_module:handler", ["no_such_module", "PYTHONPATH"]),
+        ("no_such_module:handler", ["no_such_module", "--handler-path"]),
         ("broken_handler:handler", ["broken_handler", "RuntimeError", "on purpose"]),
         ("good_handler:missing", ["good_handler:missing", "missing"]),
         ("good_handler:NUMBER", ["good_handler:NUMBER", "not callable"]),
@@ -223,9 +223,35 @@ def test_handlers_that_cannot_be_had(
 ) -> None:
     (tmp_path / "broken_handler.py").write_text("raise RuntimeError('on purpose')\n")
     (tmp_path / "good_handler.py").write_text("NUMBER = 1\n")
-    line = complaint_of(fusehsm("mount", "--handler", handler, backing, destination, cwd=tmp_path), 1)
+    words_of_it = ("mount", "--handler", handler, "--handler-path", ".", backing, destination)
+    line = complaint_of(fusehsm(*words_of_it, cwd=tmp_path), 1)
     assert all(word in line for word in words), line
     assert mounted_at(destination) == 0
+
+
+def test_a_handler_of_the_working_directory(backing: Path, destination: Path, tmp_path: Path) -> None:
+    """Nothing there is imported unless it is asked for; and then no file there is taken for one of Python's or of a library."""
+    (tmp_path / "there.py").write_text("def handler(event): ...\n")
+    for name in ("trio", "inspect", "difflib"):
+        (tmp_path / f"{name}.py").write_text("open('ran', 'w')\n")
+
+    def mount(*words: str) -> subprocess.CompletedProcess[str]:
+        # As the installed program: `python -m` puts the working directory first itself.
+        program = (sys.executable, "-P", "-m", "fusehsm", "mount", "--handler", "there:handler")
+        return subprocess.run(
+            [*program, *words, str(backing), str(destination)],
+            cwd=tmp_path,
+            env=harness.environment(),
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+
+    assert complaint_of(mount(), 1).endswith("name its directory with --handler-path DIR")
+    done = mount("--handler-path", ".")
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "ran").exists()
+    assert fusehsm("umount", destination).returncode == 0
 
 
 def test_umount_of_what_is_no_mount(backing: Path) -> None:

@@ -15,7 +15,7 @@ COMMANDS = {
     "doctor": "path --json",
     "evict": "paths --older-than --free",
     "fetch": "store destination --backend --block-size --read-ahead --jobs --deadline --on-error --limit-rate --max-size --record --prefetch -o --events --engine --allow-other --log-file --cache --event-timeout --direct",
-    "mount": "source destination -f --foreground -o --abi --events --engine --handler --unattended --event-timeout --allow-other --cache --log-file --direct --lifeline",
+    "mount": "source destination -f --foreground -o --abi --events --engine --handler --handler-path --unattended --event-timeout --allow-other --cache --log-file --direct --lifeline",
     "pin": "paths",
     "populate": "store destination --dry-run",
     "run": "command --mount --abi --events --keep --accessor",

@@ -58,6 +58,8 @@ class MountOptions:
     engine: str = "auto"
     #: MODULE:CALLABLE.
     handler: str | None = None
+    #: A directory to look for the handler's module in; None: only where Python looks.
+    handler_path: str | None = None
     #: The answer to accesses while no pre-content group is there, as text.
     unattended: str | None = None
     #: The longest wait for an answer, as text.
@@ -137,7 +139,7 @@ def checked(options: MountOptions) -> Plan:
         events=_events(options),
         private=options.cache == "private" or (options.cache is None and in_place),
         shares_locks=None if options.locks is None else options.locks == "shared",
-        handler=_import_handler(options.handler) if options.handler else None,
+        handler=_import_handler(options.handler, options.handler_path) if options.handler else None,
         unattended=unattended,
         event_timeout=event_timeout,
         fuse_options=_fuse_options(options, source, destination),
@@ -270,19 +272,20 @@ def _check_contexts(given: set[str], options: MountOptions) -> None:
         raise ValueError(f"-o {with_commas[0]}: libfuse splits it at its commas; use --engine devfuse")
 
 
-def _import_handler(name: str) -> Handler:
+def _import_handler(name: str, path: str | None) -> Handler:
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
         raise ValueError(f"--handler {name}: not MODULE:CALLABLE; examples.mirror:handler is one")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    # Not the working directory by itself: others may write there. And at the end, so that no file there is taken for a library.
+    if path is not None:
+        sys.path.append(os.path.abspath(path))
     try:
         found: object = importlib.import_module(module_name)
         for part in attribute.split("."):
             found = getattr(found, part)
     except (Exception, SystemExit) as error:
         raise MountError(
-            f"--handler {name}: cannot be imported ({type(error).__name__}: {error}); run from its directory or set PYTHONPATH"
+            f"--handler {name}: cannot be imported ({type(error).__name__}: {error}); name its directory with --handler-path DIR"
         ) from None
     if not callable(found):
         raise MountError(f"--handler {name}: not callable; name a function")
