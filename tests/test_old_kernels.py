@@ -17,6 +17,7 @@ from fusehsm.control.protocol import Status
 from fusehsm.engines import fuse_protocol as protocol
 from fusehsm.engines.fuse_mount import mount
 from fusehsm.engines.fuse_protocol import Init
+from fusehsm.linux import proc
 from fusehsm.linux.mountinfo import mount_of
 from fusehsm.linux.syscalls import kernel_version
 from tests.conftest import MakeMount
@@ -51,10 +52,18 @@ def test_what_the_kernel_offers(fuse: None, mount_point: Path) -> None:
         unmount_lazily(mount_point)
 
 
-def test_inode_numbers_of_open_files(accessor: Accessor, tmp_path: Path) -> None:
-    """In /proc/PID/fdinfo/FD, by which a request finds the call that it is part of."""
-    descriptor = accessor.call("open", str(tmp_path), os.O_RDONLY)
-    fields = accessor.call(lambda number: open(f"/proc/self/fdinfo/{number}").read(), descriptor)  # noqa: SIM115
+async def test_inode_numbers_of_open_files(accessor: Accessor, exact: Mount, tmp_path: Path) -> None:
+    """In /proc/PID/fdinfo/FD, by which a request finds the call that it is part of. Where they are not there, statx(2) tells them."""
+    watched = exact.path / "numbered"
+    watched.write_bytes(b"")
+    for path in (tmp_path, watched):
+        number = await accessor.run("open", str(path), os.O_RDONLY)
+        found = proc.descriptor_of(accessor.pid, number)
+        assert found is not None
+        assert found.inode == proc.inode_of(accessor.pid, number) == path.stat().st_ino
+    assert proc.inode_of(accessor.pid, 1 << 20) is None
+    descriptor = await accessor.run("open", str(tmp_path), os.O_RDONLY)
+    fields = await accessor.run(lambda number: open(f"/proc/self/fdinfo/{number}").read(), descriptor)  # noqa: SIM115
     assert ("\nino:" in fields) == (kernel_version() >= (5, 14))
 
 
