@@ -69,6 +69,11 @@ def _status_field(text: bytes, name: bytes, base: int) -> int | None:
     return int(text[start + len(name) + 2 : end], base)
 
 
+def _status_words(text: bytes, name: bytes) -> list[bytes]:
+    start = text.find(b"\n" + name + b":") + len(name) + 2
+    return text[start : text.find(b"\n", start)].split()
+
+
 def process_of(tid: int) -> int:
     """The process id (thread group id) of a thread; the thread's own id if /proc does not tell any more."""
     text = _read_proc(f"/proc/{tid}/status")
@@ -102,22 +107,19 @@ def is_member(tid: int, gid: int) -> bool:
     text = _read_proc(f"/proc/{tid}/status", 1 << 16)
     if not text:
         return False
-    own, supplementary = (
-        text[start : text.find(b"\n", start)].split()
-        for start in (text.find(name) + len(name) for name in (b"\nGid:", b"\nGroups:"))
-    )
-    return b"%d" % gid in (own[3], *supplementary)
+    return b"%d" % gid in (_status_words(text, b"Gid")[3], *_status_words(text, b"Groups"))
 
 
-def rights(tid: int) -> tuple[list[int], int]:
-    """The supplementary groups of a thread and its effective capabilities (a bit each) in this process's user namespace; none where they cannot
-    be told."""
+def rights(tid: int, uid: int) -> tuple[list[int], int]:
+    """The supplementary groups of a thread and its effective capabilities (a bit each) in this process's user namespace.
+
+    None where they cannot be told, or where the thread is not one of that user (fsuid) any more.
+    """
     text = _read_proc(f"/proc/{tid}/status", 1 << 16)
-    if not text:
+    if not text or int(_status_words(text, b"Uid")[3]) != uid:
         return [], 0
-    start = text.find(b"\nGroups:") + len(b"\nGroups:")
-    groups = [int(word) for word in text[start : text.find(b"\n", start)].split()]
     effective = _status_field(text, b"CapEff", 16) or 0
+    groups = [int(word) for word in _status_words(text, b"Groups")]
     return groups, effective if effective and shares_our_user_namespace(tid) else 0
 
 

@@ -76,7 +76,7 @@ class Impersonation:
 
     @contextmanager
     def _acting(self, caller: Caller) -> Iterator[None]:
-        groups, effective = proc.rights(caller.pid) if caller.pid > 0 else ([], 0)
+        groups, effective = proc.rights(caller.pid, caller.uid) if caller.pid > 0 else ([], 0)
         with identity.acting_as(caller.uid, caller.gid, groups, effective), _NoUmask():
             yield
 
