@@ -439,6 +439,17 @@ DIVERGENCES: Final = (
     ),
     Divergence(
         topic=Topic.WAITING,
+        name="closing beside a writer",
+        difference="While a write waits for its answer, close(2) of any descriptor of the same file waits too.",
+        reason="At close(2), older kernels take the inode's lock, which the writer holds, also where the server has said that it needs no FLUSH "
+        "(FOPEN_NOFLUSH, since Linux 5.16).",
+        safe="It ends with the write's answer, and no content is touched.",
+        test="test_what_older_kernels_do",
+        engines=(),
+        until=(5, 16),
+    ),
+    Divergence(
+        topic=Topic.WAITING,
         name="writers past the end",
         difference="While a truncation or a write that makes a file longer waits for its answer, other writes and truncations of the "
         "same file wait too.",

@@ -250,7 +250,7 @@ GROUPS = [
     Workload("groups", "an ignore mark is its own group's", an_ignore_mark_is_its_own_groups),
     Workload("groups", "the second waits for the first", the_second_waits_for_the_first),
     Workload("groups", "answered in any order", answered_in_any_order),
-    Workload("groups", "accessors of one file", accessors_of_one_file),
+    Workload("groups", "accessors of one file", accessors_of_one_file, "closing beside a writer"),
     Workload("groups", "threads that read the same", threads_that_read_the_same, at_once=True),
     *(
         Workload("groups", f"closed when {name} was {'read' if taken else 'queued'}", closing(mask, taken))

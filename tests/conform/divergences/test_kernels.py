@@ -77,6 +77,26 @@ async def second_writer(side: Side, make_accessor: MakeAccessor) -> bool:
     return waits
 
 
+async def close_beside_a_writer(side: Side, make_accessor: MakeAccessor) -> bool:
+    path, other = side.file("closing", 2 * PAGE), side.file("other")
+    writer, reader = make_accessor(), make_accessor()
+    async with side.listening(answer=lambda event: 0 if event.path == other else HOLD) as listener:
+        descriptor = await reader.run("open", path, os.O_RDONLY)
+        write = writer.start("pwrite_path", path, b"one", 0)
+        await listener.wait_for(1)
+        close = reader.start("close", descriptor)
+        await make_accessor().run("read_file", other)
+        waits = side.diverges("closing beside a writer")
+        if waits:
+            assert not close.done
+        else:
+            await close.wait()
+        listener.release()
+        await write.wait()
+        await close.wait()
+    return waits
+
+
 async def unnamed_file(side: Side, make_accessor: MakeAccessor) -> bool:
     number = await errno_of(make_accessor().run("open", str(side.path), os.O_TMPFILE | os.O_RDWR))
     assert number in (0, errno.EOPNOTSUPP)
@@ -114,6 +134,7 @@ SHOWS: dict[str, Callable[[Side, MakeAccessor], Awaitable[bool]]] = {
     "shared mappings (exact)": shared_mapping,
     "programs that are read again": second_read_of_a_program,
     "writers of one file": second_writer,
+    "closing beside a writer": close_beside_a_writer,
     "O_TMPFILE": unnamed_file,
     "zeros by fallocate": zero_range,
     "who closes": closing_process,
