@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import trio
 
 from fusehsm.conform.accessor import Accessor
 from fusehsm.control.client import request
@@ -18,7 +19,7 @@ from fusehsm.engines.choice import maps_direct_files_shared
 from fusehsm.linux.mountinfo import mount_of
 from tests.conftest import MakeMount
 from tests.support.async_listener import listening
-from tests.support.harness import Mount, fusehsm
+from tests.support.harness import PATIENCE, Mount, fusehsm
 
 pytestmark = pytest.mark.fuse
 
@@ -140,6 +141,10 @@ async def test_permission_events_go_again(mount: Mount, accessor: Accessor) -> N
     async with listening(mount.path) as listener:
         async with listening(path, ("ACCESS_PERM",), mark="inode"):
             await accessor.run("pread_path", str(path), 10, PAGE)
+        # The mount hears a moment after close(2) that the group has gone.
+        with trio.fail_after(PATIENCE):
+            while len((await request(mount_of(str(mount.path)), Status()))["groups"]) > 1:
+                await trio.sleep(0.01)
         listener.take()
         assert await accessor.run(write_shared, str(path), 0, b"new") == b"new"
         assert asked(listener.briefly(), 0, PAGE)
