@@ -69,12 +69,13 @@ def acting_as(uid: int, gid: int, groups: Sequence[int], effective: int) -> Iter
             raise _error()
         yield
     finally:
-        _capset(_HEADER, own)  # setgroups(2) needs CAP_SETGID
-        _set_groups(own_groups)
+        _capset(_HEADER, own)  # changing ids needs CAP_SETUID and CAP_SETGID
         _setfsgid(ctypes.c_uint32(own_gid).value)
         # Back at user 0 the kernel raises file capabilities from the permitted set. Those that were not effective must not stay.
         _setfsuid(ctypes.c_uint32(own_uid).value)
         _capset(_HEADER, own)
+        # Last: it fails where a user namespace forbids it, and then nothing has changed the groups.
+        _set_groups(own_groups)
 
 
 def _set_groups(groups: Sequence[int]) -> None:
