@@ -206,10 +206,10 @@ def _check_fuse(options: MountOptions) -> None:
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
             fix = "run modprobe fuse as root"
-        elif error.errno == errno.EACCES and not security_modules.may_explain(error):
-            fix = "run chmod 666 /dev/fuse as root"
-        elif error.errno == errno.EACCES:
+        elif security_modules.may_explain(error):
             fix = security_modules.refusal()
+        elif error.errno == errno.EACCES:
+            fix = "run chmod 666 /dev/fuse as root"
         else:
             fix = "see fusehsm doctor"
         raise MountError(f"/dev/fuse: {error.strerror}; {fix}") from None

@@ -247,9 +247,9 @@ class Content:
         ):
             explanation = await self._ask_write(file, offset, len(data), tid, write_back)
         with self._handles.backing(file) as descriptor:
-            await self._before_change(
-                file.node, descriptor, file.uid if uid is None else uid, tid or file.tid
-            )
+            # pyfuse3 hides the writer: then the user and the thread that opened the file count.
+            writer = file.uid if uid is None else uid, tid or file.tid
+            await self._before_change(file.node, descriptor, *writer)
             try:
                 written, elsewhere = await self._writer.write(
                     file,

@@ -401,15 +401,15 @@ class Explainer:
     ) -> bool:
         if offset + size > grant.end:
             return False
-        counts = [each[1] for each in (progress, grant.progress) if each is not None and each[0]]
-        if len(counts) == 2 and counts[0] != counts[1]:
+        since, before, counted = None, grant.progress, progress is not None and progress[0]
+        if progress is not None and before is not None and progress[0] is before[0]:
+            since = progress[1] - before[1]
+        if counted and since:
             return False  # the same call, made again
         if offset != grant.start:
             return offset == grant.next_offset or (grant.anywhere and offset > grant.start)
         # Pages that a call passes through the page cache are dropped behind it. The call asks again for a page that was dropped too early.
-        if not passing or progress is None or grant.progress is None or progress[0] is not grant.progress[0]:
-            return False
-        return progress[1] - grant.progress[1] < (1 if progress[0] else _COMES_BACK)
+        return passing and since is not None and (counted or since < _COMES_BACK)
 
     def blocked_in(
         self, who: Accessor, call: system_call.SystemCall | None = None

@@ -280,33 +280,24 @@ class Gate:
         executing = bool(flags & _FMODE_EXEC)
         patient = not flags & os.O_NONBLOCK
         flags &= ~(_FMODE_EXEC | os.O_DIRECT)
-        if self.listeners.idle:
-            if node in self.leases:
-                await self.leases.wait(node, tid, patient=patient)
-            try:
-                descriptor = self.overlay.open(node, flags, uid, tid)
-            except BlockingIOError:
-                descriptor = await self._open_after_lease(node, flags, uid, tid, patient=patient)
-            if flags & os.O_TRUNC:
-                await self.content.modified(node)
-            return self._opened(node, flags, descriptor, Armed.NO, self._all_direct, tid, 0, uid), True
-        access, subject, armed = await self._ask_to_open(node, flags, tid, executing=executing)
+        asked = None
+        if not self.listeners.idle:
+            asked = await self._ask_to_open(node, flags, tid, executing=executing)
         if node in self.leases:
             # The kernel also asks listeners first (do_dentry_open()).
             await self.leases.wait(node, tid, patient=patient)
         try:
             descriptor = self.overlay.open(node, flags, uid, tid)
         except BlockingIOError:
-            descriptor = await self._open_after_lease(node, flags, uid, tid, patient=patient)
+            if not patient:
+                raise
+            descriptor = await self.leases.retry(node, tid, partial(self.overlay.open, node, flags, uid, tid))
         if flags & os.O_TRUNC:
             await self.content.modified(node)
+        if asked is None:
+            return self._opened(node, flags, descriptor, Armed.NO, self._all_direct, tid, 0, uid), True
+        access, subject, armed = asked
         return await self._open_armed(access, subject, node, flags, descriptor, armed, uid)
-
-    async def _open_after_lease(self, node: Node, flags: int, uid: int, tid: int, *, patient: bool) -> int:
-        """Open the backing file when the lease on it that another process holds there has ended."""
-        if not patient:
-            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-        return await self.leases.retry(node, tid, partial(self.overlay.open, node, flags, uid, tid))
 
     def open_for_ioctl(self, node: Node, flags: int, tid: int, uid: int) -> OpenFile[Node]:
         """Open a node for an ioctl(2) of a file that is open already: the kernel does so for itself, and no event is made. Raises OSError."""

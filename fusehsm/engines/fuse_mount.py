@@ -25,8 +25,6 @@ _UMOUNT_NOFOLLOW: Final = 8  # umount2(2)
 # MS_NOSUID and MS_NODEV: the defaults of libfuse's parse_mount_opts() and of fusermount3, also for root.
 _DEFAULT_FLAGS: Final = 0x2 | 0x4
 
-_MS_REMOUNT: Final = 0x20
-
 # A flag of mount(2), the option that sets it, the option that clears it.
 _FLAGS: Final = (
     (0x1, "ro", "rw"),
@@ -154,7 +152,7 @@ def set_flags(mount_point: str, options: frozenset[str]) -> None:
             os.fsencode(mount_point),
             os.fsencode(mount_point),
             None,
-            syscalls.MS_BIND | _MS_REMOUNT | _understood(options).flags,
+            syscalls.MS_BIND | syscalls.MS_REMOUNT | _understood(options).flags,
         )
     except OSError as error:
         raise MountRefused(f"{mount_point}: -o nosymfollow: {error.strerror}; use --engine devfuse") from None

@@ -138,13 +138,12 @@ def _checked(descriptor: int, device: Device, inodes: Collection[int]) -> MountI
     """The mount of a descriptor, which is closed; None if it is of another file."""
     try:
         opened = descriptor_of(os.getpid(), descriptor)
-        # Not by /proc/PID/fdinfo, which has no inode numbers before Linux 5.14.
-        unique, found, inode = syscalls.identity(descriptor)
+        unique, found = syscalls.mount_and_device(descriptor)
     except OSError:
         return None
     finally:
         os.close(descriptor)
-    if opened is None or found != device or inode not in inodes:
+    if opened is None or found != device or opened.inode not in inodes:
         return None
     return MountId(opened.mount_id, unique)
 

@@ -249,7 +249,7 @@ def inode_of(tid: int, descriptor: int) -> int | None:
     except OSError:
         return None
     try:
-        return syscalls.identity(opened)[2]
+        return syscalls.inode_number(opened)
     except OSError:
         return None
     finally:

@@ -17,6 +17,11 @@ def confinement(pid: int | str = "self") -> str | None:
     return f"SELinux, for {profile}," if _selinux_enforces() else None
 
 
+def of_either(pid: int) -> str | None:
+    """confinement() of that process, or else of this one: a module may ask in the profiles of both."""
+    return confinement(pid) or confinement()
+
+
 def refusal() -> str:
     """The cause of an EACCES that file modes do not explain, and where its fix is: half a line for a message."""
     return f"{confinement() or 'a security module'} forbids it; {RULES}"
@@ -29,7 +34,7 @@ def may_explain(error: OSError) -> bool:
 
 def refusal_to_trace(pid: int) -> str:
     """The cause of a refused ptrace(2) access to a process, and its fix: half a line for a message."""
-    module = confinement(pid) or confinement()
+    module = of_either(pid)
     if module is not None:
         return f"{module} forbids ptrace between the two; {RULES}"
     if os.geteuid() != 0:

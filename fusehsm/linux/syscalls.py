@@ -41,6 +41,7 @@ FALLOC_FL_KEEP_SIZE: Final = 1  # fallocate(2), linux/falloc.h
 
 MS_BIND: Final = 0x1000  # mount(2)
 MS_REC: Final = 0x4000
+MS_REMOUNT: Final = 0x20
 MS_PRIVATE: Final = 1 << 18
 MNT_DETACH: Final = 2  # umount2(2)
 
@@ -225,18 +226,29 @@ def birth_time(dir_fd: int, name: bytes) -> bytes | None:
 def unique_mount_id(fd: int) -> int | None:
     """The unique number of the mount that `fd` was opened on; None before Linux 6.8. No other mount gets it until the next boot. Sends no
     request to the filesystem's server."""
-    return identity(fd)[0]
+    return mount_and_device(fd)[0]
 
 
-def identity(fd: int) -> tuple[int | None, tuple[int, int], int]:
-    """unique_mount_id(), (major, minor) of the file system's device, and the inode number. Sends no request to the filesystem's server."""
+def mount_and_device(fd: int) -> tuple[int | None, tuple[int, int]]:
+    """unique_mount_id(), and (major, minor) of the file system's device. Sends no request to the filesystem's server."""
+    buffer = _known(fd)
+    (mask,) = struct.unpack_from("=I", buffer)
+    major, minor, number = struct.unpack_from("=IIQ", buffer, _STATX_DEVICE_OFFSET)
+    return number if mask & _STATX_MNT_ID_UNIQUE else None, (major, minor)
+
+
+def inode_number(fd: int) -> int:
+    """The inode number of the file. Sends no request to the filesystem's server, as fstat(2) would."""
+    number: int = struct.unpack_from("=Q", _known(fd), _STATX_INODE_OFFSET)[0]
+    return number
+
+
+def _known(fd: int) -> ctypes.Array[ctypes.c_char]:
+    """The struct statx of an open file, of what the kernel knows without asking a server."""
     buffer = ctypes.create_string_buffer(256)
     if _statx(fd, b"", _AT_EMPTY_PATH | _AT_STATX_DONT_SYNC, _STATX_MNT_ID_UNIQUE, buffer) < 0:
         raise _error()
-    (mask,) = struct.unpack_from("=I", buffer)
-    major, minor, number = struct.unpack_from("=IIQ", buffer, _STATX_DEVICE_OFFSET)
-    (inode,) = struct.unpack_from("=Q", buffer, _STATX_INODE_OFFSET)
-    return number if mask & _STATX_MNT_ID_UNIQUE else None, (major, minor), inode
+    return buffer
 
 
 def syncfs(fd: int) -> None:

@@ -59,7 +59,7 @@ def apply(changes: AttributeChanges, fd: int, caller: Caller | None) -> None:
             clear_privileges(fd, caller.in_group)
         if _writable(fd):
             os.ftruncate(fd, changes.size)
-        elif changes.size < 0 or not stat.S_ISREG(os.fstat(fd).st_mode):
+        elif changes.size < 0 or not stat.S_ISREG(os.fstat(fd).st_mode):  # truncate(2) refuses
             os.truncate(path, changes.size)
         else:
             # Unlike truncate(2), this does not wait for the end of a lease.

@@ -28,18 +28,7 @@ class Caller:
 
         A process that cannot be read counts as no member. The answer only decides whether a set-gid bit may stay.
         """
-        if gid == self.gid:
-            return True
-        if self.pid <= 0:
-            return False
-        try:
-            with open(f"/proc/{self.pid}/status", "rb") as status:
-                for line in status:
-                    if line.startswith(b"Groups:"):
-                        return gid in {int(word) for word in line.split()[1:]}
-        except OSError:
-            pass
-        return False
+        return gid == self.gid or proc.is_member(self.pid, gid)
 
     def has_capability(self, number: int) -> bool:
         """Whether the accessor has that effective capability (linux/capability.h), in this process's user namespace.
@@ -76,7 +65,7 @@ class Impersonation:
 
     @contextmanager
     def _acting(self, caller: Caller) -> Iterator[None]:
-        groups, effective = proc.rights(caller.pid, caller.uid) if caller.pid > 0 else ([], 0)
+        groups, effective = proc.rights(caller.pid, caller.uid)
         with identity.acting_as(caller.uid, caller.gid, groups, effective), _NoUmask():
             yield
 

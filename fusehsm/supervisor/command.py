@@ -262,7 +262,7 @@ def _pass_on(child: "subprocess.Popen[bytes]", number: int) -> None:
     try:
         child.send_signal(number)
     except PermissionError:
-        module = security_modules.confinement(child.pid) or security_modules.confinement()
+        module = security_modules.of_either(child.pid)
         cause = f"{module} forbids it; {security_modules.RULES}" if module else "it is another user's"
         _log.warning("%s is not passed on to process %d: %s", signal.Signals(number).name, child.pid, cause)
 

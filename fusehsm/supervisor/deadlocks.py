@@ -175,7 +175,7 @@ def _is_on(tid: int, where: str, devices: set[tuple[int, int]]) -> bool:
     except OSError:
         return False
     try:
-        return syscalls.identity(descriptor)[1] in devices
+        return syscalls.mount_and_device(descriptor)[1] in devices
     except OSError:
         return False
     finally:

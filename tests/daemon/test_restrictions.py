@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 
 from fusehsm.conform.accessor import Accessor
-from fusehsm.linux.syscalls import MNT_DETACH, MS_BIND, mount, umount2
+from fusehsm.linux.syscalls import MNT_DETACH, MS_BIND, MS_REMOUNT, mount, umount2
 from tests.conftest import MakeMount
 from tests.support.harness import NOBODY, fuse_device_for_everybody, fusehsm
 
 pytestmark = [pytest.mark.fuse, pytest.mark.root]
 
-MS_REMOUNT = 0x20
 # Option, flag of mount(2), flag of statvfs(3).
 RESTRICTIONS = [
     ("ro", 0x1, os.ST_RDONLY),

@@ -9,6 +9,7 @@ import signal
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from fusehsm.fanotify.abi import (
     NOTIFICATION_EVENTS,
 )
 from tests.conftest import MakeAccessor
+from tests.support.closing import close_in_child
 from tests.support.kernel_and_mount import (
     CONTENT,
     MIB,
@@ -285,22 +287,6 @@ async def test_what_opens_nothing(world: World, accessor: Accessor, notes: TakeN
         assert await group.told() == []
 
 
-def close_after_the_parent(path: str) -> int:
-    descriptor = os.open(path, os.O_RDWR)
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(writer)
-        os.read(reader, 1)
-        os.close(descriptor)
-        os._exit(0)
-    os.close(descriptor)
-    os.close(writer)
-    os.waitpid(child, 0)
-    os.close(reader)
-    return child
-
-
 def open_and_be_killed(path: str) -> int:
     child = os.fork()
     if child == 0:
@@ -310,15 +296,17 @@ def open_and_be_killed(path: str) -> int:
     return child
 
 
-@pytest.mark.parametrize("act", [close_after_the_parent, open_and_exit, open_and_be_killed])
+@pytest.mark.parametrize("act", [close_in_child, open_and_exit, open_and_be_killed])
 async def test_who_closes(
-    world: World, accessor: Accessor, notes: TakeNotes, act: Callable[[str], int]
+    world: World, accessor: Accessor, notes: TakeNotes, act: Callable[[Any], int]
 ) -> None:
     path = world.file()
     async with notes() as group:
-        child = await accessor.run(act, path)
+        opened_here = act is close_in_child
+        what = await accessor.run("open", path, os.O_RDWR) if opened_here else path
+        child = await accessor.run(act, what)
         told = await group.told()
-    opener = accessor.pid if act is close_after_the_parent else child
+    opener = accessor.pid if opened_here else child
     closer = opener if world.diverges("who closes") else child
     assert [(one.pid, *sorted(one.names)) for one in told] == (
         [(opener, "OPEN"), (closer, "CLOSE_WRITE")] if opener != closer else [(opener, "CLOSE_WRITE", "OPEN")]
