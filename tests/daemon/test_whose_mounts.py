@@ -227,7 +227,8 @@ def test_nested_mounts_of_one_command(how: str, place: Path, tmp_path: Path) -> 
             leftovers.kill(running.process.pid)
             wait_until(lambda: not mounts_at(place))
         assert (mounts_at(place), mounts_at(inner)) == (0, 0)
-        assert running.complaints.lines == []
+        # The command's own calls end with ENOSYS between the supervisor's death and theirs: a program that starts then says so.
+        assert [line for line in running.complaints.lines if not line.startswith("sleep: ")] == []
 
 
 # On the real kernel
