@@ -16,7 +16,7 @@ from fusehsm.overlay.credentials import Caller
 TIME_NOW: Final = 1 << 80
 """In `atime_ns` and `mtime_ns`: the present, as UTIME_NOW."""
 
-OWN_XATTRS: Final = b"user.fusehsm."
+OWN_XATTRS: Final = (b"user.fusehsm.", b"trusted.fusehsm.")
 """Extended attributes in which fusehsm keeps on the backing what it knows of a file; nobody sees or changes them through a mount."""
 
 _SUID_SGID: Final = stat.S_ISUID | stat.S_ISGID

@@ -12,6 +12,7 @@ from fusehsm.linux.beneath import LONGEST_PATH, MOST_OPEN, Descent, directories
 from fusehsm.tier.fetch.inventory import items
 from fusehsm.tier.stores.base import StoreError
 from fusehsm.tier.stores.local import LocalStore
+from fusehsm.tier.stubs.tree import Tree
 from tests.support.tier.deep import LEVELS, nested
 from tests.support.tier.trees import make_small_tree
 
@@ -56,7 +57,7 @@ def test_a_deep_tree_takes_few_descriptors(places: Callable[[str], Path]) -> Non
             assert descriptors() <= before + MOST_OPEN + 5
         assert levels == LEVELS + 1
         assert descriptors() == before
-        found = [item.path for item in items(fd, "", lambda key: None, complaints.append)]
+        found = [item.path for item in items(fd, "", lambda key: None, complaints.append, Tree.of(fd))]
         with LocalStore(str(root)) as store:
             paths = [entry.path for entry in store.tree()]
     deep = "d/" * LEVELS
@@ -73,7 +74,9 @@ def test_what_lies_too_deep_is_left_out_and_told(places: Callable[[str], Path]) 
     levels = LONGEST_PATH // 200
     with nested(root, levels + 10, "d" * 199), opened(root) as fd:
         assert len(list(directories(fd, complaints.append))) == levels + 1
-        assert [item.path for item in items(fd, "", lambda key: None, complaints.append)] == ["z"]
+        assert [item.path for item in items(fd, "", lambda key: None, complaints.append, Tree.of(fd))] == [
+            "z"
+        ]
         with LocalStore(str(root)) as store:
             # The first that lies too deep is still told of, as it can be seen.
             assert len(list(store.tree(unlisted.append))) == levels + 2

@@ -30,11 +30,12 @@ from fusehsm.tier.fetch.durability import INTERVAL, Keeper
 from fusehsm.tier.fetch.evict import Evictor, keep_below
 from fusehsm.tier.fetch.failures import passed_over
 from fusehsm.tier.fetch.handler import Fetcher, Policy, Totals
+from fusehsm.tier.fetch.inventory import has_unbelieved
 from fusehsm.tier.fetch.protocol import socket_name
 from fusehsm.tier.fetch.server import FetchServer
 from fusehsm.tier.stores.base import Store
 from fusehsm.tier.stores.open import expect_apart, open_store
-from fusehsm.tier.stubs.mark import place_of
+from fusehsm.tier.stubs.tree import Tree
 from fusehsm.tier.text import Progress, parse_seconds, parse_size, size_text
 
 _EVENTS: Final = ("PRE_ACCESS", "MODIFY")
@@ -48,6 +49,10 @@ _OTHER_FILES: Final = 32  # descriptors, those of a store over the network inclu
 _IGNORE_AFTER: Final = 2
 _LINE_INTERVAL: Final = 0.2  # seconds between two states of the line that tells the progress
 _LONGEST_PATH: Final = 60  # letters of a path in it
+_OLD_MARKS: Final = (
+    "stubs whose marks were written by an ordinary user or an older fusehsm are refused; end fetch and run `fusehsm populate {} {}` as root, "
+    "which takes right marks over without fetching"
+)
 _HANDLERS: Final = 1000  # most events that wait at once
 
 _log = logging.getLogger(__name__)
@@ -156,8 +161,11 @@ def fetch(options: FetchOptions) -> int:
             if place.backend == "fuse":
                 policy = replace(policy, ignore_after=_IGNORE_AFTER)
             wishes = _Wishes(max_size, recorder, warm, options.keep_interval)
+            tree = Tree.of(place.root_fd)
+            if has_unbelieved(place.root_fd, tree):
+                _log.warning("%s", _OLD_MARKS.format(shown(options.store), shown(place.path)))
             started = time.monotonic()
-            totals = trio.run(_serve, store, place, policy, wishes, interruption)
+            totals = trio.run(_serve, store, place, tree, policy, wishes, interruption)
             line = summary(options, totals, time.monotonic() - started)
     finally:
         # Outside the body: a failed write of the summary is no error of the serving.
@@ -167,7 +175,12 @@ def fetch(options: FetchOptions) -> int:
 
 
 async def _serve(
-    store: Store, place: Destination, policy: Policy, wishes: _Wishes, interruption: Interruption
+    store: Store,
+    place: Destination,
+    tree: Tree,
+    policy: Policy,
+    wishes: _Wishes,
+    interruption: Interruption,
 ) -> Totals:
     failures: list[OSError] = []
     events = _EVENTS_OF_KERNEL if place.backend == "kernel" else _EVENTS
@@ -184,9 +197,7 @@ async def _serve(
                     if mark == "mount":
                         await _watch_directories(group, place.root_fd, mask)
                     await _watch_mounts_below(group, place.path, mask)
-                fetcher = Fetcher(
-                    store, place.path, place_of(place.root_fd), policy, nursery, wishes.recorder
-                )
+                fetcher = Fetcher(store, place.path, tree, policy, nursery, wishes.recorder)
                 fetcher.group = group
                 keeper = Keeper(fetcher, place.root_fd, wishes.keep_interval)
                 # At every end, while accesses still wait for the group.

@@ -89,7 +89,7 @@ class Evictor:
 
     async def inventory(self, path: str) -> list[Item]:
         """items() at or below a path, made in a thread. Raises as items()."""
-        listing = partial(items, self._place.root_fd, path, self.known, self._leave_out, self.fetcher.place)
+        listing = partial(items, self._place.root_fd, path, self.known, self._leave_out, self.fetcher.tree)
         return await trio.to_thread.run_sync(lambda: list(listing()))
 
     def _leave_out(self, error: OSError) -> None:

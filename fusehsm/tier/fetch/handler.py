@@ -33,7 +33,8 @@ from fusehsm.tier.fetch.readahead import Streams
 from fusehsm.tier.stores.base import Store, StoreChanged, shorter
 from fusehsm.tier.stubs.content import extents_of
 from fusehsm.tier.stubs.mark import Key, key_of
-from fusehsm.tier.stubs.stub import InDoubt, StubFile
+from fusehsm.tier.stubs.stub import InDoubt, StubFile, Unbelieved
+from fusehsm.tier.stubs.tree import Namespace, Tree
 
 _IGNORE = FAN_MARK_ADD | FAN_MARK_IGNORED_MASK | FAN_MARK_IGNORED_SURV_MODIFY | FAN_MARK_EVICTABLE
 _CHANGES = FAN_MODIFY | FAN_CLOSE_WRITE
@@ -175,13 +176,12 @@ class Fetcher:
         self,
         store: Store,
         destination: str,
-        place: bytes,
+        tree: Tree,
         policy: Policy,
         nursery: trio.Nursery,
         touched: Callable[[str, int, int], None] | None = None,
     ) -> None:
-        """`destination`: the absolute path with which the events' paths begin; `place`: of the mount (tier/stubs/mark.py);
-        `touched(path, offset, end)`: called for each access, in bytes."""
+        """`destination`: the absolute path with which the events' paths begin; `touched(path, offset, end)`: called for each access, in bytes."""
         self.totals = Totals()
         self.group: Group | None = None
         self.policy = policy
@@ -191,7 +191,7 @@ class Fetcher:
         self._store = store
         self._catalog = Catalog(store)
         self._destination = destination
-        self.place = place
+        self.tree = tree
         self._nursery = nursery
         self._touched = touched
         self._allowance = RateLimiter(policy.rate)
@@ -201,6 +201,7 @@ class Fetcher:
         # Only root asks the store with more rights than the user of a file has.
         self._is_root = os.geteuid() == 0
         self._quiet_until = 0.0
+        self._has_complained_of_old = False
         self._meeting = threading.Lock()
 
     # Events
@@ -215,6 +216,10 @@ class Fetcher:
         self.totals.events += 1
         try:
             await self._serve(event, status)
+        except Unbelieved as error:
+            self.totals.denied += 1
+            self._complain_of_old(error)
+            raise OSError(self.policy.denial, error.strerror, error.filename) from None
         except OSError:
             self.totals.denied += 1
             raise
@@ -265,7 +270,7 @@ class Fetcher:
         with self._meeting:
             served = self.served.get(key)
             if served is None:
-                file = StubFile.recover(fd, path, self.place, self.policy.block_size)
+                file = StubFile.recover(fd, path, self.tree, self.policy.block_size)
                 served = Served(file)
                 if file is not None:
                     served.streams = Streams(file.block_size, self.policy.prefetch_window)
@@ -478,8 +483,17 @@ class Fetcher:
             descriptor.close()
 
     def _expect_no_forgery(self, fd: int, file: StubFile, origin: Origin) -> None:
-        if self._is_root and (why := suspicion(os.fstat(fd), origin)) is not None:
+        # A mark in trusted.* is root's, so it may name any file of the store.
+        if file.namespace is Namespace.TRUSTED or not self._is_root:
+            return
+        if (why := suspicion(os.fstat(fd), origin)) is not None:
             raise _Suspicious(self.policy.denial, why, file.path)
+
+    def _complain_of_old(self, error: Unbelieved) -> None:
+        # Once: a whole tree may have such marks.
+        if not self._has_complained_of_old:
+            self._has_complained_of_old = True
+            _log.error("%s", where(error))
 
     def _complain(self, served: Served, error: OSError) -> None:
         if not served.complained:

@@ -2,16 +2,20 @@
 
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final
 
 from fusehsm.linux.beneath import LIST, Descent, components, open_beneath
 from fusehsm.tier.stubs.mark import Key, key_of
-from fusehsm.tier.stubs.stub import StubFile
+from fusehsm.tier.stubs.stub import StubFile, Unbelieved
+from fusehsm.tier.stubs.tree import Tree
 
 _FILE: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 _BLOCK_SIZE: Final = 1 << 20  # for files without a record; any value does, as no block of them is here
+_MOST_LOOKED_AT: Final = 10_000  # files
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +45,12 @@ def items(
     path: str,
     known: Callable[[Key], StubFile | None],
     left_out: Callable[[OSError], None],
-    place: bytes = b"",
+    tree: Tree,
 ) -> Iterator[Item]:
     """The regular files at or below `path` ("": all), in byte order of the names; each inode once. No symbolic link is followed.
 
-    `known`: finds the stubs that are served now. `left_out`: called with the error of each directory that cannot be read. `place`: of the mount
-    (tier/stubs/mark.py). Raises OSError ENOENT if `path` does not exist, ValueError for a path that leads elsewhere. Files that cannot be
-    opened are left out.
+    `known`: finds the stubs that are served now. `left_out`: called with the error of each directory that cannot be read. Raises OSError ENOENT
+    if `path` does not exist, ValueError for a path that leads elsewhere. Files that cannot be opened are left out.
     """
     if path:
         components(path)
@@ -58,9 +61,9 @@ def items(
         status = os.fstat(fd)
         if stat.S_ISREG(status.st_mode):
             key = key_of(fd, status)
-            yield _item(fd, path, status, known(key), place)
+            yield _item(fd, path, status, known(key), tree)
         elif stat.S_ISDIR(status.st_mode):
-            yield from _below(fd, path, known, left_out, place)
+            yield from _below(fd, path, known, left_out, tree)
     finally:
         os.close(fd)
 
@@ -70,11 +73,22 @@ def _below(
     above: str,
     known: Callable[[Key], StubFile | None],
     left_out: Callable[[OSError], None],
-    place: bytes,
+    tree: Tree,
 ) -> Iterator[Item]:
-    """The files below the directory `root_fd`, whose path is `above`."""
+    """The items below the directory `root_fd`, whose path is `above`."""
     prefix = f"{above}/" if above else ""
     seen: set[Key] = set()
+    for fd, path, status in _files(root_fd, prefix, left_out):
+        key = key_of(fd, status)
+        if key not in seen:
+            seen.add(key)
+            yield _item(fd, path, status, known(key), tree)
+
+
+def _files(
+    root_fd: int, prefix: str, left_out: Callable[[OSError], None]
+) -> Generator[tuple[int, str, os.stat_result]]:
+    """The regular files below the directory `root_fd`: descriptor (closed by this function), path beginning with `prefix`, and fstat(2)."""
 
     def leave_out(error: OSError) -> None:
         left_out(OSError(error.errno, error.strerror, prefix + os.fsdecode(error.filename or "")))
@@ -94,10 +108,7 @@ def _below(
             try:
                 status = os.fstat(fd)
                 if stat.S_ISREG(status.st_mode):
-                    key = key_of(fd, status)
-                    if key not in seen:
-                        seen.add(key)
-                        yield _item(fd, prefix + level.path_of(name), status, known(key), place)
+                    yield fd, prefix + level.path_of(name), status
                 elif stat.S_ISDIR(status.st_mode):
                     is_kept = True
                     try:
@@ -111,10 +122,24 @@ def _below(
         descent.close()
 
 
-def _item(fd: int, path: str, status: os.stat_result, file: StubFile | None, place: bytes) -> Item:
+def has_unbelieved(root_fd: int, tree: Tree) -> bool:
+    """Whether the first file with a mark has one that root does not believe; False if the first files have no mark at all."""
+    with closing(_files(root_fd, "", lambda error: None)) as files:
+        for fd, path, _ in islice(files, _MOST_LOOKED_AT):
+            try:
+                if StubFile.recover(fd, path, tree, _BLOCK_SIZE) is not None:
+                    return False
+            except Unbelieved:
+                return True
+            except OSError:
+                continue
+    return False
+
+
+def _item(fd: int, path: str, status: os.stat_result, file: StubFile | None, tree: Tree) -> Item:
     if file is None:
         try:
-            file = StubFile.recover(fd, path, place, _BLOCK_SIZE)
+            file = StubFile.recover(fd, path, tree, _BLOCK_SIZE)
         except Exception:
             file = None  # its owner may have written any value into its attributes; go on with other files
     used_ns = status.st_atime_ns if file is None else max(file.used_ns, status.st_atime_ns)

@@ -13,6 +13,7 @@ from fusehsm.text import shown
 from fusehsm.tier.fetch.catalog import where
 from fusehsm.tier.fetch.inventory import Item, items
 from fusehsm.tier.fetch.protocol import List, find
+from fusehsm.tier.stubs.tree import Tree
 from fusehsm.tier.text import size_text
 
 
@@ -49,7 +50,7 @@ def _local(path: str) -> Iterator[Item]:
     above, name = os.path.split(os.path.realpath(path)) if not os.path.isdir(path) else (path, "")
     root_fd = os.open(above, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with closing(items(root_fd, name, lambda key: None, _leave_out)) as found:  # type: ignore[type-var]
+        with closing(items(root_fd, name, lambda key: None, _leave_out, Tree.to_look_at())) as found:  # type: ignore[type-var]
             yield from found
     finally:
         os.close(root_fd)

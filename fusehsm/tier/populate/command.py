@@ -21,6 +21,7 @@ from fusehsm.tier.populate.lock import locked
 from fusehsm.tier.stores.base import Entry, Kind, Store, StoreError
 from fusehsm.tier.stores.open import expect_apart, open_store
 from fusehsm.tier.stubs import mark as stub_mark
+from fusehsm.tier.stubs.tree import Namespace, expect_visible, note_namespace
 from fusehsm.tier.text import Progress, progress_line, size_text
 
 _TRIAL_SIZE: Final = 1 << 20  # bytes; more than a file system keeps in an inode
@@ -142,17 +143,20 @@ def _destination(options: PopulateOptions, store: Store) -> Iterator[int | None]
                 f"unmount it first (fusehsm umount {shown(path)}), or populate the directory that it overlays"
             )
             raise OSError(errno.EBUSY, f"lies on a mount of fusehsm; {fix}", path)
+        namespace = Namespace.at(fd)
+        expect_visible(fd, namespace, path)
         if options.dry_run:
             yield fd
             return
-        _try_file_system(fd, path)
+        _try_file_system(fd, path, namespace)
         with locked(fd, path):
+            note_namespace(fd, namespace)
             yield fd
     finally:
         os.close(fd)
 
 
-def _try_file_system(root_fd: int, path: str) -> None:
+def _try_file_system(root_fd: int, path: str, namespace: Namespace) -> None:
     """Try with a file without a name (if possible) whether stubs can be made and recognized here. Raises OSError EOPNOTSUPP if not."""
     fix = "choose a destination on ext4, xfs or btrfs"
     try:
@@ -166,7 +170,7 @@ def _try_file_system(root_fd: int, path: str) -> None:
                 raise OSError(
                     errno.EOPNOTSUPP, f"its file system {what}, so a stub could not be recognized; {fix}"
                 )
-            os.setxattr(fd, stub_mark.NAME, b"trial")
+            os.setxattr(fd, namespace.stub, b"trial")
         finally:
             os.close(fd)
     except OSError as error:

@@ -20,9 +20,11 @@ from typing import Final
 from fusehsm.linux.beneath import MOST_OPEN, Identity, components, identity_of, open_beneath, reopened
 from fusehsm.overlay.attributes import path_of
 from fusehsm.tier.populate.ownership import Ownership
+from fusehsm.tier.populate.takeover import Refusal, remove_old, take_over
 from fusehsm.tier.stores.base import Entry, Kind, StoreError
 from fusehsm.tier.stubs import mark as stub_mark
 from fusehsm.tier.stubs.mark import StubMark, is_all_hole
+from fusehsm.tier.stubs.tree import Namespace
 
 UNFINISHED: Final = ".fusehsm-unfinished"
 """The one name that is ours in every directory: what is being made where a file cannot be made without a name."""
@@ -52,10 +54,6 @@ class Outcome(Enum):
     LEFT_OUT = "left out"
     # Not made; a message tells the cause.
     FAILED = "failed"
-
-
-class Refusal(Exception):
-    """An entry cannot be made. The text is "cause; fix"."""
 
 
 @dataclass(slots=True)
@@ -99,6 +97,8 @@ class Planter:
         unnamed: bool = True,
     ) -> None:
         self._complain = complain
+        # Of the marks.
+        self._namespace = Namespace.USER if root_fd is None else Namespace.at(root_fd)
         self._dry_run = dry_run
         self._unnamed = unnamed
         self._ownership = Ownership()
@@ -260,7 +260,10 @@ class Planter:
         if stat.S_ISREG(status.st_mode):
             with self._opened(level.fd, UNFINISHED, status) as file:
                 # A second name of a file of ours, or a stub without its first name.
-                if is_all_hole(file.fd) or (status.st_nlink > 1 and stub_mark.read(file.fd) is not None):
+                if is_all_hole(file.fd) or (
+                    status.st_nlink > 1
+                    and any(stub_mark.read(file.fd, each) is not None for each in Namespace)
+                ):
                     os.unlink(UNFINISHED, dir_fd=level.fd)
                     return
         path = f"{level.path}/{UNFINISHED}".lstrip("/")
@@ -354,7 +357,7 @@ class Planter:
         assert entry.size is not None
         os.truncate(path_of(fd), entry.size)
         _set_time(entry, fd)
-        StubMark.of(fd, entry.path, entry.version).write(fd)
+        StubMark.of(fd, entry.path, entry.version).write(fd, self._namespace)
         self._ownership.apply(entry, fd, default_mode)
 
     def _existing(self, level: _Level, name: str, entry: Entry, status: os.stat_result) -> Outcome:
@@ -362,7 +365,14 @@ class Planter:
         if not stat.S_ISREG(status.st_mode):
             raise _in_the_way(status, "a file")
         with self._opened(level.fd, name, status) as file:
-            mark = stub_mark.read(file.fd)
+            mark = stub_mark.read(file.fd, self._namespace)
+            is_taken_over = False
+            if self._namespace is not Namespace.USER:
+                if mark is None:
+                    mark = take_over(file.fd, entry, self._namespace, dry_run=self._dry_run)
+                    is_taken_over = mark is not None
+                elif not self._dry_run:
+                    remove_old(file.fd)
             if mark is None:
                 if not status.st_size and not entry.size:
                     return Outcome.KEPT  # an empty file has no content to lose or to fetch
@@ -373,19 +383,19 @@ class Planter:
             wanted = StubMark.of(file.fd, entry.path, entry.version)
             if not empty:
                 if (mark.path, mark.version) == (wanted.path, wanted.version):
-                    return Outcome.KEPT
+                    return Outcome.UPDATED if is_taken_over else Outcome.KEPT
                 raise Refusal(
                     "holds content of another version than the store's; remove it and populate again"
                 )
             timed = entry.mtime_ns in (None, status.st_mtime_ns)
             reshape = mark != wanted or status.st_size != entry.size or not timed
             if not reshape and not self._ownership.differs(entry, status):
-                return Outcome.RIGHT
+                return Outcome.UPDATED if is_taken_over else Outcome.RIGHT
             if not self._dry_run:
                 file.mode = None
                 if reshape:
                     os.fchmod(file.fd, stat.S_IMODE(status.st_mode) | 0o600)
-                    mark.pending().write(file.fd)
+                    mark.pending().write(file.fd, self._namespace)
                     self._shape(file.fd, entry, stat.S_IMODE(status.st_mode))
                 else:
                     self._ownership.apply(entry, file.fd, stat.S_IMODE(status.st_mode))
@@ -450,7 +460,7 @@ class Planter:
 
     def _expect_stub(self, level: _Level, name: str, status: os.stat_result) -> None:
         with self._opened(level.fd, name, status) as file:
-            mark = stub_mark.read(file.fd)
+            mark = stub_mark.read(file.fd, self._namespace)
             if mark is None or not mark.describes(file.fd, os.fstat(file.fd)) or not is_all_hole(file.fd):
                 raise Refusal(_NOT_A_STUB)
 

@@ -1,4 +1,4 @@
-"""The mark of a stub: the extended attribute `user.fusehsm.stub` on the file itself, and the file's identity, independent of its name.
+"""The mark of a stub: an extended attribute on the file itself, and the file's identity, independent of its name.
 
 The mark is an attribute, not a database beside the tree. An attribute is part of the inode: it is made, renamed, linked and removed together with
 the file, in the same transactions of the file system's journal. So no crash leaves one without the other, and `rm -r` or `mv` of a part of the tree
@@ -14,10 +14,10 @@ A mark is bound to:
 
 A file is a stub only if its mark holds (`describes`) and the file has no data at all (`is_all_hole`). Every other file is a user's content. A valid
 mark on a file with data means: filled, in part or wholly, from that version of that path. The record (tier/stubs/record.py) tells which blocks are
-here. Mounts of fusehsm hide and refuse the attributes `user.fusehsm.*`; on the real kernel users see them.
+here. Mounts of fusehsm hide and refuse both attributes; on the real kernel users see those in user.*.
 
-Every user who may write to a file may set its mark. With a forged mark, root's fetch could give that user a file that the user has no right to. So it
-does not believe every mark (tier/fetch/catalog.py).
+Root's marks are in trusted.*, where no other user can write (tier/stubs/tree.py). Marks in user.* prove nothing to root: every user who may write to
+the file may set them.
 
 PENDING says that populate is about to change the size or time of a stub. If populate is killed in between, the file is still a stub.
 """
@@ -29,16 +29,15 @@ import os
 import struct
 from dataclasses import dataclass, replace
 from enum import IntFlag
-from pathlib import Path
 from typing import Final, Self
 
-from fusehsm.linux import syscalls
-
-NAME: Final = "user.fusehsm.stub"
+from fusehsm.tier.stubs.tree import Namespace
 
 # Format number, flags, (room for more), generation, inode, size, mtime, digests of path and version.
 _LAYOUT: Final = struct.Struct("<BBHIQQQ12s12s")
-_FORMAT: Final = 1
+_FORMAT: Final = 2
+# The first format, in user.* only. It differs in its number, and has no flag but PENDING.
+_FIRST_FORMAT: Final = 1
 _ALL_BITS: Final = (1 << 64) - 1  # a time may be before 1970 or after 2554; only equality is asked
 _FS_IOC_GETVERSION: Final = 0x80087601  # linux/fs.h
 
@@ -46,9 +45,10 @@ Key = tuple[int, int, int]  # device, inode, generation
 
 
 class Flags(IntFlag):
-    """Bits of a mark. PENDING: size and time are being changed, and may differ from the mark's."""
+    """Bits of a mark. Others are kept for later, for example for a file whose content is here completely, which then needs no record."""
 
     NONE = 0
+    # Size and time are being changed, and may differ from the mark's.
     PENDING = 1
 
 
@@ -100,11 +100,11 @@ class StubMark:
         """The same mark with the flag PENDING."""
         return replace(self, flags=self.flags | Flags.PENDING)
 
-    def write(self, fd: int) -> None:
+    def write(self, fd: int, namespace: Namespace) -> None:
         """Set the mark on a file that the caller may write to. Raises OSError EOPNOTSUPP where the file system has no such attributes."""
         os.setxattr(
             fd,
-            NAME,
+            namespace.stub,
             _LAYOUT.pack(
                 _FORMAT,
                 self.flags,
@@ -119,15 +119,17 @@ class StubMark:
         )
 
 
-def read(fd: int) -> StubMark | None:
+def read(fd: int, namespace: Namespace) -> StubMark | None:
     """The mark on a file that is open for reading; None if there is no mark, or one of an unknown format."""
     try:
-        value = os.getxattr(fd, NAME)
+        value = os.getxattr(fd, namespace.stub)
     except OSError as error:
         if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
             return None
         raise
-    if len(value) != _LAYOUT.size or value[0] != _FORMAT:
+    if len(value) != _LAYOUT.size or not (
+        value[0] == _FORMAT or (value[0] == _FIRST_FORMAT and namespace is Namespace.USER)
+    ):
         return None
     _, flags, _, number, inode, size, mtime_ns, path, version = _LAYOUT.unpack(value)
     return StubMark(inode, number, size, mtime_ns, path, version, Flags(flags))
@@ -157,18 +159,6 @@ def is_all_hole(fd: int) -> bool:
             raise
         return True
     return False
-
-
-def place_of(fd: int) -> bytes:
-    """A digest (8 bytes) of the boot and the mount. Before Linux 6.8 a mount has no unique number: the value is then random, and new at each call.
-
-    A record names the mount on which it was written. If the mount is another one now, data that was not synced may be lost.
-    """
-    mount = syscalls.unique_mount_id(fd)
-    if mount is None:
-        return os.urandom(8)
-    boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
-    return hashlib.blake2b(boot + mount.to_bytes(8, "little"), digest_size=8).digest()
 
 
 def key_of(fd: int, status: os.stat_result) -> Key:

@@ -1,4 +1,5 @@
-"""The record of a stub that has been filled, in part or wholly: the extended attribute `user.fusehsm.resident` on the file itself.
+"""The record of a stub that has been filled, in part or wholly: an extended attribute on the file itself, in the
+namespace of the mark.
 
 A block's bit is set after the block's content has been written, and before any access to the block goes on. A fetch that is killed in between leaves
 at most a block without a bit that has some right content. While fetch serves, only a fill writes to a block without a bit: every access waits for
@@ -26,8 +27,8 @@ from hashlib import blake2b
 from typing import Final
 
 from fusehsm.tier.stubs.mark import StubMark
+from fusehsm.tier.stubs.tree import Namespace
 
-NAME: Final = "user.fusehsm.resident"
 SETTLING: Final = 20_000_000  # nanoseconds; the kernel's coarse clock has ticks of up to 10 ms
 
 # Format, flags, log2 of the block size, (room), the mark's and the place's digests, size, limit, mtime, time of writing; the blocks' bits follow.
@@ -126,7 +127,7 @@ class Record:
 
     # digest_of() the mark, 8 bytes.
     mark: bytes
-    # The mount on which the record was written, 8 bytes (identity.place_of).
+    # The mount on which the record was written, 8 bytes (tree.place_of).
     place: bytes
     # State of the file.
     flags: Flags
@@ -151,7 +152,7 @@ class Record:
         """Whether a file with that change time (nanoseconds) is unchanged since the record was written."""
         return self.recorded_ns <= ctime_ns <= self.recorded_ns + SETTLING
 
-    def write(self, fd: int) -> None:
+    def write(self, fd: int, namespace: Namespace) -> None:
         """Set the record on the file. Raises OSError ENOSPC or EDQUOT if there is no room for it."""
         head = _HEAD.pack(
             _FORMAT,
@@ -164,16 +165,16 @@ class Record:
             self.mtime_ns & _ALL_BITS,
             self.recorded_ns,
         )
-        os.setxattr(fd, NAME, head + self.bits)
+        os.setxattr(fd, namespace.resident, head + self.bits)
 
 
-def read(fd: int, mark: StubMark) -> Record | None:
+def read(fd: int, mark: StubMark, namespace: Namespace) -> Record | None:
     """The record on a file with that mark; None if there is none, if it has another mark or format, or if a value is impossible.
 
     The file's owner may have written the record, so every number is checked before use.
     """
     try:
-        value = os.getxattr(fd, NAME)
+        value = os.getxattr(fd, namespace.resident)
     except OSError as error:
         if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
             return None
@@ -191,10 +192,10 @@ def read(fd: int, mark: StubMark) -> Record | None:
     return Record(of_mark, place, Flags(flags), 1 << shift, size, limit, mtime_ns, recorded_ns, bits)
 
 
-def remove(fd: int) -> None:
+def remove(fd: int, namespace: Namespace) -> None:
     """Remove the record from a file, if there is one."""
     try:
-        os.removexattr(fd, NAME)
+        os.removexattr(fd, namespace.resident)
     except OSError as error:
         if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
             raise

@@ -38,15 +38,19 @@ from fusehsm.tier.stubs.content import (
 )
 from fusehsm.tier.stubs.mark import StubMark
 from fusehsm.tier.stubs.record import Blocks, Flags, Record, block_size_for, digest_of
+from fusehsm.tier.stubs.tree import Namespace, Tree
 
-PINNED = "user.fusehsm.pinned"
 _CAPABILITIES = "security.capability"
 
-_TRIES = 3  # to write a record whose time is right
+TRIES = 3  # to write a record whose time is right
 
 
 class InDoubt(OSError):
     """A missing part of a file cannot be told apart from a hole that the user made, so nothing is put there. The errno is EIO."""
+
+
+class Unbelieved(OSError):
+    """A file has a mark that any user may have written, so it may be a stub, or not. The errno is EIO; strerror is "cause; fix"."""
 
 
 class StubFile:
@@ -66,6 +70,7 @@ class StubFile:
         "mark",
         "may_hide_changes",
         "modified",
+        "namespace",
         "path",
         "pinned",
         "recorded",
@@ -77,10 +82,18 @@ class StubFile:
     )
 
     def __init__(
-        self, mark: StubMark, status: os.stat_result, path: str, place: bytes, block_size: int
+        self,
+        mark: StubMark,
+        namespace: Namespace,
+        status: os.stat_result,
+        path: str,
+        place: bytes,
+        block_size: int,
     ) -> None:
-        """`status`: the file's fstat(2); `path`: below the destination; `place`: of the mount (tier/stubs/mark.py); `block_size`: bytes."""
+        """`status`: the file's fstat(2); `path`: below the destination; `place`: of the mount (tier/stubs/tree.py); `block_size`: bytes."""
         self.mark = mark
+        # The namespace of the mark, and of all other attributes.
+        self.namespace = namespace
         # The last path at which the file was seen, below the destination.
         self.path = path
         # Bytes.
@@ -118,25 +131,36 @@ class StubFile:
         self._lock = threading.Lock()
 
     @classmethod
-    def recover(cls, fd: int, path: str, place: bytes, block_size: int) -> Self | None:
+    def recover(cls, fd: int, path: str, tree: Tree, block_size: int) -> Self | None:
         """The stub with its state from mark and record; None if the file is neither a stub nor a filled one, but a user's own.
 
-        `place`: of the mount (tier/stubs/mark.py); `block_size`: bytes, for files without a record. Raises OSError EIO if populate has not
-        finished the stub.
+        `block_size`: bytes, for files without a record. Raises OSError EIO if populate has not finished the stub, Unbelieved if root does not
+        believe its mark.
         """
-        mark = stub_mark.read(fd)
         status = os.fstat(fd)
-        if mark is None or (mark.inode, mark.generation) != (status.st_ino, stub_mark.generation(fd)):
+        key = status.st_ino, stub_mark.generation(fd)
+
+        def mark_in(namespace: Namespace) -> StubMark | None:
+            mark = stub_mark.read(fd, namespace)
+            return None if mark is None or (mark.inode, mark.generation) != key else mark
+
+        for namespace in tree.believed:
+            if (mark := mark_in(namespace)) is not None:
+                break
+        else:
+            if Namespace.USER not in tree.believed and mark_in(Namespace.USER) is not None:
+                raise Unbelieved(errno.EIO, _UNBELIEVED, path)
             return None
-        record = residency.read(fd, mark)
+        record = residency.read(fd, mark, namespace)
         file = cls(
             mark,
+            namespace,
             status,
             path,
-            place,
+            tree.place,
             block_size_for(status.st_size, block_size) if record is None else record.block_size,
         )
-        file.pinned = is_pinned(fd)
+        file.pinned = is_pinned(fd, namespace)
         if record is not None:
             file._continue(fd, record, status)
         elif mark.is_pending:
@@ -378,7 +402,7 @@ class StubFile:
                     self._write_record(fd)
                     raise OSError(errno.EIO, "the file system has not let all of its content go", self.path)
             os.utime(fd, ns=(status.st_atime_ns, self._mtime_ns))
-            residency.remove(fd)
+            residency.remove(fd, self.namespace)
             after = os.fstat(fd)
             self.recorded = self._is_open = self.may_hide_changes = False
             self._ctime_ns = after.st_ctime_ns
@@ -391,9 +415,9 @@ class StubFile:
                 return False
             self._note(os.fstat(fd))
             if pinned:
-                os.setxattr(fd, PINNED, b"")
+                os.setxattr(fd, self.namespace.pinned, b"")
             else:
-                os.removexattr(fd, PINNED)
+                os.removexattr(fd, self.namespace.pinned)
             self.pinned = pinned
             self._ctime_ns = os.fstat(fd).st_ctime_ns
             if self.recorded:
@@ -448,7 +472,7 @@ class StubFile:
             if condition:
                 flags |= flag
         bits = b"" if blocks.is_full else blocks.to_bytes()
-        for _ in range(_TRIES):
+        for _ in range(TRIES):
             record = Record(
                 digest_of(self.mark),
                 self._place,
@@ -457,10 +481,10 @@ class StubFile:
                 self.size,
                 self.limit,
                 self._mtime_ns,
-                time.time_ns() - _TICK,
+                time.time_ns() - TICK,
                 bits,
             )
-            record.write(fd)
+            record.write(fd, self.namespace)
             status = os.fstat(fd)
             if record.settled(status.st_ctime_ns):
                 break
@@ -470,15 +494,16 @@ class StubFile:
 
 
 _WRITTEN_UNSERVED = "was written to, where it lacks content, while no fetch served it; end fetch, save what you need of it, remove it, populate again"
+_UNBELIEVED = "its mark was written by an ordinary user or an older fusehsm; run `fusehsm populate` as root, which takes right marks over"
 _PUNCH = 0x01 | 0x02  # FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE (fallocate(2))
 _LARGEST_PAGE = 1 << 16  # bytes, of all machines that Linux runs on
-_TICK = 10_000_000  # nanoseconds; the clock of file systems may be that much behind
+TICK = 10_000_000  # nanoseconds; the clock of file systems may be that much behind
 
 
-def is_pinned(fd: int) -> bool:
+def is_pinned(fd: int, namespace: Namespace) -> bool:
     """Whether the file is pinned."""
     try:
-        os.getxattr(fd, PINNED)
+        os.getxattr(fd, namespace.pinned)
     except OSError:
         return False
     return True

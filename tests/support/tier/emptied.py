@@ -4,8 +4,8 @@ import os
 import signal
 import sys
 
-from fusehsm.tier.stubs.mark import place_of
 from fusehsm.tier.stubs.stub import StubFile
+from fusehsm.tier.stubs.tree import Tree
 
 CALLS = {"os.setxattr", "os.utime", "os.removexattr"}
 
@@ -13,7 +13,7 @@ CALLS = {"os.setxattr", "os.utime", "os.removexattr"}
 def main() -> None:
     path, call = sys.argv[1], int(sys.argv[2])
     fd = os.open(path, os.O_RDWR)
-    file = StubFile.recover(fd, os.path.basename(path), place_of(fd), 4096)
+    file = StubFile.recover(fd, os.path.basename(path), Tree.of(fd), 4096)
     assert file is not None
     calls = 0
 

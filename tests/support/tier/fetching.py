@@ -15,6 +15,7 @@ from fusehsm.linux.mountinfo import id_of, read_mounts
 from fusehsm.tier.stubs import mark as stub_mark
 from fusehsm.tier.stubs import record as residency
 from fusehsm.tier.stubs.record import Flags
+from fusehsm.tier.stubs.tree import Namespace
 from tests.support import harness
 
 
@@ -82,9 +83,9 @@ def expect_record_at_rest(path: str | Path, dir_fd: int | None = None) -> None:
     """The file has a record, and the record says that no fetch works on the file any more."""
     fd = os.open(path, os.O_RDONLY, dir_fd=dir_fd)
     try:
-        mark = stub_mark.read(fd)
+        mark = stub_mark.read(fd, Namespace.at(fd))
         assert mark is not None
-        record = residency.read(fd, mark)
+        record = residency.read(fd, mark, Namespace.at(fd))
         assert record is not None
         assert not record.flags & Flags.OPEN
     finally:

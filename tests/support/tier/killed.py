@@ -13,7 +13,8 @@ from fusehsm.tier.stores.local import LocalStore
 
 # What Python tells its audit hooks of before it calls the system, as far as it changes something.
 CHANGES = {
-    "open", "os.chmod", "os.chown", "os.link", "os.mkdir", "os.remove", "os.rename", "os.setxattr", "os.symlink", "os.truncate", "os.utime",
+    "open", "os.chmod", "os.chown", "os.link", "os.mkdir", "os.remove", "os.removexattr", "os.rename", "os.setxattr", "os.symlink",
+    "os.truncate", "os.utime",
 }  # fmt: skip
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fusehsm.tier.stubs.tree import Namespace
+
 Description = Mapping[bytes, tuple[Any, ...]]
 
 
@@ -81,7 +83,7 @@ def expect_stubs(root: Path) -> None:
     """Every file below `root` has its mark and no data."""
     for path in root.rglob("*"):
         if path.is_file() and not path.is_symlink():
-            assert "user.fusehsm.stub" in os.listxattr(path), path
+            assert any(namespace.stub in os.listxattr(path) for namespace in Namespace), path
             assert path.stat().st_blocks == 0, path
 
 

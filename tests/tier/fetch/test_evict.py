@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from fusehsm.tier.stubs import mark as stub_mark
+from fusehsm.tier.stubs.tree import Namespace
 from tests.support import harness
 from tests.support.tier.fetching import fetching, run
 from tests.support.tier.populated import plant
@@ -50,9 +51,9 @@ def is_stub(path: Path) -> bool:
     """As it was planted, and nothing else."""
     fd = os.open(path, os.O_RDONLY)
     try:
-        mark = stub_mark.read(fd)
+        mark = stub_mark.read(fd, Namespace.at(fd))
         assert mark is not None
-        alone = os.listxattr(fd) == [stub_mark.NAME]
+        alone = os.listxattr(fd) == [Namespace.at(fd).stub]
         return alone and mark.describes(fd, os.fstat(fd)) and stub_mark.is_all_hole(fd)
     finally:
         os.close(fd)

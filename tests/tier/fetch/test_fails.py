@@ -13,6 +13,7 @@ import pytest
 from fusehsm.tier.stubs import mark as stub_mark
 from fusehsm.tier.stubs import record as residency
 from fusehsm.tier.stubs.record import Flags
+from fusehsm.tier.stubs.tree import Namespace
 from tests.support import harness
 from tests.support.requirements import require
 from tests.support.tier.fetching import Fetching, expect_record_at_rest, fetching, is_mounted, run
@@ -199,12 +200,12 @@ def test_a_record_that_its_owner_has_made_up(big: Path, target: Path, backend: s
     """2^50 blocks of one byte."""
     fd = os.open(target / "big", os.O_RDWR)
     try:
-        mark = stub_mark.read(fd)
+        mark = stub_mark.read(fd, Namespace.at(fd))
         assert mark is not None
         made_up = residency.Record(
             residency.digest_of(mark), bytes(8), Flags.OPEN, 1, 0, 1 << 50, mark.mtime_ns, 0, b""
         )
-        made_up.write(fd)
+        made_up.write(fd, Namespace.at(fd))
     finally:
         os.close(fd)
     (big / "other").write_bytes(content_of(3 * MIB, 2))

@@ -14,6 +14,7 @@ from fusehsm.control import socket as control_socket
 from fusehsm.linux.mountinfo import read_mounts
 from fusehsm.tier.stubs import mark as stub_mark
 from fusehsm.tier.stubs import record as residency
+from fusehsm.tier.stubs.tree import Namespace
 from tests.support.harness import PATIENCE, environment, fusehsm
 from tests.support.tier.fetching import fetching, is_mounted, run
 from tests.support.tier.populated import plant
@@ -37,9 +38,9 @@ def resident(path: Path) -> list[int]:
     """The blocks that are here, of a file that no fetch serves."""
     fd = os.open(path, os.O_RDONLY)
     try:
-        mark = stub_mark.read(fd)
+        mark = stub_mark.read(fd, Namespace.at(fd))
         assert mark is not None
-        record = residency.read(fd, mark)
+        record = residency.read(fd, mark, Namespace.at(fd))
         return (
             []
             if record is None

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from fusehsm.tier.fetch.catalog import Origin, suspicion
 from fusehsm.tier.stores.base import Kind, Rights
 from fusehsm.tier.stores.open import open_store
 from fusehsm.tier.stubs.mark import StubMark
+from fusehsm.tier.stubs.tree import Namespace
 from tests.support import harness
 from tests.support.harness import NOBODY
 from tests.support.requirements import require_root
@@ -70,8 +72,9 @@ def forge(path: Path, store: str | Path, name: str) -> None:
     with acting_as_evil():
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            os.ftruncate(fd, len(SECRET))
-            StubMark.of(fd, name, version).write(fd)
+            if os.fstat(fd).st_size != len(SECRET):
+                os.ftruncate(fd, len(SECRET))
+            StubMark.of(fd, name, version).write(fd, Namespace.USER)
         finally:
             os.close(fd)
 
@@ -86,42 +89,31 @@ def read(path: Path, *who: str) -> str:
 
 
 def test_of_a_store_that_names_owners(store: Path, target: Path, backend: str) -> None:
-    """Neither through the file's owner, nor through others who may write to it."""
+    """A forged mark alone is refused. Beside root's mark it is worth nothing: the file is what root has made."""
     plant(store, target)
-    forged = [
-        target / "open" / "made\n\x1b",
-        target / "open" / "made too",
-        target / "theirs",
-        target / "public",
-    ]
-    for path, name in zip(forged, ("private", "victims", "private", "victims"), strict=True):
+    alone = [target / "open" / "made\n\x1b", target / "open" / "made too"]
+    beside = [target / "theirs", target / "public"]
+    for path, name in zip(alone + beside, ("private", "victims", "private", "victims"), strict=True):
         forge(path, store, name)
     with fetching(store, target, *served_by(backend), "--on-error", "EAGAIN") as served:
         for _ in range(2):
-            for path in forged:
+            for path in alone:
                 assert read(path, *AS_EVIL) == "Resource temporarily unavailable"
+        for path in beside:
+            assert read(path, *AS_EVIL) == OWN.decode()
         assert read(target / "private", *AS_EVIL) == "Permission denied"
         assert read(target / "private") == SECRET.decode()
         _, complaints = served.end()
-    lines = complaints.splitlines()
-    assert [line.split(": ")[1] for line in lines] == [
-        "open/made\\n\\x1b",
-        "open/made too",
-        "theirs",
-        "public",
-    ]
-    assert (
-        "belongs to user 54321, and the file that its mark names, private, to user 0 in the store" in lines[0]
-    )
-    assert "others than its owner may write to it" in lines[3]
-    assert all(path.stat().st_blocks == 0 for path in forged)
+    (line,) = complaints.splitlines()
+    assert line.startswith("fusehsm: open/made\\n\\x1b: its mark was written by an ordinary user")
+    assert all(path.stat().st_blocks == 0 for path in alone)
 
 
 def test_of_a_store_that_names_none(nginx: Served, target: Path, backend: str) -> None:
-    """What is not root's is not filled."""
+    """A file that root gave away is still a stub of its own file, whatever its owner writes into its attributes."""
     place = nginx.place(f"forged-{backend}")
-    for name in ("private", "theirs", "public"):
-        put(place.directory / name, SECRET, 0, 0o644)
+    for name, content in (("private", SECRET), ("theirs", OWN), ("public", OWN)):
+        put(place.directory / name, content, 0, 0o644)
     plant(place.url, target)
     (target / "private").chmod(0o600)
     (target / "public").chmod(0o666)
@@ -130,12 +122,43 @@ def test_of_a_store_that_names_none(nginx: Served, target: Path, backend: str) -
         forge(target / name, place.url, "private")
     with fetching(place.url, target, *served_by(backend)) as served:
         for name in ("theirs", "public"):
-            assert read(target / name, *AS_EVIL) == "Input/output error"
+            assert read(target / name, *AS_EVIL) == OWN.decode()
         assert read(target / "private") == SECRET.decode()
         _, complaints = served.end()
-    told, about_others = complaints.splitlines()
-    assert "theirs: belongs to user 54321, and the store tells no owners" in told
-    assert "public: others than its owner may write to it" in about_others
+    assert complaints == ""
+
+
+@pytest.mark.parametrize("attribute", ["stub", "resident", "pinned"])
+def test_nobody_but_root_writes_what_root_believes(store: Path, target: Path, attribute: str) -> None:
+    plant(store, target)
+    with acting_as_evil(), pytest.raises(PermissionError):
+        os.setxattr(target / "theirs", getattr(Namespace.TRUSTED, attribute), b"x")
+
+
+@pytest.mark.parametrize(
+    ("owner", "mode", "rights", "is_renamed", "is_believed"),
+    [
+        (0, 0o600, None, False, True),
+        (0, 0o622, None, False, True),
+        (0, 0o622, None, True, False),
+        (0, 0o622, Rights(0, 0, 0o622), True, True),
+        (0, 0o620, Rights(0, 0, 0o620), True, True),
+        (0, 0o620, Rights(0, VICTIM, 0o620), True, False),
+        (EVIL, 0o600, None, False, False),
+        (EVIL, 0o600, Rights(0, 0, 0o666), False, False),
+        (EVIL, 0o600, Rights(EVIL, 0, 0o600), True, True),
+    ],
+)
+def test_marks_where_root_has_no_other_attributes(
+    tmp_path: Path, owner: int, mode: int, rights: Rights | None, is_renamed: bool, is_believed: bool
+) -> None:
+    """On a file system without trusted.*, root believes a mark if its writer must be root or have a right to that file of the store."""
+    path = tmp_path / "file"
+    path.touch()
+    os.chown(path, owner, 0)
+    path.chmod(mode)
+    why = suspicion(path.stat(), Origin("file", rights, is_renamed))
+    assert (why is None) == is_believed
 
 
 def test_what_populate_made_is_filled(store: Path, target: Path, backend: str) -> None:
@@ -159,23 +182,13 @@ def test_what_populate_made_is_filled(store: Path, target: Path, backend: str) -
     assert complaints == ""
 
 
-def test_what_is_given_away_is_filled_no_further(store: Path, target: Path, backend: str) -> None:
-    """What is here of it already is read all the same."""
-    (store / "private").write_bytes(SECRET * (2 << 20))
+def test_what_is_given_away_is_filled(store: Path, target: Path, backend: str) -> None:
+    """Root has made the stub, and has given it to that user: they get its content."""
     plant(store, target)
-    path = target / "private"
-    options = ("--read-ahead", "0", *served_by(backend))
-
-    def block(number: int) -> bool:
-        return run("dd", f"if={path}", "bs=1M", f"skip={number}", "count=1", "of=/dev/null").returncode == 0
-
-    with fetching(store, target, *options) as served:
-        assert block(0)
-        os.chown(path, EVIL, EVIL)
-        assert (block(0), block(3)) == (True, False)
-        os.chown(path, 0, 0)
-        assert block(3)
-        served.end()
+    os.chown(target / "private", EVIL, EVIL)
+    with fetching(store, target, *served_by(backend)) as served:
+        assert read(target / "private", *AS_EVIL) == SECRET.decode()
+        assert served.end()[1] == ""
 
 
 def test_who_is_not_root_asks_with_their_own_rights(
@@ -199,6 +212,20 @@ def test_who_is_not_root_asks_with_their_own_rights(
             as_nobody = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
             assert read(target / "private", *as_nobody) == SECRET.decode()
             assert served.end()[1] == ""
+
+
+def test_of_a_tree_that_root_has_populated(store: Path, target: Path) -> None:
+    """An ordinary user does not see root's marks, so each stub would look like a file of zeros."""
+    for path in (store, target, *store.iterdir()):
+        path.chmod(0o755)
+    plant(store, target)
+    assert harness.fusehsm("populate", store, target).returncode == 0
+    os.chown(target, NOBODY, NOBODY)
+    with harness.fuse_device_for_everybody():
+        for command in (("fetch", "--backend", "fuse"), ("populate",)):
+            done = harness.fusehsm(*command, store, target, uid=NOBODY)
+            assert done.returncode == 1
+            assert f"{target}: was populated by root, and only root can tell its stubs" in done.stderr
 
 
 @pytest.mark.parametrize("kind", ["local", "tar", "sftp", "zip", "git", "http"])

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from fusehsm.conform.sides import ext4_image
-from fusehsm.tier.stubs.mark import place_of
 from fusehsm.tier.stubs.stub import StubFile
+from fusehsm.tier.stubs.tree import Tree
 from tests.support.requirements import require_root
 from tests.support.tier.fetching import fetching, run
 from tests.support.tier.populated import plant
@@ -91,7 +91,7 @@ def test_no_room_for_the_record(small_disk: Path) -> None:
             except OSError:
                 break
         status = os.fstat(fd)
-        file = StubFile.recover(fd, "stub", place_of(fd), 4096)
+        file = StubFile.recover(fd, "stub", Tree.of(fd), 4096)
         assert file is not None
         with pytest.raises(OSError) as raised:
             for block in range(0, 400, 2):

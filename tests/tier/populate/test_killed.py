@@ -1,13 +1,10 @@
 """populate, killed at any moment and run again: everything is right, nothing is left over, what was right has not been touched."""
 
-import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,25 +17,6 @@ from tests.support.tier.trees import changes_since, describe, expect_stubs
 pytestmark = pytest.mark.any_engine
 
 SEEDS = range(20)
-
-
-@pytest.fixture(scope="module")
-def killed() -> Iterator[Callable[[Path, Path, int, bool], bool]]:
-    """Runs populate until a certain system call; returns whether it got so far."""
-    with harness.start(
-        [sys.executable, "-m", "tests.support.tier.killed"], stdin=subprocess.PIPE, stderr=None
-    ) as process:
-
-        def run(store: Path, target: Path, call: int, unnamed: bool) -> bool:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            process.stdin.write(json.dumps([str(store), str(target), call, unnamed]) + "\n")
-            process.stdin.flush()
-            return bool(json.loads(process.stdout.readline()))
-
-        yield run
-        assert process.stdin is not None
-        process.stdin.close()
 
 
 def make_tree(root: Path, choose: random.Random, files: int) -> None:

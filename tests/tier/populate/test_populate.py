@@ -14,6 +14,7 @@ import pytest
 
 from fusehsm.tier.populate.create import UNFINISHED, Outcome, Planter
 from fusehsm.tier.stores.base import Entry, Kind, StoreError
+from fusehsm.tier.stubs.tree import Namespace
 from tests.conftest import MakeMount
 from tests.support.harness import NOBODY, fusehsm
 from tests.support.requirements import require_root
@@ -134,7 +135,7 @@ def _replace_by_hole(path: Path) -> None:
 
 def _copy_over(path: Path) -> None:
     subprocess.run(["cp", "-a", "--sparse=always", path, f"{path}.copy"], check=True)
-    assert "user.fusehsm.stub" in os.listxattr(f"{path}.copy")
+    assert any(namespace.stub in os.listxattr(f"{path}.copy") for namespace in Namespace)
     os.rename(f"{path}.copy", path)
 
 
@@ -358,15 +359,16 @@ def test_a_mount_hides_the_marks_and_takes_none(source: Path, backing: Path, mak
     mount = make_mount(source=backing)
     path = mount.path / "sub" / "b#?%&.bin"
     assert os.listxattr(path) == []
-    with pytest.raises(OSError) as caught:
-        os.getxattr(path, "user.fusehsm.stub")
-    assert caught.value.errno == errno.ENODATA
-    with pytest.raises(OSError) as caught:
-        os.removexattr(path, "user.fusehsm.stub")
-    assert caught.value.errno == errno.ENODATA
-    with pytest.raises(OSError) as caught:
-        os.setxattr(path, "user.fusehsm.other", b"x")
-    assert caught.value.errno == errno.EOPNOTSUPP
+    for namespace in Namespace:
+        with pytest.raises(OSError) as caught:
+            os.getxattr(path, namespace.stub)
+        assert caught.value.errno == errno.ENODATA
+        with pytest.raises(OSError) as caught:
+            os.removexattr(path, namespace.stub)
+        assert caught.value.errno == errno.ENODATA
+        with pytest.raises(OSError) as caught:
+            os.setxattr(path, f"{namespace.value}other", b"x")
+        assert caught.value.errno == errno.EOPNOTSUPP
     os.setxattr(path, "user.mine", b"x")
     assert os.listxattr(path) == ["user.mine"]
     done = fusehsm("populate", source, mount.path)

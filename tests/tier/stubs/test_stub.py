@@ -16,9 +16,10 @@ from fusehsm.linux import syscalls
 from fusehsm.tier.stubs import mark as stub_mark
 from fusehsm.tier.stubs import record as residency
 from fusehsm.tier.stubs.content import may_have_grown_to, write_without_growing
-from fusehsm.tier.stubs.mark import StubMark, place_of
+from fusehsm.tier.stubs.mark import StubMark
 from fusehsm.tier.stubs.record import Flags
 from fusehsm.tier.stubs.stub import InDoubt, StubFile
+from fusehsm.tier.stubs.tree import Namespace, Tree
 from tests.support import harness
 from tests.support.requirements import require_root
 from tests.support.tier.populated import plant
@@ -41,7 +42,10 @@ class Stub:
         self.file = self.again()
 
     def again(self, place: bytes | None = None) -> StubFile:
-        file = StubFile.recover(self.fd, "stub", place or place_of(self.fd), BLOCK)
+        tree = Tree.of(self.fd)
+        if place is not None:
+            tree = replace(tree, place=place)
+        file = StubFile.recover(self.fd, "stub", tree, BLOCK)
         assert file is not None
         self.file = file
         return file
@@ -52,9 +56,9 @@ class Stub:
             self.file.fill(self.fd, block, block + 1, [(block * BLOCK, data)], lambda: True)
 
     def record(self) -> residency.Record:
-        mark = stub_mark.read(self.fd)
+        mark = stub_mark.read(self.fd, Namespace.at(self.fd))
         assert mark is not None
-        record = residency.read(self.fd, mark)
+        record = residency.read(self.fd, mark, Namespace.at(self.fd))
         assert record is not None
         return record
 
@@ -207,7 +211,7 @@ def test_after_a_power_cut_lost_blocks_come_again(stub: Stub) -> None:
     record = stub.record()
     syscalls.fallocate(stub.fd, PUNCH, BLOCK, BLOCK)
     os.utime(stub.fd, ns=(1, record.mtime_ns))
-    replace(record, recorded_ns=time.time_ns() - 5_000_000).write(stub.fd)
+    replace(record, recorded_ns=time.time_ns() - 5_000_000).write(stub.fd, Namespace.at(stub.fd))
     assert stub.again().missing(0, SIZE) == [2, 3, 4, 5]
     assert stub.again(b"elsewhe.").missing(0, SIZE) == [1, 2, 3, 4, 5]
     assert not stub.file.unexplained
@@ -251,10 +255,10 @@ def test_killed_while_it_is_emptied(stub: Stub, call: int) -> None:
 def test_a_record_that_tells_something_impossible_is_none(stub: Stub, change: dict[str, Any]) -> None:
     """Its owner may have written it."""
     stub.fill(1)
-    replace(stub.record(), **change).write(stub.fd)
-    mark = stub_mark.read(stub.fd)
+    replace(stub.record(), **change).write(stub.fd, Namespace.at(stub.fd))
+    mark = stub_mark.read(stub.fd, Namespace.at(stub.fd))
     assert mark is not None
-    assert residency.read(stub.fd, mark) is None
+    assert residency.read(stub.fd, mark, Namespace.at(stub.fd)) is None
     assert stub.again().resident == 0
 
 
@@ -262,9 +266,9 @@ def test_a_record_of_more_blocks_than_are_kept_is_none(places: Callable[[str], P
     with open(places("stub") / "file", "w+b") as file:
         file.truncate(1 << 40)
         mark = StubMark.of(file.fileno(), "file", None)
-        mark.write(file.fileno())
+        mark.write(file.fileno(), Namespace.USER)
         digest = residency.digest_of(mark)
         for block_size, is_record in ((1 << 26, True), (1 << 25, False)):
             record = residency.Record(digest, bytes(8), Flags.OPEN, block_size, 1 << 40, 1 << 40, 0, 0, b"")
-            record.write(file.fileno())
-            assert (residency.read(file.fileno(), mark) is not None) == is_record
+            record.write(file.fileno(), Namespace.USER)
+            assert (residency.read(file.fileno(), mark, Namespace.USER) is not None) == is_record
