@@ -7,7 +7,9 @@ only when the handler first suspends. A handler that never suspends costs no tas
 import errno
 import inspect
 import logging
+import math
 import os
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, NoReturn, cast
@@ -24,6 +26,7 @@ AsyncHandler = Callable[[Event], Coroutine[Any, Any, None]]
 Handler = AsyncHandler | Callable[[Event], Awaitable[None] | None]
 
 _EXITS = (SystemExit, KeyboardInterrupt)
+_REPORT_INTERVAL = 5.0  # seconds between two log lines about files that cannot be opened
 
 _log = logging.getLogger(__name__)
 
@@ -76,6 +79,7 @@ class _Server:
         self._workers = 0
         self._turn = ReadingTurn(self.start_worker)
         self._taken: deque[Event] = deque()
+        self._quiet_until = -math.inf  # monotonic seconds
         self.failure: OSError | None = None  # the reason why the group is of no more use
 
     def start_worker(self) -> None:
@@ -95,7 +99,7 @@ class _Server:
                 await self._turn.wait(worker)
             event = await self._next_event()
             if event.fd < 0:
-                _report_lost(event)
+                self._report_lost(event)
             else:
                 await self._handle(event)
 
@@ -111,8 +115,22 @@ class _Server:
             except OSError as error:
                 if error.errno in GROUP_IS_GONE:
                     await self._end(error)
-                report_unopened(error.errno or 0)
+                self._report_unopened(error.errno or 0)
         return self._taken.popleft()
+
+    def _report_lost(self, event: Event) -> None:
+        if event.mask & FAN_Q_OVERFLOW:
+            _log.warning(
+                "the event queue overflowed: accesses were allowed without asking (FAN_UNLIMITED_QUEUE avoids it)"
+            )
+        else:
+            self._report_unopened(-event.fd)
+
+    def _report_unopened(self, number: int) -> None:
+        # Not each: any user can lease a file of theirs, and read it again and again.
+        if time.monotonic() >= self._quiet_until:
+            self._quiet_until = time.monotonic() + _REPORT_INTERVAL
+            report_unopened(number)
 
     async def _end(self, failure: OSError) -> NoReturn:
         self.failure = failure
@@ -231,12 +249,3 @@ def _errno_of(exception: BaseException, event: Event) -> int:
 def report_unopened(number: int) -> None:
     """Log that an access was denied because its event's file could not be opened for the listener. `number`: the errno."""
     _log.warning("an access was denied: its file cannot be opened for the listener: %s", os.strerror(number))
-
-
-def _report_lost(event: Event) -> None:
-    if event.mask & FAN_Q_OVERFLOW:
-        _log.warning(
-            "the event queue overflowed: accesses were allowed without asking (FAN_UNLIMITED_QUEUE avoids it)"
-        )
-    else:
-        report_unopened(-event.fd)

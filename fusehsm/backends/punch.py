@@ -62,9 +62,8 @@ async def leased(path: str | bytes | os.PathLike[str] | int) -> AsyncIterator[Le
     On a fusehsm mount `file.descriptor` is open on the backing, so its use makes no events. The kernel's cached pages and attributes are dropped
     at the beginning and at the end. On any other filesystem `file.descriptor` is open on the leased file itself (F_SETLEASE with F_WRLCK,
     fcntl(2)), and fallocate(2), read(2) or write(2) of it make a PRE_ACCESS event, also for a group of the caller's own. No such event can be
-    answered: to read it opens the file, which waits for the lease to break, or fails the call with EPERM if event_f_flags has O_NONBLOCK
-    (docs/facts.md, section 17). So set an ignore mark on the file first (FAN_MARK_IGNORED_MASK and FAN_MARK_IGNORED_SURV_MODIFY), and remove it
-    afterwards. It does no harm on a mount.
+    answered: a group of ours cannot open the leased file for it, so the call fails with EPERM (docs/facts.md, section 17). So set an ignore mark on
+    the file first (FAN_MARK_IGNORED_MASK and FAN_MARK_IGNORED_SURV_MODIFY), and remove it afterwards. It does no harm on a mount.
     """
     target = path if isinstance(path, int) else os.fspath(path)
     found, mount = await trio.to_thread.run_sync(_find, target)

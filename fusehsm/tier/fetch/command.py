@@ -15,9 +15,15 @@ from typing import Final
 import trio
 
 from fusehsm.backends.base import AT_FDCWD, Group
-from fusehsm.backends.opening import open_group
+from fusehsm.backends.opening import DEFAULT_FLAGS, open_group
 from fusehsm.control import socket as control_socket
-from fusehsm.fanotify.abi import FAN_EVENT_ON_CHILD, FAN_MARK_ADD, FAN_MARK_MOUNT, parse_mask
+from fusehsm.fanotify.abi import (
+    FAN_EVENT_ON_CHILD,
+    FAN_MARK_ADD,
+    FAN_MARK_MOUNT,
+    FAN_REPORT_FD_ERROR,
+    parse_mask,
+)
 from fusehsm.handler import GROUP_IS_GONE, serve
 from fusehsm.linux.beneath import directories
 from fusehsm.linux.mountinfo import read_mounts
@@ -186,8 +192,10 @@ async def _serve(
     events = _EVENTS_OF_KERNEL if place.backend == "kernel" else _EVENTS
     # A filesystem mark also covers the file system's other mounts, and mounts in other namespaces (containers), which have no marks of their own.
     mark = "filesystem" if place.is_whole and place.path != "/" else "mount"
+    # With FAN_REPORT_FD_ERROR a file that cannot be opened does not look like an empty queue (_refusing_the_rest).
+    flags = DEFAULT_FLAGS | FAN_REPORT_FD_ERROR
     async with (
-        open_group(place.path, events, backend=place.backend, mark=mark) as group,
+        open_group(place.path, events, backend=place.backend, flags=flags, mark=mark) as group,
         _refusing_the_rest(group),
     ):
         with ExitStack() as ending:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Final
 
@@ -13,7 +13,7 @@ from fusehsm.linux.beneath import directories, open_beneath
 from fusehsm.tier.fetch.failures import passed_over
 from fusehsm.tier.fetch.handler import Fetcher
 from fusehsm.tier.stubs.mark import Key, key_of
-from fusehsm.tier.stubs.stub import StubFile
+from fusehsm.tier.stubs.stub import StubFile, may_be_written
 
 INTERVAL: Final = 5.0  # seconds
 _LONGEST: Final = 6  # intervals after which a sync happens although fills go on
@@ -47,9 +47,9 @@ class Keeper:
                 continue
             self._put_off = 0
             with passed_over(_NOT_KEPT, _log):
-                await trio.to_thread.run_sync(self._sync, abandon_on_cancel=True)
+                await trio.to_thread.run_sync(self._sync, _may_be_written, abandon_on_cancel=True)
 
-    def _sync(self) -> None:
+    def _sync(self, may_be_written: Callable[[int], bool] = may_be_written) -> None:
         files = [
             (key, file, file.changes)
             for key, served in list(self._fetcher.served.items())
@@ -66,7 +66,7 @@ class Keeper:
             with self.opened(key, file) as fd:
                 if fd is not None:
                     with suppress(OSError):
-                        file.seal(fd, changes)
+                        file.seal(fd, changes, may_be_written)
 
     def rest(self) -> None:
         """At the end, sync all content and close every record. Call it when no fill is under way and all accesses still wait: the records do not
@@ -103,6 +103,11 @@ class Keeper:
         finally:
             if fd is not None:
                 os.close(fd)
+
+
+def _may_be_written(fd: int) -> bool:
+    """may_be_written() in the event loop, so that it does not read an event of the file meanwhile: that access would be denied."""
+    return trio.from_thread.run_sync(may_be_written, fd)
 
 
 def _rest(file: StubFile, fd: int) -> None:

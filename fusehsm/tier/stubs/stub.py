@@ -53,6 +53,14 @@ class Unbelieved(OSError):
     """A file has a mark that any user may have written, so it may be a stub, or not. The errno is EIO; strerror is "cause; fix"."""
 
 
+def may_be_written(fd: int) -> bool:
+    """Whether a process may have the file open for writing."""
+    try:
+        return syscalls.is_open_for_writing(fd)
+    except OSError:
+        return True
+
+
 class StubFile:
     """A served stub, of one inode. Callers read the public attributes. They set only `used_ns`, and `modified` when they see a write."""
 
@@ -361,12 +369,15 @@ class StubFile:
                 written += write_without_growing(fd, part, at, size, self.path)
         return written
 
-    def seal(self, fd: int, changes: int) -> None:
-        """Record that all blocks are on the disk: the caller has synced them after reading `changes`. Does nothing if there are newer changes."""
+    def seal(self, fd: int, changes: int, may_be_written: Callable[[int], bool] = may_be_written) -> None:
+        """Record that all blocks are on the disk: the caller has synced them after reading `changes`. Does nothing if there are newer changes.
+
+        `may_be_written`: as the function of that name, which leases the file for a moment. Meanwhile no group can open the file for an event.
+        """
         with self._lock:
             if self.changes == changes and not self.synced:
                 self.synced = True
-                self._raced = self._raced and _may_be_written(fd)
+                self._raced = self._raced and may_be_written(fd)
                 self._record(fd)
 
     def rest(self, fd: int) -> None:
@@ -512,14 +523,6 @@ def is_pinned(fd: int, namespace: Namespace) -> bool:
 def _make_holes(fd: int, parts: list[tuple[int, int]]) -> None:
     for start, stop in parts:
         syscalls.fallocate(fd, _PUNCH, start, stop - start)
-
-
-def _may_be_written(fd: int) -> bool:
-    """Whether a process may have the file open for writing."""
-    try:
-        return syscalls.is_open_for_writing(fd)
-    except OSError:
-        return True
 
 
 def _privileges(fd: int, status: os.stat_result) -> Callable[[], None]:
