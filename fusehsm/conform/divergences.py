@@ -272,6 +272,15 @@ DIVERGENCES: Final = (
         test="test_reads_after_a_denial",
     ),
     Divergence(
+        topic=Topic.CACHE,
+        name="opened while a page waits",
+        difference="A file that is opened while a page of it waits for a listener is read through the page cache at first, so reads of pages that "
+        "are there make no event, and with pyfuse3 each page of a read makes one.",
+        reason="In the other mode mmap(2) would drop the pages and wait for the one that is locked, with the process's memory locked.",
+        safe="No page is there that was not asked for, pages of older events are dropped before, and every other page is asked for.",
+        test="test_opened_while_a_page_waits",
+    ),
+    Divergence(
         topic=Topic.FIRST_ACCESS,
         name="first-access events",
         difference="With `--events first-access`, an event is for what enters the page cache, widened by read-ahead, and bytes that are "
@@ -426,6 +435,16 @@ DIVERGENCES: Final = (
         reason="They use the files below the overlay, and no FUSE server is asked.",
         safe="The listener knows what it has filled, and every other process asks.",
         test="test_accesses_of_the_listener",
+    ),
+    Divergence(
+        topic=Topic.WAITING,
+        name="mapping a file that was opened before",
+        difference="If a file was open before a page fault of another process in it began to wait, mmap(2) of it waits for that page's answer "
+        "and cannot be killed.",
+        reason="For a file whose reads make exact events the kernel drops all cached pages in mmap(2) and waits for those that are locked, "
+        "and it sends its FUSE server no request for mmap(2).",
+        safe="An open(2) in that time gives a descriptor that does not wait, `--event-timeout` bounds the wait, and no content is touched.",
+        test="test_mapping_a_file_that_was_opened_before",
     ),
     Divergence(
         topic=Topic.WAITING,

@@ -55,8 +55,8 @@ class AttributeCache:
         self._listeners = listeners
         self._stale = stale
         self._subject_of = subject_of
-        # By node id: how many of its pages wait for a listener.
-        self._filling: dict[int, int] = {}
+        # By node id: the ranges in bytes [start, end) of its pages that wait for a listener.
+        self._filling: dict[int, list[tuple[int, int]]] = {}
         # By node id, while there are listeners: the st_mtime (nanoseconds) that the kernel was last told.
         self._mtimes: dict[int, int] = {}
         # By node id: the time of its last event (monotonic seconds), inf while an access of it waits for an answer.
@@ -182,16 +182,23 @@ class AttributeCache:
 
     # Pages that wait for a listener
 
-    def begin_filling(self, node: Node) -> None:
-        """A page of the node is about to wait for a listener."""
-        self._filling[node.id] = self._filling.get(node.id, 0) + 1
+    def begin_filling(self, node: Node, offset: int, size: int) -> None:
+        """Pages of the node, `size` bytes at `offset`, are about to wait for a listener."""
+        self._filling.setdefault(node.id, []).append((offset, offset + size))
         if node.id not in self._mtimes:
             with suppress(OSError):
                 self._mtimes[node.id] = self._overlay.getattr(node).st_mtime_ns
 
-    def end_filling(self, node: Node) -> None:
-        """A page of the node waits no more."""
-        _one_less(self._filling, node.id)
+    def end_filling(self, node: Node, offset: int, size: int) -> None:
+        """Those pages wait no more."""
+        ranges = self._filling[node.id]
+        ranges.remove((offset, offset + size))
+        if not ranges:
+            del self._filling[node.id]
+
+    def filling(self, node: Node) -> list[tuple[int, int]]:
+        """The ranges in bytes [start, end) of the node's pages that wait for a listener."""
+        return list(self._filling.get(node.id, ()))
 
     def is_filling(self, node: Node) -> bool:
         """Whether a page of the node waits for a listener. The kernel keeps that page locked until the answer, and dropping it waits, too."""

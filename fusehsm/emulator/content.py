@@ -57,6 +57,8 @@ class Content:
         self._explainer = explainer
         self._subject_of = subject_of
         self._filled: dict[int, RangeSet] = {}
+        # Node ids: no event of a mapping covers later fills of the node (open_through_cache()).
+        self._asks_each_fill: set[int] = set()
         self._reader = BackingReader()
         self._writer = BackingWriter(overlay, explainer)
         self._refusals = Refusals(explainer)
@@ -65,11 +67,30 @@ class Content:
     def forgotten(self, node_id: int) -> None:
         """Forget a node, as the kernel has forgotten it and its pages."""
         self._filled.pop(node_id, None)
+        self._asks_each_fill.discard(node_id)
         self._refusals.forgotten(node_id)
 
     def dropped(self, node: Node) -> None:
         """A node's pages are about to be dropped, because it may have been evicted. Its mappings must be asked for again."""
         self._filled.pop(node.id, None)
+
+    async def open_through_cache(self, node: Node) -> None:
+        """A file whose accesses are those of single calls is about to be opened through the page cache, while pages of it wait for a listener.
+
+        It sees the cached pages without a request. So no page may be in the cache that an older event has let in: from now on each fill is asked
+        for, and the pages that do not wait are dropped. Only the first such open pays for that.
+        """
+        if node.id not in self._asks_each_fill:
+            self._asks_each_fill.add(node.id)
+            self.forget_announced(self._handles.of_node(node))
+            await self._stale.drop_but(node, self._attributes.filling(node))
+
+    def opened_past_cache(self, node: Node) -> None:
+        """A file has been opened past the page cache, and its open drops all pages of the node."""
+        if node.id in self._asks_each_fill and all(
+            file.direct or not file.exact for file in self._handles.of_node(node)
+        ):
+            self._asks_each_fill.discard(node.id)
 
     @asynccontextmanager
     async def changing(self, node: Node, *, content: bool = True) -> AsyncIterator[None]:
@@ -127,7 +148,7 @@ class Content:
             return await self._read_backing(file, offset, size)
         subject = self._subject_of(file.node)
         who = self._explainer.accessor(file, tid)
-        if file.direct:
+        if file.exact:
             explanation = await self._explainer.read(file, offset, size, who, fills)
         else:
             fill = Access(AccessKind.FILL, offset, size, who.pid, who.tid, leaves=who.certain)
@@ -139,11 +160,11 @@ class Content:
             # A page in the cache is for the accesses by every mount.
             subject = await self.seen(file.node, who.known_tid, file)
         if explanation.fills:
-            self._attributes.begin_filling(file.node)
+            self._attributes.begin_filling(file.node, offset, size)
         try:
             for access in explanation.accesses:
                 allowed |= await self.ask(access, subject, file.node, _armed(file))
-            if explanation.fills and not allowed and file.direct and listeners.attended(subject):
+            if explanation.fills and not allowed and file.exact and listeners.attended(subject):
                 # In patch-v2 the fault of a writable mapping makes an event for writing only. But its page can be read, too.
                 fill = Access(AccessKind.FILL, offset, size, who.pid, who.tid, leaves=who.certain)
                 allowed = await self.ask(fill, subject, file.node, _armed(file))
@@ -154,7 +175,7 @@ class Content:
             raise
         finally:
             if explanation.fills:
-                self._attributes.end_filling(file.node)
+                self._attributes.end_filling(file.node, offset, size)
         if explanation.fills and not allowed and self._refusals.may_refuse(file):
             # Its listener has gone without an answer.
             self._refusals.check(file, explanation, offset, size, who, heard=listeners.hears_content(subject))
@@ -209,7 +230,7 @@ class Content:
                 file.grants[explanation.tid, explanation.direction] = grant
             else:
                 file.grants.pop((explanation.tid, explanation.direction), None)
-        if explanation.announces and self._maps_are_asked_for:
+        if explanation.announces and self._maps_are_asked_for and file.node.id not in self._asks_each_fill:
             for start, end in explanation.announces:
                 file.announced.add(start, end)
 
@@ -300,8 +321,15 @@ class Content:
                 (Access(AccessKind.WRITE, offset, size, who.pid, who.tid),), who.tid, Direction.WRITE
             )
         subject = await self.seen(file.node, who.known_tid, file)
-        for access in explanation.accesses:
-            await self.ask(access, subject, file.node, _armed(file))
+        if not file.direct:
+            # The kernel keeps the pages of a write through the page cache locked until it is answered.
+            self._attributes.begin_filling(file.node, offset, size)
+        try:
+            for access in explanation.accesses:
+                await self.ask(access, subject, file.node, _armed(file))
+        finally:
+            if not file.direct:
+                self._attributes.end_filling(file.node, offset, size)
         # Also when no listener was asked: a write reads no content, and its pieces are one call.
         self._allowed(file, explanation)
         return explanation
@@ -315,14 +343,18 @@ class Content:
         files = [
             file
             for file in self._handles.of_node(node)
-            if file.direct and (file.flags ^ flags) & os.O_ACCMODE == 0
+            if file.exact and (file.flags ^ flags) & os.O_ACCMODE == 0
         ]
         files = [file for file in files if file.pid == pid] or files
         if self._listeners.idle or not files:
             return
         armed = max((_armed(file) for file in files), key=STRENGTH.__getitem__)
         access = Access(AccessKind.MAP, offset, length, pid, tid, writable=writable)
-        if await self.ask(access, await self.seen(node, tid), node, armed) and self._maps_are_asked_for:
+        if (
+            await self.ask(access, await self.seen(node, tid), node, armed)
+            and self._maps_are_asked_for
+            and node.id not in self._asks_each_fill
+        ):
             for file in files:
                 file.announced.add(offset, offset + length)
 

@@ -136,7 +136,7 @@ class Explainer:
     def accessor(self, file: OpenFile[Node], tid: int) -> Accessor:
         """The accessor of a request: the thread `tid` that the engine names; with 0, the thread that opened the file."""
         if tid:
-            if not file.direct:
+            if not file.exact:
                 # Every request is one access then, whichever call it is part of.
                 return Accessor(proc.process_of(tid), tid, True)
             process, call = self._calls.identify(tid)
@@ -232,6 +232,8 @@ class Explainer:
         faulting = None
         for call in self._calls_of(who):
             transfer = await self._side_of(call, direction)
+            if transfer is not None and fills and not file.direct:
+                transfer.paged = True
             if (
                 transfer is not None
                 and (not fills or transfer.paged)

@@ -371,10 +371,25 @@ class Gate:
         )
         # Without keep_cache the kernel drops the node's pages. Pages that came in unasked must go. Pages of a direct_io file go so that every
         # new mapping makes its event, as in the kernel. They stay while one of them waits for a listener: this open(2) would wait, too, and
-        # could not be killed.
+        # could not be killed. Nor could a process that maps a direct_io file meanwhile: mmap(2) drops the node's pages with the process's memory
+        # locked (fuse_file_mmap() in the kernel). So a file that can be mapped is opened through the cache then.
         tainted = heard and node in self._stale
-        keep_cache = not tainted and (not direct or self.attributes.is_filling(node))
-        file = self._opened(node, flags, descriptor, armed, direct, access.tid, access.pid, uid)
+        filling = self.attributes.is_filling(node)
+        meanwhile = direct and filling and not tainted and flags & os.O_ACCMODE != os.O_WRONLY
+        if meanwhile:
+            try:
+                await self.content.open_through_cache(node)
+            except BaseException:
+                os.close(descriptor)
+                raise
+        keep_cache = not tainted and (not direct or filling)
+        file = self._opened(
+            node, flags, descriptor, armed, direct and not meanwhile, access.tid, access.pid, uid
+        )
+        if meanwhile:
+            file.exact = True
+        elif not keep_cache:
+            self.content.opened_past_cache(node)
         file.mount = subject.mount
         if self.listeners.notified:
             file.tells_closer = self.listeners.hears_notification(FAN_CLOSE, subject)

@@ -113,6 +113,8 @@ class OpenFile(Generic[NodeT]):
     stateless: bool = False
     #: Whether its handle has left the table.
     released: bool = False
+    #: Whether its accesses are those of single calls. So it is for a direct file, and for one that is opened while a page of its file waits.
+    exact: bool = False
     #: Whether the kernel sends it past the page cache now.
     bypasses: bool = False
     #: Whether a listener is to be notified when it is closed.
@@ -195,6 +197,7 @@ class HandleTable(Generic[NodeT]):
     ) -> OpenFile[NodeT]:
         """Add an open file, which owns `descriptor` from now on."""
         file = OpenFile(self._next_handle, node, flags, armed, direct, tid, pid, uid, descriptor=descriptor)
+        file.exact = direct
         self._next_handle += 1
         self._files[file.handle] = file
         self._of_node.setdefault(node, []).append(file)

@@ -153,6 +153,25 @@ class StalePages:
         with suppress(OSError):
             await self._dropped(drops, _MOMENT)
 
+    async def drop_but(self, node: Node, kept: Iterable[tuple[int, int]]) -> None:
+        """Drop a node's cached pages except those in the ranges in bytes [start, end) of `kept`.
+
+        Returns when they are dropped, or after 0.1 seconds.
+        """
+        cache = self.cache
+        if cache is None:
+            return
+        drops: list[Drop] = []
+        position = 0
+        for start, end in sorted(kept):
+            first = start - start % PAGE_SIZE
+            if position < first:
+                drops.append(partial(cache.inval_range, node.id, position, first - position))
+            position = max(position, -(-end // PAGE_SIZE) * PAGE_SIZE)
+        drops.append(partial(cache.inval_range, node.id, position, 0))
+        with suppress(OSError):
+            await self._dropped(drops, _MOMENT)
+
     async def drop_written(self, node: Node, start: int, end: int) -> None:
         """Drop a node's cached pages of [`start`, `end`), which a write has changed past the page cache, for those who have it open otherwise.
 

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import mmap
 import os
 from typing import Any
 
@@ -14,6 +15,7 @@ from fusehsm.events import Event
 from fusehsm.linux import syscalls
 from tests.conform.divergences.sides import PAGE, Side, covers
 from tests.conftest import MakeAccessor
+from tests.support.async_listener import HOLD
 
 READ_WRITE = os.O_RDWR | os.O_CLOEXEC
 PUNCH = syscalls.FALLOC_FL_KEEP_SIZE | 2  # FALLOC_FL_PUNCH_HOLE
@@ -50,6 +52,34 @@ async def test_files_opened_before_the_mark(
         async with side.listening() as listener:
             await accessor.run("pread", descriptor, 1, 0)
             assert covers(listener.briefly(), 0, PAGE) == (side is not kernel)
+
+
+def touch_page(path: str, page: int) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY)
+    return mmap.mmap(descriptor, 4096, mmap.MAP_PRIVATE, mmap.PROT_READ, offset=page * 4096)[:1]
+
+
+async def test_opened_while_a_page_waits(kernel: Side, exact: Side, make_accessor: MakeAccessor) -> None:
+    """One more page is brought in meanwhile, so it is there when another process reads it."""
+    for side in (kernel, exact):
+        path = side.file("opened-meanwhile")
+        first, second, third = make_accessor(), make_accessor(), make_accessor()
+
+        def answer(event: Event, held: int = first.pid) -> int:
+            return HOLD if event.pid == held else 0
+
+        async with side.listening(answer=answer) as listener:
+            call = first.start(touch_page, path, 4)
+            await listener.wait_for(1)
+            await second.run(touch_page, path, 8)
+            descriptor = await third.run("open", path, os.O_RDONLY)
+            listener.take()
+            await third.run("pread", descriptor, PAGE, 8 * PAGE)
+            assert listener.briefly() == ([("PRE_ACCESS", 8 * PAGE, PAGE)] if side is kernel else [])
+            await third.run("pread", descriptor, PAGE, 9 * PAGE)
+            assert listener.briefly() == [("PRE_ACCESS", 9 * PAGE, PAGE)]
+            listener.release()
+            await call.wait()
 
 
 async def test_eviction_through_an_event_in_first_access_mode(

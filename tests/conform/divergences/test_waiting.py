@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import mmap
 import os
 import signal
 from contextlib import ExitStack
@@ -15,10 +16,14 @@ from fusehsm.backends.opening import open_group
 from fusehsm.conform.accessor import Accessor, PendingCall
 from fusehsm.daemon.control_server import MOST_GROUPS
 from fusehsm.fanotify.abi import FAN_CLASS_PRE_CONTENT
+from fusehsm.linux import system_call
 from fusehsm.linux.mountinfo import mount_of
 from tests.conform.divergences.sides import READ_ONLY, SIZE, Side
 from tests.conftest import MakeAccessor
 from tests.support.async_listener import HOLD, Listener
+from tests.support.harness import PATIENCE
+
+MMAP = (9, 222)  # x86-64, arm64
 
 pytestmark = [pytest.mark.fuse, pytest.mark.kernel]
 
@@ -62,6 +67,39 @@ async def test_writers_past_the_end(kernel: Side, exact: Side, make_accessor: Ma
                 listener.release()
                 for call in calls:
                     await call.wait()
+
+
+def map_first_page(descriptor: int) -> bytes:
+    return mmap.mmap(descriptor, 4096, mmap.MAP_PRIVATE, mmap.PROT_READ)[:1]
+
+
+async def test_mapping_a_file_that_was_opened_before(
+    kernel: Side, exact: Side, make_accessor: MakeAccessor
+) -> None:
+    """On a real kernel the killed process goes at once. Here it goes with the answer."""
+    for side in (kernel, exact):
+        path = side.file("opened-before")
+        first, second = make_accessor(), make_accessor()
+        async with side.listening(answer=lambda event: HOLD) as listener:
+            descriptors = [await accessor.run("open", path, os.O_RDONLY) for accessor in (first, second)]
+            touching = first.start(map_first_page, descriptors[0])
+            await listener.wait_for(1)
+            second.start(map_first_page, descriptors[1])
+            await until_in_mmap(second)
+            second.kill()
+            if side is kernel:
+                await trio.to_thread.run_sync(second.wait_exit)
+            else:
+                assert not await trio.to_thread.run_sync(second.exited, 0.3)
+            listener.release()
+            assert await touching.wait() == b"\0"
+            assert await trio.to_thread.run_sync(second.wait_exit) == signal.SIGKILL
+
+
+async def until_in_mmap(accessor: Accessor) -> None:
+    with trio.fail_after(PATIENCE):
+        while (call := system_call.call_of(accessor.pid)) is None or call.number not in MMAP:
+            await trio.sleep(0.01)
 
 
 async def test_killed_before_it_is_read(kernel: Side, exact: Side, make_accessor: MakeAccessor) -> None:
