@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from fusehsm.linux import syscalls
+from fusehsm.linux import mountinfo, syscalls
 
 _RESOLVE: Final = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -26,7 +26,8 @@ MOST_OPEN: Final = 16
 
 LIST: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
-Identity = tuple[int, int]  # device, inode
+Identity = tuple[int, int, bytes | None]
+"""Device, inode and birth time of a directory. The kernel gives an inode's number to another file as soon as the first is gone."""
 
 
 def components(path: str) -> list[str]:
@@ -62,6 +63,32 @@ def open_beneath(root_fd: int, path: str, flags: int) -> int:
             raise
     components(path)  # without openat2(2) only this check keeps ".." from leading out
     return walk(root_fd, names, flags, openat2=False)
+
+
+def open_entry(directory: int, name: str, flags: int) -> int:
+    """open(2) of the entry `name` (one component) of a directory, with O_CLOEXEC; a symbolic link is not followed.
+
+    Where another user has mounted a filesystem there, that user's process would have to answer, or would not answer: raises OSError EXDEV. Other
+    mounts are entered. Old kernels (before openat2(2)) enter all.
+    """
+    flags |= os.O_NOFOLLOW | os.O_CLOEXEC
+    path = os.fsencode(name)
+    try:
+        return syscalls.openat2(directory, path, flags, _RESOLVE | syscalls.RESOLVE_NO_XDEV)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EPERM):
+            raise
+        if error.errno != errno.EXDEV:
+            return os.open(path, flags, dir_fd=directory)
+    # O_PATH sends no request to the server of a mount's root.
+    point = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        owner = mountinfo.mount_of_descriptor(point).owner_uid
+        if owner not in (0, os.geteuid()):
+            raise OSError(errno.EXDEV, f"is a mount of user {owner}, which is not entered", name)
+        return os.open(f"/proc/self/fd/{point}", flags & ~os.O_NOFOLLOW)
+    finally:
+        os.close(point)
 
 
 def walk(
@@ -125,7 +152,7 @@ class Level:
     path: str
     #: A descriptor for reading; -1 while it is closed, until the walk comes back.
     fd: int
-    #: Device and inode.
+    #: To find it again while it is closed.
     identity: Identity
     #: The names in it that the walk has not seen yet; the next one is last.
     names: list[str]
@@ -246,9 +273,9 @@ def _keep_directories(level: Level) -> list[str]:
 
 
 def identity_of(fd: int) -> Identity:
-    """The device and inode of a directory."""
+    """The identity of an open directory; its birth time is None where the file system keeps none."""
     status = os.fstat(fd)
-    return status.st_dev, status.st_ino
+    return status.st_dev, status.st_ino, syscalls.birth_time(fd, b"")
 
 
 def reopened(root_fd: int, path: str, identity: Identity, inner_fd: int | None) -> int:

@@ -26,6 +26,7 @@ from typing import Any, Final
 AT_FDCWD: Final = -100
 
 # openat2(2), linux/openat2.h
+RESOLVE_NO_XDEV: Final = 0x01
 RESOLVE_NO_MAGICLINKS: Final = 0x02
 RESOLVE_NO_SYMLINKS: Final = 0x04
 RESOLVE_BENEATH: Final = 0x08

@@ -8,12 +8,23 @@ from pathlib import Path
 
 import pytest
 
-from fusehsm.linux.beneath import LONGEST_PATH, MOST_OPEN, Descent, directories
+from fusehsm.linux import syscalls
+from fusehsm.linux.beneath import (
+    LONGEST_PATH,
+    MOST_OPEN,
+    Descent,
+    directories,
+    identity_of,
+    open_entry,
+    reopened,
+)
 from fusehsm.tier.fetch.inventory import items
 from fusehsm.tier.stores.base import StoreError
 from fusehsm.tier.stores.local import LocalStore
 from fusehsm.tier.stubs.tree import Tree
+from tests.support.requirements import require_fuse, require_root
 from tests.support.tier.deep import LEVELS, nested
+from tests.support.tier.others import MALLORY, silent_mount
 from tests.support.tier.trees import make_small_tree
 
 pytestmark = pytest.mark.any_engine
@@ -108,3 +119,47 @@ def test_what_has_been_moved_meanwhile_is_left_out_and_the_rest_is_seen(
                     seen.append(level.path_of(level.names.pop()))
     assert seen == [str((kept / "z").relative_to(root)), "z"]
     assert [(error.errno, error.filename) for error in lost] == [(errno.ESTALE, str(gone.relative_to(root)))]
+
+
+def test_a_directory_is_not_taken_for_a_new_one_with_its_inode_number(
+    ext4: Path, places: Callable[[str], Path]
+) -> None:
+    root = places("reused")
+    assert root.is_relative_to(ext4)
+    with opened(root) as root_fd:
+        for number in range(100):
+            (root / f"{number}").mkdir()
+            with opened(root / f"{number}") as fd:
+                gone, status = identity_of(fd), os.fstat(fd)
+            (root / f"{number}").rmdir()
+            (root / "new").mkdir()
+            if os.stat(root / "new").st_ino == status.st_ino:
+                break
+            (root / "new").rmdir()
+        else:
+            pytest.fail("no inode number was given again")
+        with pytest.raises(OSError) as raised:
+            reopened(root_fd, "new", gone, None)
+        assert raised.value.errno == errno.ESTALE
+
+
+@pytest.mark.any_engine
+def test_only_mounts_of_other_users_are_not_entered(places: Callable[[str], Path]) -> None:
+    require_root()
+    require_fuse()
+    root = places("entries")
+    (root / "point").mkdir()
+    with opened(root) as root_fd:
+        with silent_mount(MALLORY, root / "point"), pytest.raises(OSError) as raised:
+            open_entry(root_fd, "point", os.O_PATH)
+        assert raised.value.errno == errno.EXDEV
+        syscalls.mount(b"tmpfs", bytes(root / "point"), b"tmpfs", 0)
+        try:
+            (root / "point" / "inside").touch()
+            fd = open_entry(root_fd, "point", os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                assert os.listdir(fd) == ["inside"]
+            finally:
+                os.close(fd)
+        finally:
+            syscalls.umount2(bytes(root / "point"), 0)

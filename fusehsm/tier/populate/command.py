@@ -14,10 +14,11 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
-from fusehsm.linux.mountinfo import mount_of
+from fusehsm.linux.mountinfo import mount_of_descriptor
 from fusehsm.text import shown
-from fusehsm.tier.populate.create import NO_UNNAMED_FILES, UNFINISHED, Outcome, Planter
+from fusehsm.tier.populate.create import NO_UNNAMED_FILES, Outcome, Planter
 from fusehsm.tier.populate.lock import locked
+from fusehsm.tier.populate.lookup import UNFINISHED
 from fusehsm.tier.stores.base import Entry, Kind, Store, StoreError
 from fusehsm.tier.stores.open import expect_apart, open_store
 from fusehsm.tier.stubs import mark as stub_mark
@@ -131,14 +132,16 @@ def _destination(options: PopulateOptions, store: Store) -> Iterator[int | None]
     """The destination's descriptor; None in a dry run if it does not exist. Else it is made, tried and locked. Raises OSError, ValueError."""
     path = options.destination
     expect_apart(store, path)
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
     if not os.path.lexists(path):
         if options.dry_run:
             yield None
             return
         os.mkdir(path)
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        flags |= os.O_NOFOLLOW  # of a directory above, the user has the say; this one was made here
+    fd = os.open(path, flags)
     try:
-        if mount_of(path).is_fusehsm:
+        if mount_of_descriptor(fd).is_fusehsm:
             fix = (
                 f"unmount it first (fusehsm umount {shown(path)}), or populate the directory that it overlays"
             )

@@ -6,31 +6,49 @@ after its content is made.
 
 Populate touches nothing outside the destination: every name is one component, used with the descriptor of its directory, and no symbolic link is
 followed. It changes no file that is not a stub (tier/stubs/mark.py). No fetch may fill stubs at the same time (tier/populate/lock.py).
+
+Other users may own directories of the destination, and may put another file at a name at any moment. So a name is looked up once, what it leads to
+is checked on the descriptor, and owner, mode and times are set on that descriptor.
 """
 
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-from fusehsm.linux.beneath import MOST_OPEN, Identity, components, identity_of, open_beneath, reopened
+from fusehsm.linux.beneath import (
+    MOST_OPEN,
+    Identity,
+    components,
+    identity_of,
+    open_beneath,
+    reopened,
+)
 from fusehsm.overlay.attributes import path_of
-from fusehsm.tier.populate.ownership import Ownership
-from fusehsm.tier.populate.takeover import Refusal, remove_old, take_over
+from fusehsm.tier.populate.lookup import (
+    OPEN_DIRECTORY,
+    REPLACED,
+    UNFINISHED,
+    Found,
+    Refusal,
+    in_the_way,
+    is_empty_and_ours,
+    looked_up,
+    opened,
+    replace,
+    target_of,
+)
+from fusehsm.tier.populate.ownership import Movers, Ownership, movers_in
+from fusehsm.tier.populate.takeover import remove_old, take_over
 from fusehsm.tier.stores.base import Entry, Kind, StoreError
 from fusehsm.tier.stubs import mark as stub_mark
 from fusehsm.tier.stubs.mark import StubMark, is_all_hole
 from fusehsm.tier.stubs.tree import Namespace
 
-UNFINISHED: Final = ".fusehsm-unfinished"
-"""The one name that is ours in every directory: what is being made where a file cannot be made without a name."""
-
-_OPEN_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_OPEN_FILE: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 _NOT_A_STUB: Final = "is not a stub but a file with other content; remove or rename it"
 NO_UNNAMED_FILES: Final = frozenset((errno.EOPNOTSUPP, errno.EISDIR))
 """What open(2) says to O_TMPFILE where the file system or the kernel does not have it."""
@@ -70,16 +88,16 @@ class _Level:
     mode: int = 0
     # Identity of the directory while it is closed because there are too many levels. `fd` is then invalid.
     parked: Identity | None = None
+    # The users who may have put a directory at a name in it.
+    movers: Movers = frozenset()
+    # False: its owner, mode and time stay, because it may be another directory than the one that was made.
+    is_changed: bool = True
 
-
-@dataclass(slots=True)
-class _Opened:
-    """A file that is open for reading."""
-
-    # Descriptor.
-    fd: int
-    # The mode to restore, because it was changed for open(2). None: keep the present mode.
-    mode: int | None = None
+    @property
+    def opened(self) -> int:
+        """The descriptor of a directory that exists."""
+        assert self.fd is not None
+        return self.fd
 
 
 class Planter:
@@ -103,7 +121,8 @@ class Planter:
         self._unnamed = unnamed
         self._ownership = Ownership()
         self._root_fd = root_fd
-        self._levels = [_Level("", root_fd, None)]
+        movers: Movers = frozenset() if root_fd is None else movers_in(os.fstat(root_fd))
+        self._levels = [_Level("", root_fd, None, movers=movers)]
         # Path of a directory that could not be made: its content is not tried.
         self._failed: str | None = None
         # Files with several names: the first name, and its inode (None in a dry run that would make it).
@@ -158,15 +177,16 @@ class Planter:
         return Outcome.FAILED
 
     def _plant(self, level: _Level, name: str, entry: Entry) -> Outcome:
-        status = _status(level.fd, name)
-        match entry.kind:
-            case Kind.DIRECTORY:
-                return self._directory(level, name, entry, status)
-            case Kind.SYMLINK:
-                return self._symlink(level, name, entry, status)
-            case Kind.FILE:
-                return self._file(level, name, entry, status)
-        return Outcome.LEFT_OUT
+        if entry.kind is Kind.OTHER:
+            return Outcome.LEFT_OUT
+        with looked_up(level.fd, name) as found:
+            match entry.kind:
+                case Kind.DIRECTORY:
+                    return self._directory(level, name, entry, found)
+                case Kind.SYMLINK:
+                    return self._symlink(level, name, entry, found)
+                case _:
+                    return self._file(level, name, entry, found)
 
     # Directories
 
@@ -180,26 +200,62 @@ class Planter:
             self._leave()
         return level
 
-    def _directory(self, level: _Level, name: str, entry: Entry, status: os.stat_result | None) -> Outcome:
-        if status is not None and not stat.S_ISDIR(status.st_mode):
-            raise _in_the_way(status, "a directory")
-        inner = _Level(entry.path, None, entry)
-        if status is None:
-            outcome = Outcome.NEW
-            inner.mode = self._ownership.default(Kind.DIRECTORY)
-            if not self._dry_run:
-                self._open_up(level)
-                # Closed to other users until it has its owner. Without a mode in the store the mode is final now: no later step sets it.
-                os.mkdir(name, 0o777 if entry.mode is None else 0o700, dir_fd=level.fd)
+    def _directory(self, level: _Level, name: str, entry: Entry, found: Found | None) -> Outcome:
+        if found is None:
+            inner, outcome = self._new_directory(level, name, entry), Outcome.NEW
         else:
-            outcome = Outcome.UPDATED if self._ownership.differs(entry, status) else Outcome.RIGHT
-            inner.mode = stat.S_IMODE(status.st_mode)
-        if status is not None or not self._dry_run:
-            inner.fd = self._open_directory(level.fd, name)
+            inner, outcome = self._existing_directory(level, entry, found)
         self._levels.append(inner)
         self._park()
         self._remove_unfinished(inner)
         return outcome
+
+    def _new_directory(self, level: _Level, name: str, entry: Entry) -> _Level:
+        inner = _Level(entry.path, None, entry, self._ownership.default(Kind.DIRECTORY))
+        if self._dry_run:
+            return inner
+        self._open_up(level)
+        # Closed to other users until it has its owner. Without a mode in the store the mode is final now: no later step sets it.
+        os.mkdir(name, 0o777 if entry.mode is None else 0o700, dir_fd=level.fd)
+        with looked_up(level.fd, name) as made:
+            if made is None or not stat.S_ISDIR(made.status.st_mode) or made.status.st_uid != os.geteuid():
+                raise Refusal(REPLACED)
+            inner.fd = self._open_directory(made)
+        try:
+            # mkdir(2) gives no descriptor. If this is another directory of ours after all, its owner and mode do not matter while it is empty.
+            if os.listdir(inner.fd):
+                raise Refusal(REPLACED)
+            inner.movers = self._movers_below(level, os.fstat(inner.fd))
+        except BaseException:
+            os.close(inner.fd)
+            raise
+        return inner
+
+    def _existing_directory(self, level: _Level, entry: Entry, found: Found) -> tuple[_Level, Outcome]:
+        status = found.status
+        if not stat.S_ISDIR(status.st_mode):
+            raise in_the_way(status, "a directory")
+        differs = self._ownership.differs(entry, status)
+        is_theirs = self._ownership.may_be_anothers(level.movers, status)
+        if differs and is_theirs and not is_empty_and_ours(found):
+            raise Refusal(
+                "has another owner or mode than in the store, and a user who may rename it could have put it here; if it is the right one, set "
+                "them with chown and chmod, else rename it"
+            )
+        inner = _Level(
+            entry.path,
+            self._open_directory(found),
+            entry,
+            stat.S_IMODE(status.st_mode),
+            movers=self._movers_below(level, status),
+            is_changed=differs or not is_theirs,
+        )
+        return inner, Outcome.UPDATED if differs else Outcome.RIGHT
+
+    def _movers_below(self, level: _Level, status: os.stat_result) -> Movers:
+        """The users who may have put an entry into the directory of that status in `level`, or that directory into `level`."""
+        here = movers_in(status)
+        return None if here is None or level.movers is None else here | level.movers
 
     def _park(self) -> None:
         """Close a directory far above: a store may be deeper than the limit of descriptors. The destination itself stays open."""
@@ -216,15 +272,10 @@ class Planter:
             level.fd = reopened(self._root_fd, level.path, level.parked, inner_fd)
             level.parked = None
 
-    def _open_directory(self, dir_fd: int | None, name: str) -> int:
-        fd = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
-        try:
-            status = os.fstat(fd)
-            if not self._dry_run and self._shuts_out(status, 0o500):
-                os.chmod(path_of(fd), stat.S_IMODE(status.st_mode) | 0o700)
-            return os.open(".", _OPEN_DIRECTORY, dir_fd=fd)
-        finally:
-            os.close(fd)
+    def _open_directory(self, found: Found) -> int:
+        if not self._dry_run and self._shuts_out(found.status, 0o500):
+            os.chmod(path_of(found.fd), stat.S_IMODE(found.status.st_mode) | 0o700)
+        return os.open(".", OPEN_DIRECTORY, dir_fd=found.fd)
 
     def _open_up(self, level: _Level) -> None:
         """Add our write permission to a directory of ours that lacks it, for example in a second run. _leave() sets the final mode."""
@@ -244,7 +295,7 @@ class Planter:
         if level.fd is None:
             return
         try:
-            if level.entry is not None and not self._dry_run:
+            if level.entry is not None and level.is_changed and not self._dry_run:
                 self._ownership.apply(level.entry, level.fd, level.mode)
                 _set_time(level.entry, level.fd)
         except OSError as error:
@@ -254,82 +305,95 @@ class Planter:
 
     def _remove_unfinished(self, level: _Level) -> None:
         """Remove the named unfinished file of a killed run. Calls complain() if it is not ours."""
-        status = _status(level.fd, UNFINISHED)
-        if status is None or self._dry_run:
+        if self._dry_run:
             return
-        if stat.S_ISREG(status.st_mode):
-            with self._opened(level.fd, UNFINISHED, status) as file:
-                # A second name of a file of ours, or a stub without its first name.
-                if is_all_hole(file.fd) or (
-                    status.st_nlink > 1
-                    and any(stub_mark.read(file.fd, each) is not None for each in Namespace)
-                ):
-                    os.unlink(UNFINISHED, dir_fd=level.fd)
-                    return
+        with looked_up(level.fd, UNFINISHED) as found:
+            if found is None:
+                return
+            if stat.S_ISREG(found.status.st_mode):
+                with opened(found, unchanged=self._dry_run) as file:
+                    # A second name of a file of ours, or a stub without its first name.
+                    is_second = found.status.st_nlink > 1 and any(
+                        stub_mark.read(file.fd, each) for each in Namespace
+                    )
+                    if is_second or is_all_hole(file.fd):
+                        os.unlink(UNFINISHED, dir_fd=level.fd)
+                        return
         path = f"{level.path}/{UNFINISHED}".lstrip("/")
         self._complain(path, "has a name that fusehsm needs here; remove or rename it")
 
     # Symbolic links
 
-    def _symlink(self, level: _Level, name: str, entry: Entry, status: os.stat_result | None) -> Outcome:
+    def _symlink(self, level: _Level, name: str, entry: Entry, found: Found | None) -> Outcome:
         if entry.target is None:
             raise Refusal("the store does not tell where this symbolic link leads to")
-        outcome = Outcome.NEW
-        if status is not None:
-            if not stat.S_ISLNK(status.st_mode):
-                raise _in_the_way(status, "a symbolic link")
-            if os.readlink(name, dir_fd=level.fd) != entry.target:
-                raise Refusal("is a symbolic link to something else than in the store; remove or rename it")
-            if not self._ownership.differs(entry, status) and entry.mtime_ns in (None, status.st_mtime_ns):
-                return Outcome.RIGHT
-            outcome = Outcome.UPDATED
-        if self._dry_run:
-            return outcome
-        if status is None:
-            self._open_up(level)
-            os.symlink(entry.target, name, dir_fd=level.fd)
-        self._ownership.apply_to_link(entry, name, level.fd)
+        if found is None:
+            if not self._dry_run:
+                self._open_up(level)
+                os.symlink(entry.target, name, dir_fd=level.fd)
+                with looked_up(level.fd, name) as made:
+                    if made is None or made.status.st_uid != os.geteuid() or target_of(made) != entry.target:
+                        raise Refusal(REPLACED)
+                    self._shape_link(made, entry)
+            return Outcome.NEW
+        if not stat.S_ISLNK(found.status.st_mode):
+            raise in_the_way(found.status, "a symbolic link")
+        if target_of(found) != entry.target:
+            raise Refusal("is a symbolic link to something else than in the store; remove or rename it")
+        if not self._ownership.differs(entry, found.status) and entry.mtime_ns in (
+            None,
+            found.status.st_mtime_ns,
+        ):
+            return Outcome.RIGHT
+        if not self._dry_run:
+            self._shape_link(found, entry)
+        return Outcome.UPDATED
+
+    def _shape_link(self, found: Found, entry: Entry) -> None:
+        self._ownership.apply_to_link(entry, found.fd)
         if entry.mtime_ns is not None:
-            os.utime(name, ns=(entry.mtime_ns, entry.mtime_ns), dir_fd=level.fd, follow_symlinks=False)
-        return outcome
+            os.utime(path_of(found.fd), ns=(entry.mtime_ns, entry.mtime_ns))
 
     # Files
 
-    def _file(self, level: _Level, name: str, entry: Entry, status: os.stat_result | None) -> Outcome:
+    def _file(self, level: _Level, name: str, entry: Entry, found: Found | None) -> Outcome:
         if entry.size is None:
             raise Refusal("the store does not tell its size, so there can be no stub")
         first = self._first_names.get(entry.identity) if entry.identity is not None else None
         if first is not None:
-            return self._link(level, name, first, status)
-        if status is None:
+            return self._link(level, name, first, found)
+        if found is None:
             inode = None if self._dry_run else self._make(level, name, entry)
             outcome = Outcome.NEW
-        elif (status.st_dev, status.st_ino) in self._shared:
+        elif (found.status.st_dev, found.status.st_ino) in self._shared:
             # Names of one file here, but of several files in the store, which has separated them.
-            self._expect_stub(level, name, status)
-            inode = None if self._dry_run else self._make(level, name, entry, replacing=True)
+            self._expect_stub(found)
+            inode = None if self._dry_run else self._make(level, name, entry, found)
             outcome = Outcome.UPDATED
         else:
-            inode, outcome = status.st_ino, self._existing(level, name, entry, status)
-            if status.st_nlink > 1:
-                self._shared.add((status.st_dev, status.st_ino))
+            inode, outcome = found.status.st_ino, self._existing(entry, found)
+            if found.status.st_nlink > 1:
+                self._shared.add((found.status.st_dev, found.status.st_ino))
         # An empty file of a user is no name of this file.
         if entry.identity is not None and (entry.size or outcome is not Outcome.KEPT):
             self._first_names[entry.identity] = (entry.path, inode)
         return outcome
 
-    def _make(self, level: _Level, name: str, entry: Entry, *, replacing: bool = False) -> int:
-        """Make a stub and give it its name; `replacing`: it replaces a stub. Returns its inode number. Raises OSError EEXIST without `replacing`."""
+    def _make(self, level: _Level, name: str, entry: Entry, replaced: Found | None = None) -> int:
+        """Make a stub and give it its name; `replaced`: the stub in whose place it comes. Returns its inode number.
+
+        Raises OSError EEXIST if the name exists, unless it is that of `replaced`.
+        """
         self._open_up(level)
         fd = self._new_file(level)
         try:
             self._shape(fd, entry, self._ownership.default(Kind.FILE))
-            if self._unnamed:
-                os.link(path_of(fd), os.fsencode(UNFINISHED if replacing else name), dst_dir_fd=level.fd)
-            elif not replacing:
-                os.link(UNFINISHED, name, src_dir_fd=level.fd, dst_dir_fd=level.fd, follow_symlinks=False)
-            if replacing:
-                os.rename(UNFINISHED, name, src_dir_fd=level.fd, dst_dir_fd=level.fd)
+            if replaced is None:
+                os.link(path_of(fd), os.fsencode(name), dst_dir_fd=level.fd)
+            else:
+                if self._unnamed:
+                    os.link(path_of(fd), os.fsencode(UNFINISHED), dst_dir_fd=level.fd)
+                replace(level.opened, name, replaced)
             return os.fstat(fd).st_ino
         finally:
             os.close(fd)
@@ -360,11 +424,12 @@ class Planter:
         StubMark.of(fd, entry.path, entry.version).write(fd, self._namespace)
         self._ownership.apply(entry, fd, default_mode)
 
-    def _existing(self, level: _Level, name: str, entry: Entry, status: os.stat_result) -> Outcome:
-        """Update an existing stub. `status`: from before its mode is changed. Raises Refusal if the file is no stub, or has other content."""
-        if not stat.S_ISREG(status.st_mode):
-            raise _in_the_way(status, "a file")
-        with self._opened(level.fd, name, status) as file:
+    def _existing(self, entry: Entry, found: Found) -> Outcome:
+        """Update an existing stub. Raises Refusal if the file is no stub, or has other content."""
+        if not stat.S_ISREG(found.status.st_mode):
+            raise in_the_way(found.status, "a file")
+        with opened(found, unchanged=self._dry_run) as file:
+            status = file.status
             mark = stub_mark.read(file.fd, self._namespace)
             is_taken_over = False
             if self._namespace is not Namespace.USER:
@@ -401,86 +466,55 @@ class Planter:
                     self._ownership.apply(entry, file.fd, stat.S_IMODE(status.st_mode))
             return Outcome.UPDATED
 
-    @contextmanager
-    def _opened(self, dir_fd: int | None, name: str, status: os.stat_result) -> Iterator[_Opened]:
-        """Open the regular file of that status for reading. A file of ours without read permission gets it meanwhile. Raises Refusal."""
-        path_fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
-        mode = None
-        try:
-            now = os.fstat(path_fd)
-            if (now.st_dev, now.st_ino) != (status.st_dev, status.st_ino):
-                raise Refusal("was replaced while it was looked at; populate again")
-            try:
-                fd = os.open(path_of(path_fd), _OPEN_FILE)
-            except PermissionError:
-                if self._dry_run or status.st_uid != os.geteuid():
-                    raise
-                mode = stat.S_IMODE(status.st_mode)
-                os.chmod(path_of(path_fd), mode | 0o400)
-                fd = os.open(path_of(path_fd), _OPEN_FILE)
-        finally:
-            os.close(path_fd)
-        file = _Opened(fd, mode)
-        try:
-            yield file
-        finally:
-            if file.mode is not None:
-                os.fchmod(fd, file.mode)
-            os.close(fd)
-
     # Further names of a file
 
-    def _link(
-        self, level: _Level, name: str, first: tuple[str, int | None], status: os.stat_result | None
-    ) -> Outcome:
+    def _link(self, level: _Level, name: str, first: tuple[str, int | None], found: Found | None) -> Outcome:
         path, inode = first
-        if status is not None:
-            if inode == status.st_ino:
+        if found is not None:
+            if inode == found.status.st_ino:
                 return Outcome.RIGHT
-            if not stat.S_ISREG(status.st_mode):
-                raise _in_the_way(status, "a file")
-            self._expect_stub(level, name, status)
-        outcome = Outcome.NEW if status is None else Outcome.UPDATED
+            if not stat.S_ISREG(found.status.st_mode):
+                raise in_the_way(found.status, "a file")
+            self._expect_stub(found)
+        outcome = Outcome.NEW if found is None else Outcome.UPDATED
         if self._dry_run:
             return outcome
         assert self._root_fd is not None
         self._open_up(level)
         fd = open_beneath(self._root_fd, path, os.O_PATH)
         try:
-            if os.fstat(fd).st_ino != inode:
+            original = Found(fd, os.fstat(fd))
+            # The inode's number may be that of another file by now.
+            if original.status.st_ino != inode or not self._is_stub_of(original, path):
                 raise Refusal(f"its first name {path} was replaced meanwhile; populate again")
-            if status is None:
+            if found is None:
                 os.link(path_of(fd), os.fsencode(name), dst_dir_fd=level.fd)
             else:
                 os.link(path_of(fd), os.fsencode(UNFINISHED), dst_dir_fd=level.fd)
-                os.rename(UNFINISHED, name, src_dir_fd=level.fd, dst_dir_fd=level.fd)
+                replace(level.opened, name, found)
         finally:
             os.close(fd)
         return outcome
 
-    def _expect_stub(self, level: _Level, name: str, status: os.stat_result) -> None:
-        with self._opened(level.fd, name, status) as file:
+    def _is_stub_of(self, found: Found, path: str) -> bool:
+        """Whether it is a stub, filled or not, of that path in the store."""
+        if not stat.S_ISREG(found.status.st_mode):
+            return False
+        with opened(found, unchanged=self._dry_run) as file:
+            mark = stub_mark.read(file.fd, self._namespace)
+            return (
+                mark is not None
+                and mark.path == stub_mark.digest(path)
+                and mark.describes(file.fd, os.fstat(file.fd))
+            )
+
+    def _expect_stub(self, found: Found) -> None:
+        with opened(found, unchanged=self._dry_run) as file:
             mark = stub_mark.read(file.fd, self._namespace)
             if mark is None or not mark.describes(file.fd, os.fstat(file.fd)) or not is_all_hole(file.fd):
                 raise Refusal(_NOT_A_STUB)
 
 
-def _status(dir_fd: int | None, name: str) -> os.stat_result | None:
-    """lstat(2); None if the name does not exist."""
-    if dir_fd is None:
-        return None
-    try:
-        return os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
-    except FileNotFoundError:
-        return None
-
-
 def _set_time(entry: Entry, fd: int) -> None:
     if entry.mtime_ns is not None and os.fstat(fd).st_mtime_ns != entry.mtime_ns:
         os.utime(fd, ns=(entry.mtime_ns, entry.mtime_ns))
-
-
-def _in_the_way(status: os.stat_result, wanted: str) -> Refusal:
-    what = {stat.S_IFREG: "a file", stat.S_IFDIR: "a directory", stat.S_IFLNK: "a symbolic link"}
-    found = what.get(stat.S_IFMT(status.st_mode), "a special file")
-    return Refusal(f"is {found} here and {wanted} in the store; remove or rename it")

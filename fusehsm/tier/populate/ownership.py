@@ -4,12 +4,25 @@ import errno
 import os
 import stat
 from contextlib import suppress
-from typing import Final
+from typing import Final, TypeAlias
 
+from fusehsm.overlay.attributes import path_of
 from fusehsm.tier.stores.base import Entry, Kind
 
 # EINVAL: an id that the user namespace does not map.
 _NOT_PERMITTED: Final = frozenset((errno.EPERM, errno.EINVAL))
+
+Movers: TypeAlias = frozenset[int] | None
+"""The users, root apart, who may change the names in a directory; None: they are not known."""
+
+
+def movers_in(status: os.stat_result) -> Movers:
+    """The users who may rename entries of others in the directory of that status, root apart."""
+    sticky = status.st_mode & stat.S_ISVTX
+    by_group = status.st_mode & stat.S_IWGRP and status.st_gid != 0
+    if (by_group or status.st_mode & stat.S_IWOTH) and not sticky:
+        return None
+    return frozenset((status.st_uid,)) - {0}
 
 
 class Ownership:
@@ -34,6 +47,12 @@ class Ownership:
         mode = stat.S_IMODE(status.st_mode)
         return entry.kind is not Kind.SYMLINK and _mode(entry, *owner, mode) != mode
 
+    def may_be_anothers(self, movers: Movers, status: os.stat_result) -> bool:
+        """Whether the entry of that status, in a directory of those movers, may be another one than the store's, put there by a user who does not
+        own it. As root, owner and mode are not set then: that would give away its content. An ordinary user changes only entries of their own.
+        """
+        return self.is_root and (movers is None or not movers <= {status.st_uid})
+
     def apply(self, entry: Entry, fd: int, default: int) -> None:
         """Set the owner, then the mode (chown(2) clears set-user-id), of a file or directory. `default`: the mode if the store has none."""
         status = os.fstat(fd)
@@ -49,16 +68,16 @@ class Ownership:
         if mode != stat.S_IMODE(status.st_mode):
             os.fchmod(fd, mode)
 
-    def apply_to_link(self, entry: Entry, name: str, dir_fd: int | None) -> None:
-        """Set the owner of the symbolic link `name` in the directory `dir_fd`, as far as this process may; a link has no mode.
+    def apply_to_link(self, entry: Entry, fd: int) -> None:
+        """Set the owner of the symbolic link `fd` (O_PATH), as far as this process may; a link has no mode.
 
         Raises OSError, but not EPERM or EACCES: the link then keeps its owner.
         """
-        status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+        status = os.fstat(fd)
         owner = self._owner(entry, status)
         if owner != (status.st_uid, status.st_gid):
             with suppress(PermissionError):
-                os.chown(name, *owner, dir_fd=dir_fd, follow_symlinks=False)
+                os.chown(path_of(fd), *owner)  # chown(2) does not follow it further
 
     def _owner(self, entry: Entry, status: os.stat_result) -> tuple[int, int]:
         uid, gid = status.st_uid, status.st_gid

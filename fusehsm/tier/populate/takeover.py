@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Final
 
+from fusehsm.tier.populate.lookup import Refusal
 from fusehsm.tier.stores.base import Entry
 from fusehsm.tier.stubs import mark as stub_mark
 from fusehsm.tier.stubs import record as residency
@@ -17,10 +18,6 @@ from fusehsm.tier.stubs.tree import Namespace
 _MARK: Final = "has a mark of an ordinary user or an older fusehsm, which"
 _OLD: Final = frozenset((Namespace.USER.stub, Namespace.USER.resident, Namespace.USER.pinned))
 _FIX: Final = "save what you need of it, remove it, and populate again"
-
-
-class Refusal(Exception):
-    """An entry cannot be made. The text is "cause; fix"."""
 
 
 def take_over(fd: int, entry: Entry, namespace: Namespace, *, dry_run: bool) -> StubMark | None:

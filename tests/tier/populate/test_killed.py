@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fusehsm.tier.populate.create import UNFINISHED, Outcome
+from fusehsm.tier.populate.create import Outcome
+from fusehsm.tier.populate.lookup import UNFINISHED
 from tests.support import harness
 from tests.support.tier.populated import plant
 from tests.support.tier.trees import changes_since, describe, expect_stubs

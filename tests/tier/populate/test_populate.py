@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from fusehsm.tier.populate.create import UNFINISHED, Outcome, Planter
+from fusehsm.tier.populate.create import Outcome, Planter
+from fusehsm.tier.populate.lookup import UNFINISHED
 from fusehsm.tier.stores.base import Entry, Kind, StoreError
 from fusehsm.tier.stubs.tree import Namespace
 from tests.conftest import MakeMount
