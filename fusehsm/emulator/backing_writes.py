@@ -6,6 +6,8 @@ the write overwrites nothing that another process has appended.
 """
 
 import os
+from collections.abc import Callable
+from typing import TypeVar, TypeVarTuple
 
 import trio
 
@@ -14,7 +16,10 @@ from fusehsm.emulator.handles import OpenFile
 from fusehsm.linux import syscalls
 from fusehsm.linux.file_io import Buffer
 from fusehsm.linux.syscalls import PAGE_SIZE
-from fusehsm.overlay.overlay import Node, Overlay
+from fusehsm.overlay.overlay import Caller, Node, Overlay
+
+ResultT = TypeVar("ResultT")
+ArgumentsT = TypeVarTuple("ArgumentsT")
 
 _THREADS = 64  # calls that may wait for a disk at once
 
@@ -38,8 +43,10 @@ class BackingWriter:
         write_back: bool | None,
         appends: bool | None,
         durable: int,
+        caller: Caller,
     ) -> tuple[int, bool]:
-        """Write `data` at `offset`, or at the end if it is appended. The arguments are those of Content.write().
+        """Write `data` at `offset`, or at the end if it is appended, with the rights of `caller`. The other arguments are those of
+        Content.write().
 
         Returns how many bytes were written, and whether they were written at another place than `offset`.
         """
@@ -48,11 +55,12 @@ class BackingWriter:
             how |= os.RWF_APPEND
         else:
             self._overlay.before_placing(descriptor)
-        written = await self._pwrite(descriptor, data, offset, how)
+        written = await self._pwrite(caller, descriptor, data, offset, how)
         if write_back:
             # No accessor continues a short write of the page cache. The next call raises the error, such as ENOSPC.
             while written < len(data):
-                written += await self._pwrite(descriptor, memoryview(data)[written:], offset + written, how)
+                rest = memoryview(data)[written:]
+                written += await self._pwrite(caller, descriptor, rest, offset + written, how)
         file.node.made_as_long_as(offset + written)
         return written, bool(how & os.RWF_APPEND) and os.fstat(descriptor).st_size != offset + written
 
@@ -76,24 +84,30 @@ class BackingWriter:
         seen = self._explainer.appends(file, tid)
         return flagged if seen is None else seen
 
-    async def _pwrite(self, descriptor: int, data: Buffer, offset: int, how: int) -> int:
+    async def _pwrite(self, caller: Caller, descriptor: int, data: Buffer, offset: int, how: int) -> int:
         if how & ~os.RWF_APPEND:
-            return await trio.to_thread.run_sync(
-                os.pwritev, descriptor, [data], offset, how, limiter=self._limiter
-            )
-        return os.pwritev(descriptor, [data], offset, how) if how else os.pwrite(descriptor, data, offset)
+            return await self._in_thread(caller, os.pwritev, descriptor, [data], offset, how)
+        return self._overlay.write(caller, descriptor, data, offset, how)
 
-    async def allocate(self, descriptor: int, mode: int, offset: int, length: int) -> None:
-        """fallocate(2)."""
-        await trio.to_thread.run_sync(
-            syscalls.fallocate, descriptor, mode, offset, length, limiter=self._limiter
-        )
+    async def allocate(self, descriptor: int, mode: int, offset: int, length: int, caller: Caller) -> None:
+        """fallocate(2) with the rights of `caller`."""
+        await self._in_thread(caller, syscalls.fallocate, descriptor, mode, offset, length)
 
     async def copy(
-        self, source: int, source_offset: int, target: int, target_offset: int, length: int
+        self, source: int, source_offset: int, target: int, target_offset: int, length: int, caller: Caller
     ) -> int:
-        """copy_file_range(2); returns how many bytes were copied."""
+        """copy_file_range(2) with the rights of `caller`; returns how many bytes were copied."""
         self._overlay.before_placing(target)
-        return await trio.to_thread.run_sync(
-            syscalls.copy, source, source_offset, target, target_offset, length, limiter=self._limiter
+        return await self._in_thread(
+            caller, syscalls.copy, source, source_offset, target, target_offset, length
         )
+
+    async def _in_thread(
+        self, caller: Caller, call: Callable[[*ArgumentsT], ResultT], *arguments: *ArgumentsT
+    ) -> ResultT:
+        def act() -> ResultT:
+            # The user and the capabilities are those of this thread alone.
+            with self._overlay.rights_of(caller):
+                return call(*arguments)
+
+        return await trio.to_thread.run_sync(act, limiter=self._limiter)

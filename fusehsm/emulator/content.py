@@ -26,7 +26,7 @@ from fusehsm.linux import proc
 from fusehsm.linux.file_io import BackingReader, Buffer
 from fusehsm.linux.ranges import RangeSet
 from fusehsm.linux.syscalls import FALLOC_FL_KEEP_SIZE, kernel_version
-from fusehsm.overlay.overlay import Node, Overlay
+from fusehsm.overlay.overlay import Caller, Node, Overlay
 
 # Delay before a page is dropped that a call passes through the page cache. The call must have had it, and the kernel does not report that. A
 # call whose page is dropped too early asks for it again (docs/facts.md, section 13); each time it does, the delay grows.
@@ -245,14 +245,16 @@ class Content:
         data: Buffer,
         tid: int = 0,
         *,
-        uid: int | None = None,
+        caller: Caller | None = None,
+        strips: int | None = None,
         write_back: bool | None = None,
         appends: bool | None = None,
         durable: int = 0,
     ) -> int:
         """Write `data` at `offset`; returns the number of bytes written. Raises OSError.
 
-        `uid`: the user whose write takes set-id bits away (None: the opener). `write_back`: whether the page cache writes, None where the
+        `caller`: the accessor, with whose rights it is written (None: the opener's). `strips`: the user whose write takes set-id bits away
+        (None: the opener). `write_back`: whether the page cache writes, None where the
         engine does not say. `appends`: whether the open file has O_APPEND now, None where the engine does not say. `durable`: RWF_DSYNC or
         RWF_SYNC of pwritev2(2), or 0.
         """
@@ -269,8 +271,9 @@ class Content:
             explanation = await self._ask_write(file, offset, len(data), tid, write_back)
         with self._handles.backing(file) as descriptor:
             # pyfuse3 hides the writer: then the user and the thread that opened the file count.
-            writer = file.uid if uid is None else uid, tid or file.tid
-            await self._before_change(file.node, descriptor, *writer)
+            await self._before_change(
+                file.node, descriptor, file.uid if strips is None else strips, tid or file.tid
+            )
             try:
                 written, elsewhere = await self._writer.write(
                     file,
@@ -281,6 +284,7 @@ class Content:
                     write_back=write_back,
                     appends=appends,
                     durable=durable,
+                    caller=caller or Caller(file.uid, file.gid, file.tid),
                 )
             except OSError:
                 # The pages now differ from the file. Some may be locked until this request is answered.
@@ -372,9 +376,10 @@ class Content:
         await self.ask(access, await self.seen(node, tid), node, Armed.ALL)
 
     async def allocate(
-        self, file: OpenFile[Node], mode: int, offset: int, length: int, tid: int, uid: int
+        self, file: OpenFile[Node], mode: int, offset: int, length: int, caller: Caller
     ) -> None:
-        """fallocate(2). Raises OSError."""
+        """fallocate(2) by an accessor. Raises OSError."""
+        tid = caller.pid
         access = None
         if not self._listeners.idle:
             who = self._explainer.accessor(file, tid)
@@ -382,8 +387,8 @@ class Content:
             await self.ask(access, await self.seen(file.node, tid, file), file.node, _armed(file))
         async with self.changing(file.node):
             with self._handles.backing(file) as descriptor:
-                await self._before_change(file.node, descriptor, uid, tid)
-                await self._writer.allocate(descriptor, mode, offset, length)
+                await self._before_change(file.node, descriptor, caller.uid, tid)
+                await self._writer.allocate(descriptor, mode, offset, length, caller)
         if not mode & FALLOC_FL_KEEP_SIZE:
             file.node.made_as_long_as(offset + length)
         await self.modified(file.node)
@@ -397,10 +402,10 @@ class Content:
         target: OpenFile[Node],
         target_offset: int,
         length: int,
-        tid: int,
-        uid: int,
+        caller: Caller,
     ) -> int:
-        """copy_file_range(2); returns the number of bytes copied. Raises OSError."""
+        """copy_file_range(2) by an accessor; returns the number of bytes copied. Raises OSError."""
+        tid = caller.pid
         asked: list[tuple[OpenFile[Node], Access]] = []
         if not self._listeners.idle:
             for file, kind, offset in (
@@ -413,8 +418,10 @@ class Content:
                 asked.append((file, access))
         async with self.changing(target.node):
             with self._handles.backing(source) as readable, self._handles.backing(target) as writable:
-                await self._before_change(target.node, writable, uid, tid)
-                copied = await self._writer.copy(readable, source_offset, writable, target_offset, length)
+                await self._before_change(target.node, writable, caller.uid, tid)
+                copied = await self._writer.copy(
+                    readable, source_offset, writable, target_offset, length, caller
+                )
         target.node.made_as_long_as(target_offset + copied)
         await self.modified(target.node)
         if copied:

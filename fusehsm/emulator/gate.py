@@ -267,16 +267,17 @@ class Gate:
 
     # Open files
 
-    async def open(self, node: Node, flags: int, tid: int, uid: int) -> tuple[OpenFile[Node], bool]:
-        """Open a node; returns the open file, and keep_cache: whether the kernel's cached pages of it may stay. Raises OSError."""
+    async def open(self, node: Node, flags: int, caller: Caller) -> tuple[OpenFile[Node], bool]:
+        """Open a node for an accessor; returns the open file, and keep_cache: whether the kernel's cached pages of it may stay. Raises OSError."""
         with self.leases.entering(node):
             if not flags & os.O_TRUNC:
-                return await self._open(node, flags, tid, uid)
+                return await self._open(node, flags, caller)
             # An open(2) that fails may have cleared set-id bits, or may be denied after the truncation.
             async with self.content.changing(node, content=False):
-                return await self._open(node, flags, tid, uid)
+                return await self._open(node, flags, caller)
 
-    async def _open(self, node: Node, flags: int, tid: int, uid: int) -> tuple[OpenFile[Node], bool]:
+    async def _open(self, node: Node, flags: int, caller: Caller) -> tuple[OpenFile[Node], bool]:
+        tid = caller.pid
         executing = bool(flags & _FMODE_EXEC)
         patient = not flags & os.O_NONBLOCK
         flags &= ~(_FMODE_EXEC | os.O_DIRECT)
@@ -287,42 +288,42 @@ class Gate:
             # The kernel also asks listeners first (do_dentry_open()).
             await self.leases.wait(node, tid, patient=patient)
         try:
-            descriptor = self.overlay.open(node, flags, uid, tid)
+            descriptor = self.overlay.open(node, flags, caller)
         except BlockingIOError:
             if not patient:
                 raise
-            descriptor = await self.leases.retry(node, tid, partial(self.overlay.open, node, flags, uid, tid))
+            descriptor = await self.leases.retry(node, tid, partial(self.overlay.open, node, flags, caller))
         if flags & os.O_TRUNC:
             await self.content.modified(node)
         if asked is None:
-            return self._opened(node, flags, descriptor, Armed.NO, self._all_direct, tid, 0, uid), True
+            return self._opened(node, flags, descriptor, Armed.NO, self._all_direct, caller, 0), True
         access, subject, armed = asked
-        return await self._open_armed(access, subject, node, flags, descriptor, armed, uid)
+        return await self._open_armed(access, subject, node, flags, descriptor, armed, caller)
 
-    def open_for_ioctl(self, node: Node, flags: int, tid: int, uid: int) -> OpenFile[Node]:
+    def open_for_ioctl(self, node: Node, flags: int, caller: Caller) -> OpenFile[Node]:
         """Open a node for an ioctl(2) of a file that is open already: the kernel does so for itself, and no event is made. Raises OSError."""
-        descriptor = self.overlay.open(node, flags, uid)
-        file = self._opened(node, flags, descriptor, Armed.ALL, self._all_direct, tid, 0, uid)
+        descriptor = self.overlay.open(node, flags, caller)
+        file = self._opened(node, flags, descriptor, Armed.ALL, self._all_direct, caller, 0)
         file.silent = True
         return file
 
     async def created(
-        self, node: Node, flags: int, descriptor: int, tid: int, uid: int, *, unnamed: bool = False
+        self, node: Node, flags: int, descriptor: int, caller: Caller, *, unnamed: bool = False
     ) -> tuple[OpenFile[Node], bool]:
         """A file has just been created and opened (`unnamed`: by O_TMPFILE). Returns as open(). Raises OSError when its open is denied: then it
         stays created, as in the kernel (docs/facts.md, section 4), and `descriptor` is closed."""
         flags &= ~(_FMODE_EXEC | os.O_DIRECT)
         if self.listeners.idle:
-            return self._opened(node, flags, descriptor, Armed.NO, self._all_direct, tid, 0, uid), True
+            return self._opened(node, flags, descriptor, Armed.NO, self._all_direct, caller, 0), True
         with self.leases.entering(node):
             try:
                 access, subject, armed = await self._ask_to_open(
-                    node, flags, tid, executing=False, unnamed=unnamed
+                    node, flags, caller.pid, executing=False, unnamed=unnamed
                 )
             except BaseException:
                 os.close(descriptor)
                 raise
-            return await self._open_armed(access, subject, node, flags, descriptor, armed, uid)
+            return await self._open_armed(access, subject, node, flags, descriptor, armed, caller)
 
     async def _ask_to_open(
         self, node: Node, flags: int, tid: int, *, executing: bool, unnamed: bool = False
@@ -351,7 +352,7 @@ class Gate:
         flags: int,
         descriptor: int,
         armed: Armed,
-        uid: int,
+        caller: Caller,
     ) -> tuple[OpenFile[Node], bool]:
         try:
             await self.content.ask(access, subject, node, Armed.ALL, only=~CONTENT_PERM_EVENTS)
@@ -383,9 +384,7 @@ class Gate:
                 os.close(descriptor)
                 raise
         keep_cache = not tainted and (not direct or filling)
-        file = self._opened(
-            node, flags, descriptor, armed, direct and not meanwhile, access.tid, access.pid, uid
-        )
+        file = self._opened(node, flags, descriptor, armed, direct and not meanwhile, caller, access.pid)
         if meanwhile:
             file.exact = True
         elif not keep_cache:
@@ -403,12 +402,19 @@ class Gate:
         descriptor: int,
         armed: Armed,
         direct: bool,
-        tid: int,
+        caller: Caller,
         pid: int,
-        uid: int,
     ) -> OpenFile[Node]:
         return self.handles.add(
-            node, flags, descriptor, armed=armed, direct=direct, tid=tid, pid=pid, uid=uid
+            node,
+            flags,
+            descriptor,
+            armed=armed,
+            direct=direct,
+            tid=caller.pid,
+            pid=pid,
+            uid=caller.uid,
+            gid=caller.gid,
         )
 
     def flushed(self, handle: int, tid: int) -> None:
@@ -475,17 +481,19 @@ class Gate:
     # Attributes and directories
 
     async def set_attributes(
-        self, node: Node, changes: AttributeChanges, handle: int, caller_: Caller
+        self, node: Node, changes: AttributeChanges, handle: int | None, caller_: Caller
     ) -> tuple[Node, os.stat_result]:
-        """Change attributes, through an open file where there is one (`handle` 0: any of the node's). A new size is a truncation, about which
-        listeners are asked. Raises OSError."""
+        """Change attributes, through the accessor's open file where it names one (None: by path; 0: a stateless one). A new size is a
+        truncation, about which listeners are asked. Raises OSError."""
         if changes.size is not None:
             await self.content.truncate(node, changes.size, caller_.pid)
             if node in self.leases:
                 await self.leases.wait(node, caller_.pid)
         async with self.content.changing(node, content=changes.size is not None):
             with self._usable(node, handle) as descriptor:
-                change = partial(self.overlay.setattr, node, changes, descriptor, caller_)
+                change = partial(
+                    self.overlay.setattr, node, changes, descriptor, caller_, opened=handle is not None
+                )
                 try:
                     result = change()
                 except BlockingIOError:
@@ -496,11 +504,15 @@ class Gate:
         return result
 
     @contextmanager
-    def _usable(self, node: Node, handle: int) -> Iterator[int | None]:
-        files = self.handles.of_node(node)
-        # A truncation needs a file that is open for writing.
-        file = self.handles.get(handle) if handle else next((file for file in files if file.writable), None)
-        if file is None or (not handle and file.descriptor is None):
+    def _usable(self, node: Node, handle: int | None) -> Iterator[int | None]:
+        if handle is None:
+            # Any will do to reach the inode.
+            opened = (file for file in self.handles.of_node(node) if file.descriptor is not None)
+            file = next(opened, None)
+        else:
+            # Only ftruncate(2) names an open file.
+            file = self.handles.get(handle) if handle else self.stateless_open(node, writing=True)
+        if file is None:
             yield None
             return
         with self.handles.backing(file) as descriptor:

@@ -95,6 +95,8 @@ class OpenFile(Generic[NodeT]):
     pid: int
     #: The user that opened it.
     uid: int
+    #: That user's group.
+    gid: int
     #: Bytes whose page-cache fills an allowed event of a mapping has covered.
     announced: RangeSet = field(default_factory=RangeSet)
     #: The grants of calls in progress, by thread and direction.
@@ -194,9 +196,12 @@ class HandleTable(Generic[NodeT]):
         tid: int,
         pid: int,
         uid: int,
+        gid: int,
     ) -> OpenFile[NodeT]:
         """Add an open file, which owns `descriptor` from now on."""
-        file = OpenFile(self._next_handle, node, flags, armed, direct, tid, pid, uid, descriptor=descriptor)
+        file = OpenFile(
+            self._next_handle, node, flags, armed, direct, tid, pid, uid, gid, descriptor=descriptor
+        )
         file.exact = direct
         self._next_handle += 1
         self._files[file.handle] = file
@@ -214,7 +219,7 @@ class HandleTable(Generic[NodeT]):
         file = self._standing.get((node, writing))
         if file is None:
             flags = os.O_WRONLY if writing else os.O_RDONLY
-            file = OpenFile(self._next_handle, node, flags, armed, False, 0, 0, 0, stateless=True)
+            file = OpenFile(self._next_handle, node, flags, armed, False, 0, 0, 0, 0, stateless=True)
             self._next_handle += 1
             self._stand(file)
         return file

@@ -95,7 +95,7 @@ class Filesystem:
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
         node, status, descriptor = self._overlay.create(parent, name, flags, mode, caller)
         try:
-            file, keep_cache = await self._gate.created(node, flags, descriptor, caller.pid, caller.uid)
+            file, keep_cache = await self._gate.created(node, flags, descriptor, caller)
         except BaseException:
             # The kernel never learns of the node, so it will not send FORGET. It must also drop a cached negative entry of the name. It holds
             # the directory's lock until this request is answered.

@@ -232,8 +232,8 @@ class Operations:
             mtime_ns=_time(valid, Attribute.MTIME, Attribute.MTIME_NOW, mtime, mtime_ns),
         )
         node = self._overlay.node(request.node_id)
-        handle = handle if valid & Attribute.FH else 0
-        found = await self._gate.set_attributes(node, changes, handle, self._caller(request))
+        named = handle if valid & Attribute.FH else None
+        found = await self._gate.set_attributes(node, changes, named, self._caller(request))
         return protocol.attr_out(self._attributes(*found))
 
     async def ioctl(self, request: Request) -> bytes:
@@ -293,9 +293,9 @@ class Operations:
         flags, _ = protocol.OPEN_IN.unpack_from(request.body)
         node = self._overlay.node(request.node_id)
         if _is_for_ioctl(flags, request.pid):
-            file, keep_cache = self._gate.open_for_ioctl(node, flags, request.pid, request.uid), True
+            file, keep_cache = self._gate.open_for_ioctl(node, flags, self._caller(request)), True
         else:
-            file, keep_cache = await self._gate.open(node, flags, request.pid, request.uid)
+            file, keep_cache = await self._gate.open(node, flags, self._caller(request))
         return self._opened(file, keep_cache=keep_cache)
 
     async def create(self, request: Request) -> bytes:
@@ -321,9 +321,7 @@ class Operations:
         parent = self._overlay.node(request.node_id)
         node, status, descriptor = self._overlay.create_unnamed(parent, flags, mode, caller)
         try:
-            file, keep_cache = await self._gate.created(
-                node, flags, descriptor, caller.pid, caller.uid, unnamed=True
-            )
+            file, keep_cache = await self._gate.created(node, flags, descriptor, caller, unnamed=True)
         except BaseException:
             self._gate.forget(node.id, 1)
             raise
@@ -346,7 +344,9 @@ class Operations:
             offset,
             data,
             request.pid,
-            uid=self._strips(request, how),
+            # The page cache writes for nobody in particular.
+            caller=None if how & protocol.WRITE_CACHE else self._caller(request),
+            strips=self._strips(request, how),
             write_back=bool(how & protocol.WRITE_CACHE),
             appends=None if how & protocol.WRITE_CACHE else bool(flags & os.O_APPEND),
             durable=_RWF_SYNC if flags & os.O_SYNC == os.O_SYNC else _RWF_DSYNC if flags & os.O_DSYNC else 0,
@@ -385,7 +385,7 @@ class Operations:
     async def fallocate(self, request: Request) -> bytes:
         handle, offset, length, mode, _ = protocol.FALLOCATE_IN.unpack_from(request.body)
         file = self._file(request.node_id, handle, writing=True)
-        await self._content.allocate(file, mode, offset, length, request.pid, request.uid)
+        await self._content.allocate(file, mode, offset, length, self._caller(request))
         return _DONE
 
     def lseek(self, request: Request) -> bytes:
@@ -405,9 +405,7 @@ class Operations:
         handle, offset, target_id, target_handle, target_offset, length, _ = fields
         source = self._file(request.node_id, handle, writing=False)
         target = self._file(target_id, target_handle, writing=True)
-        return await self._content.copy(
-            source, offset, target, target_offset, length, request.pid, request.uid
-        )
+        return await self._content.copy(source, offset, target, target_offset, length, self._caller(request))
 
     # Directories
 
@@ -507,7 +505,7 @@ class Operations:
 
     def removexattr(self, request: Request) -> bytes:
         (name,) = protocol.names_in(request.body, 0, 1)
-        self._overlay.removexattr(self._overlay.node(request.node_id), name)
+        self._overlay.removexattr(self._overlay.node(request.node_id), name, self._caller(request))
         return _DONE
 
 

@@ -143,7 +143,7 @@ class Operations(pyfuse3.Operations):
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
         )
         node = self._overlay.node(inode)
-        return self._attributes(*await self._gate.set_attributes(node, changes, fh or 0, self._caller(ctx)))
+        return self._attributes(*await self._gate.set_attributes(node, changes, fh, self._caller(ctx)))
 
     @_errors_to_fuse
     async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
@@ -209,7 +209,7 @@ class Operations(pyfuse3.Operations):
     @_errors_to_fuse
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         node = self._overlay.node(inode)
-        file, keep_cache = await self._gate.open(node, flags, ctx.pid, ctx.uid)
+        file, keep_cache = await self._gate.open(node, flags, self._caller(ctx))
         return self._file_info(file, keep_cache=keep_cache)
 
     @_errors_to_fuse
@@ -313,7 +313,7 @@ class Operations(pyfuse3.Operations):
 
     @_errors_to_fuse
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
-        self._overlay.removexattr(self._overlay.node(inode), name)
+        self._overlay.removexattr(self._overlay.node(inode), name, self._caller(ctx))
 
 
 def _inval_entry(parent_id: int, name: bytes) -> None:

@@ -29,6 +29,7 @@ _SYS_SETGROUPS: Final = {"x86_64": 116, "aarch64": 159}.get(platform.machine())
 _HEADER: Final = struct.pack("=Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
 _CAPABILITIES: Final = struct.Struct("=6I")  # two each of effective, permitted, inheritable
 _WORD: Final = 0xFFFF_FFFF
+_CAP_FSETID: Final = 1 << 4  # linux/capability.h
 _UNCHANGED: Final = 0xFFFF_FFFF
 
 
@@ -76,6 +77,55 @@ def acting_as(uid: int, gid: int, groups: Sequence[int], effective: int) -> Iter
         _capset(_HEADER, own)
         # Last: it fails where a user namespace forbids it, and then nothing has changed the groups.
         _set_groups(own_groups)
+
+
+class Writer:
+    """Lets the thread that makes it write content in another user's name, at a fraction of the price of acting_as().
+
+    File systems decide by the user and CAP_SYS_RESOURCE who may use the space that is reserved, and whose quota ends. A member of the reserve's
+    group has to use acting_as(). Raises OSError as acting_as().
+    """
+
+    def __init__(self) -> None:
+        buffer = ctypes.create_string_buffer(_CAPABILITIES.size)
+        if _capget(_HEADER, buffer) < 0:
+            raise _error()
+        self._own = buffer.raw
+        low, permitted_low, inheritable_low, _, permitted_high, inheritable_high = _CAPABILITIES.unpack(
+            self._own
+        )
+        # With CAP_FSETID the kernel takes no set-id bits away: the caller has decided about them, and knows the accessor's groups.
+        self._writing = _CAPABILITIES.pack(
+            low & _CAP_FSETID, permitted_low, inheritable_low, 0, permitted_high, inheritable_high
+        )
+        # The group 0 is never that of a reserve.
+        groups = os.getgroups()
+        self._groups = groups if any(groups) else []
+        self._uid = _setfsuid(_UNCHANGED)
+
+    def pwrite(
+        self, uid: int, descriptor: int, data: bytes | bytearray | memoryview, offset: int, how: int
+    ) -> int:
+        """pwritev2(2) of `data` (`how`: RWF_*) as that user, with no groups and without CAP_SYS_RESOURCE; returns the number of bytes written.
+
+        Raises OSError.
+        """
+        if uid == _UNCHANGED:
+            # setfsuid(2) would take it as a question.
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        try:
+            if self._groups:
+                _set_groups(())
+            _setfsuid(uid)
+            if _capset(_HEADER, self._writing) < 0:
+                raise _error()
+            return os.pwritev(descriptor, [data], offset, how) if how else os.pwrite(descriptor, data, offset)
+        finally:
+            _setfsuid(self._uid)
+            if _capset(_HEADER, self._own) < 0:
+                raise _error()
+            if self._groups:
+                _set_groups(self._groups)
 
 
 def _set_groups(groups: Sequence[int]) -> None:

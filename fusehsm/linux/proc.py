@@ -111,16 +111,30 @@ def is_member(tid: int, gid: int) -> bool:
 
 
 def rights(tid: int, uid: int) -> tuple[list[int], int]:
-    """The supplementary groups of a thread and its effective capabilities (a bit each) in this process's user namespace.
+    """The supplementary groups of a thread and its effective capabilities (a bit each) in the thread's own user namespace.
 
     None where they cannot be told, or where the thread is not one of that user (fsuid) any more.
     """
     text = _read_proc(f"/proc/{tid}/status", 1 << 16)
     if not text or int(_status_words(text, b"Uid")[3]) != uid:
         return [], 0
-    effective = _status_field(text, b"CapEff", 16) or 0
     groups = [int(word) for word in _status_words(text, b"Groups")]
-    return groups, effective if effective and shares_our_user_namespace(tid) else 0
+    return groups, _status_field(text, b"CapEff", 16) or 0
+
+
+def has_user(tid: int, uid: int) -> bool:
+    """Whether that user exists in a thread's user namespace, which is not this process's own (user_namespaces(7)). False if it cannot be told."""
+    return _is_mapped(_read_proc(f"/proc/{tid}/uid_map", 1 << 16), uid)
+
+
+def has_group(tid: int, gid: int) -> bool:
+    """The same of a group."""
+    return _is_mapped(_read_proc(f"/proc/{tid}/gid_map", 1 << 16), gid)
+
+
+def _is_mapped(text: bytes | None, number: int) -> bool:
+    extents = (line.split() for line in (text or b"").splitlines())
+    return any(int(first) <= number < int(first) + int(length) for _, first, length in extents)
 
 
 def threads_of(pid: int) -> list[int]:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Final
 
 from fusehsm.linux import syscalls
-from fusehsm.overlay.credentials import Caller
 
 TIME_NOW: Final = 1 << 80
 """In `atime_ns` and `mtime_ns`: the present, as UTIME_NOW."""
@@ -47,17 +46,15 @@ def path_of(fd: int) -> bytes:
     return b"/proc/self/fd/%d" % fd
 
 
-def apply(changes: AttributeChanges, fd: int, caller: Caller | None) -> None:
-    """Change the inode of `fd` (any open file of it, or O_PATH). At no moment are there more rights than before or after.
+def apply(changes: AttributeChanges, fd: int, *, through: bool = False) -> None:
+    """Change the inode of `fd` (any open file of it, or O_PATH) with this thread's rights.
 
-    `caller`: the accessor, treated as the kernel treats a process without CAP_FSETID; None when the kernel does so itself.
+    `through`: a new size is set through `fd`, if that is open for writing. Then it needs no permission to open the file.
     Raises OSError; BlockingIOError (EAGAIN) for a new size while a lease on the file is being broken.
     """
     path = path_of(fd)
     if changes.size is not None:
-        if caller is not None:
-            clear_privileges(fd, caller.in_group)
-        if _writable(fd):
+        if through and _writable(fd):
             os.ftruncate(fd, changes.size)
         elif changes.size < 0 or not stat.S_ISREG(os.fstat(fd).st_mode):  # truncate(2) refuses
             os.truncate(path, changes.size)
@@ -69,17 +66,23 @@ def apply(changes: AttributeChanges, fd: int, caller: Caller | None) -> None:
             finally:
                 os.close(writable)
     if changes.uid is not None or changes.gid is not None:
-        if caller is not None:
-            # chown_common() in the kernel: a set-gid bit without execute permission goes, too, unless the caller is in the group.
-            clear_foreign_sgid(fd, caller)
         os.chown(path, -1 if changes.uid is None else changes.uid, -1 if changes.gid is None else changes.gid)
     if changes.mode is not None:
-        mode = stat.S_IMODE(changes.mode)
-        if caller is not None and mode & stat.S_ISGID and not caller.in_group(os.fstat(fd).st_gid):
-            mode &= ~stat.S_ISGID  # setattr_prepare() in the kernel
-        os.chmod(path, mode)
-    if changes.atime_ns is not None or changes.mtime_ns is not None:
+        os.chmod(path, stat.S_IMODE(changes.mode))
+    if changes.atime_ns is None and changes.mtime_ns is None:
+        return
+    try:
         _set_times(path, changes.atime_ns, changes.mtime_ns)
+    except PermissionError:
+        # ftruncate(2) asks for the present time of modification, too, and has just set it. One who does not own the file may not.
+        if changes.size is None or changes.atime_ns is not None or not _is_now(changes.mtime_ns):
+            raise
+
+
+def only_drops_set_id(fd: int, mode: int) -> bool:
+    """Whether `mode` differs from the mode of the inode at most in fewer set-id bits."""
+    present = stat.S_IMODE(os.fstat(fd).st_mode)
+    return (present | _SUID_SGID) == (stat.S_IMODE(mode) | _SUID_SGID) and not stat.S_IMODE(mode) & ~present
 
 
 def hide_own(name: bytes, number: int) -> None:
@@ -100,11 +103,13 @@ def _set_times(path: bytes, atime_ns: int | None, mtime_ns: int | None) -> None:
     except PermissionError:
         # A process may touch(1) another user's writable file, but only with the time "now". pyfuse3 passes "now" as a
         # time, which must not become an error.
-        if atime_ns is None or mtime_ns is None or abs(atime_ns - mtime_ns) > _NOW_TOLERANCE:
-            raise
-        if abs(time.time_ns() - atime_ns) > _NOW_TOLERANCE:
+        if atime_ns is None or mtime_ns is None or not (_is_now(atime_ns) and _is_now(mtime_ns)):
             raise
         syscalls.set_times(path, TIME_NOW, TIME_NOW, now=TIME_NOW)
+
+
+def _is_now(time_ns: int | None) -> bool:
+    return time_ns is not None and (time_ns == TIME_NOW or abs(time.time_ns() - time_ns) <= _NOW_TOLERANCE)
 
 
 def clear_privileges(fd: int, is_member: Callable[[int], bool]) -> bool:
@@ -123,16 +128,3 @@ def clear_privileges(fd: int, is_member: Callable[[int], bool]) -> bool:
             os.chmod(path_of(fd), stat.S_IMODE(kept))
             return True
     return False
-
-
-def clear_foreign_sgid(fd: int, caller: Caller) -> None:
-    """Clear set-group-id of a file that its group may not execute, unless `caller` is in that group."""
-    status = os.fstat(fd)
-    mode = status.st_mode
-    if (
-        stat.S_ISREG(mode)
-        and mode & stat.S_ISGID
-        and not mode & stat.S_IXGRP
-        and not caller.in_group(status.st_gid)
-    ):
-        os.chmod(path_of(fd), stat.S_IMODE(mode & ~stat.S_ISGID))

@@ -16,6 +16,8 @@ import os
 import stat
 import struct
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
@@ -48,7 +50,6 @@ _BACKING_FLAGS: Final = os.O_ACCMODE | os.O_DSYNC | os.O_SYNC | os.O_NOATIME
 # A listener's event fd also gets these, if event_f_flags of fanotify_init(2) has them.
 _EVENT_FLAGS: Final = _BACKING_FLAGS | os.O_APPEND | os.O_NONBLOCK
 _PATH_ONLY: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
-_ACL_ACCESS: Final = b"system.posix_acl_access"
 
 
 class Overlay:
@@ -295,25 +296,40 @@ class Overlay:
         return None if born is None else struct.unpack("=qI", born)
 
     def setattr(
-        self, node: Node, changes: AttributeChanges, fd: int | None = None, caller: Caller | None = None
+        self,
+        node: Node,
+        changes: AttributeChanges,
+        fd: int | None = None,
+        caller: Caller | None = None,
+        *,
+        opened: bool = True,
     ) -> tuple[Node, os.stat_result]:
-        """Change attributes on behalf of `caller` (None: the server itself); returns the node and its new status.
+        """Change attributes with the rights of `caller` (None: the server's own); returns the node and its new status.
 
-        `fd` is any open file of the node. With one that is open for writing, a truncation needs no permission to open the file,
-        as with ftruncate(2). Raises OSError EOPNOTSUPP for the mode of a symbolic link.
+        `fd` is any open file of the node. If it is the caller's (`opened`) and open for writing, a truncation needs no permission to open the
+        file, as with ftruncate(2). Raises OSError EOPNOTSUPP for the mode of a symbolic link.
         """
         if changes.mode is not None and node.kind == stat.S_IFLNK:
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), node.name)
-        ordinary = caller if caller is not None and self._impersonation.is_ordinary(caller) else None
         if fd is not None:
-            attributes.apply(changes, fd, ordinary)
-            return node, os.fstat(fd)
+            return node, self._apply(changes, fd, caller, through=opened)
         fd = self._reach.path_fd(node)
         try:
-            attributes.apply(changes, fd, ordinary)
-            return node, os.fstat(fd)
+            return node, self._apply(changes, fd, caller)
         finally:
             os.close(fd)
+
+    def _apply(
+        self, changes: AttributeChanges, fd: int, caller: Caller | None, *, through: bool = False
+    ) -> os.stat_result:
+        if changes.mode is not None and attributes.only_drops_set_id(fd, changes.mode):
+            # Before a write or truncation the kernel asks for this in the name of a user who need not own the file, unless it leaves it to the
+            # server (FUSE_HANDLE_KILLPRIV).
+            attributes.apply(AttributeChanges(mode=changes.mode), fd)
+            changes = replace(changes, mode=None)
+        with self._impersonation.rights_of(caller, fd):
+            attributes.apply(changes, fd, through=through)
+        return os.fstat(fd)
 
     def access(self, node: Node, mode: int) -> bool:
         """access(2) with the server's own rights. With default_permissions the kernel does not send this request."""
@@ -335,33 +351,45 @@ class Overlay:
 
     # Files
 
-    def open(self, node: Node, flags: int, caller_uid: int = 0, caller_tid: int = 0) -> int:
+    def open(self, node: Node, flags: int, caller: Caller | None = None) -> int:
         """Open the node's backing file with the access mode, O_TRUNC and O_SYNC of `flags`; the caller closes the descriptor.
 
-        It opens exactly this inode, so no other file is truncated. With O_TRUNC set-id bits are cleared unless `caller_uid` is 0; `caller_tid`
-        is its thread. Raises BlockingIOError (EAGAIN) while another process's lease on the file is being broken; otherwise OSError as open(2),
+        It opens exactly this inode, so no other file is truncated. O_TRUNC is done with the rights of `caller` (None: the server's own).
+        Raises BlockingIOError (EAGAIN) while another process's lease on the file is being broken; otherwise OSError as open(2),
         and for anything but a regular file: EISDIR for a directory, ELOOP for a symbolic link, ENXIO for the rest.
         """
         self._check_openable(node)
         fd = self._reach.path_fd(node)
         try:
-            if flags & os.O_TRUNC and caller_uid != 0 and self._impersonation.privileged:
-                attributes.clear_privileges(fd, partial(proc.is_member, caller_tid))
             # O_NONBLOCK, so that it does not wait for the end of a lease. On the descriptor of a regular file it changes nothing.
             kept = flags & (_BACKING_FLAGS | os.O_TRUNC)
             path, backing_flags = path_of(fd), kept | os.O_CLOEXEC | os.O_NONBLOCK
+            if flags & os.O_TRUNC:
+                opened = self._truncated(fd, backing_flags, caller)
+                node.told_size = 0
+                return opened
             try:
-                opened = self._reach.open(path, backing_flags)
+                return self._reach.open(path, backing_flags)
             except OSError as error:
                 if error.errno != errno.EPERM or not flags & os.O_APPEND:
                     raise
                 # The file is append-only (chattr(1)).
-                opened = self._reach.open(path, backing_flags | os.O_APPEND)
-            if flags & os.O_TRUNC:
-                node.told_size = 0
-            return opened
+                return self._reach.open(path, backing_flags | os.O_APPEND)
         finally:
             os.close(fd)
+
+    def _truncated(self, fd: int, flags: int, caller: Caller | None) -> int:
+        path = path_of(fd)
+        try:
+            with self._impersonation.rights_of(caller, fd):
+                return self._reach.open(path, flags)
+        except PermissionError:
+            # open(2) with O_CREAT of a new file asks for no permission. It may arrive as MKNOD and OPEN, and there is nothing to truncate.
+            opened = self._reach.open(path, flags & ~os.O_TRUNC)
+            if os.fstat(opened).st_size:
+                os.close(opened)
+                raise
+            return opened
 
     def create(
         self, parent: Node, name: bytes, flags: int, mode: int, caller: Caller
@@ -525,6 +553,16 @@ class Overlay:
             return False
         return attributes.clear_privileges(fd, partial(proc.is_member, caller_tid))
 
+    def write(
+        self, caller: Caller, fd: int, data: bytes | bytearray | memoryview, offset: int, how: int
+    ) -> int:
+        """pwritev2(2) with the rights of `caller` to space; returns the number of bytes written. `how`: RWF_* flags. Raises OSError."""
+        return self._impersonation.write(caller, fd, data, offset, how)
+
+    def rights_of(self, caller: Caller) -> AbstractContextManager[None]:
+        """Context manager in which this thread, which may be any, acts with the rights of `caller`. Raises OSError."""
+        return self._impersonation.rights_of(caller)
+
     @staticmethod
     def before_placing(fd: int) -> None:
         """Clear O_APPEND of a backing file before a write at an offset, which that flag would override.
@@ -566,14 +604,13 @@ class Overlay:
     ) -> None:
         """Set an extended attribute; `flags` is 0, os.XATTR_CREATE or os.XATTR_REPLACE.
 
-        Raises OSError EOPNOTSUPP for fusehsm's own, an error that cp -a ignores.
+        It is done with the rights of `caller` (None: the server's own). Raises OSError EOPNOTSUPP for fusehsm's own, an error that cp -a ignores.
         """
         attributes.hide_own(name, errno.EOPNOTSUPP)
         fd = self._reach.path_fd(node)
         try:
-            os.setxattr(path_of(fd), name, value, flags)
-            if name == _ACL_ACCESS and caller is not None and self._impersonation.is_ordinary(caller):
-                attributes.clear_foreign_sgid(fd, caller)
+            with self._impersonation.rights_of(caller, fd):
+                os.setxattr(path_of(fd), name, value, flags)
         finally:
             os.close(fd)
 
@@ -592,12 +629,13 @@ class Overlay:
             names = [name for name in names if not name.startswith(b"trusted.")]
         return names
 
-    def removexattr(self, node: Node, name: bytes) -> None:
-        """Remove an extended attribute. Raises OSError ENODATA when there is none, and for fusehsm's own."""
+    def removexattr(self, node: Node, name: bytes, caller: Caller | None = None) -> None:
+        """Remove an extended attribute, as setxattr(). Raises OSError ENODATA when there is none, and for fusehsm's own."""
         attributes.hide_own(name, errno.ENODATA)
         fd = self._reach.path_fd(node)
         try:
-            os.removexattr(path_of(fd), name)
+            with self._impersonation.rights_of(caller, fd):
+                os.removexattr(path_of(fd), name)
         finally:
             os.close(fd)
 

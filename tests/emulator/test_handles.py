@@ -12,7 +12,7 @@ LIMIT = 8
 
 
 def add(table: HandleTable[Path], path: Path, flags: int = os.O_RDONLY) -> OpenFile[Path]:
-    return table.add(path, flags, os.open(path, flags), armed=None, direct=False, tid=1, pid=1, uid=0)
+    return table.add(path, flags, os.open(path, flags), armed=None, direct=False, tid=1, pid=1, uid=0, gid=0)
 
 
 @pytest.fixture

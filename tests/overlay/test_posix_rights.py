@@ -1,8 +1,10 @@
 """Rights: what other users may and may not, set-id bits, sticky and set-gid directories: natively, and through mounts of root's."""
 
+import ctypes
 import errno
 import os
 import shutil
+import signal
 import stat
 import struct
 import subprocess
@@ -13,6 +15,7 @@ import pytest
 
 from tests.support.harness import NOBODY, Mount, fuse_device_for_everybody
 from tests.support.posix_trees import Errno, Tree, in_child, outcome
+from tests.support.requirements import require
 
 pytestmark = pytest.mark.fuse
 
@@ -400,3 +403,92 @@ def test_a_program_that_somebody_else_has_written_to(make_mount: Callable[..., M
 
     assert in_child(act, uid=NOBODY) == ("0", str(NOBODY))
     assert mode_of(mount.source / "program") == "0o777"
+
+
+def test_an_open_file_may_be_truncated_by_one_who_could_not_open_it(tree: Tree) -> None:
+    def prepare(path: Path) -> None:
+        make(path / "others", 0o666)
+        os.chmod(path, 0o777)
+
+    def act(path: Path) -> object:
+        new = os.open(path / "new", os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o444)
+        os.write(new, b"content")
+        os.ftruncate(new, 3)
+        # By its path it is open to nobody.
+        denied = outcome(os.truncate, path / "new", 1)
+        others = os.open(path / "others", os.O_RDWR)
+        os.ftruncate(others, 4)
+        os.truncate(path / "others", 2)
+        return denied, os.fstat(new).st_size, os.fstat(others).st_size
+
+    tree.run(prepare)
+    assert tree.as_user(act) == (DENIED, 3, 2)
+
+
+def as_root_of_a_container(first: int, function: Callable[[], object]) -> object:
+    """What `function` gives as user 0 of a user namespace whose users 0 to 99 are `first` to `first` + 99 outside."""
+
+    def run() -> object:
+        libc = ctypes.CDLL(None, use_errno=True)
+        asking, ask = os.pipe()
+        mapped, tell = os.pipe()
+        this = os.getpid()
+        helper = os.fork()
+        if helper == 0:
+            try:
+                os.read(asking, 1)
+                for name in ("uid_map", "gid_map"):
+                    Path(f"/proc/{this}/{name}").write_text(f"0 {first} 100")
+                os.write(tell, b"x")
+            finally:
+                os._exit(0)
+        if libc.unshare(0x10000000):  # CLONE_NEWUSER
+            os.kill(helper, signal.SIGKILL)
+            return Errno(ctypes.get_errno())
+        os.write(ask, b"x")
+        os.read(mapped, 1)
+        os.waitpid(helper, 0)
+        os.setgroups([])
+        os.setresgid(0, 0, 0)
+        os.setresuid(0, 0, 0)
+        return function()
+
+    return in_child(run)
+
+
+def test_root_of_a_container(tree: Tree) -> None:
+    """Its capabilities hold for files whose owner and group exist in the container. To change a mode, the owner is enough."""
+    first = 200_000
+
+    def prepare(path: Path) -> None:
+        make(path / "root's", 0o644, first, first)
+        make(path / "user's", 0o600, first + 33, first + 33)
+        make(path / "others", 0o644, first + 33, 0)
+        make(path / "outside", 0o644)
+        os.chmod(path, 0o777)
+
+    def act() -> object:
+        path = tree.path
+        found = []
+        for name in ("root's", "user's", "others", "outside"):
+            file = path / name
+            found.append(
+                [
+                    outcome(os.chmod, file, 0o640),
+                    outcome(os.truncate, file, 3),
+                    outcome(os.setxattr, file, "user.x", b"1"),
+                    outcome(os.removexattr, file, "user.x"),
+                    outcome(os.setxattr, file, "trusted.x", b"1"),
+                    outcome(lambda file=file: os.close(os.open(file, os.O_WRONLY | os.O_TRUNC))),
+                    outcome(os.chown, file, 44, 45),
+                ]
+            )
+        return found
+
+    tree.run(prepare)
+    may = [None, None, None, None, REFUSED, None, None]
+    may_not = [REFUSED, DENIED, DENIED, DENIED, REFUSED, DENIED, REFUSED]
+    found = as_root_of_a_container(first, act)
+    require(found != REFUSED, "needs user namespaces")
+    assert found == [may, may, [None, *may_not[1:]], may_not]
+    assert os.stat(tree.backing / "user's").st_uid == first + 44

@@ -415,3 +415,86 @@ def test_in_group(accessor: Caller) -> None:
     ]
     gone = Caller(accessor.uid, accessor.gid, 0)
     assert [gone.in_group(gid) for gid in (NOBODY, OTHER_GROUP)] == [True, False]
+
+
+# Changes of attributes and content that no kernel has checked
+
+INODE_CHANGES: dict[str, Callable[[Face], object]] = {
+    "chmod": lambda f: f.chmod(b"changed", 0o640),
+    "chown": lambda f: f.chown(b"changed", NOBODY, -1),
+    "chgrp": lambda f: f.chown(b"changed", -1, OTHER_GROUP),
+    "chgrp to another": lambda f: f.chown(b"changed", -1, FOREIGN_GROUP),
+    "truncate": lambda f: f.truncate(b"changed", 1),
+    "open with O_TRUNC": lambda f: f.open_truncating(b"changed"),
+    "times": lambda f: f.set_times(b"changed", 5, 7),
+    "attribute": lambda f: f.set_xattr(b"changed", b"user.new", b"1", 0),
+    "attribute of the trusted": lambda f: f.set_xattr(b"changed", b"trusted.new", b"1", 0),
+    "capability": lambda f: f.set_xattr(b"changed", b"security.capability", CAPABILITY, 0),
+    "removal of an attribute": lambda f: f.remove_xattr(b"changed", b"user.old"),
+    "removal of one of the trusted": lambda f: f.remove_xattr(b"changed", b"trusted.old"),
+}
+
+
+@pytest.mark.parametrize("change", INODE_CHANGES)
+@pytest.mark.parametrize(
+    ("mode", "uid", "gid"),
+    [
+        (0o644, 0, 0),
+        (0o666, 0, 0),
+        (0o664, 0, OTHER_GROUP),
+        (0o664, 0, FOREIGN_GROUP),
+        (0o600, NOBODY, NOBODY),
+        (0o400, NOBODY, NOBODY),
+        (0o2660, NOBODY, FOREIGN_GROUP),
+    ],
+)
+def test_inodes_change_with_the_accessors_rights(
+    places: Places, tree: Overlay, accessor: Caller, change: str, mode: int, uid: int, gid: int
+) -> None:
+    """Also where no kernel has checked them: a file may have got another owner or mode since it did."""
+    for root in (places.native, places.source):
+        file = root / "changed"
+        file.write_bytes(b"content")
+        os.setxattr(file, "user.old", b"1")
+        os.setxattr(file, "trusted.old", b"1")
+        os.chown(file, uid, gid)
+        file.chmod(mode)
+
+    def do(face: Face) -> str:
+        try:
+            INODE_CHANGES[change](face)
+        except OSError as error:
+            return errno.errorcode[error.errno or 0]
+        return "done"
+
+    through = do(OverlayFace(tree, accessor))
+    assert through == as_user(lambda: do(NativeFace(places.native)), groups=(OTHER_GROUP,))
+    assert snapshot(places.source) == snapshot(places.native)
+
+
+def test_an_empty_file_opens_for_truncation_whatever_its_mode(
+    places: Places, tree: Overlay, accessor: Caller
+) -> None:
+    """open(2) with O_CREAT and O_TRUNC may arrive as MKNOD and OPEN, and a new file may have any mode."""
+    file = places.source / "new"
+    file.touch(0o400)
+    OverlayFace(tree, accessor).open_truncating(b"new")
+    file.write_bytes(b"content")
+    with pytest.raises(PermissionError):
+        OverlayFace(tree, accessor).open_truncating(b"new")
+    assert file.read_bytes() == b"content"
+
+
+def test_set_id_bits_may_be_dropped_by_one_who_is_not_the_owner(
+    places: Places, tree: Overlay, accessor: Caller
+) -> None:
+    """The kernel asks for that in the name of a user who writes (ATTR_KILL_SUID)."""
+    file = places.source / "plain/file"
+    file.touch()
+    file.chmod(0o6775)
+    face = OverlayFace(tree, accessor)
+    face.chmod(b"plain/file", 0o775)
+    assert oct(file.stat().st_mode) == oct(stat.S_IFREG | 0o775)
+    for mode in (0o6775, 0o4775, 0o774, 0o4774, 0):
+        with pytest.raises(PermissionError):
+            face.chmod(b"plain/file", mode)

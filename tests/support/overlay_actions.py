@@ -283,16 +283,16 @@ class OverlayFace:
 
     def write(self, path: bytes, offset: int, content: bytes) -> int:
         with self.node(path) as node:
-            fd = self.overlay.open(node, os.O_WRONLY, self.caller.uid, self.caller.pid)
+            fd = self.overlay.open(node, os.O_WRONLY, self.caller)
             try:
                 self.overlay.before_write(node, fd, self.caller.uid, self.caller.pid)
-                return os.pwrite(fd, content, offset)
+                return self.overlay.write(self.caller, fd, content, offset, 0)
             finally:
                 os.close(fd)
 
     def open_truncating(self, path: bytes) -> None:
         with self.node(path) as node:
-            os.close(self.overlay.open(node, os.O_WRONLY | os.O_TRUNC, self.caller.uid, self.caller.pid))
+            os.close(self.overlay.open(node, os.O_WRONLY | os.O_TRUNC, self.caller))
 
     def set_times(self, path: bytes, atime_ns: int | None, mtime_ns: int | None) -> None:
         self._set(path, AttributeChanges(atime_ns=atime_ns, mtime_ns=mtime_ns))
@@ -311,7 +311,7 @@ class OverlayFace:
 
     def remove_xattr(self, path: bytes, name: bytes) -> None:
         with self.node(path) as node:
-            self.overlay.removexattr(node, name)
+            self.overlay.removexattr(node, name, self.caller)
 
     def list(self, path: bytes) -> list[bytes]:
         with self.node(path) as node:
