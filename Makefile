@@ -1,5 +1,5 @@
 # Each target sets up everything that it needs (scripts/bootstrap.sh).
-.PHONY: help demo test check lint bench conform soak oldkernel oldkernels arm64 setup setup-bench setup-demo clean
+.PHONY: help demo test check lint bench conform soak fuzz oldkernel oldkernels arm64 setup setup-bench setup-demo clean
 .DEFAULT_GOAL := help
 
 BIN := .venv/bin
@@ -13,7 +13,8 @@ help:
 	@echo "make lint   check formatting, lint and types only"
 	@echo "make bench  measure fusehsm, the real kernel and bindfs, and fetch, cp, rsync and curl (ARGS=--quick for a short run)"
 	@echo "make conform  compare the emulator with the real kernel, with both engines: all workloads (docs/conform.md), and 2,000 new sequences"
-	@echo "make soak   kill fetch at 500 random moments while users work, and compare every byte (ARGS=\"--points 5000 --seed 1\")"
+	@echo "make soak   kill fetch at 500 random moments while users work, and compare every byte (ARGS=\"--points 5000 --seed 1\"); then make fuzz"
+	@echo "make fuzz   every fuzzer for 30 minutes, with a new seed (FUZZ_SECONDS=60 FUZZ_SEED=1 T=tests/daemon: of those tests only)"
 	@echo "make oldkernel  run tests and fusehsm conform under Debian's Linux 6.1 in an emulated machine (KERNEL=5.10 or 6.12: under those)"
 	@echo "make oldkernels  the same under all of them, in hours, with the results in docs/old-kernels.md"
 	@echo "make arm64  run the pure tests, those of fusehsm run, and a mount on an emulated arm64 machine (docs/arm64.md)"
@@ -47,6 +48,15 @@ conform: setup
 # soak and oldkernel are not part of `make test`, because they take minutes.
 soak: setup
 	$(BIN)/python -m tests.support.tier.soak $(ARGS)
+	@$(MAKE) --no-print-directory fuzz
+
+# Every fuzzer (tests/support/fuzzing.py) longer than in `make test`, with other cases. A failure shows the command that repeats it.
+FUZZ_SECONDS := 1800
+FUZZ_SEED := $(shell date +%s)
+fuzz: setup
+	@echo "seed $(FUZZ_SEED), $(FUZZ_SECONDS) s each"
+	FUSEHSM_TESTS_LONGEST=$$(($(FUZZ_SECONDS) * 2 + 300)) $(BIN)/python -m pytest -v -m fuzz $(T) \
+		--fuzz-seconds $(FUZZ_SECONDS) --fuzz-seed $(FUZZ_SEED)
 
 oldkernel:
 	@scripts/bootstrap.sh oldkernel

@@ -15,7 +15,7 @@ import pytest
 
 from fusehsm.conform.accessor import Accessor, Zygote
 from fusehsm.conform.sides import ext4_image
-from tests.support import engines, harness, leftovers, tiers
+from tests.support import engines, fuzzing, harness, leftovers, tiers
 from tests.support.harness import Guardian, Mount
 from tests.support.kernel_and_mount import World
 from tests.support.notification_groups import TakeNotes, note_taker
@@ -44,6 +44,7 @@ collect_ignore = ["test_security_modules.py"]
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add ours."""
     engines.add_option(parser)
+    fuzzing.add_options(parser)
     parser.addoption(
         "--sequences",
         type=int,
@@ -381,6 +382,12 @@ def make_accessor(zygote: Zygote) -> Iterator[MakeAccessor]:
 def accessor(make_accessor: MakeAccessor) -> Accessor:
     """A process that does to files what it is told."""
     return make_accessor()
+
+
+@pytest.fixture
+def fuzz_plan(request: pytest.FixtureRequest) -> fuzzing.Plan:
+    """Which cases this fuzzer tries (tests/support/fuzzing.py)."""
+    return fuzzing.plan_of(request)
 
 
 @pytest.fixture(autouse=True)

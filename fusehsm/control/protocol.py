@@ -17,6 +17,7 @@ import struct
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final, Generic, TypeVar
 
 RequestT = TypeVar("RequestT")
@@ -28,6 +29,10 @@ LARGEST_REQUEST: Final = 16 * 1024  # bytes
 LARGEST_REPLY_PART: Final = 32 * 1024
 LARGEST_PATH: Final = 32 * 1024
 LARGEST_EVENT_MESSAGE: Final = LARGEST_PATH + 1024
+
+# Of a device number (include/linux/kdev_t.h). os.makedev() raises OverflowError for much larger numbers.
+_LARGEST_MAJOR: Final = (1 << 12) - 1
+_LARGEST_MINOR: Final = (1 << 20) - 1
 
 _MORE, _LAST = b"+", b"."
 
@@ -51,16 +56,24 @@ CAUGHT_UP_SIZE: Final = _COUNT.size  # bytes; every event is longer
 class RequestCodec(Generic[RequestT]):
     """The kinds of requests of one server: dataclasses, by the names that they have in a message.
 
-    A field is a str, int, bool or float, or one of these or None. Numbers are from 0 to `largest`.
+    A field is a str, int, bool or float, or one of these or None. Numbers are from 0 to `largest`, or to the field's own limit.
     """
 
-    def __init__(self, server: str, kinds: Mapping[str, type[RequestT]], *, largest: int) -> None:
-        """`server` is the server's name in the errors for a refused request."""
+    def __init__(
+        self,
+        server: str,
+        kinds: Mapping[str, type[RequestT]],
+        *,
+        largest: int,
+        limits: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
+        """`server` is the server's name in the errors for a refused request. `limits`: the largest number of a field, by its name."""
         self._server = server
         self._kinds = dict(kinds)
         self._names = {kind: name for name, kind in kinds.items()}
         self._types = {kind: _field_types(kind) for kind in kinds.values()}
         self._largest = largest
+        self._limits = dict(limits)
 
     def encode(self, request: RequestT) -> bytes:
         """The message for a request."""
@@ -85,7 +98,8 @@ class RequestCodec(Generic[RequestT]):
             raise ValueError(f"{name}: its fields are {', '.join(types) or 'none'}")
         for field, value in fields.items():
             is_number = isinstance(value, int | float)
-            if type(value) not in types[field] or (is_number and not 0 <= value <= self._largest):
+            largest = self._limits.get(field, self._largest)
+            if type(value) not in types[field] or (is_number and not 0 <= value <= largest):
                 raise ValueError(f"{field}: bad value")
         return kind(**fields)
 
@@ -324,6 +338,7 @@ _CODEC: Final[RequestCodec[Request]] = RequestCodec(
         "unlease": Unlease,
     },
     largest=(1 << 64) - 1,
+    limits={"major": _LARGEST_MAJOR, "minor": _LARGEST_MINOR},
 )
 encode_request: Final = _CODEC.encode
 decode_request: Final = _CODEC.decode

@@ -64,6 +64,24 @@ def test_other_requests_are_refused_in_words(fields: Any, why: str) -> None:
     assert str(refused.value) == why
 
 
+@pytest.mark.parametrize("kind", ["mark", "mark-backing", "drop", "lease", "map"])
+@pytest.mark.parametrize(("field", "largest"), [("major", 0xFFF), ("minor", 0xFFFFF)])
+def test_device_numbers_are_of_the_kernels_size(kind: str, field: str, largest: int) -> None:
+    """Before any of them is used: os.makedev() has errors of its own."""
+    kinds: dict[str, protocol.Request] = {
+        "mark": protocol.MarkRequest(1, 2, 3, 4, 5),
+        "mark-backing": protocol.MarkBacking(1, 2, 3, 4, 5, None),
+        "drop": protocol.Drop(3, 4, 5),
+        "lease": protocol.Lease(3, 4, 5),
+        "map": protocol.Map(3, 4, 5, 0, 1, 2, 3, 0),
+    }
+    fields = json.loads(protocol.encode_request(kinds[kind]))
+    assert getattr(protocol.decode_request(json.dumps({**fields, field: largest}).encode()), field) == largest
+    for number in (largest + 1, 1 << 31, 1 << 32, (1 << 64) - 1):
+        with pytest.raises(ValueError, match=f"{field}: bad value"):
+            protocol.decode_request(json.dumps({**fields, field: number}).encode())
+
+
 @pytest.mark.parametrize("data", [b"", b"\xff", b"[" * 100_000])
 def test_what_is_no_json_is_refused_in_words(data: bytes) -> None:
     for decode in (protocol.decode_request, fetch.decode_request):

@@ -1,7 +1,4 @@
-"""Malformed and truncated requests never crash or hang the devfuse engine, nor lead it outside its source.
-
-FUSEHSM_FUZZ_REQUESTS=100000 attacks for longer, FUSEHSM_FUZZ_SEED=NUMBER otherwise.
-"""
+"""Malformed and truncated requests never crash or hang the devfuse engine, nor lead it outside its source."""
 
 import errno
 import os
@@ -15,9 +12,9 @@ from fusehsm.engines.fuse_protocol import Opcode
 from tests.support.fuse_fuzz import Target, attacked, message
 from tests.support.fuse_fuzz_requests import LARGE_NUMBERS, ODD_NAMES, UNKNOWN_OPCODES, Requests
 from tests.support.fuse_fuzz_server import DIRECTORIES, WORLDS
+from tests.support.fuzzing import SEED, Case, Plan
 
-REQUESTS = int(os.environ.get("FUSEHSM_FUZZ_REQUESTS", "2000"))
-SEED = int(os.environ.get("FUSEHSM_FUZZ_SEED", "1"))
+REQUESTS = 2000
 MOST_MEMORY = 192 << 20  # bytes; it begins with some 40 MiB
 ROOT = protocol.ROOT_ID
 # What the engine may say of bad input: one line each.
@@ -244,16 +241,20 @@ def init_again(target: Target, major: int, minor: int, error: int) -> None:
     assert answer.error == error
 
 
-def test_at_random(world: str) -> None:
+@pytest.mark.fuzz
+def test_at_random(world: str, fuzz_plan: Plan) -> None:
     """Requests of every kind, right and wrong, for what has been found so far. No leak of descriptors or memory, no traceback."""
     with attacked(world) as target:
         before = target.descriptors()
-        requests = Requests(target, SEED)
-        for number in range(REQUESTS):
-            if number % 500 == 0:
+        requests = Requests(target, fuzz_plan.seed)
+
+        def attempt(case: Case) -> None:
+            if case.number % 500 == 0:
                 for name in (b"anchor", b"empty", b"large", b"directory", b"fifo", b"socket", b"up"):
                     send(target, Opcode.LOOKUP, name + b"\0")
             target.attack(requests.next())
+
+        fuzz_plan.run(REQUESTS, attempt)
         target.let_go()
         after = target.descriptors()
         # The root is never forgotten, so it may be being read.

@@ -203,12 +203,14 @@ class Mount:
         env: Mapping[str, str] | None = None,
         uid: int | None = None,
         descriptors: int | None = None,
+        program: Sequence[str] | None = None,
     ) -> None:
-        """`descriptors`: how many the daemon may hold (RLIMIT_NOFILE, soft and hard); None: as many as we."""
+        """`descriptors`: how many the daemon may hold (RLIMIT_NOFILE, soft and hard); None: as many as we. `program`: another than fusehsm."""
         require_fuse()
         self.source = source
         self.path = path
-        program, more_environment, who = command_of(uid)
+        fusehsm, more_environment, who = command_of(uid)
+        program = program or fusehsm
         self.process = start(
             [*program, "mount", "--foreground", *arguments, str(source), str(path)],
             cwd=cwd,
