@@ -2,24 +2,43 @@
 
 An archive has one position, so ranges are read one after the other. A range in a compressed file costs unpacking the file from its beginning. The
 archive itself must not change: its version is checked before and after each range.
+
+An archive may be made by anybody, so every number and name in it is checked before it is used. A member that makes no sense goes to `on_error` of
+tree() with a line, and is left out; the others are served.
 """
 
 import errno
+import lzma
+import os
 import stat
 import tarfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from decimal import Decimal
-from typing import Any, Final
+from datetime import datetime
+from decimal import Decimal, InvalidOperation
+from typing import Any, Final, TypeVar
 
-from fusehsm.linux.beneath import components
-from fusehsm.tier.stores.base import Entry, Kind, Rights, StoreError, changed
+from fusehsm.linux.beneath import LONGEST_PATH, components
+from fusehsm.tier.stores.base import Entry, Kind, Rights, StoreError, changed, throw
 from fusehsm.tier.stores.filesystems import filesystem_of
 from fusehsm.tier.stores.fsspec import FsspecStore, version_of
 
 _UNIX: Final = 3  # ZipInfo.create_system
+_LARGEST: Final = (1 << 63) - 1  # off_t; also nanoseconds since 1970, until the year 2262
+_LONGEST_TARGET: Final = 4095  # bytes of a symbolic link's target: PATH_MAX counts the final NUL
+_LONGEST_TIME: Final = (
+    64  # characters of a time; more digits or a large exponent would take minutes to convert
+)
+_ID_LIMIT: Final = (1 << 32) - 1  # -1 as an uid_t means "leave it as it is" to chown(2)
+
+_MOST_COMPONENTS: Final = 2048  # as many as a path of PATH_MAX bytes can have
+_MOST_IMPLIED: Final = 1 << 27  # characters in the paths of all directories that no member stands for
+_SHOWN: Final = 200  # characters of a name that is too long
+
+MemberT = TypeVar("MemberT", zipfile.ZipInfo, tarfile.TarInfo)
 
 
 class ArchiveStore(FsspecStore):
@@ -33,11 +52,17 @@ class ArchiveStore(FsspecStore):
         self._children: dict[str, list[Entry]] = {"": []}
         self._strange: list[Entry] = []
         """Names that no directory can have or that lead out of the tree; tree() lists them, and populate refuses them."""
+        self._senseless: dict[str, str] = {}
+        """Members that are left out, and why; tree() gives them to `on_error`."""
 
-    def tree(self, on_error: Callable[[StoreError], None] | None = None) -> Iterator[Entry]:
+    def tree(self, on_error: Callable[[StoreError], None] = throw) -> Iterator[Entry]:
         """As Store.tree(), from the index."""
+        prefix = f"{self._root}/" if self._root else ""
+        for path, why in self._senseless.items():
+            if path.startswith(prefix):
+                on_error(StoreError(errno.EINVAL, f"is left out: {why}", path[len(prefix) :]))
         yield from self._strange
-        yield from super().tree(*(() if on_error is None else (on_error,)))
+        yield from super().tree(on_error)
 
     def version(self, path: str) -> str:
         """The file's version, as in the index. Raises StoreChanged if the archive has changed since it was opened, FileNotFoundError for no file."""
@@ -95,6 +120,7 @@ class ArchiveStore(FsspecStore):
     def _index(self, entries: dict[str, Entry]) -> None:
         """Index the members below the root. A directory above a member needs no member of its own. Raises FileNotFoundError if there is no root."""
         prefix = f"{self._root}/" if self._root else ""
+        room = _MOST_IMPLIED
         for path, entry in entries.items():
             if not path.startswith(prefix):
                 continue
@@ -104,15 +130,83 @@ class ArchiveStore(FsspecStore):
             except ValueError:
                 self._strange.append(replace(entry, path=relative))
                 continue
+            above = relative
+            for _ in names[1:]:
+                above = above.rpartition("/")[0]
+                if above in self._entries or prefix + above in entries:
+                    break
+                room -= len(above)
+                self._entries[above] = Entry(above, Kind.DIRECTORY)
+            if room < 0:
+                raise StoreError(errno.E2BIG, "has too many directories that it does not list", self.name)
             self._entries[relative] = replace(entry, path=relative)
-            for depth in range(1, len(names)):
-                above = "/".join(names[:depth])
-                if above not in self._entries and prefix + above not in entries:
-                    self._entries[above] = Entry(above, Kind.DIRECTORY)
         for path, entry in self._entries.items():
             self._children.setdefault(path.rpartition("/")[0], []).append(entry)
         if self._root and not self._entries and self._root not in entries:
             raise FileNotFoundError(errno.ENOENT, "is not in the archive", self.name)
+
+    def _understood(
+        self, members: Mapping[str, MemberT], entry_of: Callable[[str, MemberT], Entry]
+    ) -> dict[str, Entry]:
+        """The entries of those members that make sense."""
+        entries = {}
+        for path, member in members.items():
+            try:
+                _check_path(path)
+                entries[path] = entry_of(path, member)
+            except _Senseless as error:
+                self._senseless[path if len(path) <= LONGEST_PATH else path[:_SHOWN] + "..."] = str(error)
+        return entries
+
+
+class _Senseless(Exception):
+    """A member has a name or a number that no file can have. The text is the cause."""
+
+
+def _check_path(path: str) -> None:
+    """Raise _Senseless for a path that is too deep or too long for what comes after: each directory above it gets an entry."""
+    if len(os.fsencode(path)) > LONGEST_PATH:
+        raise _Senseless(f"its name has more than {LONGEST_PATH:,} bytes")
+    if path.count("/") >= _MOST_COMPONENTS:
+        raise _Senseless(f"its name has more than {_MOST_COMPONENTS:,} components")
+
+
+def _size(told: object) -> int:
+    """A size or an offset in bytes, as it stands in the archive. Raises _Senseless."""
+    if not isinstance(told, int) or not 0 <= told <= _LARGEST:
+        raise _Senseless("it has an impossible size")
+    return told
+
+
+def _identity(told: object) -> int | None:
+    """A user's or a group's number; None if it is impossible, as if the archive told none."""
+    return told if isinstance(told, int) and 0 <= told < _ID_LIMIT else None
+
+
+def _link_target(told: str | bytes) -> str:
+    """The target of a symbolic link. Raises _Senseless for one that no link can have."""
+    target = told if isinstance(told, str) else told.decode("utf-8", "surrogateescape")
+    try:
+        length = len(os.fsencode(target))
+    except UnicodeEncodeError:
+        length = 0
+    if not 0 < length <= _LONGEST_TARGET or "\0" in target:
+        raise _Senseless("it is a symbolic link with an impossible target")
+    return target
+
+
+def _nanoseconds(seconds: object) -> int | None:
+    """A time in nanoseconds since 1970; None for text and numbers that are no time of a file."""
+    if len(text := str(seconds)) > _LONGEST_TIME:
+        return None
+    try:
+        value = Decimal(text)
+    except InvalidOperation:
+        return None
+    if not value.is_finite() or abs(value.adjusted()) > _LONGEST_TIME:
+        return None  # before the multiplication: its result may have a million digits
+    time_ns = int(value * 1_000_000_000)
+    return time_ns if abs(time_ns) <= _LARGEST else None
 
 
 def _tidy(name: str) -> str:
@@ -128,26 +222,57 @@ class ZipStore(ArchiveStore):
         super().__init__(name, filesystem, root, url)
         self._members = {_tidy(member.filename): member for member in filesystem.zip.infolist()}
         self._members.pop("", None)
-        self._index({path: self._entry_of(path, member) for path, member in self._members.items()})
+        self._index(self._understood(self._members, self._entry_of))
 
     def _entry_of(self, path: str, member: zipfile.ZipInfo) -> Entry:
         mode = member.external_attr >> 16 if member.create_system == _UNIX else 0
         kind = Kind.DIRECTORY if member.is_dir() else Kind.FILE
         target = None
         if stat.S_ISLNK(mode):
-            kind, target = Kind.SYMLINK, self._filesystem.zip.read(member).decode("utf-8", "surrogateescape")
+            kind, target = Kind.SYMLINK, _link_target(self._content_of_link(member))
         return Entry(
             path,
             kind,
-            size=member.file_size if kind is Kind.FILE else None,
+            size=_size(member.file_size) if kind is Kind.FILE else None,
             mode=stat.S_IMODE(mode) or None,
-            mtime_ns=int(time.mktime((*member.date_time, 0, 0, -1))) * 1_000_000_000,
+            mtime_ns=_local_time(member.date_time),
             target=target,
             version=f"crc {member.CRC:08x} size {member.file_size}" if kind is Kind.FILE else None,
         )
 
+    def _content_of_link(self, member: zipfile.ZipInfo) -> bytes:
+        """The target of a symbolic link, and a byte more if it is too long. Its size in the list may be a lie: 800 MB of zeros take little room."""
+        try:
+            with self._filesystem.zip.open(member) as file:
+                content: bytes = file.read(_LONGEST_TARGET + 1)
+        except _UNREADABLE as error:
+            raise _Senseless(f"it is a symbolic link that cannot be read: {error}") from error
+        return content
+
     def _open(self, path: str) -> Any:
         return self._filesystem.zip.open(self._members[self.full(path)])
+
+
+def _local_time(date_time: tuple[int, int, int, int, int, int]) -> int | None:
+    """A time in a zip file, which has no zone; None for one that no calendar has."""
+    try:
+        datetime(*date_time)
+        return int(time.mktime((*date_time, 0, 0, -1))) * 1_000_000_000
+    except (ValueError, OverflowError):
+        return None
+
+
+# What zipfile raises for a damaged, encrypted or unknown member.
+_UNREADABLE: Final = (
+    OSError,
+    EOFError,
+    ValueError,
+    RuntimeError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+)
 
 
 class TarStore(ArchiveStore):
@@ -165,11 +290,12 @@ class TarStore(ArchiveStore):
                 self._members[path] = original or member
                 if member.islnk() and original is not None:
                     linked.add(id(original))
-        entries = {}
-        for path, member in self._members.items():
+
+        def entry_of(path: str, member: tarfile.TarInfo) -> Entry:
             entry = _tar_entry(path, member)
-            entries[path] = replace(entry, identity=id(member)) if id(member) in linked else entry
-        self._index(entries)
+            return replace(entry, identity=id(member)) if id(member) in linked else entry
+
+        self._index(self._understood(self._members, entry_of))
 
     def data(self, path: str, offset: int, length: int) -> Iterator[tuple[int, int]]:
         """The extents that a sparse member lists."""
@@ -192,16 +318,20 @@ def _tar_entry(path: str, member: tarfile.TarInfo) -> Entry:
     else:
         kind = Kind.SYMLINK if member.issym() else Kind.OTHER
     told = member.pax_headers.get("mtime")
-    mtime_ns = int(Decimal(told if told is not None else member.mtime) * 1_000_000_000)
+    mtime_ns = _nanoseconds(told if told is not None else member.mtime)
     is_file = kind is Kind.FILE
+    size = _size(member.size)
+    pieces: Any = member.sparse
+    for start, length in pieces or ():
+        _size(_size(start) + _size(length))
     return Entry(
         path,
         kind,
-        size=member.size if is_file else None,
+        size=size if is_file else None,
         mode=None if kind is Kind.SYMLINK else stat.S_IMODE(member.mode),
-        uid=member.uid,
-        gid=member.gid,
+        uid=_identity(member.uid),
+        gid=_identity(member.gid),
         mtime_ns=mtime_ns,
-        target=member.linkname if kind is Kind.SYMLINK else None,
-        version=f"mtime {mtime_ns} size {member.size}" if is_file else None,
+        target=_link_target(member.linkname) if kind is Kind.SYMLINK else None,
+        version=f"mtime {mtime_ns} size {size}" if is_file else None,
     )
