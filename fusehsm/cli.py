@@ -461,11 +461,16 @@ def evict(
             metavar="SIZE", help="Stop when SIZE is free on the disk; least recently used files first."
         ),
     ] = None,
+    user: Annotated[
+        str | None,
+        typer.Option(metavar="USER", help="Ask the fetch of this user (default: yours, or root's)."),
+    ] = None,
 ) -> int:
     """Take content that came from the store off the disk again, of unmodified files that no process has open. The running fetch does it."""
     from fusehsm.tier.fetch.evict import evict as do_evict
+    from fusehsm.tier.fetch.protocol import user_number
 
-    return do_evict(paths, older_than=older_than, free=free)
+    return do_evict(paths, older_than=older_than, free=free, user=user_number(user))
 
 
 @app.command()
@@ -473,11 +478,16 @@ def pin(
     paths: Annotated[
         list[str], typer.Argument(metavar="PATH...", help="Files, or directories with all below.")
     ],
+    user: Annotated[
+        str | None,
+        typer.Option(metavar="USER", help="Ask the fetch of this user (default: yours, or root's)."),
+    ] = None,
 ) -> int:
     """Keep these files from being evicted. It fetches nothing."""
     from fusehsm.tier.fetch.evict import pin as do_pin
+    from fusehsm.tier.fetch.protocol import user_number
 
-    return do_pin(paths, pinned=True)
+    return do_pin(paths, pinned=True, user=user_number(user))
 
 
 @app.command()
@@ -485,11 +495,16 @@ def unpin(
     paths: Annotated[
         list[str], typer.Argument(metavar="PATH...", help="Files, or directories with all below.")
     ],
+    user: Annotated[
+        str | None,
+        typer.Option(metavar="USER", help="Ask the fetch of this user (default: yours, or root's)."),
+    ] = None,
 ) -> int:
     """Undo `pin`: these files can be evicted again."""
     from fusehsm.tier.fetch.evict import pin as do_pin
+    from fusehsm.tier.fetch.protocol import user_number
 
-    return do_pin(paths, pinned=False)
+    return do_pin(paths, pinned=False, user=user_number(user))
 
 
 @app.command()
@@ -543,6 +558,10 @@ def status(
     release: Annotated[
         bool, typer.Option("--release", help="Let the accesses go that --unattended hold keeps waiting.")
     ] = False,
+    user: Annotated[
+        str | None,
+        typer.Option(metavar="USER", help="Ask the fetch of this user (default: yours, or root's)."),
+    ] = None,
 ) -> int:
     """Show mounts, their groups, and which access waits for which listener, for how long.
 
@@ -550,9 +569,16 @@ def status(
     """
     from fusehsm.commands.status import is_stuck
     from fusehsm.commands.status import status as do_status
+    from fusehsm.tier.fetch.protocol import user_number
     from fusehsm.tier.fetch.status_command import file_status
 
-    if path is not None and not release and not is_stuck(path) and file_status(path, as_json=json):
+    asked = user_number(user)
+    if (
+        path is not None
+        and not release
+        and not is_stuck(path)
+        and file_status(path, as_json=json, user=asked)
+    ):
         return 0
 
     return do_status(path, as_json=json, release=release)

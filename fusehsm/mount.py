@@ -21,6 +21,7 @@ from fusehsm.daemon.options import NOTE, MountError, MountOptions, Plan, checked
 from fusehsm.engines import fuse_mount
 from fusehsm.fanotify.abi import DIALECTS
 from fusehsm.linux import mountinfo
+from fusehsm.linux.beneath import follow
 
 if TYPE_CHECKING:
     import trio
@@ -362,7 +363,8 @@ def unmount(path: str, wanted: mountinfo.MountId | None = None) -> None:
     # A killed daemon leaves a mount without a server: its open files only get errors, and must not keep the mount.
     _unmount(path, mount_.mount_point, found, lazily=daemon is None)
     if daemon is not None:
-        _wait_for_end(daemon, path)
+        if not control_socket.is_foreign(mount_):
+            _wait_for_end(daemon, path)
     else:
         control_socket.sweep()
 
@@ -378,8 +380,14 @@ def _daemon_pid(mount_: mountinfo.Mount) -> int | None:
 def _find(path: str) -> mountinfo.Mount:
     # Not realpath(): it would send the mount a request, which may never be answered.
     absolute = os.path.abspath(path)
-    resolved = os.path.join(os.path.realpath(os.path.dirname(absolute)), os.path.basename(absolute))
-    found = [m for m in mountinfo.read_mounts() if m.mount_point in (absolute, resolved) and m.is_fusehsm]
+    mounts = [m for m in mountinfo.read_mounts() if m.is_fusehsm]
+    found = [m for m in mounts if m.mount_point == absolute]
+    if not found:
+        with suppress(OSError):
+            above, way = follow(os.path.dirname(absolute))
+            os.close(above)
+            resolved = os.path.join(way[-1][0], os.path.basename(absolute))
+            found = [m for m in mounts if m.mount_point == resolved]
     if not found:
         raise MountError(f"{path}: not a fusehsm mount; fusehsm status lists them")
     return found[-1]

@@ -4,16 +4,71 @@ import errno
 import json
 import os
 from collections.abc import Iterator
-from typing import Any
+from types import NoneType
+from typing import Any, Final
 
 import trio
 
 from fusehsm.control.client import request
 from fusehsm.control.protocol import Release, Request, Status
-from fusehsm.linux.mountinfo import Mount, mount_of, read_mounts
+from fusehsm.control.shape import Shape, fitting
+from fusehsm.linux.beneath import follow
+from fusehsm.linux.mountinfo import Mount, mount_of_descriptor, read_mounts
+from fusehsm.text import shown
 
 # Seconds. A server that does not answer within this time is stuck or stopped.
 _PATIENCE = 3.0
+
+# What a server tells of its mount (Gate.status() in the emulator). It may be another user's, who can have it tell anything.
+_NUMBER_OR_NONE: Final = (int, NoneType)
+_MARK: Final[Shape] = {
+    "type": str,
+    "inode": _NUMBER_OR_NONE,
+    "mount": _NUMBER_OR_NONE,
+    "mflags": int,
+    "mask": int,
+    "ignored_mask": int,
+    "events": [str],
+    "ignored_events": [str],
+}
+_GROUP: Final[Shape] = {
+    "class": str,
+    "abi": str,
+    "pid": _NUMBER_OR_NONE,
+    "flags": int,
+    "event_flags": int,
+    "marks": [_MARK],
+    "statistics": {str: (int, float)},
+}
+_WAITER: Final[Shape] = {
+    "pid": int,
+    "path": str,
+    "event": [str],
+    "offset": _NUMBER_OR_NONE,
+    "count": _NUMBER_OR_NONE,
+    "seconds": float,
+    "group": _NUMBER_OR_NONE,
+}
+_LOCK_WAITER: Final[Shape] = {
+    "pid": int,
+    "path": str,
+    "kind": str,
+    "exclusive": bool,
+    "seconds": float,
+    "holders": [int],
+}
+_STATUS: Final[dict[str, Shape]] = {
+    "events": str,
+    "abi": str,
+    "nodes": int,
+    "open_files": int,
+    "groups": [_GROUP],
+    "waiting": [_WAITER],
+    "locks": [_LOCK_WAITER],
+    "leases": [{"path": str, "waiting": int}],
+    "requests": {str: int},
+}
+_RELEASED: Final[dict[str, Shape]] = {"released": int}
 
 
 def status(path: str | None, *, as_json: bool, release: bool) -> int:
@@ -24,12 +79,14 @@ def status(path: str | None, *, as_json: bool, release: bool) -> int:
     mounts = list(_all_mounts()) if path is None else [_mount_at(path)]
     found = [_describe(mount, release=release) for mount in mounts]
     if as_json:
-        print(json.dumps(found, indent=2), flush=True)
+        print(
+            json.dumps(found, indent=2).replace("\x7f", "\\u007f"), flush=True
+        )  # the one control character that json leaves
     elif not found:
         print("no fusehsm mounts")
     else:
         for mount in found:
-            print("\n".join(_as_text(mount)).encode(errors="surrogateescape").decode(errors="replace"))
+            print("\n".join(map(shown, _as_text(mount))))
     return 1 if any("error" in mount for mount in found) else 0
 
 
@@ -47,7 +104,11 @@ def _mount_at(path: str) -> Mount:
     # Compare names first: a lookup of the path would wait for the server, which may be stuck.
     best = _mount_above(path)
     if best is None or not best.is_fusehsm:
-        best = mount_of(path)
+        fd, _ = follow(path)
+        try:
+            best = mount_of_descriptor(fd)
+        finally:
+            os.close(fd)
     if not best.is_fusehsm:
         raise OSError(errno.EINVAL, f"{path}: not on a fusehsm mount; `fusehsm status` lists them")
     return best
@@ -73,8 +134,8 @@ def _describe(mount: Mount, *, release: bool) -> dict[str, Any]:
     }
     try:
         if release:
-            description |= trio.run(_ask, mount, Release())
-        description |= trio.run(_ask, mount, Status())
+            description |= trio.run(_ask, mount, Release(), _RELEASED)
+        description |= trio.run(_ask, mount, Status(), _STATUS)
     except OSError as error:
         message = error.strerror or str(error)
         if error.errno == errno.ENOTCONN and "fusehsm umount" not in message:
@@ -84,9 +145,16 @@ def _describe(mount: Mount, *, release: bool) -> dict[str, Any]:
     return description
 
 
-async def _ask(mount: Mount, question: Request) -> dict[str, Any]:
+async def _ask(mount: Mount, question: Request, shape: dict[str, Shape]) -> dict[str, Any]:
+    """The fields of the answer. They do not include those that are known from the list of mounts: another user's server could tell others."""
     with trio.move_on_after(_PATIENCE):
-        return await request(mount, question)
+        answer = await request(mount, question)
+        try:
+            fields: dict[str, Any] = fitting(answer, shape)
+        except ValueError:
+            why = "the answer of its daemon makes no sense; it may be of another version"
+            raise OSError(errno.EPROTO, f"{mount.mount_point}: {why}") from None
+        return fields
     point = mount.mount_point
     raise OSError(
         errno.ETIMEDOUT,
@@ -106,8 +174,7 @@ def fdinfo(group: dict[str, Any], mount: dict[str, Any]) -> Iterator[str]:
         where = {
             "inode": f"ino:{mark['inode'] or 0:x} {device}",
             "mount": f"mnt_id:{mark.get('mount') or mount['mount_id']:x}",
-            "filesystem": device,
-        }[mark["type"]]
+        }.get(mark["type"], device)
         yield (
             f"fanotify {where} mflags:{mark['mflags']:x} mask:{mark['mask']:x} ignored_mask:{mark['ignored_mask']:x}"
         )

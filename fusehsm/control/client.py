@@ -16,26 +16,37 @@ from fusehsm.linux.mountinfo import Mount
 class ControlConnection:
     """A connection to the server of a mount. Several tasks may use it; their requests go one after the other."""
 
-    def __init__(self, connection: socket.socket, destination: str) -> None:
+    def __init__(
+        self, connection: socket.socket, destination: str, largest: int = control_socket.LARGEST_REPLY
+    ) -> None:
+        """`destination`: the mount point, for errors. `largest`: bytes of a reply."""
         connection.setblocking(False)
         self._socket = connection
         self._destination = destination
+        self._largest = largest
         self._turn = trio.Lock()
 
     @classmethod
     async def open(cls, mount: Mount) -> "ControlConnection":
         """Connect to the mount's server. Raises OSError with one line, ENOTCONN if there is no server."""
         # In a thread: connect(2) waits while the server's backlog is full, and this event loop may run that server.
-        return cls(await trio.to_thread.run_sync(control_socket.connect, mount), mount.mount_point)
+        connection = await trio.to_thread.run_sync(control_socket.connect, mount)
+        is_foreign = control_socket.is_foreign(mount)
+        largest = control_socket.LARGEST_FOREIGN_REPLY if is_foreign else control_socket.LARGEST_REPLY
+        return cls(connection, mount.mount_point, largest)
 
-    async def request(self, request: Request) -> tuple[dict[str, Any], int | None]:
-        """Send a request and wait. Returns the result and the descriptor that came with it, or None.
+    async def request(
+        self, request: Request, *, takes_descriptor: bool = True
+    ) -> tuple[dict[str, Any], int | None]:
+        """Send a request and wait. Returns the result and the descriptor that came with it, or None, also if not `takes_descriptor`.
 
         Raises the OSError of the server's answer, and OSError ENOTCONN if the mount is gone. A cancelled request closes the connection, because the
         next reply could not be matched to a request.
         """
         async with self._turn:
-            with control_socket.Reply(self._socket) as reply:
+            with control_socket.Reply(
+                self._socket, self._largest, takes_descriptor=takes_descriptor
+            ) as reply:
                 complete = False
                 try:
                     await self._send(encode_request(request))
@@ -89,7 +100,7 @@ async def request(mount: Mount, message: Request) -> dict[str, Any]:
     """Send one request (status, release) on a connection of its own. Raises OSError with one line."""
     connection = await ControlConnection.open(mount)
     try:
-        result, _ = await connection.request(message)
+        result, _ = await connection.request(message, takes_descriptor=False)
         return result
     finally:
         connection.close()

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, Generic, TypeVar
 
+from fusehsm.control.shape import parsed
+
 RequestT = TypeVar("RequestT")
 
 VERSION: Final = 2
@@ -28,6 +30,7 @@ CREDIT: Final = 64  # the number of unread events that a client's event socket m
 LARGEST_REQUEST: Final = 16 * 1024  # bytes
 LARGEST_REPLY_PART: Final = 32 * 1024
 LARGEST_PATH: Final = 32 * 1024
+LARGEST_ERRNO: Final = 4095  # MAX_ERRNO of the kernel
 LARGEST_EVENT_MESSAGE: Final = LARGEST_PATH + 1024
 
 # Of a device number (include/linux/kdev_t.h). os.makedev() raises OverflowError for much larger numbers.
@@ -369,9 +372,9 @@ def is_last_part(part: bytes) -> bool:
 
 def decode_reply(parts: list[bytes]) -> dict[str, Any]:
     """A reply's result. Raises the OSError that the reply carries, ValueError for other bytes."""
-    reply = json.loads(b"".join(part[1:] for part in parts))
+    reply = parsed(b"".join(part[1:] for part in parts))
     match reply:
-        case {"errno": int(number), "message": str(message)}:
+        case {"errno": int(number), "message": str(message)} if 0 < number <= LARGEST_ERRNO:
             raise OSError(number, message)
         case {"result": dict(result)}:
             return result

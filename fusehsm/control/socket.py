@@ -22,6 +22,15 @@ from fusehsm.control.protocol import LARGEST_REPLY_PART, decode_reply, is_last_p
 from fusehsm.linux.mountinfo import Mount
 
 _BACKLOG = 128
+LARGEST_REPLY = 1 << 28
+"""Bytes of a reply, which is kept in memory."""
+
+LARGEST_FOREIGN_REPLY = 1 << 24
+"""The same of another user's server."""
+
+_FOREIGN_PATIENCE = 3  # seconds for another user's server to accept a connection
+_OVERHEAD = 64  # bytes of memory for a part, besides its content
+_TIME = struct.Struct("@ll")  # struct timeval
 _DESCRIPTOR = struct.Struct("=i")
 _DESCRIPTORS = socket.CMSG_SPACE(_DESCRIPTOR.size)  # a reply brings one descriptor at most
 _CREDENTIALS = struct.Struct("=iII")
@@ -60,18 +69,25 @@ class Reply:
     Use it with `with`: the end of the block closes the descriptor, unless result() has handed it out.
     """
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(
+        self, connection: socket.socket, largest: int = LARGEST_REPLY, *, takes_descriptor: bool = True
+    ) -> None:
+        """`largest`: bytes of all parts. Not `takes_descriptor`: the kernel drops one that comes. (To close a descriptor may mean to wait for the
+        server of its filesystem.)"""
         self._connection = connection
+        self._room = largest
+        self._ancillary = _DESCRIPTORS if takes_descriptor else 0
         self._parts: list[bytes] = []
         self._descriptor: int | None = None
 
     def receive(self) -> bool:
         """Receive one part; returns whether it is the last.
 
-        Raises ConnectionError if the server has hung up, ValueError for a message that is not part of a reply, BlockingIOError if none has come.
+        Raises ConnectionError if the server has hung up, ValueError for a message that is not part of a reply and for a reply that is too long,
+        BlockingIOError if none has come.
         """
         part, ancillary, _, _ = self._connection.recvmsg(
-            LARGEST_REPLY_PART + 1, _DESCRIPTORS, socket.MSG_CMSG_CLOEXEC
+            LARGEST_REPLY_PART + 1, self._ancillary, socket.MSG_CMSG_CLOEXEC
         )
         for _level, _type, data in ancillary:
             for (descriptor,) in _DESCRIPTOR.iter_unpack(data):
@@ -79,6 +95,9 @@ class Reply:
                 self._descriptor = descriptor
         if not part:
             raise ConnectionResetError
+        self._room -= len(part) + _OVERHEAD
+        if self._room < 0:
+            raise ValueError("a reply that is too long")
         self._parts.append(part)
         return is_last_part(part)
 
@@ -159,8 +178,13 @@ def listening_as(name: str, places: Sequence[str] | None = None) -> Iterator[soc
         os.close(directory)
 
 
+def is_foreign(mount: Mount) -> bool:
+    """Whether another user has made the mount, so that its server is neither trusted nor waited for. Root's are nobody's enemy."""
+    return mount.owner_uid not in (0, os.getuid())
+
+
 def connect(mount: Mount, places: Sequence[str] | None = None) -> socket.socket:
-    """A connection to the server of a mount. Blocks while the server's backlog is full.
+    """A connection to the server of a mount. Blocks while the server's backlog is full, for 3 seconds at most if the mount is another user's.
 
     `places`: the directories to try (default: those of the mount's owner). Raises OSError with one line: ENOTCONN if no server serves the mount,
     EACCES if this user cannot reach its socket.
@@ -180,9 +204,12 @@ def connect(mount: Mount, places: Sequence[str] | None = None) -> socket.socket:
             message = f"{point}: only root and its owner, user {mount.owner_uid}, may listen to it"
             raise PermissionError(errno.EACCES, message) from None
         try:
-            connection = _connect(f"/proc/self/fd/{directory}/{_name(mount.device)}")
+            patience = _FOREIGN_PATIENCE if is_foreign(mount) else None
+            connection = _connect(f"/proc/self/fd/{directory}/{_name(mount.device)}", patience)
         except FileNotFoundError:
             continue
+        except BlockingIOError:
+            raise OSError(errno.ETIMEDOUT, f"{point}: its daemon does not answer") from None
         except ConnectionRefusedError:
             refused = True
             continue
@@ -209,7 +236,8 @@ def connect_to(name: str, owners: Sequence[int]) -> socket.socket | None:
             except OSError:
                 continue
             try:
-                connection = _connect(f"/proc/self/fd/{directory}/{name}")
+                patience = None if owner in (0, os.getuid()) else _FOREIGN_PATIENCE
+                connection = _connect(f"/proc/self/fd/{directory}/{name}", patience)
             except OSError:
                 continue
             finally:
@@ -220,10 +248,14 @@ def connect_to(name: str, owners: Sequence[int]) -> socket.socket | None:
     return None
 
 
-def _connect(address: str, *, blocking: bool = True) -> socket.socket:
+def _connect(address: str, patience: int | None = None, *, blocking: bool = True) -> socket.socket:
+    """Connect. `patience`: seconds to wait where the backlog is full, None for no limit; then, and if not `blocking`, raises BlockingIOError."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     try:
         connection.setblocking(blocking)
+        if patience is not None:
+            # settimeout() does not wait for the backlog of a unix socket.
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIME.pack(patience, 0))
         connection.connect(address)
     except BaseException:
         connection.close()

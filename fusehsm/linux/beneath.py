@@ -8,6 +8,7 @@ process's limit, and one function call a level would end in RecursionError.
 
 import errno
 import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,7 @@ _PATH_LIMIT: Final = 4095  # bytes; PATH_MAX counts the final NUL
 LONGEST_PATH: Final = 1 << 14
 """Bytes of a path below the root; what lies deeper is left out. (open(2) takes paths of 4,095 bytes, and programs get deeper step by step.)"""
 
+_MOST_LINKS: Final = 40  # MAXSYMLINKS, linux/namei.h
 MOST_OPEN: Final = 16
 """Directories on the way down that are open at a time."""
 
@@ -89,6 +91,58 @@ def open_entry(directory: int, name: str, flags: int) -> int:
         return os.open(f"/proc/self/fd/{point}", flags & ~os.O_NOFOLLOW)
     finally:
         os.close(point)
+
+
+def follow(path: str, *, last: bool = True) -> tuple[int, list[tuple[str, os.stat_result]]]:
+    """Follow a path, also over symbolic links (the last component only if `last`), but not into mounts of other users (open_entry()).
+
+    Returns an O_PATH descriptor of the file, and the way to it: the real path and the status of each directory from / down, and of the file. Raises
+    OSError as open(2), with the path as its filename; EXDEV for a mount of another user.
+    """
+    names = _names(os.path.abspath(path))
+    fd = os.open("/", _DIRECTORY)
+    way = [("/", os.fstat(fd))]
+    links = 0
+    try:
+        while names:
+            name = names.pop()
+            if name == "..":
+                inner = os.open("..", _DIRECTORY, dir_fd=fd)
+                way = way[:-1] or way
+            else:
+                inner = open_entry(fd, name, os.O_PATH)
+                status = os.fstat(inner)
+                if not stat.S_ISLNK(status.st_mode) or not (names or last):
+                    way.append((os.path.join(way[-1][0], name), status))
+                else:
+                    target = _target(inner)
+                    links += 1
+                    if links > _MOST_LINKS:
+                        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+                    names += _names(target)
+                    if not target.startswith("/"):
+                        continue
+                    inner = os.open("/", _DIRECTORY)
+                    del way[1:]
+            os.close(fd)
+            fd = inner
+    except OSError as error:
+        os.close(fd)
+        raise OSError(error.errno, error.strerror, path) from None
+    return fd, way
+
+
+def _names(path: str) -> list[str]:
+    """The names in a path, the first one last."""
+    return [name for name in path.split("/") if name not in ("", ".")][::-1]
+
+
+def _target(link: int) -> str:
+    """Where a symbolic link (O_PATH) leads to; closes the descriptor."""
+    try:
+        return os.readlink("", dir_fd=link)
+    finally:
+        os.close(link)
 
 
 def walk(

@@ -38,7 +38,7 @@ from fusehsm.tier.fetch.destination import Destination
 from fusehsm.tier.fetch.failures import in_a_line, passed_over
 from fusehsm.tier.fetch.handler import Fetcher, Served
 from fusehsm.tier.fetch.inventory import Item, items
-from fusehsm.tier.fetch.protocol import Evict, Pin, found
+from fusehsm.tier.fetch.protocol import Complaint, Evict, Pin, found
 from fusehsm.tier.stubs.mark import Key, key_of
 from fusehsm.tier.stubs.stub import StubFile
 from fusehsm.tier.text import parse_seconds, parse_size, size_text
@@ -270,8 +270,8 @@ def kept_text(outcome: Outcome) -> str:
     )
 
 
-def evict(paths: Sequence[str], *, older_than: str | None, free: str | None) -> int:
-    """Evict the files at or below the paths, and print a summary. `older_than`, `free`: texts of the options.
+def evict(paths: Sequence[str], *, older_than: str | None, free: str | None, user: int | None = None) -> int:
+    """Evict the files at or below the paths, and print a summary. `older_than`, `free`: texts of the options. `user`: whose fetch does it.
 
     Returns the exit code: 1 if a named file stays, if less became free than `free`, or after an error. Raises ValueError for bad usage, OSError
     ENOENT if a path does not exist, ENOTCONN if no fetch serves it.
@@ -282,14 +282,14 @@ def evict(paths: Sequence[str], *, older_than: str | None, free: str | None) -> 
     failed = False
     for path in paths:
         left = None if wanted is None else max(wanted - counts["freed"], 0)
-        fetch = found(path)
-        where, root = fetch.path, fetch.root
-        *lines, result = fetch.ask(Evict(where, seconds, left))
-        for line in lines:
-            _complain(os.path.join(root, str(line["path"])), str(line["why"]))
-        counts.update({name: int(count) for name, count in result.items()})
-        failed |= bool(lines)
-        if os.path.isfile(path) and (why := _why(result)):
+        fetch = found(path, user)
+        names = ("evicted", "freed", *(reason.name.lower() for reason in Kept))
+        answer = fetch.ask(Evict(fetch.path, seconds, left), Complaint, names)
+        for line in answer:
+            _complain(f"{fetch.root.rstrip('/')}/{line.path}", line.why)
+            failed = True
+        counts.update(answer.counts)
+        if fetch.is_file and (why := _why(answer.counts)):
             _complain(path, why)
             failed = True
     kept = ", ".join(f"{counts[k.name.lower()]:,} {k.value}" for k in Kept if counts[k.name.lower()])
@@ -303,13 +303,15 @@ def evict(paths: Sequence[str], *, older_than: str | None, free: str | None) -> 
     return int(failed)
 
 
-def pin(paths: Sequence[str], *, pinned: bool) -> int:
+def pin(paths: Sequence[str], *, pinned: bool, user: int | None = None) -> int:
     """Pin or unpin the files at or below the paths, and print a summary. Raises OSError as evict(). Returns 0."""
     changed = 0
     for path in paths:
-        fetch = found(path)
-        *_, result = fetch.ask(Pin(fetch.path, pinned))
-        changed += int(result["changed"])
+        fetch = found(path, user)
+        answer = fetch.ask(Pin(fetch.path, pinned), Complaint, ("changed",))
+        for line in answer:
+            _complain(f"{fetch.root.rstrip('/')}/{line.path}", line.why)
+        changed += answer.counts["changed"]
     print(f"{'pinned' if pinned else 'unpinned'} {changed:,} files")
     return 0
 
@@ -322,7 +324,7 @@ def _why(result: dict[str, int]) -> str:
 
 
 def _complain(path: str, why: str) -> None:
-    print(f"fusehsm: {shown(path)}: {why}", file=sys.stderr, flush=True)
+    print(f"fusehsm: {shown(path)}: {shown(why)}", file=sys.stderr, flush=True)
 
 
 _REASONS = {

@@ -1,5 +1,6 @@
 """Inventory of a tree: one Item for each regular file, whether or not a fetch serves it."""
 
+import errno
 import os
 import stat
 from collections.abc import Callable, Generator, Iterator
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
-from fusehsm.linux.beneath import LIST, Descent, components, open_beneath
+from fusehsm.linux.beneath import LIST, Descent, components, open_beneath, open_entry
 from fusehsm.tier.stubs.mark import Key, key_of
 from fusehsm.tier.stubs.stub import StubFile, Unbelieved
 from fusehsm.tier.stubs.tree import Tree
@@ -101,8 +102,10 @@ def _files(
                 continue
             name = level.names.pop()
             try:
-                fd = os.open(name, _FILE, dir_fd=level.fd)
-            except OSError:
+                fd = open_entry(level.fd, name, _FILE)
+            except OSError as error:
+                if error.errno == errno.EXDEV:
+                    leave_out(OSError(error.errno, error.strerror, level.path_of(name)))
                 continue  # a symbolic link, a socket, removed, or not readable for us
             is_kept = False
             try:

@@ -1,14 +1,17 @@
 """`fusehsm status PATH` for stubs: how much of each file is here."""
 
+import errno
 import json
 import os
+import stat
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Final
 
-from fusehsm.linux.mountinfo import mount_of
+from fusehsm.linux.beneath import LIST, follow
+from fusehsm.linux.mountinfo import mount_of_descriptor
 from fusehsm.text import shown
 from fusehsm.tier.fetch.catalog import where
 from fusehsm.tier.fetch.inventory import Item, items
@@ -17,38 +20,56 @@ from fusehsm.tier.stubs.tree import Tree
 from fusehsm.tier.text import size_text
 
 
-def file_status(path: str, *, as_json: bool) -> bool:
-    """Print the status. Returns False, without output, if no fetch serves `path` and it has no stub. Raises OSError ENOENT if it does not exist."""
-    found = _found(path)
+def file_status(path: str, *, as_json: bool, user: int | None = None) -> bool:
+    """Print the status, as the fetch of `user` tells it (None: of this user or root).
+
+    Returns False, without output, if no fetch serves `path` and it has no stub. Raises OSError ENOENT if it does not exist.
+    """
+    found = _found(path, user)
     if found is None:
         return False
     if as_json:
         files = list(found)
         print(json.dumps({"files": [asdict(item) for item in files], "total": _total(files)}, indent=2))
-        return True
-    print(f"{'SIZE':>9} {'HERE':>9}       STATE              PATH")
-    shown_items = []
-    for item in found:
-        shown_items.append(item)
-        print(as_text(item))
-    print(total_text(_total(shown_items)))
+    else:
+        print(f"{'SIZE':>9} {'HERE':>9}       STATE              PATH")
+        print(total_text(_total(_printed(found))))
     return True
 
 
-def _found(path: str) -> Iterable[Item] | None:
-    fetch = find(path)
-    if fetch is not None:
-        return (Item(**line) for line in fetch.ask(List(fetch.path)) if line)
-    if mount_of(path).is_fusehsm:
-        return None
-    local = list(_local(path))
+def _printed(found: Iterable[Item]) -> Iterator[Item]:
+    for item in found:
+        print(as_text(item))
+        yield item
+
+
+def _found(path: str, user: int | None) -> Iterable[Item] | None:
+    try:
+        fetch = find(path, user)
+        if fetch is not None:
+            return fetch.ask(List(fetch.path), Item)
+        fd, way = follow(path)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        return None  # on another user's mount, whose server is not asked for files
+    try:
+        if user is not None or mount_of_descriptor(fd).is_fusehsm:
+            return None
+    finally:
+        os.close(fd)
+    local = list(_local(*way[-1]))
     return local if any(item.stub for item in local) else None
 
 
-def _local(path: str) -> Iterator[Item]:
-    """The items of a tree that no fetch serves, from the records."""
-    above, name = os.path.split(os.path.realpath(path)) if not os.path.isdir(path) else (path, "")
-    root_fd = os.open(above, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _local(path: str, status: os.stat_result) -> Iterator[Item]:
+    """The items of a tree that no fetch serves, from the records. `path` is real, `status` its own."""
+    above, name = (path, "") if stat.S_ISDIR(status.st_mode) else os.path.split(path)
+    fd, _ = follow(above)
+    try:
+        root_fd = os.open(".", LIST, dir_fd=fd)
+    finally:
+        os.close(fd)
     try:
         with closing(items(root_fd, name, lambda key: None, _leave_out, Tree.to_look_at())) as found:  # type: ignore[type-var]
             yield from found
@@ -70,16 +91,24 @@ def as_text(item: Item) -> str:
     )
 
 
-def _total(files: list[Item]) -> dict[str, Any]:
-    return {
-        "files": len(files),
-        "stubs": sum(item.stub for item in files),
-        "size": sum(item.size for item in files),
-        "resident": sum(item.resident for item in files),
-        "disk": sum(item.disk for item in files),
-        "modified": sum(item.modified for item in files),
-        "pinned": sum(item.pinned for item in files),
-    }
+def _total(files: Iterable[Item]) -> dict[str, int]:
+    total = dict.fromkeys(("files", *_COUNTED), 0)
+    for item in files:
+        total["files"] += 1
+        for name, field in _COUNTED.items():
+            total[name] += getattr(item, field)
+    return total
+
+
+# The field of Item that a total counts.
+_COUNTED: Final = {
+    "stubs": "stub",
+    "size": "size",
+    "resident": "resident",
+    "disk": "disk",
+    "modified": "modified",
+    "pinned": "pinned",
+}
 
 
 def total_text(total: dict[str, Any]) -> str:
