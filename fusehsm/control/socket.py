@@ -12,6 +12,7 @@ import re
 import socket
 import stat
 import struct
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from fusehsm.control.protocol import LARGEST_REPLY_PART, decode_reply, is_last_p
 from fusehsm.linux.mountinfo import Mount
 
 _BACKLOG = 128
+_SHARED = "/tmp"  # where every user may make a directory, and nobody may rename another's
 LARGEST_REPLY = 1 << 28
 """Bytes of a reply, which is kept in memory."""
 
@@ -133,9 +135,26 @@ def directories(uid: int) -> list[str]:
     if uid == 0:
         places.insert(0, "/run/fusehsm")
     else:
-        # For users without a session of their own (su, cron, containers), who have no XDG directory.
-        places.append(f"/tmp/fusehsm-{uid}")
+        places += _without_session(uid)
     return list(dict.fromkeys(places))
+
+
+def _without_session(uid: int) -> list[str]:
+    """The directories of a user without a session (su, cron, containers), who has no XDG directory; the usual one if nobody has made it yet.
+
+    Anybody may make a directory with the usual name, and with any other one. Only those count that belong to the user.
+    """
+    name = f"fusehsm-{uid}"
+    found = []
+    with contextlib.suppress(OSError), os.scandir(_SHARED) as entries:
+        for entry in entries:
+            if entry.name != name and not entry.name.startswith(f"{name}-"):
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                if entry.stat(follow_symlinks=False).st_uid == uid and entry.is_dir(follow_symlinks=False):
+                    found.append(entry.path)
+    usual = os.path.join(_SHARED, name)
+    return sorted(found) if found or os.path.lexists(usual) else [usual]
 
 
 @contextmanager
@@ -152,7 +171,7 @@ def listening(device: tuple[int, int], places: Sequence[str] | None = None) -> I
 @contextmanager
 def listening_as(name: str, places: Sequence[str] | None = None) -> Iterator[socket.socket]:
     """The same for a name: numbers with colons in between. No other running server may use it."""
-    directory = _open_own_directory(directories(os.getuid()) if places is None else places)
+    directory = _open_own_directory(places)
     try:
         _sweep(directory)
         listener = socket.socket(
@@ -267,8 +286,11 @@ def _name(device: tuple[int, int]) -> str:
     return f"{device[0]}:{device[1]}"
 
 
-def _open_own_directory(places: Sequence[str]) -> int:
+def _open_own_directory(places: Sequence[str] | None) -> int:
+    """A descriptor of the first of the places that is ours, or that can be made; `places` None: where clients look."""
     uid = os.getuid()
+    may_be_anywhere = places is None and uid != 0
+    places = directories(uid) if places is None else places
     problems: list[str] = []
     for place in places:
         try:
@@ -277,6 +299,12 @@ def _open_own_directory(places: Sequence[str]) -> int:
             return _open_directory(place, {uid})
         except OSError as error:
             problems.append(error.strerror or "" if error.filename is None else f"{place}: {error.strerror}")
+    if may_be_anywhere:
+        try:
+            # Another user has made a directory with the usual name. Nobody can make one first whose name is random.
+            return _open_directory(tempfile.mkdtemp(prefix=f"fusehsm-{uid}-", dir=_SHARED), {uid})
+        except OSError as error:
+            problems.append(f"{_SHARED}: {error.strerror}")
     raise OSError(
         errno.ENOENT,
         f"no place for the control socket ({'; '.join(problems)}): set XDG_RUNTIME_DIR to a directory of yours",
