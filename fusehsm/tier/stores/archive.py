@@ -22,17 +22,25 @@ from decimal import Decimal, InvalidOperation
 from typing import Any, Final, TypeVar
 
 from fusehsm.linux.beneath import LONGEST_PATH, components
-from fusehsm.tier.stores.base import Entry, Kind, Rights, StoreError, changed, throw
+from fusehsm.tier.stores.base import (
+    LARGEST_SIZE,
+    LARGEST_TIME,
+    Entry,
+    Kind,
+    Rights,
+    StoreError,
+    changed,
+    possible,
+    throw,
+)
 from fusehsm.tier.stores.filesystems import filesystem_of
 from fusehsm.tier.stores.fsspec import FsspecStore, version_of
 
 _UNIX: Final = 3  # ZipInfo.create_system
-_LARGEST: Final = (1 << 63) - 1  # off_t; also nanoseconds since 1970, until the year 2262
 _LONGEST_TARGET: Final = 4095  # bytes of a symbolic link's target: PATH_MAX counts the final NUL
 _LONGEST_TIME: Final = (
     64  # characters of a time; more digits or a large exponent would take minutes to convert
 )
-_ID_LIMIT: Final = (1 << 32) - 1  # -1 as an uid_t means "leave it as it is" to chown(2)
 
 _MOST_COMPONENTS: Final = 2048  # as many as a path of PATH_MAX bytes can have
 _MOST_IMPLIED: Final = 1 << 27  # characters in the paths of all directories that no member stands for
@@ -153,7 +161,7 @@ class ArchiveStore(FsspecStore):
         for path, member in members.items():
             try:
                 _check_path(path)
-                entries[path] = entry_of(path, member)
+                entries[path] = possible(entry_of(path, member))
             except _Senseless as error:
                 self._senseless[path if len(path) <= LONGEST_PATH else path[:_SHOWN] + "..."] = str(error)
         return entries
@@ -173,14 +181,9 @@ def _check_path(path: str) -> None:
 
 def _size(told: object) -> int:
     """A size or an offset in bytes, as it stands in the archive. Raises _Senseless."""
-    if not isinstance(told, int) or not 0 <= told <= _LARGEST:
+    if not isinstance(told, int) or not 0 <= told <= LARGEST_SIZE:
         raise _Senseless("it has an impossible size")
     return told
-
-
-def _identity(told: object) -> int | None:
-    """A user's or a group's number; None if it is impossible, as if the archive told none."""
-    return told if isinstance(told, int) and 0 <= told < _ID_LIMIT else None
 
 
 def _link_target(told: str | bytes) -> str:
@@ -206,7 +209,7 @@ def _nanoseconds(seconds: object) -> int | None:
     if not value.is_finite() or abs(value.adjusted()) > _LONGEST_TIME:
         return None  # before the multiplication: its result may have a million digits
     time_ns = int(value * 1_000_000_000)
-    return time_ns if abs(time_ns) <= _LARGEST else None
+    return time_ns if abs(time_ns) <= LARGEST_TIME else None
 
 
 def _tidy(name: str) -> str:
@@ -329,8 +332,8 @@ def _tar_entry(path: str, member: tarfile.TarInfo) -> Entry:
         kind,
         size=size if is_file else None,
         mode=None if kind is Kind.SYMLINK else stat.S_IMODE(member.mode),
-        uid=_identity(member.uid),
-        gid=_identity(member.gid),
+        uid=member.uid,
+        gid=member.gid,
         mtime_ns=mtime_ns,
         target=_link_target(member.linkname) if kind is Kind.SYMLINK else None,
         version=f"mtime {mtime_ns} size {size}" if is_file else None,

@@ -10,9 +10,17 @@ import abc
 import errno
 import os
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Self
+from typing import Final, Self
+
+LARGEST_SIZE: Final = (1 << 63) - 1
+"""Bytes: off_t."""
+
+LARGEST_TIME: Final = (1 << 63) - 1
+"""Nanoseconds since 1970: until the year 2262."""
+
+_LARGEST_ID: Final = (1 << 32) - 2  # -1 as an uid_t means "leave it as it is" to chown(2)
 
 
 class Kind(Enum):
@@ -69,6 +77,28 @@ class StoreError(OSError):
 
 class StoreChanged(StoreError):
     """A file does not have the requested version any more: it was changed, replaced or removed."""
+
+
+def possible(entry: Entry) -> Entry:
+    """The entry as a file can be: without an owner or a time that no file can have.
+
+    Raises StoreError EINVAL for an impossible size: a store may tell any number, and the kernel's are of 63 bits.
+    """
+    size: object = entry.size  # a library may give anything
+    if size is not None and not (isinstance(size, int) and 0 <= size <= LARGEST_SIZE):
+        raise StoreError(
+            errno.EINVAL, "has a size in the store that no file can have, so it is left out", entry.path
+        )
+    return replace(
+        entry,
+        uid=_within(entry.uid, 0, _LARGEST_ID),
+        gid=_within(entry.gid, 0, _LARGEST_ID),
+        mtime_ns=_within(entry.mtime_ns, -LARGEST_TIME, LARGEST_TIME),
+    )
+
+
+def _within(value: object, least: int, most: int) -> int | None:
+    return value if isinstance(value, int) and least <= value <= most else None
 
 
 def throw(error: StoreError) -> None:

@@ -14,7 +14,17 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
 from typing import Any, Final
 
-from fusehsm.tier.stores.base import Entry, Kind, Rights, Store, StoreError, byte_order, changed, throw
+from fusehsm.tier.stores.base import (
+    Entry,
+    Kind,
+    Rights,
+    Store,
+    StoreError,
+    byte_order,
+    changed,
+    possible,
+    throw,
+)
 
 PATIENCE: Final = 60.0  # seconds without a byte after which a request to an http server fails
 
@@ -66,6 +76,11 @@ class FsspecStore(Store):
                 lists.pop()
                 continue
             entry = lists[-1].pop()
+            try:
+                entry = possible(entry)
+            except StoreError as error:
+                on_error(error)
+                continue
             yield entry
             if entry.kind is Kind.DIRECTORY:
                 try:
@@ -202,8 +217,11 @@ def _mtime_ns(information: Mapping[str, Any]) -> int | None:
 
 def _nanoseconds(value: object) -> int | None:
     """A time in any of fsspec's forms, as nanoseconds since 1970, exact to a microsecond; None for other values."""
-    if isinstance(value, datetime):
-        value = value.timestamp()
-    if isinstance(value, int):
-        return value * 1_000_000_000
-    return round(value * 1_000_000) * 1000 if isinstance(value, float) else None
+    try:
+        if isinstance(value, datetime):
+            value = value.timestamp()
+        if isinstance(value, int):
+            return value * 1_000_000_000
+        return round(value * 1_000_000) * 1000 if isinstance(value, float) else None
+    except (OverflowError, ValueError):  # infinite, no number, or a year that this machine cannot count
+        return None

@@ -27,6 +27,8 @@ _AT_ONCE: Final = 16  # HEAD requests of a list at the same time
 _CONNECTIONS: Final = 32  # idle connections that are kept for the reading threads
 _REDIRECTS: Final = 10
 _PIECE: Final = 1 << 20  # bytes
+_LARGEST_PAGE: Final = 1 << 28  # bytes of a directory's page: a million links of 256
+_MOST_DIGITS: Final = 20  # of a number of bytes; 63 bits have 19
 _CONTENT_RANGE: Final = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)")
 
 
@@ -199,7 +201,7 @@ class HttpStore(FsspecStore):
         url = self.full(path).rstrip("/") + "/"
         async with session.get(URL(url, encoded=True)) as answer:
             _expect_success(answer.status, answer.reason)
-            page = (await answer.read()).decode("utf-8", "surrogateescape")
+            page = (await _whole(answer)).decode("utf-8", "surrogateescape")
             base = str(answer.url)
         found: dict[str, bool] = {}
         parser = _Links()
@@ -209,6 +211,18 @@ class HttpStore(FsspecStore):
             if name:
                 found[name] = is_directory or found.get(name, False)
         return list(found.items())
+
+
+async def _whole(answer: Any) -> bytes:
+    """The body of a page. Raises OSError EFBIG beyond _LARGEST_PAGE: a server may send one without end."""
+    pieces: list[bytes] = []
+    left = _LARGEST_PAGE
+    async for piece in answer.content.iter_chunked(_PIECE):
+        left -= len(piece)
+        if left < 0:
+            raise OSError(errno.EFBIG, f"the page has more than {_LARGEST_PAGE:,} bytes")
+        pieces.append(piece)
+    return b"".join(pieces)
 
 
 class _Links(HTMLParser):
@@ -250,7 +264,7 @@ def _expect_success(status: int, reason: str | None) -> None:
 def _content_length(headers: Mapping[str, str]) -> int | None:
     text = headers.get("Content-Length", "")
     plain = headers.get("Content-Encoding", "identity") in ("", "identity")
-    return int(text) if text.isdecimal() and plain else None
+    return _bytes(text) if plain else None
 
 
 def _range_of(headers: Mapping[str, str]) -> tuple[int | None, int | None, int | None]:
@@ -258,8 +272,13 @@ def _range_of(headers: Mapping[str, str]) -> tuple[int | None, int | None, int |
     match = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", ""))
     if match is None:
         return None, None, None
-    first, last, total = (int(text) if text and text.isdecimal() else None for text in match.groups())
+    first, last, total = map(_bytes, match.groups(""))
     return first, last, total
+
+
+def _bytes(text: str) -> int | None:
+    """A number of bytes in a header; None for other text."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS else None
 
 
 def _version(headers: Mapping[str, str], size: int | None) -> str | None:
@@ -274,5 +293,5 @@ def _version(headers: Mapping[str, str], size: int | None) -> str | None:
 def _mtime_ns(headers: Mapping[str, str]) -> int | None:
     try:
         return int(parsedate_to_datetime(headers["Last-Modified"]).timestamp()) * 1_000_000_000
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):
         return None
