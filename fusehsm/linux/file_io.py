@@ -1,14 +1,25 @@
 """Reads and synchronises files without stopping the event loop, and shares descriptors with threads that trio may abandon."""
 
 import errno
+import fcntl
 import os
+import struct
 import threading
+from typing import Final
 
 import trio
 
 Buffer = bytes | bytearray | memoryview
 
 _THREADS = 64
+
+_FS_IOC_FIEMAP: Final = 0xC020660B  # linux/fiemap.h
+_FIEMAP: Final = struct.Struct("=QQIIII")
+_EXTENT: Final = struct.Struct("=QQQ16xI12x")
+_MOST_EXTENTS: Final = 8
+# Flags of extents that a write in place takes no more space for: FIEMAP_EXTENT_LAST, _UNKNOWN, _DELALLOC, _UNWRITTEN and _MERGED. _UNKNOWN
+# comes with _DELALLOC: the space is reserved, its place is not chosen yet.
+_HAS_SPACE: Final = 0x1 | 0x2 | 0x4 | 0x800 | 0x1000
 
 
 class BackingReader:
@@ -58,6 +69,24 @@ def _read_all(descriptor: int, size: int, offset: int) -> bytes:
             break
         data += more
     return data
+
+
+def is_allocated(descriptor: int, offset: int, size: int) -> bool:
+    """Whether every byte of a range has its space in the file system (FS_IOC_FIEMAP). False where that is not known, or in many pieces."""
+    request = bytearray(_FIEMAP.size + _MOST_EXTENTS * _EXTENT.size)
+    _FIEMAP.pack_into(request, 0, offset, size, 0, 0, _MOST_EXTENTS, 0)
+    try:
+        fcntl.ioctl(descriptor, _FS_IOC_FIEMAP, request)
+    except OSError:
+        return False
+    number = _FIEMAP.unpack_from(request)[3]
+    end = offset
+    for index in range(number):
+        start, _, length, flags = _EXTENT.unpack_from(request, _FIEMAP.size + index * _EXTENT.size)
+        if start > end or flags & ~_HAS_SPACE:
+            return False
+        end = start + length
+    return end >= offset + size
 
 
 class SharedDescriptor:

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
+from fusehsm.linux.file_io import Buffer
+
 # PyDLL: to release the interpreter lock costs more than these calls, which touch kernel memory only.
 _libc: Final = ctypes.PyDLL(None, use_errno=True)
 _setfsuid: Final[Any] = _libc.setfsuid
@@ -103,9 +105,7 @@ class Writer:
         self._groups = groups if any(groups) else []
         self._uid = _setfsuid(_UNCHANGED)
 
-    def pwrite(
-        self, uid: int, descriptor: int, data: bytes | bytearray | memoryview, offset: int, how: int
-    ) -> int:
+    def pwrite(self, uid: int, descriptor: int, data: Buffer, offset: int, how: int) -> int:
         """pwritev2(2) of `data` (`how`: RWF_*) as that user, with no groups and without CAP_SYS_RESOURCE; returns the number of bytes written.
 
         Raises OSError.

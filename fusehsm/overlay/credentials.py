@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from fusehsm.linux import identity, proc
+from fusehsm.linux.file_io import Buffer
 
 #: The errors of a write by which a file system says that its user may not take more space.
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -87,16 +88,17 @@ class Impersonation:
         with identity.acting_as(caller.uid, caller.gid, groups, effective):
             yield
 
-    def write(
-        self, caller: Caller, descriptor: int, data: bytes | bytearray | memoryview, offset: int, how: int
-    ) -> int:
+    def is_own(self, caller: Caller) -> bool:
+        """Whether a caller's content is written as the server itself: it is the server's user, or the server may not act for others."""
+        return self._writer is None or caller.uid == self._uid
+
+    def write(self, caller: Caller, descriptor: int, data: Buffer, offset: int, how: int) -> int:
         """pwritev2(2) in the caller's name, for the thread that has made this object; returns the number of bytes written. `how`: RWF_* flags.
 
-        File systems ask at write(2) whether the user may use reserved space, and whose quota ends; those that copy on write ask so at an
-        overwrite, too. Raises OSError.
+        File systems ask at write(2) whether the user may use reserved space, and whose quota ends. Raises OSError. Not for callers of whom
+        is_own() is true.
         """
-        if self._writer is None or caller.uid == self._uid:
-            return os.pwritev(descriptor, [data], offset, how) if how else os.pwrite(descriptor, data, offset)
+        assert self._writer is not None
         try:
             return self._writer.pwrite(caller.uid, descriptor, data, offset, how)
         except OSError as error:

@@ -42,7 +42,7 @@ _KINDS: Final = {
 class Device:
     """A device (st_dev) seen under the source."""
 
-    __slots__ = ("generation_of", "index", "number")
+    __slots__ = ("generation_of", "index", "number", "overwrites_in_place")
 
     def __init__(self, number: int, index: int) -> None:
         #: Its st_dev.
@@ -50,6 +50,8 @@ class Device:
         #: Its position in the order of discovery, which selects its range of node ids.
         self.index = index
         self.generation_of: Callable[[int, bytes], int] | None = None  # chosen at the first node
+        #: Whether an overwrite takes no more space; None until it is asked for the first time.
+        self.overwrites_in_place: bool | None = None
 
 
 class Node:

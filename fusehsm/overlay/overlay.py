@@ -22,6 +22,7 @@ from functools import partial
 from typing import Final
 
 from fusehsm.linux import proc, syscalls
+from fusehsm.linux.file_io import Buffer, is_allocated
 from fusehsm.linux.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 from fusehsm.overlay import attributes
 from fusehsm.overlay.attributes import TIME_NOW, AttributeChanges, path_of
@@ -49,6 +50,8 @@ __all__ = [
 _BACKING_FLAGS: Final = os.O_ACCMODE | os.O_DSYNC | os.O_SYNC | os.O_NOATIME
 # A listener's event fd also gets these, if event_f_flags of fanotify_init(2) has them.
 _EVENT_FLAGS: Final = _BACKING_FLAGS | os.O_APPEND | os.O_NONBLOCK
+# The file systems that overwrite where the content lies, and say so where they do not: ext2, ext3, ext4 and XFS (linux/magic.h).
+_IN_PLACE: Final = (0xEF53, 0x58465342)
 _PATH_ONLY: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -554,10 +557,34 @@ class Overlay:
         return attributes.clear_privileges(fd, partial(proc.is_member, caller_tid))
 
     def write(
-        self, caller: Caller, fd: int, data: bytes | bytearray | memoryview, offset: int, how: int
+        self,
+        node: Node,
+        caller: Caller,
+        fd: int,
+        data: Buffer,
+        offset: int,
+        how: int = 0,
+        *,
+        may_grow: bool = True,
     ) -> int:
-        """pwritev2(2) with the rights of `caller` to space; returns the number of bytes written. `how`: RWF_* flags. Raises OSError."""
-        return self._impersonation.write(caller, fd, data, offset, how)
+        """pwritev2(2) with the rights of `caller` to space; returns the number of bytes written. `how`: RWF_* flags. Raises OSError.
+
+        `may_grow`: False where the file is known to reach as far as the write.
+        """
+        impersonation = self._impersonation
+        if impersonation.is_own(caller) or (
+            not may_grow and self._overwrites_in_place(node, fd) and is_allocated(fd, offset, len(data))
+        ):
+            # Between the two a process that uses SRC may free what it has here. Then this takes no more than that.
+            return os.pwritev(fd, [data], offset, how) if how else os.pwrite(fd, data, offset)
+        return impersonation.write(caller, fd, data, offset, how)
+
+    @staticmethod
+    def _overwrites_in_place(node: Node, fd: int) -> bool:
+        device = node.device
+        if device.overwrites_in_place is None:
+            device.overwrites_in_place = syscalls.filesystem_type(fd) in _IN_PLACE
+        return device.overwrites_in_place
 
     def rights_of(self, caller: Caller) -> AbstractContextManager[None]:
         """Context manager in which this thread, which may be any, acts with the rights of `caller`. Raises OSError."""

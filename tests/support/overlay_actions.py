@@ -286,7 +286,7 @@ class OverlayFace:
             fd = self.overlay.open(node, os.O_WRONLY, self.caller)
             try:
                 self.overlay.before_write(node, fd, self.caller.uid, self.caller.pid)
-                return self.overlay.write(self.caller, fd, content, offset, 0)
+                return self.overlay.write(node, self.caller, fd, content, offset)
             finally:
                 os.close(fd)
 
