@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Final
@@ -69,6 +70,7 @@ class Node:
         "more_links",
         "name",
         "parent",
+        "settled",
         "told_size",
     )
 
@@ -105,6 +107,8 @@ class Node:
         self.linked = True
         #: The size in bytes that the kernel takes it to have; -1 where it was told none.
         self.told_size = -1
+        #: The inode's st_ctime in nanoseconds when its generation was last compared, if it was long past then; -1 otherwise.
+        self.settled = -1
 
     def __repr__(self) -> str:
         return f"<Node {self.id} {self.name!r}{'' if self.linked else ' unlinked'}>"
@@ -142,7 +146,7 @@ class Node:
         return self.inode == inode and self.device.number == os.makedev(*device)
 
     def matches(self, status: os.stat_result) -> bool:
-        """Whether `status` belongs to this inode."""
+        """Whether `status` belongs to this inode, or to a later one with its number: see NodeTable.is_node()."""
         return (
             status.st_ino == self.inode
             and status.st_dev == self.device.number
@@ -183,14 +187,33 @@ class NodeTable:
     def get(self, node_id: int) -> Node | None:
         return self._nodes.get(node_id)
 
-    def known(self, status: os.stat_result) -> Node | None:
-        """The node of that inode, if there is one."""
-        return self.known_as(status.st_dev, status.st_ino)
+    def known(self, status: os.stat_result, dir_fd: int, name: bytes) -> Node | None:
+        """The node of the inode found as `name` in `dir_fd` (b"": open as `dir_fd`), which `status` describes, if there is one. Raises OSError."""
+        node = self.known_as(status.st_dev, status.st_ino)
+        return node if node is not None and self.is_node(node, status, dir_fd, name) else None
 
     def known_as(self, device: int, inode: int) -> Node | None:
-        """The node of the inode with those st_dev and st_ino, if there is one."""
+        """The node of the inode with those st_dev and st_ino, or of an earlier one with that number, if there is one."""
         node_id = self._id_of(device, inode)
         return None if node_id is None else self._nodes.get(node_id)
+
+    def is_node(self, node: Node, status: os.stat_result, dir_fd: int, name: bytes) -> bool:
+        """Whether the inode found as `name` in `dir_fd` (b"": open as `dir_fd`), which `status` describes, is that of `node`. Raises OSError.
+
+        Its number may be that of an earlier file. A new inode has a new st_ctime, which nobody can set, so the generation is compared only
+        where that has changed.
+        """
+        if not node.matches(status):
+            return False
+        return node is self.root or self._has_generation(node, status.st_ctime_ns, dir_fd, name)
+
+    def _has_generation(self, node: Node, changed_ns: int, dir_fd: int, name: bytes) -> bool:
+        if changed_ns == node.settled:
+            return True
+        if node.generation != self._generation(node.device, dir_fd, name):
+            return False
+        node.settled = _settled(changed_ns)
+        return True
 
     def enter(self, status: os.stat_result, parent: Node, name: bytes, dir_fd: int) -> Node:
         """The node of the inode that `status` describes, found as `name` in `parent` (open as `dir_fd`). Raises OSError.
@@ -208,13 +231,14 @@ class NodeTable:
         if node is None:
             kind = status.st_mode & 0o170000
             node = Node(node_id, device, inode, self._generation(device, dir_fd, name), kind, parent, name)
+            node.settled = _settled(status.st_ctime_ns)
             parent.children += 1
             self._nodes[node_id] = node
             return node
         if node is self.root:
             return node
-        if node.kind != status.st_mode & 0o170000 or node.generation != self._generation(
-            device, dir_fd, name
+        if node.kind != status.st_mode & 0o170000 or not self._has_generation(
+            node, status.st_ctime_ns, dir_fd, name
         ):
             return self._replace(node, status, parent, name, dir_fd)
         if node.parent is not parent or node.name != name or not node.linked:
@@ -423,6 +447,13 @@ class NodeTable:
     def _handle_generation(self, dir_fd: int, name: bytes) -> int:
         # A CRC of 32 bits differs for any two values of a 32-bit field when all other bytes are the same.
         return zlib.crc32(self._handles.read(dir_fd, name))
+
+
+def _settled(changed_ns: int) -> int:
+    """An st_ctime in nanoseconds, if a file that is made from now on has another; -1 otherwise."""
+    # The kernel's clock for files is late by one tick. Old formats store whole seconds, or two.
+    grain = 3_000_000_000 if changed_ns % 1_000_000_000 == 0 else 100_000_000
+    return changed_ns if time.time_ns() - changed_ns > grain else -1
 
 
 def _birth_generation(dir_fd: int, name: bytes) -> int:

@@ -97,8 +97,15 @@ class Overlay:
         return os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._reach.root_fd)
 
     def node_of_backing(self, major: int, minor: int, inode: int) -> Node | None:
-        """The node of the backing file with that device and inode number; None if the kernel does not know it."""
-        return self._table.known_as(os.makedev(major, minor), inode)
+        """The node of the existing backing file with that device and inode number; None if the kernel does not know it."""
+        node = self._table.known_as(os.makedev(major, minor), inode)
+        try:
+            if node is not None:
+                # It may be of an earlier file with that number.
+                self._reach.status(node)
+        except OSError:
+            return None
+        return node
 
     def node(self, node_id: int) -> Node:
         """The node of an id. Raises OSError ESTALE when it is not known (any more)."""
@@ -257,7 +264,7 @@ class Overlay:
         old_dir_fd = self._directory(old_parent, old_name)
         new_dir_fd = self._directory(new_parent, new_name)
         status = os.stat(old_name, dir_fd=old_dir_fd, follow_symlinks=False)
-        moving = self._table.known(status)
+        moving = self._table.known(status, old_dir_fd, old_name)
         displaced, fd = self._doomed(new_dir_fd, new_name)
         try:
             with self._impersonation.as_caller(caller):
@@ -487,7 +494,7 @@ class Overlay:
             found = syscalls.openat2(self.event_root, path, _PATH_ONLY, resolve)
         except OSError:
             return None
-        if node.matches(os.fstat(found)):
+        if self._table.is_node(node, os.fstat(found), found, b""):
             return found
         os.close(found)
         return None
@@ -706,7 +713,7 @@ class Overlay:
             fd = self._reach.open(name, _PATH_ONLY, dir_fd=dir_fd)
         except OSError:
             return None, -1
-        node = self._table.known(os.fstat(fd))
+        node = self._table.known(os.fstat(fd), fd, b"")
         if node is None:
             os.close(fd)
             return None, -1

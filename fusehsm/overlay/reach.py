@@ -120,7 +120,7 @@ class Reach:
             if error.errno in _GONE:
                 raise stale(node.name) from None
             raise
-        if not node.matches(os.fstat(fd)):
+        if not self._is(node, fd):
             os.close(fd)
             raise stale(node.name)
         kept = self._directories.get(node)  # the walk may have closed it to make room
@@ -169,13 +169,13 @@ class Reach:
             return os.fstat(self.root_fd)
         for parent, name in node.links():
             try:
-                status = os.stat(name, dir_fd=self.directory_fd(parent), follow_symlinks=False)
+                dir_fd = self.directory_fd(parent)
+                status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+                if self.table.is_node(node, status, dir_fd, name):
+                    return status
             except OSError as error:
                 if error.errno not in _GONE:
                     raise
-            else:
-                if node.matches(status):
-                    return status
             self._forget_link(node, parent, name)
         fd = self._nameless_fd(node)
         if fd is None:
@@ -196,7 +196,7 @@ class Reach:
                 if error.errno not in _GONE:
                     raise
             else:
-                if node.matches(os.fstat(fd)):
+                if self._is(node, fd):
                     return fd
                 os.close(fd)
             self._forget_link(node, parent, name)
@@ -204,6 +204,13 @@ class Reach:
         if kept is None:
             raise stale(node.name)
         return self._duplicate(kept)
+
+    def _is(self, node: Node, fd: int) -> bool:
+        try:
+            return self.table.is_node(node, os.fstat(fd), fd, b"")
+        except BaseException:
+            os.close(fd)
+            raise
 
     def _forget_link(self, node: Node, parent: Node, name: bytes) -> None:
         # The last link stays: the name may come back, and parents and paths are taken from it.

@@ -2,7 +2,9 @@
 
 import errno
 import os
+import shutil
 import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -170,7 +172,8 @@ def test_numbers_that_cannot_be_shown_as_they_are(source: Path) -> None:
     status = os.stat(source)
 
     def number(device: int, inode: int) -> os.stat_result:
-        return os.stat_result((stat.S_IFREG | 0o600, inode, device, *status[3:]))
+        fields = (stat.S_IFREG | 0o600, inode, device, *status[3:])
+        return os.stat_result(fields, {"st_ctime_ns": status.st_ctime_ns})
 
     removed: list[Node] = []
     table = nodes.NodeTable(status, removed.append)
@@ -187,7 +190,7 @@ def test_numbers_that_cannot_be_shown_as_they_are(source: Path) -> None:
     assert all(0 < node_id < 1 << 63 for node_id in ids)
     assert made[status.st_dev, 2].id == 2
     for case, node in made.items():
-        assert table.known(number(*case)) is node
+        assert table.known(number(*case), fd, b"any") is node
         assert table.get(node.id) is node
         assert table.enter(number(*case), table.root, b"any", fd) is node
     for node in made.values():
@@ -216,7 +219,7 @@ def test_what_was_kept_for_a_reused_number_is_given_up(source: Path) -> None:
     new = table.enter(status, table.root, b"d", fd)
     assert new is not old
     assert (removed, old.linked, old.parents()) == ([old], False, (ROOT_ID,))
-    assert table.known(status) is new
+    assert table.known(status, fd, b"d") is new
     assert table.root.children == 1
     table.forget(child, 1)
     table.forget(new, 1)
@@ -278,6 +281,118 @@ def test_reused_number(places: Callable[[str], Path], again: str) -> None:
     assert new.lookups == 3
     assert not tree.forget(new, 2)
     assert tree.forget(new, 1)
+    tree.close()
+
+
+# What may be done to a file by a node whose name has led to it once.
+BY_NODE: dict[str, Callable[[Overlay, Node], object]] = {
+    "open": lambda t, n: t.open(n, os.O_RDONLY),
+    "truncating open": lambda t, n: t.open(n, os.O_WRONLY | os.O_TRUNC),
+    "event": lambda t, n: t.open_for_event(n, os.O_RDWR),
+    "lease": lambda t, n: t.open_alone(n),
+    "status": lambda t, n: t.getattr(n),
+    "mode": lambda t, n: t.setattr(n, AttributeChanges(mode=0o4777)),
+    "size": lambda t, n: t.setattr(n, AttributeChanges(size=0)),
+    "attribute": lambda t, n: t.setxattr(n, b"user.x", b"1"),
+    "link": lambda t, n: t.link(n, t.root, b"linked"),
+    "birth time": lambda t, n: t.birth_time(n),
+}
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("settled", [False, True])
+@pytest.mark.parametrize("way", BY_NODE)
+def test_a_file_with_a_reused_number_is_not_the_remembered_one(
+    places: Callable[[str], Path], way: str, settled: bool
+) -> None:
+    """Nobody has looked the name up again, so only the backing knows that the number belongs to another file."""
+    source = places("reused")
+    (source / "file").write_bytes(b"old")
+    if settled:
+        time.sleep(0.2)  # longer than the clock of files may be late
+    tree = Overlay(str(source))
+    node, _ = tree.lookup(tree.root, b"file")
+    assert (node.settled >= 0) is settled
+    BY_NODE["status"](tree, node)
+    number = _reuse(source, "file")
+    before = os.stat(source / "file")
+    assert_stale(lambda: BY_NODE[way](tree, node))
+    assert os.stat(source / "file") == before
+    assert os.listdir(source) == ["file"]
+    assert tree.node_of_backing(os.major(before.st_dev), os.minor(before.st_dev), number) is None
+    tree.close()
+
+
+@pytest.mark.root
+def test_a_removed_file_with_a_reused_number_is_not_shown_for_the_remembered_one(
+    places: Callable[[str], Path],
+) -> None:
+    source = places("reused")
+    tree = Overlay(str(source))
+    node = make(tree, tree.root, b"file", b"old")
+    _reuse(source, "file")
+    tree.unlink(tree.root, b"file")
+    assert_stale(lambda: tree.open(node, os.O_RDONLY))
+    tree.close()
+
+
+@pytest.mark.root
+def test_a_moved_file_with_a_reused_number_is_not_the_remembered_one(places: Callable[[str], Path]) -> None:
+    source = places("reused")
+    tree = Overlay(str(source))
+    node = make(tree, tree.root, b"file", b"old")
+    _reuse(source, "file")
+    tree.rename(tree.root, b"file", tree.root, b"moved")
+    assert tree.relative_path(node) == b"file"
+    assert tree.lookup(tree.root, b"moved")[0] is not node
+    tree.close()
+
+
+@pytest.mark.root
+def test_a_directory_with_a_reused_number_is_not_the_remembered_one(places: Callable[[str], Path]) -> None:
+    source = places("reused")
+    (source / "d").mkdir()
+    (source / "d/f").write_bytes(b"old")
+    tree = Overlay(str(source), trust_seconds=0, directories=4)
+    directory, _ = tree.lookup(tree.root, b"d")
+    number = directory.inode
+    shutil.rmtree(source / "d")
+    for attempt in range(1000):
+        made = source / f"candidate-{attempt}"
+        made.mkdir()
+        if made.stat().st_ino == number:
+            made.rename(source / "d")
+            break
+    assert os.stat(source / "d").st_ino == number
+    (source / "d/f").write_bytes(b"new")
+    assert_stale(lambda: tree.lookup(directory, b"f"))
+    assert_stale(lambda: tree.mkdir(directory, b"new", 0o755, own_caller()))
+    tree.close()
+
+
+def test_a_settled_file_is_compared_by_its_status_alone(source: Path) -> None:
+    """So warm opens cost what they did."""
+    (source / "file").write_bytes(b"")
+    os.utime(source / "file")
+    time.sleep(0.2)
+    tree = Overlay(str(source))
+    node, _ = tree.lookup(tree.root, b"file")
+    asked = []
+    generation_of = node.device.generation_of
+    assert generation_of is not None
+
+    def noted(dir_fd: int, name: bytes) -> int:
+        asked.append(name)
+        return generation_of(dir_fd, name)
+
+    node.device.generation_of = noted
+    tree.getattr(node)
+    os.close(tree.open(node, os.O_RDONLY))
+    tree.lookup(tree.root, b"file")
+    assert asked == []
+    os.chmod(source / "file", 0o600)
+    tree.getattr(node)
+    assert asked == [b"file"]
     tree.close()
 
 
