@@ -218,6 +218,15 @@ DIVERGENCES: Final = (
         test="test_programs_that_are_open_for_writing",
     ),
     Divergence(
+        topic=Topic.MAPPINGS,
+        name="space for mappings",
+        difference="A store into a shared mapping that finds no space is an error of msync(2) or fsync(2), and no SIGBUS.",
+        reason="FUSE asks its server for space only when the kernel writes the page back.",
+        safe="The page is written with the rights of who has opened the file, or of its owner where the kernel tells of no open, and takes no "
+        "space that is kept for root.",
+        test="test_space_for_mappings",
+    ),
+    Divergence(
         topic=Topic.CACHE,
         name="read-ahead asks",
         difference="posix_fadvise(2), readahead(2) and the kernel's own read-ahead make events.",

@@ -253,10 +253,10 @@ class Content:
     ) -> int:
         """Write `data` at `offset`; returns the number of bytes written. Raises OSError.
 
-        `caller`: the accessor, with whose rights it is written (None: the opener's). `strips`: the user whose write takes set-id bits away
-        (None: the opener). `write_back`: whether the page cache writes, None where the
-        engine does not say. `appends`: whether the open file has O_APPEND now, None where the engine does not say. `durable`: RWF_DSYNC or
-        RWF_SYNC of pwritev2(2), or 0.
+        `caller`: the accessor, with whose rights it is written (None: the opener's, or the owner's where the opener is not known). `strips`: the
+        user whose write takes set-id bits away (None: the opener). `write_back`: whether the page cache writes, None where the engine does not
+        say. `appends`: whether the open file has O_APPEND now, None where the engine does not say. `durable`: RWF_DSYNC or RWF_SYNC of
+        pwritev2(2), or 0.
         """
         if appends is not None and appends != file.appends:
             # The accessor has used F_SETFL (fcntl(2)), which makes no request.
@@ -284,7 +284,7 @@ class Content:
                     write_back=write_back,
                     appends=appends,
                     durable=durable,
-                    caller=caller or Caller(file.uid, file.gid, file.tid),
+                    caller=caller or _opener(file, descriptor),
                 )
             except OSError:
                 # The pages now differ from the file. Some may be locked until this request is answered.
@@ -467,6 +467,13 @@ class Content:
         """Ask again for further pieces of calls that were allowed before the content was dropped."""
         for file in files:
             file.grants.clear()
+
+
+def _opener(file: OpenFile[Node], descriptor: int) -> Caller:
+    if not file.stateless:
+        return Caller(file.uid, file.gid, file.tid)
+    owner = os.fstat(descriptor)
+    return Caller(owner.st_uid, owner.st_gid, 0)
 
 
 def _armed(file: OpenFile[Node]) -> Armed:
