@@ -7,7 +7,7 @@ the write overwrites nothing that another process has appended.
 
 import os
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar, TypeVarTuple
+from typing import TypeVar, TypeVarTuple
 
 import trio
 
@@ -22,21 +22,6 @@ ResultT = TypeVar("ResultT")
 ArgumentsT = TypeVarTuple("ArgumentsT")
 
 _THREADS = 64  # calls that may wait for a disk at once
-
-
-class _Place(NamedTuple):
-    """Where a WRITE goes, and how."""
-
-    #: The file.
-    node: Node
-    #: With whose rights.
-    caller: Caller
-    #: Its open backing file.
-    descriptor: int
-    #: RWF_* of pwritev2(2).
-    how: int
-    #: Whether the file may become longer.
-    may_grow: bool
 
 
 class BackingWriter:
@@ -75,12 +60,17 @@ class BackingWriter:
                 may_grow = True
         if not how & os.RWF_APPEND:
             self._overlay.before_placing(descriptor)
-        place = _Place(file.node, caller, descriptor, how, may_grow)
-        written = await self._pwrite(place, data, offset)
+        if durable:
+            written = await self._in_thread(caller, os.pwritev, descriptor, [data], offset, how)
+        else:
+            written = self._overlay.write(file.node, caller, descriptor, data, offset, how, may_grow)
         if write_back:
             # No accessor continues a short write of the page cache. The next call raises the error, such as ENOSPC.
             while written < len(data):
-                written += await self._pwrite(place, memoryview(data)[written:], offset + written)
+                rest = memoryview(data)[written:]
+                written += await self._in_thread(
+                    caller, os.pwritev, descriptor, [rest], offset + written, how
+                )
         file.node.made_as_long_as(offset + written)
         return written, bool(how & os.RWF_APPEND) and os.fstat(descriptor).st_size != offset + written
 
@@ -103,12 +93,6 @@ class BackingWriter:
             return False
         seen = self._explainer.appends(file, tid)
         return flagged if seen is None else seen
-
-    async def _pwrite(self, place: _Place, data: Buffer, offset: int) -> int:
-        node, caller, descriptor, how, may_grow = place
-        if how & ~os.RWF_APPEND:
-            return await self._in_thread(caller, os.pwritev, descriptor, [data], offset, how)
-        return self._overlay.write(node, caller, descriptor, data, offset, how, may_grow=may_grow)
 
     async def allocate(self, descriptor: int, mode: int, offset: int, length: int, caller: Caller) -> None:
         """fallocate(2) with the rights of `caller`."""

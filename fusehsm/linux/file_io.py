@@ -79,6 +79,9 @@ def is_allocated(descriptor: int, offset: int, size: int) -> bool:
         fcntl.ioctl(descriptor, _FS_IOC_FIEMAP, request)
     except OSError:
         return False
+    start, _, length, flags = _EXTENT.unpack_from(request, _FIEMAP.size)
+    if start <= offset and offset + size <= start + length and not flags & ~_HAS_SPACE:
+        return True  # most often
     number = _FIEMAP.unpack_from(request)[3]
     end = offset
     for index in range(number):

@@ -52,6 +52,7 @@ def acting_as(uid: int, gid: int, groups: Sequence[int], effective: int) -> Iter
     own_groups = os.getgroups()
     own_gid = _setfsgid(gid)
     own_uid = _setfsuid(uid)
+    are_effective = own_uid == os.geteuid() and own_gid == os.getegid()
     try:
         # setfsuid(2) does not report a failure. A second call with -1 changes nothing and returns the present id.
         if (
@@ -59,7 +60,8 @@ def acting_as(uid: int, gid: int, groups: Sequence[int], effective: int) -> Iter
             or _setfsgid(_UNCHANGED) != ctypes.c_int(gid).value
         ):
             raise PermissionError(errno.EPERM, "this process may not act for other users")
-        _set_groups(groups)
+        if groups or own_groups:
+            _set_groups(groups)
         acting = _CAPABILITIES.pack(
             low & effective & _WORD,
             permitted_low,
@@ -72,13 +74,15 @@ def acting_as(uid: int, gid: int, groups: Sequence[int], effective: int) -> Iter
             raise _error()
         yield
     finally:
-        _capset(_HEADER, own)  # changing ids needs CAP_SETUID and CAP_SETGID
+        if not are_effective:
+            _capset(_HEADER, own)  # changing to other ids needs CAP_SETUID and CAP_SETGID
         _setfsgid(ctypes.c_uint32(own_gid).value)
         # Back at user 0 the kernel raises file capabilities from the permitted set. Those that were not effective must not stay.
         _setfsuid(ctypes.c_uint32(own_uid).value)
         _capset(_HEADER, own)
         # Last: it fails where a user namespace forbids it, and then nothing has changed the groups.
-        _set_groups(own_groups)
+        if groups or own_groups:
+            _set_groups(own_groups)
 
 
 class Writer:

@@ -115,7 +115,10 @@ def rights(tid: int, uid: int) -> tuple[list[int], int]:
 
     None where they cannot be told, or where the thread is not one of that user (fsuid) any more.
     """
-    text = _read_proc(f"/proc/{tid}/status", 1 << 16)
+    text = _read_proc(f"/proc/{tid}/status")
+    if text and len(text) == 4096:
+        # It has many groups.
+        text = _read_proc(f"/proc/{tid}/status", 1 << 20)
     if not text or int(_status_words(text, b"Uid")[3]) != uid:
         return [], 0
     groups = [int(word) for word in _status_words(text, b"Groups")]

@@ -6,8 +6,8 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from types import TracebackType
+from typing import NamedTuple
 
 from fusehsm.linux import identity, proc
 from fusehsm.linux.file_io import Buffer
@@ -19,8 +19,7 @@ _OVER_AN_INODE = sum(1 << number for number in (0, 1, 2, 3, 4, 31))
 _CAP_FOWNER = 1 << 3
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
+class Caller(NamedTuple):
     """The accessor of one request, as in the FUSE header."""
 
     #: The user for file access (fsuid).
@@ -64,7 +63,7 @@ class Impersonation:
     def as_caller(self, caller: Caller | None) -> AbstractContextManager[None]:
         """rights_of(), in which this thread makes objects with exactly the mode that it gives. Only one thread may use it, because the umask is
         that of all threads. A mode comes with the caller's umask applied."""
-        return _NoUmask(self.rights_of(caller))
+        return _NoUmask(None if self._is_server(caller) else self.rights_of(caller))
 
     def rights_of(self, caller: Caller | None, about: int | None = None) -> AbstractContextManager[None]:
         """Context manager in which this thread has the rights of `caller` (None: its own). Any thread may use it.
@@ -76,9 +75,12 @@ class Impersonation:
         has checked, or have another owner. It also applies set-gid parents, quotas, reserved space and ACLs, and no object belongs to root
         even for a moment. A caller that cannot be looked at has no supplementary groups and no capabilities.
         """
-        if caller is None or not self.privileged or (caller.uid == self._uid and caller.gid == self._gid):
+        if caller is None or self._is_server(caller):
             return nullcontext()
         return self._acting(caller, about)
+
+    def _is_server(self, caller: Caller | None) -> bool:
+        return caller is None or not self.privileged or (caller.uid == self._uid and caller.gid == self._gid)
 
     @contextmanager
     def _acting(self, caller: Caller, about: int | None) -> Iterator[None]:
@@ -120,20 +122,22 @@ class Impersonation:
 
 
 class _NoUmask:
-    """Context manager in which the umask is 0, inside another one."""
+    """Context manager in which the umask is 0, inside another one if there is one."""
 
-    def __init__(self, inner: AbstractContextManager[None]) -> None:
+    def __init__(self, inner: AbstractContextManager[None] | None) -> None:
         self._inner = inner
 
     def __enter__(self) -> None:
-        self._inner.__enter__()
+        if self._inner is not None:
+            self._inner.__enter__()
         self._before = os.umask(0)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         os.umask(self._before)
-        self._inner.__exit__(kind, error, trace)
+        if self._inner is not None:
+            self._inner.__exit__(kind, error, trace)
 
 
 def _over(caller: Caller, fd: int) -> int:

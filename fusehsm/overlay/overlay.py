@@ -571,7 +571,6 @@ class Overlay:
         data: Buffer,
         offset: int,
         how: int = 0,
-        *,
         may_grow: bool = True,
     ) -> int:
         """pwritev2(2) with the rights of `caller` to space; returns the number of bytes written. `how`: RWF_* flags. Raises OSError.
