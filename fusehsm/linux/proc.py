@@ -140,6 +140,13 @@ def _is_mapped(text: bytes | None, number: int) -> bool:
     return any(int(first) <= number < int(first) + int(length) for _, first, length in extents)
 
 
+def real_user(pid: int) -> int | None:
+    """The user who has started a process (its real user id): of a set-user-ID program not the file's owner. None if the process is gone."""
+    text = _read_proc(f"/proc/{pid}/status")
+    words = _status_words(text, b"Uid") if text else []
+    return int(words[0]) if words else None
+
+
 def threads_of(pid: int) -> list[int]:
     """The threads of a process; empty if the process is gone."""
     try:

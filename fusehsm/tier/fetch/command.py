@@ -166,6 +166,7 @@ def fetch(options: FetchOptions) -> int:
                 recorder.begin()
             if place.backend == "fuse":
                 policy = replace(policy, ignore_after=_IGNORE_AFTER)
+            policy = replace(policy, handlers=_handlers(policy))
             wishes = _Wishes(max_size, recorder, warm, options.keep_interval)
             tree = Tree.of(place.root_fd)
             if has_unbelieved(place.root_fd, tree):
@@ -198,7 +199,8 @@ async def _serve(
         open_group(place.path, events, backend=place.backend, flags=flags, mark=mark) as group,
         _refusing_the_rest(group),
     ):
-        with ExitStack() as ending:
+        keeper = None
+        try:
             async with trio.open_nursery() as nursery:
                 if place.backend == "kernel":
                     mask = parse_mask(events, group.dialect)
@@ -208,18 +210,17 @@ async def _serve(
                 fetcher = Fetcher(store, place.path, tree, policy, nursery, wishes.recorder)
                 fetcher.group = group
                 keeper = Keeper(fetcher, place.root_fd, wishes.keep_interval)
-                # At every end, while accesses still wait for the group.
-                ending.callback(keeper.rest)
                 evictor = Evictor(fetcher, place, group)
 
                 async def serve_group() -> None:
                     try:
-                        await serve(group, fetcher, limit=_handlers(policy))
+                        await serve(group, fetcher, limit=policy.handlers)
                     except OSError as error:
                         failures.append(error)
                         nursery.cancel_scope.cancel()
 
                 nursery.start_soon(serve_group)
+                nursery.start_soon(fetcher.turns.watch)
                 nursery.start_soon(keeper.keep)
                 nursery.start_soon(show_progress, fetcher)
                 await nursery.start(_serve_socket, place, FetchServer(fetcher, evictor, place.root_fd))
@@ -235,6 +236,11 @@ async def _serve(
                     await interruption.watch()
                 except Interrupted:
                     nursery.cancel_scope.cancel()
+        finally:
+            # At every end, while accesses still wait for the group.
+            if keeper is not None:
+                with trio.CancelScope(shield=True):
+                    await keeper.rest()
     if failures:
         raise failures[0]
     return fetcher.totals

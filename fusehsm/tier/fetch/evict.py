@@ -37,8 +37,9 @@ from fusehsm.tier.fetch.catalog import where
 from fusehsm.tier.fetch.destination import Destination
 from fusehsm.tier.fetch.failures import in_a_line, passed_over
 from fusehsm.tier.fetch.handler import Fetcher, Served
-from fusehsm.tier.fetch.inventory import Item, items
+from fusehsm.tier.fetch.inventory import Item, Look, items
 from fusehsm.tier.fetch.protocol import Complaint, Evict, Pin, found
+from fusehsm.tier.fetch.turns import PATIENCE, Stalled, opened, watched
 from fusehsm.tier.stubs.mark import Key, key_of
 from fusehsm.tier.stubs.stub import StubFile
 from fusehsm.tier.text import parse_seconds, parse_size, size_text
@@ -48,6 +49,8 @@ _LOOKS: Final = 1000  # checks for events, a millisecond each
 _REMOVE = FAN_MARK_REMOVE | FAN_MARK_IGNORED_MASK
 
 
+_MOST_LEFT_ALONE: Final = 16
+_MOST_OF_ONE: Final = 4  # files of one owner that do not answer, before all files of that owner are left out
 _SHORTEST: Final = 0.5  # seconds until files that were in use are tried again
 _AFTER_TROUBLE: Final = 30.0  # seconds until a failed look at the tree is tried again
 
@@ -86,11 +89,37 @@ class Evictor:
         self._place = place
         self._group = group
         self._has_left_out = False
+        # Walks that were left alone in the middle, where a file or directory did not answer.
+        self._left_alone: list[Look] = []
 
     async def inventory(self, path: str) -> list[Item]:
-        """items() at or below a path, made in a thread. Raises as items()."""
-        listing = partial(items, self._place.root_fd, path, self.known, self._leave_out, self.fetcher.tree)
-        return await trio.to_thread.run_sync(lambda: list(listing()))
+        """items() at or below a path, made in a thread. Files that do not answer are left out: another process holds their lock.
+
+        Raises as items(), and OSError EBUSY if too many files do not answer.
+        """
+        for _ in range(_MOST_LEFT_ALONE):
+            self._left_alone = [look for look in self._left_alone if not look.has_ended]
+            owners = Counter(look.uid for look in self._left_alone)
+            look = Look(
+                {look.path for look in self._left_alone},
+                {uid for uid, count in owners.items() if uid > 0 and count >= _MOST_OF_ONE},
+            )
+            try:
+                return await watched(partial(self._list, path, look), lambda: look.count, PATIENCE)  # noqa: B023
+            except Stalled:
+                look.is_abandoned = True
+                self._left_alone.append(look)
+                self._leave_out(
+                    OSError(errno.EBUSY, "does not answer: another process holds its lock", look.path)
+                )
+        raise OSError(errno.EBUSY, "too many files do not answer: other processes hold their locks", path)
+
+    def _list(self, path: str, look: Look) -> list[Item]:
+        place = self._place.root_fd
+        try:
+            return list(items(place, path, self.known, self._leave_out, self.fetcher.tree, look))
+        finally:
+            look.has_ended = True
 
     def _leave_out(self, error: OSError) -> None:
         # Once: there may be many such directories, and the tree is read again and again.
@@ -142,7 +171,26 @@ class Evictor:
     async def evict(self, path: str) -> int:
         """Evict one file. Returns the number of bytes that became free. Raises BlockingIOError (EAGAIN) while it is in use, OSError EBUSY if it must
         stay, ESTALE if another file is at that path by now."""
-        key, served = await trio.to_thread.run_sync(self._meet, path)
+        fd = await opened(partial(open_beneath, self._place.root_fd, path, os.O_RDONLY | os.O_NONBLOCK), path)
+        target: int | str
+        try:
+            status = os.fstat(fd)
+            key = key_of(fd, status)
+            served = await self.fetcher.meet(key, status.st_uid, fd, path, PATIENCE)
+            if self._place.backend == "kernel":
+                # Not by the path: that could wait for the lock of a directory.
+                target = os.open(f"/proc/self/fd/{fd}", os.O_PATH | os.O_CLOEXEC)
+            else:
+                target = os.path.join(self._place.path, path)
+        finally:
+            os.close(fd)
+        try:
+            return await self._evict_met(path, target, key, served)
+        finally:
+            if isinstance(target, int):
+                os.close(target)
+
+    async def _evict_met(self, path: str, target: int | str, key: Key, served: Served) -> int:
         file = served.file
         if file is None:
             raise OSError(errno.EBUSY, "is no stub: its content could not be fetched again", path)
@@ -151,40 +199,34 @@ class Evictor:
             raise BlockingIOError(errno.EAGAIN, "is being read", path)
         served.evicting = trio.Event()
         try:
-            return await self._evict_leased(path, key, served, file)
+            async with self.fetcher.turns.turn(key, served.uid, path):
+                return await self._evict_leased(path, target, key, served, file)
         finally:
             served.evicting.set()
             served.evicting = None
 
-    async def _evict_leased(self, path: str, key: Key, served: Served, file: StubFile) -> int:
-        target: int | str
-        if self._place.backend == "kernel":
-            target = await trio.to_thread.run_sync(open_beneath, self._place.root_fd, path, os.O_PATH)
-        else:
-            target = os.path.join(self._place.path, path)
-        try:
-            # During the lease the group cannot read events of this file (docs/facts.md, section 17).
-            await self._hear_of_changes()
-            async with leased(target) as lease:
-                fd = lease.descriptor
-                if self._place.backend == "kernel" and self._is_told():
-                    raise BlockingIOError(errno.EAGAIN, "too many events are waiting", path)
-                status = os.fstat(fd)
-                if key_of(fd, status) != key:
-                    raise OSError(errno.ESTALE, "is another file by now", path)
-                # A punch on a watched descriptor makes events, which cannot be read during the lease.
-                if self._place.backend == "kernel":
-                    served.ignored |= self._group.dialect.pre_content | FAN_MODIFY | FAN_CLOSE_WRITE
-                    await self._group.mark(_ADD, served.ignored, fd)
-                else:
-                    await self._unignore(served, fd)
-                freed = await trio.to_thread.run_sync(file.punch, fd, partial(os.fsync, fd))
-                if self._place.backend == "kernel":
-                    await self._unignore(served, fd)
-                served.origin = served.version = None
-        finally:
-            if isinstance(target, int):
-                os.close(target)
+    async def _evict_leased(
+        self, path: str, target: int | str, key: Key, served: Served, file: StubFile
+    ) -> int:
+        # During the lease the group cannot read events of this file (docs/facts.md, section 17).
+        await self._hear_of_changes()
+        async with leased(target) as lease:
+            fd = lease.descriptor
+            if self._place.backend == "kernel" and self._is_told():
+                raise BlockingIOError(errno.EAGAIN, "too many events are waiting", path)
+            status = os.fstat(fd)
+            if key_of(fd, status) != key:
+                raise OSError(errno.ESTALE, "is another file by now", path)
+            # A punch on a watched descriptor makes events, which cannot be read during the lease.
+            if self._place.backend == "kernel":
+                served.ignored |= self._group.dialect.pre_content | FAN_MODIFY | FAN_CLOSE_WRITE
+                await self._group.mark(_ADD, served.ignored, fd)
+            else:
+                await self._unignore(served, fd)
+            freed = await trio.to_thread.run_sync(file.punch, fd, partial(os.fsync, fd))
+            if self._place.backend == "kernel":
+                await self._unignore(served, fd)
+            served.origin = served.version = None
         return freed
 
     async def _hear_of_changes(self) -> None:
@@ -210,15 +252,6 @@ class Evictor:
             with suppress(FileNotFoundError):  # the kernel has forgotten the inode, and the mark with it
                 await self._group.mark(_REMOVE, served.ignored, fd)
         served.ignored = 0
-
-    def _meet(self, path: str) -> tuple[Key, Served]:
-        fd = open_beneath(self._place.root_fd, path, os.O_RDONLY | os.O_NONBLOCK)
-        try:
-            status = os.fstat(fd)
-            key = key_of(fd, status)
-            return key, self.fetcher.served.get(key) or self.fetcher.meet(key, fd, path)
-        finally:
-            os.close(fd)
 
 
 async def keep_below(evictor: Evictor, most: int, complain: Callable[[str], None]) -> None:

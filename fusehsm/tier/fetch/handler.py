@@ -9,10 +9,10 @@ import errno
 import logging
 import os
 import stat
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import trio
 
@@ -30,10 +30,11 @@ from fusehsm.linux.file_io import SharedDescriptor
 from fusehsm.tier.fetch.catalog import Catalog, Origin, below, suspicion, where
 from fusehsm.tier.fetch.failures import BackOff, RateLimiter
 from fusehsm.tier.fetch.readahead import Streams
+from fusehsm.tier.fetch.turns import Stuck, Turns
 from fusehsm.tier.stores.base import Store, StoreChanged, shorter
 from fusehsm.tier.stubs.content import extents_of
 from fusehsm.tier.stubs.mark import Key, key_of
-from fusehsm.tier.stubs.stub import InDoubt, StubFile, Unbelieved
+from fusehsm.tier.stubs.stub import InDoubt, StubFile, Unbelieved, mark_of
 from fusehsm.tier.stubs.tree import Namespace, Tree
 
 _IGNORE = FAN_MARK_ADD | FAN_MARK_IGNORED_MASK | FAN_MARK_IGNORED_SURV_MODIFY | FAN_MARK_EVICTABLE
@@ -45,6 +46,8 @@ _COMPLAINT_INTERVAL = 5.0  # seconds between two log lines about the store
 
 
 _log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,10 @@ class Policy:
     connections: int = 16
     # Events of a complete file before its events are ignored.
     ignore_after: int = 0
+    # Most accesses that wait at once.
+    handlers: int = 1000
+    # Files to remember, beside those that are being used or have a record to close.
+    most_known: int = 4096
 
 
 @dataclass(slots=True)
@@ -147,6 +154,9 @@ class _Fill:
 class Served:
     """The fetcher's knowledge of one inode."""
 
+    # Its key, and its owner when it was last seen.
+    key: Key
+    uid: int
     # None if the file is no stub but a user's own.
     file: StubFile | None
     # The readers' streams, for prefetching.
@@ -167,6 +177,23 @@ class Served:
     evicting: trio.Event | None = None
     # An error of the file has been logged.
     complained: bool = False
+    # The file had no name left when it was last seen.
+    is_removed: bool = False
+    # A part of the file, (start, end) in bytes, whose right content is unknown, and the file's times of change when that was found (nanoseconds).
+    doubt: tuple[int, int] | None = None
+    doubt_times: tuple[int, int] = (0, 0)
+
+    @property
+    def may_be_forgotten(self) -> bool:
+        """Whether another look at the file finds all that is known here: nothing is under way, and no record is to be closed."""
+        if self.active or self.fills or self.evicting is not None:
+            return False
+        return self.file is None or self.is_removed or not (self.file.recorded or self.file.unrecorded)
+
+
+def overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two ranges (start, end) have a common byte."""
+    return one[0] < other[1] and other[0] < one[1]
 
 
 class Fetcher:
@@ -195,14 +222,13 @@ class Fetcher:
         self._nursery = nursery
         self._touched = touched
         self._allowance = RateLimiter(policy.rate)
-        self._threads = trio.CapacityLimiter(policy.connections)
-        self._prefetches = trio.CapacityLimiter(max(policy.connections // 2, 1))
+        self.turns = Turns(policy.deadline, policy.denial, policy.connections, policy.handlers)
         self._own_pid = os.getpid()
         # Only root asks the store with more rights than the user of a file has.
         self._is_root = os.geteuid() == 0
         self._quiet_until = 0.0
         self._has_complained_of_old = False
-        self._meeting = threading.Lock()
+        self._forget_at = 0  # size of `served` at which to forget files
 
     # Events
 
@@ -226,33 +252,43 @@ class Fetcher:
 
     async def _serve(self, event: Event, status: os.stat_result) -> None:
         key = key_of(event.fd, status)
-        served = self.served.get(key) or self._meet(key, event, status)
+        served = self.served.get(key) or await self._meet(key, event, status)
+        served.uid = status.st_uid
+        served.is_removed = not status.st_nlink
         file = served.file
         if file is None:
             await self._ignore(served, event.fd, event.dialect.pre_content | _CHANGES)
             return
-        while served.evicting is not None:
-            await served.evicting.wait()
-        served.active += 1
+        served.active += 1  # before the first wait: it must not be forgotten
         try:
+            while served.evicting is not None:
+                await served.evicting.wait()
             await self._serve_stub(served, file, event, status)
         finally:
             served.active -= 1
+            self._forget_removed(served)
+
+    def _forget_removed(self, served: Served) -> None:
+        if served.is_removed and served.may_be_forgotten:
+            self.served.pop(served.key, None)
 
     async def _serve_stub(self, served: Served, file: StubFile, event: Event, status: os.stat_result) -> None:
         file.used_ns = time.time_ns()
+        is_change = event.mask & FAN_MODIFY or (event.mask & FAN_CLOSE_WRITE and file.may_hide_changes)
+        is_first = is_change and not file.modified
+        if is_first:
+            file.modified = True  # at once: an eviction that begins now must see it
         if status.st_size != file.size or file.unrecorded:
-            await trio.to_thread.run_sync(file.look, event.fd)
-        if event.mask & FAN_MODIFY or (event.mask & FAN_CLOSE_WRITE and file.may_hide_changes):
-            if not file.modified:
-                file.modified = True  # at once: an eviction that begins now must see it
-                await trio.to_thread.run_sync(file.user_modified, event.fd, bool(event.mask & FAN_MODIFY))
+            await self._on_file(served, event, file.look)
+        if is_change:
+            if is_first:
+                await self._record_modification(served, file, event)
             await self._ignore(served, event.fd, _CHANGES)
         if event.offset is None or event.count is None or not event.mask & event.dialect.permission:
             return
         # The event of a clone of a whole file has the empty range at 0.
         end = min(event.offset + event.count or file.limit, file.limit)
-        await self.recall(served, event.fd, event.offset, end)
+        await self.recall(served, event, event.offset, end)
         if file.is_complete:
             served.idle_events += 1
             if served.idle_events > self.policy.ignore_after:
@@ -261,21 +297,64 @@ class Fetcher:
                 served.ignored &= ~event.dialect.pre_content
                 await self._ignore(served, event.fd, event.dialect.pre_content)
 
-    def _meet(self, key: Key, event: Event, status: os.stat_result) -> Served:
-        path = below(self._destination, event.path.removesuffix(" (deleted)" if not status.st_nlink else ""))
-        return self.meet(key, event.fd, path or "")
+    async def _record_modification(self, served: Served, file: StubFile, event: Event) -> None:
+        is_write = bool(event.mask & FAN_MODIFY)
+        try:
+            await self._on_file(served, event, lambda fd: file.user_modified(fd, is_write))
+        except Stuck:
+            file.unrecorded = True  # the next access records it
+            raise
 
-    def meet(self, key: Key, fd: int, path: str) -> Served:
-        """The Served of a file at `path` below the destination, made at the first call. Safe in any thread: an inode has one. Raises as recover()."""
-        with self._meeting:
+    async def _on_file(self, served: Served, event: Event, call: Callable[[int], _T]) -> _T:
+        """call(descriptor) in a thread, for an access, or another event, that waits for it. Raises Stuck."""
+        path = "" if served.file is None else served.file.path
+        with self.turns.waiting(event.pid, served.key, served.uid, path):
+            return await self.turns.on_file(served.key, served.uid, event.fd, path, call)
+
+    async def _meet(self, key: Key, event: Event, status: os.stat_result) -> Served:
+        path = (
+            below(self._destination, event.path.removesuffix(" (deleted)" if not status.st_nlink else ""))
+            or ""
+        )
+        if mark_of(event.fd, status, path, self.tree) is None:
+            # Reading an attribute waits for no lock that a user can hold. Most files that users make take no thread.
+            return self._add(Served(key, status.st_uid, None))
+        with self.turns.waiting(event.pid, key, status.st_uid, path):
+            return await self.meet(key, status.st_uid, event.fd, path)
+
+    async def meet(self, key: Key, uid: int, fd: int, path: str, patience: float | None = None) -> Served:
+        """The Served of a file of user `uid` at `path` below the destination, made at the first call. `patience`: seconds, instead of the deadline.
+
+        Raises as StubFile.recover(), and Stuck.
+        """
+
+        def recover(fd: int) -> StubFile | None:
+            if key in self.served:
+                return None  # another task was faster
+            return StubFile.recover(fd, path, self.tree, self.policy.block_size)
+
+        served = self.served.get(key)
+        if served is None:
+            file = await self.turns.on_file(key, uid, fd, path, recover, patience)
             served = self.served.get(key)
             if served is None:
-                file = StubFile.recover(fd, path, self.tree, self.policy.block_size)
-                served = Served(file)
+                served = self._add(Served(key, uid, file))
                 if file is not None:
                     served.streams = Streams(file.block_size, self.policy.prefetch_window)
-                self.served[key] = served
-            return served
+        return served
+
+    def _add(self, served: Served) -> Served:
+        """Remember what is known of an inode, and forget others that need not be known: whoever makes files must not fill our memory."""
+        present = self.served.setdefault(served.key, served)
+        surplus = len(self.served) - self.policy.most_known
+        if surplus > 0 and len(self.served) >= self._forget_at:
+            idle = [other for other in self.served.values() if other.may_be_forgotten]
+            for other in idle[: surplus + self.policy.most_known // 8]:
+                if other is not present:
+                    del self.served[other.key]
+            # If nearly all is needed, the next look is not made at the next file already.
+            self._forget_at = len(self.served) + self.policy.most_known // 8
+        return present
 
     async def _ignore(self, served: Served, fd: int, mask: int) -> None:
         """Ignore these kinds of events of a file for which no fetch is necessary. An access then costs no more than with any file."""
@@ -289,15 +368,15 @@ class Fetcher:
 
     # Content
 
-    async def recall(self, served: Served, fd: int, offset: int, end: int) -> None:
+    async def recall(self, served: Served, event: Event, offset: int, end: int) -> None:
         """Return when [offset, end), in bytes, is here. Raises the OSError to refuse an access with."""
-        file = served.file
+        file, fd = served.file, event.fd
         assert file is not None
         if self._touched is not None:
             self._touched(file.path, offset, end)
         missing = file.missing(offset, end)
         if missing and file.unexplained:
-            self._expect_no_holes(served, fd, offset, end)
+            await self._expect_no_holes(served, event, offset, end)
             return
         ahead = end, end
         if served.streams is not None:
@@ -308,17 +387,24 @@ class Fetcher:
             waits = self._start(served, fd, missing[:most], is_prefetch=False)
             if len(missing) <= most:
                 self._prefetch(served, fd, *ahead)
-            await self._wait(waits)
+            with self.turns.waiting(event.pid, served.key, served.uid, file.path):
+                await self._wait(waits)
             missing = file.missing(offset, end)
             if missing and file.unexplained:
-                self._expect_no_holes(served, fd, offset, end)
+                await self._expect_no_holes(served, event, offset, end)
                 return
         self._prefetch(served, fd, *ahead)
 
-    def _expect_no_holes(self, served: Served, fd: int, offset: int, end: int) -> None:
+    async def _expect_no_holes(self, served: Served, event: Event, offset: int, end: int) -> None:
         file = served.file
         assert file is not None
-        if not file.lacks(fd, offset, end):
+        status = os.fstat(event.fd)
+        times = status.st_mtime_ns, status.st_ctime_ns
+        # A refusal holds until the file changes. Otherwise each access to the same hole would take a thread.
+        if served.doubt is None or served.doubt_times != times or not overlap(served.doubt, (offset, end)):
+            served.doubt = await self._on_file(served, event, lambda fd: file.doubt(fd, offset, end))
+            served.doubt_times = times
+        if served.doubt is None:
             return
         if not served.complained:
             served.complained = True
@@ -368,15 +454,16 @@ class Fetcher:
         assert served.file is not None
         self.under_way[fill] = served.file
         try:
-            async with fill.turn(self._prefetches):
-                size = (
-                    min(fill.end * served.file.block_size, served.file.limit)
-                    - fill.first * served.file.block_size
-                )
-                # Outside the deadline, which is for the store: the user wants this delay.
-                if wait := self._allowance.take(max(size, 0)):
-                    await trio.sleep(wait)
-                await self._try_until_deadline(served, fd, fill)
+            with self.turns.using(served.key, served.uid) as user:
+                async with fill.turn(user.prefetches):
+                    size = (
+                        min(fill.end * served.file.block_size, served.file.limit)
+                        - fill.first * served.file.block_size
+                    )
+                    # Outside the deadline, which is for the store: the user wants this delay.
+                    if wait := self._allowance.take(max(size, 0)):
+                        await trio.sleep(wait)
+                    await self._try_until_deadline(served, fd, fill)
         except OSError as error:
             fill.error = error
         except Exception:
@@ -391,6 +478,7 @@ class Fetcher:
                 if served.fills.get(block) is fill:
                     del served.fills[block]
             fill.done.set()
+            self._forget_removed(served)
 
     async def _try_until_deadline(self, served: Served, fd: int, fill: _Fill) -> None:
         back_off = BackOff()
@@ -402,6 +490,9 @@ class Fetcher:
                 try:
                     await self._transfer(served, fd, fill)
                     return
+                except Stuck as error:
+                    self._complain(served, error)
+                    raise
                 except (StoreChanged, InDoubt) as error:
                     self._complain(served, error)
                     raise OSError(errno.EIO, error.strerror, error.filename) from None
@@ -426,42 +517,54 @@ class Fetcher:
         raise OSError(self.policy.denial, why, file.path)
 
     async def _transfer(self, served: Served, fd: int, fill: _Fill) -> None:
-        # If the store hangs, the thread is abandoned. So it has a descriptor of its own.
-        descriptor = SharedDescriptor(os.dup(fd))
+        file = served.file
+        assert file is not None
         try:
-            written, fetched = await trio.to_thread.run_sync(
-                self._read_and_fill,
-                served,
-                descriptor,
-                fill,
-                abandon_on_cancel=True,
-                limiter=self._threads,
-            )
+            with self.turns.using(served.key, served.uid) as user:
+                # Content in memory is limited for each owner: a file that does not answer keeps it there.
+                async with user.buffers:
+                    pieces = await self._ask_store(served, fd, fill)
+                    written = await self.turns.on_file(
+                        served.key,
+                        served.uid,
+                        fd,
+                        file.path,
+                        lambda fd: file.fill(fd, fill.first, fill.end, pieces, lambda: not fill.abandoned),
+                    )
         except trio.Cancelled:
             fill.abandoned = True
             raise
-        finally:
-            descriptor.release()
+        fetched = sum(len(data) for _, data in pieces)
         self.totals.requests += 1
         self.totals.fetched += fetched
         self.totals.filled += written
         if fill.is_prefetch:
             self.totals.prefetched += fetched
-        file = served.file
-        if file is not None and file.is_complete:
+        if file.is_complete:
             self.totals.completed += 1
         self.filled.set()
         self.filled = trio.Event()
 
-    def _read_and_fill(self, served: Served, descriptor: SharedDescriptor, fill: _Fill) -> tuple[int, int]:
+    async def _ask_store(self, served: Served, fd: int, fill: _Fill) -> list[tuple[int, bytes]]:
+        # If the store hangs, the thread is abandoned. So it has a descriptor of its own.
+        descriptor = SharedDescriptor(os.dup(fd))
+        try:
+            return await self.turns.from_store(
+                served.key, served.uid, lambda: self._read(served, descriptor, fill)
+            )
+        finally:
+            descriptor.release()
+
+    def _read(self, served: Served, descriptor: SharedDescriptor, fill: _Fill) -> list[tuple[int, bytes]]:
+        """The content of the fill's blocks as (offset, data)."""
         if not descriptor.hold():
-            return 0, 0
+            return []
         try:
             file = served.file
             assert file is not None
             start, end = fill.first * file.block_size, min(fill.end * file.block_size, file.limit)
             if start >= end:
-                return 0, 0  # truncated meanwhile
+                return []  # truncated meanwhile
             origin, version, data = served.origin, served.version, None
             if origin is None:
                 served.origin = origin = self._catalog.origin(file.mark, file.path)
@@ -477,8 +580,7 @@ class Fetcher:
             else:
                 raise shorter(self._store, path)
             self._expect_no_forgery(descriptor.number, file, origin)  # its owner may have changed meanwhile
-            written = file.fill(descriptor.number, fill.first, fill.end, pieces, lambda: not fill.abandoned)
-            return written, sum(len(data) for _, data in pieces)
+            return pieces
         finally:
             descriptor.close()
 

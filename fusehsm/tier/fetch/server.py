@@ -11,6 +11,7 @@ import os
 import socket
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Final
 
 import trio
@@ -34,6 +35,7 @@ from fusehsm.tier.fetch.protocol import (
     encode_lines,
     encode_result,
 )
+from fusehsm.tier.fetch.turns import PATIENCE, opened
 from fusehsm.tier.stubs.mark import key_of
 
 _MOST_CONNECTIONS: Final = 64
@@ -90,7 +92,7 @@ class FetchServer:
                 changed = 0
                 for item in await self._evictor.inventory(request.path):
                     if item.stub:
-                        changed += await trio.to_thread.run_sync(self._pin, item, request.pinned)
+                        changed += await self._pin(item, request.pinned)
                 await _send(connection, encode_result({"changed": changed}))
 
     async def _evict(self, connection: socket.socket, request: Evict) -> None:
@@ -103,17 +105,28 @@ class FetchServer:
         kept = {reason.name.lower(): outcome.kept[reason] for reason in Kept}
         await _send(connection, encode_result({"evicted": outcome.evicted, "freed": outcome.freed, **kept}))
 
-    def _pin(self, item: Item, pinned: bool) -> bool:
-        fd = open_beneath(self._root_fd, item.path, os.O_RDONLY | os.O_NONBLOCK)
+    async def _pin(self, item: Item, pinned: bool) -> bool:
+        opening = partial(open_beneath, self._root_fd, item.path, os.O_RDONLY | os.O_NONBLOCK)
         try:
-            status = os.fstat(fd)
-            key = key_of(fd, status)
-            file = self._fetcher.meet(key, fd, item.path).file
-            return file is not None and file.pin(fd, pinned)
+            fd = await opened(opening, item.path)
+            try:
+                status = os.fstat(fd)
+                key = key_of(fd, status)
+                served = await self._fetcher.meet(key, status.st_uid, fd, item.path, PATIENCE)
+                if served.file is None:
+                    return False
+                setting = partial(served.file.pin, pinned=pinned)
+                served.active += 1  # it must not be forgotten
+                try:
+                    return await self._fetcher.turns.on_file(
+                        key, status.st_uid, fd, item.path, setting, PATIENCE
+                    )
+                finally:
+                    served.active -= 1
+            finally:
+                os.close(fd)
         except OSError as error:
             raise OSError(error.errno, error.strerror, item.path) from None
-        finally:
-            os.close(fd)
 
 
 async def _receive(connection: socket.socket) -> bytes:

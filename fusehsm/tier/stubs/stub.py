@@ -23,6 +23,7 @@ from contextlib import suppress
 from typing import Self
 
 from fusehsm.linux import syscalls
+from fusehsm.linux.syscalls import PAGE_SIZE
 from fusehsm.tier.stubs import mark as stub_mark
 from fusehsm.tier.stubs import record as residency
 from fusehsm.tier.stubs.content import (
@@ -59,6 +60,22 @@ def may_be_written(fd: int) -> bool:
         return syscalls.is_open_for_writing(fd)
     except OSError:
         return True
+
+
+def mark_of(fd: int, status: os.stat_result, path: str, tree: Tree) -> tuple[StubMark, Namespace] | None:
+    """The mark that was made for this inode, and its namespace; None if there is none. Waits for no lock that a user can hold. Raises Unbelieved."""
+    key = status.st_ino, stub_mark.generation(fd)
+
+    def mark_in(namespace: Namespace) -> StubMark | None:
+        mark = stub_mark.read(fd, namespace)
+        return None if mark is None or (mark.inode, mark.generation) != key else mark
+
+    for namespace in tree.believed:
+        if (mark := mark_in(namespace)) is not None:
+            return mark, namespace
+    if Namespace.USER not in tree.believed and mark_in(Namespace.USER) is not None:
+        raise Unbelieved(errno.EIO, _UNBELIEVED, path)
+    return None
 
 
 class StubFile:
@@ -146,19 +163,10 @@ class StubFile:
         believe its mark.
         """
         status = os.fstat(fd)
-        key = status.st_ino, stub_mark.generation(fd)
-
-        def mark_in(namespace: Namespace) -> StubMark | None:
-            mark = stub_mark.read(fd, namespace)
-            return None if mark is None or (mark.inode, mark.generation) != key else mark
-
-        for namespace in tree.believed:
-            if (mark := mark_in(namespace)) is not None:
-                break
-        else:
-            if Namespace.USER not in tree.believed and mark_in(Namespace.USER) is not None:
-                raise Unbelieved(errno.EIO, _UNBELIEVED, path)
+        found = mark_of(fd, status, path, tree)
+        if found is None:
             return None
+        mark, namespace = found
         record = residency.read(fd, mark, namespace)
         file = cls(
             mark,
@@ -227,12 +235,22 @@ class StubFile:
 
     def lacks(self, fd: int, offset: int, end: int) -> bool:
         """Whether the right content of a part of [offset, end), in bytes, is unknown because the file was changed while no fetch served it."""
-        blocks = self.missing(0, self.limit) if self.missing(offset, end) else []
-        return any(
-            start < end and offset < stop
-            for first, last in extents_of(blocks)
-            for start, stop in doubtful(fd, first * self.block_size, min(last * self.block_size, self.limit))
-        )
+        return self.doubt(fd, offset, end) is not None
+
+    def doubt(self, fd: int, offset: int, end: int) -> tuple[int, int] | None:
+        """The first part of the file, as (start, end) in bytes, for which lacks() is true; None if there is none.
+
+        It looks at no more than the range and the pages next to it: a file may have a million holes.
+        """
+        # Whether a page may be written only in part depends on the pages next to it.
+        near = max(offset // PAGE_SIZE - 1, 0) * PAGE_SIZE, (-(-end // PAGE_SIZE) + 1) * PAGE_SIZE
+        for first, last in extents_of(self.missing(*near)):
+            start = max(first * self.block_size, near[0])
+            stop = min(last * self.block_size, self.limit, near[1])
+            for part in doubtful(fd, start, stop):
+                if part[0] < end and offset < part[1]:
+                    return part
+        return None
 
     def _has_hole(self, fd: int, block: int) -> bool:
         start = block * self.block_size

@@ -147,6 +147,37 @@ def test_nor_is_it_read_when_nothing_was_known_of_the_file(stub: Stub) -> None:
     assert stub.file.lacks(stub.fd, 0, 50)
 
 
+def test_only_the_part_that_is_read_is_looked_at(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file may have a million holes."""
+    for page in range(0, SIZE, 8192):
+        os.pwrite(stub.fd, b"m", page)
+    stub.again()
+    assert stub.file.unexplained
+    calls = 0
+    seek = os.lseek
+
+    def count(fd: int, offset: int, whence: int) -> int:
+        nonlocal calls
+        calls += 1
+        return seek(fd, offset, whence)
+
+    monkeypatch.setattr(os, "lseek", count)
+    for offset in range(0, SIZE - 100, 4096):
+        assert stub.file.lacks(stub.fd, offset, offset + 100)
+    assert calls <= 10 * (SIZE // 4096)
+
+
+def test_what_is_looked_at_ends_where_the_users_data_goes_on(stub: Stub) -> None:
+    """A zero at the edge of the part that is read is the user's if their data goes on beyond it."""
+    os.pwrite(stub.fd, b"m" * 8192 + bytes(8192) + b"m" * (BLOCK + 4096), 4096)
+    stub.again()
+    assert stub.file.unexplained
+    for offset in range(4096, 2 * BLOCK, 4096):
+        assert not stub.file.lacks(stub.fd, offset, offset + 4096)
+    assert stub.file.doubt(stub.fd, 0, 4096) == (0, 4096)
+    assert stub.file.doubt(stub.fd, 0, SIZE) == (0, 4096)
+
+
 def test_whole_pages_that_were_written_into_a_hole_are_the_users(stub: Stub) -> None:
     stub.fill(0)
     os.pwrite(stub.fd, b"m" * 4096, BLOCK + 4096)
