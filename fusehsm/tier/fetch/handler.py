@@ -101,7 +101,7 @@ class Totals:
 class _Fill:
     """Blocks [first, end) of a file that are being fetched, for an access that waits or as a prefetch."""
 
-    __slots__ = ("_attempts", "_queue", "abandoned", "done", "end", "error", "first", "is_prefetch")
+    __slots__ = ("_attempts", "_queue", "abandoned", "done", "end", "error", "filled", "first", "is_prefetch")
 
     def __init__(self, first: int, end: int, *, is_prefetch: bool) -> None:
         # Block numbers.
@@ -111,6 +111,8 @@ class _Fill:
         self.is_prefetch = is_prefetch
         # Set when the fill has ended.
         self.done = trio.Event()
+        # Bytes from its start that are in the file.
+        self.filled = 0
         # The error to refuse accesses with, once `done`.
         self.error: OSError | None = None
         # The fill has ended: a store's late answer is thrown away.
@@ -374,22 +376,22 @@ class Fetcher:
         assert file is not None
         if self._touched is not None:
             self._touched(file.path, offset, end)
-        missing = file.missing(offset, end)
+        # In portions: a mapping may need more fills than there are descriptors.
+        most = max(_AT_ONCE * self.policy.span // file.block_size, 1)
+        missing = file.missing(offset, end, most + 1)
         if missing and file.unexplained:
             await self._expect_no_holes(served, event, offset, end)
             return
         ahead = end, end
         if served.streams is not None:
             ahead = served.streams.note(offset, end)
-        # In portions: a mapping may need more fills than there are descriptors.
-        most = max(_AT_ONCE * self.policy.span // file.block_size, 1)
         while missing:
             waits = self._start(served, fd, missing[:most], is_prefetch=False)
             if len(missing) <= most:
                 self._prefetch(served, fd, *ahead)
             with self.turns.waiting(event.pid, served.key, served.uid, file.path):
                 await self._wait(waits)
-            missing = file.missing(offset, end)
+            missing = file.missing(offset, end, most + 1)
             if missing and file.unexplained:
                 await self._expect_no_holes(served, event, offset, end)
                 return
@@ -519,23 +521,24 @@ class Fetcher:
     async def _transfer(self, served: Served, fd: int, fill: _Fill) -> None:
         file = served.file
         assert file is not None
+        written = fetched = 0
         try:
             with self.turns.using(served.key, served.uid) as user:
                 # Content in memory is limited for each owner: a file that does not answer keeps it there.
                 async with user.buffers:
-                    pieces = await self._ask_store(served, fd, fill)
-                    written = await self.turns.on_file(
-                        served.key,
-                        served.uid,
-                        fd,
-                        file.path,
-                        lambda fd: file.fill(fd, fill.first, fill.end, pieces, lambda: not fill.abandoned),
-                    )
+                    # A later attempt goes on where an earlier one has failed.
+                    start = fill.first * file.block_size + fill.filled
+                    end = min(fill.end * file.block_size, file.limit)
+                    for place in range(start, end, self.policy.span):
+                        part = place, min(place + self.policy.span, end)
+                        count, length = await self._fill_part(served, file, fd, fill, part)
+                        written += count
+                        fetched += length
+                        self.totals.requests += 1
+                        fill.filled += part[1] - part[0]
         except trio.Cancelled:
             fill.abandoned = True
             raise
-        fetched = sum(len(data) for _, data in pieces)
-        self.totals.requests += 1
         self.totals.fetched += fetched
         self.totals.filled += written
         if fill.is_prefetch:
@@ -545,24 +548,40 @@ class Fetcher:
         self.filled.set()
         self.filled = trio.Event()
 
-    async def _ask_store(self, served: Served, fd: int, fill: _Fill) -> list[tuple[int, bytes]]:
+    async def _fill_part(
+        self, served: Served, file: StubFile, fd: int, fill: _Fill, part: tuple[int, int]
+    ) -> tuple[int, int]:
+        """Fetch a part (start, end) of a fill, in bytes: a block may be larger than what is kept in memory. Returns the bytes written and fetched."""
+        pieces = await self._ask_store(served, fd, part)
+        written = await self.turns.on_file(
+            served.key,
+            served.uid,
+            fd,
+            file.path,
+            lambda fd: file.fill(fd, fill.first, fill.end, pieces, lambda: not fill.abandoned, part),
+        )
+        return written, sum(len(data) for _, data in pieces)
+
+    async def _ask_store(self, served: Served, fd: int, part: tuple[int, int]) -> list[tuple[int, bytes]]:
         # If the store hangs, the thread is abandoned. So it has a descriptor of its own.
         descriptor = SharedDescriptor(os.dup(fd))
         try:
             return await self.turns.from_store(
-                served.key, served.uid, lambda: self._read(served, descriptor, fill)
+                served.key, served.uid, lambda: self._read(served, descriptor, *part)
             )
         finally:
             descriptor.release()
 
-    def _read(self, served: Served, descriptor: SharedDescriptor, fill: _Fill) -> list[tuple[int, bytes]]:
-        """The content of the fill's blocks as (offset, data)."""
+    def _read(
+        self, served: Served, descriptor: SharedDescriptor, start: int, end: int
+    ) -> list[tuple[int, bytes]]:
+        """The content of [start, end), in bytes, as (offset, data)."""
         if not descriptor.hold():
             return []
         try:
             file = served.file
             assert file is not None
-            start, end = fill.first * file.block_size, min(fill.end * file.block_size, file.limit)
+            end = min(end, file.limit)
             if start >= end:
                 return []  # truncated meanwhile
             origin, version, data = served.origin, served.version, None

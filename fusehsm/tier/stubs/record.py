@@ -20,7 +20,9 @@ or within SETTLING after it; a change time outside that range is of another chan
 
 import errno
 import os
+import re
 import struct
+import zlib
 from dataclasses import dataclass
 from enum import IntFlag
 from hashlib import blake2b
@@ -35,8 +37,11 @@ SETTLING: Final = 20_000_000  # nanoseconds; the kernel's coarse clock has ticks
 _HEAD: Final = struct.Struct("<BBBx8s8sQQQQ")
 _FORMAT: Final = 1
 _ALL_BITS: Final = (1 << 64) - 1
-# All attributes of an ext4 inode share 4 KiB; this leaves room for others.
-_MOST_BLOCKS: Final = 16_384
+# All attributes of an ext4 inode share 4 KiB; this leaves room for others. Longer bits are compressed.
+_LONGEST_BITS: Final = 2048
+_LARGEST_BLOCK: Final = 1 << 24  # bytes; a reader of one byte waits for a block
+_MOST_BLOCKS: Final = 1 << 20
+_NOT_FULL: Final = re.compile(b"[^\xff]")
 _SMALLEST_SHIFT: Final = 12  # of --block-size; a file on Linux is shorter than 1 << 63 bytes
 _LARGEST_SHIFT: Final = 62
 
@@ -58,6 +63,8 @@ class Flags(IntFlag):
     # A fill has set the modification time back, and a process may have had the file open for writing. A modification may
     # be hidden, so the file counts as modified and is not evicted.
     RACED = 32
+    # The bits are compressed (zlib). Only on the disk.
+    COMPRESSED = 64
 
 
 class Blocks:
@@ -93,11 +100,23 @@ class Blocks:
         """An independent copy."""
         return Blocks(self.number, bytes(self._bits))
 
-    def missing(self, first: int, end: int) -> list[int]:
-        """The blocks of [first, end) that are not here, ascending."""
-        if self.is_full:
-            return []
-        return [block for block in range(first, min(end, self.number)) if block not in self]
+    def missing(self, first: int, end: int, most: int | None = None) -> list[int]:
+        """The blocks of [first, end) that are not here, ascending; the first `most` of them, if given."""
+        found: list[int] = []
+        block, end = first, 0 if self.is_full else min(end, self.number)
+        while block < end and len(found) != most:
+            if not block % 8:
+                # A file may have a million blocks.
+                match = _NOT_FULL.search(self._bits, block // 8)
+                if match is None:
+                    break
+                if match.start() > block // 8:
+                    block = match.start() * 8
+                    continue
+            if block not in self:
+                found.append(block)
+            block += 1
+        return found
 
     @property
     def is_full(self) -> bool:
@@ -109,9 +128,15 @@ class Blocks:
 
 
 def block_size_for(size: int, wanted: int) -> int:
-    """The block size in bytes for a file of `size` bytes: `wanted` (a power of two), doubled until the record fits into an attribute."""
-    while size > wanted * _MOST_BLOCKS:
+    """The block size in bytes for a file of `size` bytes: `wanted` (a power of two), doubled until the record fits into an attribute.
+
+    It becomes no larger than 16 MiB. Above 256 GiB the record of a file with very many parts may not fit, and fills then fail with ENOSPC. Raises
+    OSError EFBIG for a file of more than 1,048,576 such blocks (16 TiB).
+    """
+    while size > wanted * 8 * _LONGEST_BITS and wanted < _LARGEST_BLOCK:
         wanted *= 2
+    if size > wanted * _MOST_BLOCKS:
+        raise OSError(errno.EFBIG, f"has more than {_MOST_BLOCKS:,} blocks of {wanted:,} bytes")
     return wanted
 
 
@@ -154,9 +179,12 @@ class Record:
 
     def write(self, fd: int, namespace: Namespace) -> None:
         """Set the record on the file. Raises OSError ENOSPC or EDQUOT if there is no room for it."""
+        flags, bits = self.flags, self.bits
+        if len(bits) > _LONGEST_BITS:
+            flags, bits = flags | Flags.COMPRESSED, zlib.compress(bits, 1)
         head = _HEAD.pack(
             _FORMAT,
-            self.flags,
+            flags,
             self.block_size.bit_length() - 1,
             self.mark,
             self.place,
@@ -165,7 +193,7 @@ class Record:
             self.mtime_ns & _ALL_BITS,
             self.recorded_ns,
         )
-        os.setxattr(fd, namespace.resident, head + self.bits)
+        os.setxattr(fd, namespace.resident, head + bits)
 
 
 def read(fd: int, mark: StubMark, namespace: Namespace) -> Record | None:
@@ -187,7 +215,16 @@ def read(fd: int, mark: StubMark, namespace: Namespace) -> Record | None:
         return None
     blocks = -(-limit >> shift)
     # Beyond the stub's own size no content is the store's, and block_size_for() limits the number of blocks.
-    if limit > mark.size or blocks > _MOST_BLOCKS or len(bits) > -(-blocks // 8):
+    if limit > mark.size or blocks > _MOST_BLOCKS:
+        return None
+    longest = -(-blocks // 8)
+    if flags & Flags.COMPRESSED:
+        flags &= ~Flags.COMPRESSED
+        try:
+            bits = zlib.decompressobj().decompress(bits, longest + 1)
+        except zlib.error:
+            return None
+    if len(bits) > longest:
         return None
     return Record(of_mark, place, Flags(flags), 1 << shift, size, limit, mtime_ns, recorded_ns, bits)
 

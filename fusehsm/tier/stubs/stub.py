@@ -213,15 +213,15 @@ class StubFile:
 
     # Questions
 
-    def missing(self, offset: int, end: int) -> list[int]:
-        """The numbers of the blocks, ascending, that contain a byte of [offset, end) and are not here.
+    def missing(self, offset: int, end: int, most: int | None = None) -> list[int]:
+        """The numbers of the blocks, ascending, that contain a byte of [offset, end) and are not here; the first `most` of them, if given.
 
         `offset` and `end` are in bytes. Bytes from `limit` on are not the store's, so they are never missing.
         """
         end = min(end, self.limit)
         if offset >= end or self.blocks.is_full:
             return []
-        return self.blocks.missing(offset // self.block_size, -(-end // self.block_size))
+        return self.blocks.missing(offset // self.block_size, -(-end // self.block_size), most)
 
     @property
     def is_complete(self) -> bool:
@@ -291,12 +291,14 @@ class StubFile:
         end: int,
         pieces: Iterable[tuple[int, bytes]],
         wanted: Callable[[], bool],
+        part: tuple[int, int] | None = None,
     ) -> int:
         """Put content into the holes of the blocks [first, end). Returns the number of bytes written.
 
         `pieces`: (offset, data); a range that they leave out is a hole in the store, too. `wanted`: if it returns False, nothing is done. Blocks
-        that are here by now are left alone. Raises OSError ENOSPC, EDQUOT or EIO of the disk, InDoubt if the blocks may hold the user's data. The
-        blocks then count as not here.
+        that are here by now are left alone. `part`: the (start, end) in bytes that `pieces` are of, if it is not all. The blocks count as here only
+        after the part with their end, so the caller puts in all other parts first. Raises OSError ENOSPC, EDQUOT or EIO of the disk, InDoubt if
+        the blocks may hold the user's data. The blocks then count as not here.
         """
         with self._lock:
             if not wanted():
@@ -305,7 +307,8 @@ class StubFile:
             self._note(before)
             self._expect_explained()
             pieces = list(pieces)
-            if self._find_residue(fd, first, end, pieces):
+            start, stop = part or (first * self.block_size, end * self.block_size)
+            if self._find_residue(fd, first, end, pieces, start, stop):
                 self.modified = True
             if self.unrecorded or not self._is_open or not self._raced:
                 self._raced = True
@@ -333,8 +336,9 @@ class StubFile:
                 os.fdatasync(fd)  # as _record_modification does
             self.synced = self.modified
             blocks = self.blocks.copy()
-            for block in range(first, min(end, blocks.number)):
-                blocks.add(block)
+            if stop >= min(end * self.block_size, self.limit):
+                for block in range(first, min(end, blocks.number)):
+                    blocks.add(block)
             # First the record, then the bit. An access that sees the bit may make a hole. Without the record, it would be filled after a kill.
             self._record(fd, blocks)
             self.blocks = blocks
@@ -344,12 +348,14 @@ class StubFile:
         if self.unexplained:
             raise InDoubt(errno.EIO, "was changed while no fetch served it", self.path)
 
-    def _find_residue(self, fd: int, first: int, end: int, pieces: list[tuple[int, bytes]]) -> bool:
-        """Whether blocks that are not here hold data of the user. Raises InDoubt if that is unknown."""
+    def _find_residue(
+        self, fd: int, first: int, end: int, pieces: list[tuple[int, bytes]], start: int, stop: int
+    ) -> bool:
+        """Whether [start, stop), in bytes, of blocks that are not here holds data of the user. Raises InDoubt if that is unknown."""
         users = False
         for block in self.blocks.missing(first, end):
-            start = block * self.block_size
-            match residue(fd, start, min(start + self.block_size, self.limit), pieces):
+            begin = max(block * self.block_size, start)
+            match residue(fd, begin, min((block + 1) * self.block_size, self.limit, stop), pieces):
                 case Residue.USERS:
                     users = True
                 case Residue.UNKNOWN:

@@ -149,6 +149,20 @@ def test_who_waits_when_it_ends_is_refused(target: Path, backend: str, places: C
     assert answers == {"content", "Input/output error"}
 
 
+def test_a_large_block_comes_in_parts(target: Path, backend: str, places: Callable[[str], Path]) -> None:
+    """Only 4 MiB of it are in memory at once."""
+    store = places("store")
+    (store / "big").write_bytes(content_of(20 * MIB))
+    plant(store, target)
+    with fetching(store, target, "--backend", backend, "--block-size", "16M", "--read-ahead", "0") as served:
+        assert run("head", "-c1", target / "big").returncode == 0
+        shown = harness.fusehsm("status", "--json", target / "big").stdout
+        assert f'"resident": {16 * MIB}' in shown
+        assert run("cmp", store / "big", target / "big").stdout == ""
+        summary, _ = served.end()
+    assert " 21.0 MB fetched in 5 requests" in summary
+
+
 def test_a_limited_rate_takes_longer_than_the_deadline(big: Path, target: Path, backend: str) -> None:
     """Which is for stores that do not answer."""
     plant(big, target)

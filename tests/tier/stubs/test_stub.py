@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -293,13 +294,94 @@ def test_a_record_that_tells_something_impossible_is_none(stub: Stub, change: di
     assert stub.again().resident == 0
 
 
+def test_a_byte_of_a_huge_file_takes_a_bounded_block() -> None:
+    mib = 1 << 20
+    assert residency.block_size_for(16 << 30, mib) == mib
+    assert residency.block_size_for((16 << 30) + 1, mib) == 2 * mib
+    for size in (1 << 40, 1 << 44):
+        assert residency.block_size_for(size, mib) == 16 * mib
+    assert residency.block_size_for(1 << 44, 64 * mib) == 64 * mib
+    with pytest.raises(OSError, match="has more than") as failed:
+        residency.block_size_for((1 << 44) + 1, mib)
+    assert failed.value.errno == errno.EFBIG
+
+
+def test_the_record_of_a_huge_file_is_compressed(places: Callable[[str], Path]) -> None:
+    size, block_size = 1 << 43, 16 << 20
+    blocks = residency.Blocks(size // block_size)
+    for block in (0, 1, 2, 70_000, blocks.number - 1, *range(100_000, 300_000)):
+        blocks.add(block)
+    with open(places("stub") / "file", "w+b") as file:
+        file.truncate(size)
+        mark = StubMark.of(file.fileno(), "file", None)
+        mark.write(file.fileno(), Namespace.USER)
+        written = residency.Record(
+            residency.digest_of(mark), bytes(8), Flags.OPEN, block_size, size, size, 0, 0, blocks.to_bytes()
+        )
+        written.write(file.fileno(), Namespace.USER)
+        assert residency.read(file.fileno(), mark, Namespace.USER) == written
+        # What its owner may put there: far more bits than there are blocks, and what is no stream.
+        head = os.getxattr(file.fileno(), Namespace.USER.resident)[: residency._HEAD.size]
+        for bits in (zlib.compress(bytes(1 << 21)), b"\xff" * 100):
+            os.setxattr(file.fileno(), Namespace.USER.resident, head + bits)
+            assert residency.read(file.fileno(), mark, Namespace.USER) is None
+
+
+def test_missing_blocks_among_many() -> None:
+    blocks = residency.Blocks(1 << 20, b"\xff" * (1 << 17))
+    for block in (5, 77_777, 77_778, (1 << 20) - 1):
+        blocks.discard(block)
+    assert blocks.missing(0, 1 << 20) == [5, 77_777, 77_778, (1 << 20) - 1]
+    assert blocks.missing(6, 77_778) == [77_777]
+    assert blocks.missing(6, 1 << 21, 2) == [77_777, 77_778]
+    assert residency.Blocks(1 << 20).missing(3, 1 << 20, 3) == [3, 4, 5]
+
+
+def test_a_block_that_comes_in_parts_is_here_after_the_last(stub: Stub) -> None:
+    parts = [(BLOCK + place, BLOCK + place + 4096) for place in range(0, BLOCK, 4096)]
+
+    def put_in(file: StubFile, part: tuple[int, int]) -> None:
+        assert file.fill(stub.fd, 1, 2, [(part[0], CONTENT[slice(*part)])], lambda: True, part) == 4096
+
+    for part in parts[:2]:
+        put_in(stub.file, part)
+        assert stub.file.missing(BLOCK, 2 * BLOCK) == [1]
+    # Killed here: what is there is the store's, and is taken.
+    file = stub.again()
+    assert file.missing(BLOCK, 2 * BLOCK) == [1]
+    assert (
+        file.fill(
+            stub.fd, 1, 2, [(BLOCK, CONTENT[BLOCK : BLOCK + 8192])], lambda: True, (BLOCK, BLOCK + 8192)
+        )
+        == 0
+    )
+    for part in parts[2:]:
+        assert file.missing(BLOCK, 2 * BLOCK) == [1]
+        put_in(file, part)
+    assert file.missing(BLOCK, 2 * BLOCK) == []
+    assert os.pread(stub.fd, BLOCK, BLOCK) == CONTENT[BLOCK : 2 * BLOCK]
+    assert stub.again().missing(BLOCK, 2 * BLOCK) == []
+
+
+def test_a_part_with_the_users_data_is_in_doubt(stub: Stub) -> None:
+    stub.fill(0)
+    os.pwrite(stub.fd, b"mine", BLOCK + 5000)
+    file = stub.again()
+    first = BLOCK, BLOCK + 4096
+    file.fill(stub.fd, 1, 2, [(BLOCK, CONTENT[slice(*first)])], lambda: True, first)
+    second = BLOCK + 4096, 2 * BLOCK
+    with pytest.raises(InDoubt):
+        file.fill(stub.fd, 1, 2, [(second[0], CONTENT[slice(*second)])], lambda: True, second)
+    assert file.missing(BLOCK, 2 * BLOCK) == [1]
+
+
 def test_a_record_of_more_blocks_than_are_kept_is_none(places: Callable[[str], Path]) -> None:
     with open(places("stub") / "file", "w+b") as file:
         file.truncate(1 << 40)
         mark = StubMark.of(file.fileno(), "file", None)
         mark.write(file.fileno(), Namespace.USER)
         digest = residency.digest_of(mark)
-        for block_size, is_record in ((1 << 26, True), (1 << 25, False)):
+        for block_size, is_record in ((1 << 20, True), (1 << 19, False)):
             record = residency.Record(digest, bytes(8), Flags.OPEN, block_size, 1 << 40, 1 << 40, 0, 0, b"")
             record.write(file.fileno(), Namespace.USER)
             assert (residency.read(file.fileno(), mark, Namespace.USER) is not None) == is_record
