@@ -55,7 +55,7 @@ class BackingWriter:
         if not write_back:
             size = os.fstat(descriptor).st_size
             may_grow = offset + len(data) > size
-            if self._goes_to_end(file, offset, size, tid, appends):
+            if await self._goes_to_end(file, offset, size, tid, appends):
                 how |= os.RWF_APPEND
                 may_grow = True
         if not how & os.RWF_APPEND:
@@ -74,7 +74,7 @@ class BackingWriter:
         file.node.made_as_long_as(offset + written)
         return written, bool(how & os.RWF_APPEND) and os.fstat(descriptor).st_size != offset + written
 
-    def _goes_to_end(
+    async def _goes_to_end(
         self, file: OpenFile[Node], offset: int, size: int, tid: int, appends: bool | None
     ) -> bool:
         """Whether a WRITE at `offset` goes to the end of the file, which now has `size` bytes.
@@ -91,7 +91,7 @@ class BackingWriter:
         )
         if offset != file.node.told_size and (may_be_written_back or not flagged):
             return False
-        seen = self._explainer.appends(file, tid)
+        seen = await self._explainer.appends(file, tid)
         return flagged if seen is None else seen
 
     async def allocate(self, descriptor: int, mode: int, offset: int, length: int, caller: Caller) -> None:

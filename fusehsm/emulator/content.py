@@ -10,14 +10,13 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
-import trio
-
 from fusehsm.emulator.attribute_cache import AttributeCache
 from fusehsm.emulator.backing_writes import BackingWriter
 from fusehsm.emulator.explain import Explainer, Explanation
 from fusehsm.emulator.handles import Direction, HandleTable, OpenFile
 from fusehsm.emulator.listeners import Listeners
 from fusehsm.emulator.page_cache import DROPS_WRITTEN_PAGES, StalePages
+from fusehsm.emulator.passing import PassingCalls
 from fusehsm.emulator.refusals import Refusals
 from fusehsm.events import STRENGTH, Access, AccessKind, Armed
 from fusehsm.fanotify.abi import FAN_ACCESS, FAN_MODIFY
@@ -27,10 +26,6 @@ from fusehsm.linux.file_io import BackingReader, Buffer
 from fusehsm.linux.ranges import RangeSet
 from fusehsm.linux.syscalls import FALLOC_FL_KEEP_SIZE, kernel_version
 from fusehsm.overlay.overlay import Caller, Node, Overlay
-
-# Delay before a page is dropped that a call passes through the page cache. The call must have had it, and the kernel does not report that. A
-# call whose page is dropped too early asks for it again (docs/facts.md, section 13); each time it does, the delay grows.
-_PASSING_SECONDS = 0.0002
 
 
 class Content:
@@ -59,6 +54,8 @@ class Content:
         self._filled: dict[int, RangeSet] = {}
         # Node ids: no event of a mapping covers later fills of the node (open_through_cache()).
         self._asks_each_fill: set[int] = set()
+        #: Calls that pass through the page cache.
+        self.passing = PassingCalls(stale)
         self._reader = BackingReader()
         self._writer = BackingWriter(overlay, explainer)
         self._refusals = Refusals(explainer)
@@ -195,20 +192,10 @@ class Content:
         if listeners.notified & FAN_ACCESS and len(data):
             self._notify(explanation, subject, file.node)
         if explanation.passing is not None:
-            self._keep_asking(file, explanation, offset, size)
-        return data
-
-    def _keep_asking(self, file: OpenFile[Node], explanation: Explanation, offset: int, size: int) -> None:
-        """Ensure that the next call that sends these bytes makes a READ again, although they are about to enter the page cache."""
-        assert explanation.passing is not None
-        if not file.bypasses:
-            file.bypasses, ours = proc.bypass_page_cache(*explanation.passing, file.node.id)
-            if ours >= 0:
-                trio.lowlevel.start_thread_soon(lambda: os.close(ours), lambda outcome: None)
-        if not file.bypasses:
             grant = file.grants.get((explanation.tid, explanation.direction))
-            repeats = min(grant.repeats if grant is not None else 0, 10)
-            self._stale.inval_range_later(file.node, offset, size, _PASSING_SECONDS * 2**repeats)
+            repeats = grant.repeats if grant is not None else 0
+            self.passing.keep_asking(file, *explanation.passing, offset, size, repeats)
+        return data
 
     def _notify(self, explanation: Explanation, subject: Subject, node: Node) -> None:
         """Make the notifications of a call whose first piece has just succeeded."""

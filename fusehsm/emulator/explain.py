@@ -8,8 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-import trio
-
+from fusehsm.emulator.accessor_threads import AccessorThreads
 from fusehsm.emulator.handles import Direction, Grant, OpenFile
 from fusehsm.events import Access, AccessKind
 from fusehsm.fanotify.marks import MAIN, MountKey
@@ -18,8 +17,6 @@ from fusehsm.overlay.overlay import Node
 
 log = logging.getLogger(__name__)
 
-# How long to wait for an accessor's mappings, whose mmap lock may be held; seconds.
-_MAPS_DEADLINE = 0.5
 # A splice(2) runs for 5,000 to 10,000 ns before it asks again for a page that was dropped too early (docs/facts.md, section 13). Before a new
 # call the caller itself has run, too. splice(2) is the only such call that /proc/<tid>/io does not count.
 _COMES_BACK = 15_000
@@ -84,7 +81,7 @@ class Explainer:
         self._page_size = page_size
         self._calls = system_call.CallReader(refused=self._tell_of_refusal)
         self._told_of_refusal = False
-        self._maps_limiter = trio.CapacityLimiter(64)
+        self._threads = AccessorThreads()
 
     def _tell_of_refusal(self, tid: int) -> None:
         """Say once that an accessor's system call may not be looked at."""
@@ -110,16 +107,9 @@ class Explainer:
         found = call_mount.by_descriptor(call, self.device, node.id)
         if found is None and call_mount.has_path(call):
             # It reads the accessor's memory, and may look up names on this mount.
-            with trio.move_on_after(_MAPS_DEADLINE):
-                found = await trio.to_thread.run_sync(
-                    call_mount.by_path,
-                    call,
-                    self.device,
-                    node.id,
-                    node.parents(),
-                    abandon_on_cancel=True,
-                    limiter=self._maps_limiter,
-                )
+            found = await self._threads.run(
+                tid, call_mount.by_path, call, self.device, node.id, node.parents()
+            )
         if found is None:
             return None
         mount = MountKey(found.number, found.unique)
@@ -188,7 +178,7 @@ class Explainer:
             return None
         return self._moved(file, call, transfer, offset, size, Direction.WRITE, who)
 
-    def appends(self, file: OpenFile[Node], tid: int) -> bool | None:
+    async def appends(self, file: OpenFile[Node], tid: int) -> bool | None:
         """Whether the call behind a WRITE writes at the end of the file; None where no call that writes this file is seen."""
         if tid:
             seen = self._calls.identify(tid)[1]
@@ -197,10 +187,12 @@ class Explainer:
             calls = [*self._calls_of(self.accessor(file, 0))]
         for call in calls:
             side = system_call.appending(call)
-            shown = None if side is None else proc.descriptor_of(call.tid, side[0])
-            if side is None or shown is None or shown.inode not in (None, file.node.id):
+            if side is None or proc.file_of(call.tid, side[0]) != (self.device, file.node.id):
                 continue
-            return bool(shown.flags & os.O_APPEND) if side[1] is None else side[1]
+            if side[1] is not None:
+                return side[1]
+            shown = await self._threads.run(call.tid, call.look_at, side[0])
+            return None if shown is None else bool(shown.flags & os.O_APPEND)
         return None
 
     def _calls_of(self, who: Accessor) -> Iterator[system_call.SystemCall]:
@@ -239,6 +231,9 @@ class Explainer:
                 and (not fills or transfer.paged)
                 and self._fits(file, call, transfer, offset, size)
             ):
+                appends = direction is Direction.WRITE and (file.appends or transfer.appends)
+                if transfer.offset is None and (transfer.paged or appends):
+                    await self._threads.run(call.tid, call.look_at, transfer.descriptor)
                 return transfer, call
             if faulting is None or (
                 call.number == system_call.PAGE_FAULT and faulting.number != system_call.PAGE_FAULT
@@ -253,11 +248,7 @@ class Explainer:
         if not system_call.reads_memory(call):
             return side(call)
         # The accessor's memory may be a mapping of this mount, and its mmap lock may be held until this request is answered.
-        with trio.move_on_after(_MAPS_DEADLINE):
-            return await trio.to_thread.run_sync(
-                side, call, abandon_on_cancel=True, limiter=self._maps_limiter
-            )
-        return None
+        return await self._threads.run(call.tid, _looked_at, side, call)
 
     def _fits(
         self,
@@ -281,8 +272,7 @@ class Explainer:
         known = (call.tid, transfer.descriptor)
         if file.known_descriptor == known:
             return True
-        descriptor = call.opened(transfer.descriptor)
-        if descriptor is None or descriptor.inode not in (None, file.node.id):
+        if proc.file_of(call.tid, transfer.descriptor) != (self.device, file.node.id):
             return False
         file.known_descriptor = known
         return True
@@ -460,16 +450,9 @@ class Explainer:
     async def _mapping(
         self, file: OpenFile[Node], offset: int, size: int, who: Accessor
     ) -> proc.Mapping | None:
-        mappings: list[proc.Mapping] = []
-        with trio.move_on_after(_MAPS_DEADLINE):
-            mappings = await trio.to_thread.run_sync(
-                proc.mappings_of,
-                who.pid,
-                self.device,
-                file.node.id,
-                abandon_on_cancel=True,
-                limiter=self._maps_limiter,
-            )
+        mappings = (
+            await self._threads.run(who.pid, proc.mappings_of, who.pid, self.device, file.node.id) or []
+        )
         # The fault's address is not known. The newest mapping of those bytes is the likeliest, and each of them covers the bytes.
         fitting = [
             m for m in mappings if m.offset < offset + size and offset < m.offset + self._page_up(m.length)
@@ -482,3 +465,16 @@ class Explainer:
 
     def _page_up(self, value: int) -> int:
         return -(-value // self._page_size) * self._page_size
+
+
+def _looked_at(
+    side: Callable[[system_call.SystemCall], system_call.Transfer | None], call: system_call.SystemCall
+) -> system_call.Transfer | None:
+    """One side of a call, and what its open files say where the file position counts; for a thread."""
+    transfer = side(call)
+    if transfer is not None:
+        if transfer.offset is None and transfer.paged:
+            call.look_at(transfer.descriptor)
+        if transfer.source is not None:
+            call.look_at(transfer.source[0])
+    return transfer

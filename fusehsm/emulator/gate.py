@@ -113,6 +113,8 @@ class Gate:
         """The mount exists now: `device` is its (major, minor), `cache` controls the kernel's caches of it, `mount` is its id."""
         self._stale.cache = cache
         self._explainer.device = device
+        self.locks.device = device
+        self.content.passing.device = device
         self._explainer.main_mount = None if mount is None else MountKey(mount.number, mount.unique)
 
     def open_descriptor(self, node: Node) -> int | None:

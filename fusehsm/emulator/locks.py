@@ -132,6 +132,8 @@ class FileLocks:
         self._waiters: dict[int, _Waiter] = {}
         # Set, and removed, when a lock of the node ends.
         self._news: dict[Node, trio.Event] = {}
+        #: The mount's (major, minor), once it exists.
+        self.device = (0, 0)
         self.watch = KillWatch(self._placed, self._end_if_closed)
         """Ends the locks of processes that have closed the descriptor."""
 
@@ -301,9 +303,10 @@ class FileLocks:
         pid, descriptor = held.place
         # The process's first thread may have ended, and has no descriptors then.
         for tid in (pid, *proc.threads_of(pid)):
-            found = proc.descriptor_of(tid, descriptor)
+            # Not by /proc/PID/fdinfo: it may wait, and the process may have put anything there.
+            found = proc.file_of(tid, descriptor)
             if found is not None:
-                if found.inode in (None, held.node.id):
+                if found == (self.device, held.node.id):
                     return False
                 break
         else:

@@ -4,7 +4,6 @@ Every function returns None, or says so, if /proc does not tell: the thread is g
 """
 
 import errno
-import fcntl
 import mmap
 import os
 from collections.abc import Callable, Iterator
@@ -94,6 +93,12 @@ def shares_our_user_namespace(tid: int) -> bool:
         return os.readlink(f"/proc/{tid}/ns/user") == os.readlink("/proc/self/ns/user")
     except OSError:
         return False
+
+
+def user_of(tid: int) -> int | None:
+    """The real user of a thread; None if it is gone."""
+    text = _read_proc(f"/proc/{tid}/status")
+    return int(_status_words(text, b"Uid")[0]) if text else None
 
 
 def has_capability(tid: int, number: int) -> bool:
@@ -249,8 +254,28 @@ def string_at(read: Callable[[int, int], bytes], address: int, limit: int) -> by
     raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
 
 
+def file_of(tid: int, descriptor: int) -> tuple[tuple[int, int], int] | None:
+    """The device (major, minor) and the inode number of a thread's descriptor; None if it is closed, or cannot be told.
+
+    Sends no request to the file's server, takes no lock of the file, and does not keep it open.
+    """
+    try:
+        opened = os.open(f"/proc/{tid}/fd/{descriptor}", os.O_PATH | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return syscalls.device_and_inode(opened)
+    except OSError:
+        return None
+    finally:
+        os.close(opened)
+
+
 def descriptor_of(tid: int, descriptor: int) -> Descriptor | None:
-    """The state of a thread's descriptor; None if it is closed. The inode number tells whether it is the file of a request."""
+    """The state of a thread's descriptor; None if it is closed. The inode number tells whether it is the file of a request.
+
+    Can block for as long as the thread's process likes, because the kernel locks an epoll(7) descriptor to show it: call it off the event loop.
+    """
     text = _read_proc(f"/proc/{tid}/fdinfo/{descriptor}")
     if not text:
         return None
@@ -280,32 +305,21 @@ def inode_of(tid: int, descriptor: int) -> int | None:
         os.close(opened)
 
 
-def bypass_page_cache(pid: int, descriptor: int, inode: int) -> tuple[bool, int]:
-    """Make sendfile(2), splice(2) and copy_file_range(2) read an open file of a process past the page cache from now on.
+def borrow(pid: int, descriptor: int) -> int:
+    """A duplicate of a process's descriptor, or -1. It needs pidfd_getfd(2) (Linux 5.6) and the right to trace the process.
 
-    `inode`: the file's inode number. The function sets O_DIRECT, which makes those calls do so (do_splice_read(), Linux 6.5 and later);
-    on a file with FOPEN_DIRECT_IO it changes nothing else. It needs pidfd_getfd(2) (Linux 5.6) and the right to trace the process.
-
-    Returns (done, descriptor or -1). The caller closes the descriptor off the event loop, because close(2) sends FLUSH to the file's server.
+    close(2) of it sends FLUSH to the file's server and may wait for that, also if the process has put another file there meanwhile.
     """
     try:
         process = os.pidfd_open(pid)
     except OSError:
-        return False, -1
+        return -1
     try:
-        ours = syscalls.pidfd_getfd(process, descriptor)
+        return syscalls.pidfd_getfd(process, descriptor)
     except OSError:
-        return False, -1
+        return -1
     finally:
         os.close(process)
-    found = descriptor_of(os.getpid(), ours)
-    if found is None or found.inode != inode:
-        return False, ours
-    try:
-        fcntl.fcntl(ours, fcntl.F_SETFL, found.flags | os.O_DIRECT)
-    except OSError:
-        return False, ours
-    return True, ours
 
 
 def mappings_of(pid: int, device: tuple[int, int], inode: int) -> list[Mapping]:

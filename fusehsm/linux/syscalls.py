@@ -238,6 +238,14 @@ def mount_and_device(fd: int) -> tuple[int | None, tuple[int, int]]:
     return number if mask & _STATX_MNT_ID_UNIQUE else None, (major, minor)
 
 
+def device_and_inode(fd: int) -> tuple[tuple[int, int], int]:
+    """(major, minor) of the file system's device, and the inode number. Sends no request to the filesystem's server, as fstat(2) would."""
+    buffer = _known(fd)
+    (inode,) = struct.unpack_from("=Q", buffer, _STATX_INODE_OFFSET)
+    major, minor = struct.unpack_from("=II", buffer, _STATX_DEVICE_OFFSET)
+    return (major, minor), inode
+
+
 def inode_number(fd: int) -> int:
     """The inode number of the file. Sends no request to the filesystem's server, as fstat(2) would."""
     number: int = struct.unpack_from("=Q", _known(fd), _STATX_INODE_OFFSET)[0]

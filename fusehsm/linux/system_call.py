@@ -78,14 +78,18 @@ class SystemCall:
     stack_pointer: int
     #: The thread's program counter.
     program_counter: int
-    #: The answers of opened().
+    #: The answers of look_at().
     _opened: dict[int, Descriptor | None] = field(default_factory=dict, compare=False, repr=False)
 
-    def opened(self, descriptor: int) -> Descriptor | None:
-        """The state of the thread's open file of that number (descriptor_of()), read once for this call."""
+    def look_at(self, descriptor: int) -> Descriptor | None:
+        """The state of the thread's open file of that number, read once for this call. Can block (descriptor_of())."""
         if descriptor not in self._opened:
             self._opened[descriptor] = descriptor_of(self.tid, descriptor)
         return self._opened[descriptor]
+
+    def opened(self, descriptor: int) -> Descriptor | None:
+        """What look_at() has found; None if it has not been called, or not returned."""
+        return self._opened.get(descriptor)
 
 
 @dataclass(slots=True)

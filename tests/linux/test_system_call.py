@@ -121,13 +121,14 @@ def test_an_open_file_is_looked_at_once_for_a_call(tmp_path: Path) -> None:
     path.write_bytes(b"x" * 100)
     descriptor = os.open(path, os.O_RDONLY)
     call, again = (system_call.SystemCall(os.getpid(), 0, (descriptor,), 1, 2) for _ in range(2))
-    first = call.opened(descriptor)
+    assert call.opened(descriptor) is None
+    first = call.look_at(descriptor)
     os.lseek(descriptor, 42, os.SEEK_SET)
     assert first is not None
     assert first.position == 0
-    assert call.opened(descriptor) is first
+    assert call.look_at(descriptor) is call.opened(descriptor) is first
     assert call == again
-    assert again.opened(descriptor) == proc.descriptor_of(os.getpid(), descriptor) != first
+    assert again.look_at(descriptor) == proc.descriptor_of(os.getpid(), descriptor) != first
     os.close(descriptor)
 
 
