@@ -65,7 +65,9 @@ def apply(changes: AttributeChanges, fd: int, *, through: bool = False) -> None:
                 os.ftruncate(writable, changes.size)
             finally:
                 os.close(writable)
-    if changes.uid is not None or changes.gid is not None:
+    # A request without any change is chown(2) to the same owner and group, which takes set-id bits and capabilities away like any other: with
+    # FUSE_HANDLE_KILLPRIV_V2 the kernel leaves that to us (fuse_setattr() in fs/fuse/dir.c).
+    if changes.uid is not None or changes.gid is not None or changes == AttributeChanges():
         os.chown(path, -1 if changes.uid is None else changes.uid, -1 if changes.gid is None else changes.gid)
     if changes.mode is not None:
         os.chmod(path, stat.S_IMODE(changes.mode))

@@ -116,6 +116,56 @@ def test_access_control_lists(tree: Tree) -> None:
     assert tree.as_user(act, groups=(777,)) == ["0o660", DENIED, b"content", DENIED]
 
 
+def test_a_new_access_control_list_clears_set_group_id(tree: Tree) -> None:
+    """Of files and directories, with and without execute permission, unless who sets it is in the group."""
+
+    def prepare(path: Path) -> None:
+        for mode in (0o2755, 0o2644, 0o6775):
+            make(path / f"strange-{mode:o}", mode, NOBODY, STRANGER)
+            make(path / f"own-{mode:o}", mode, NOBODY, 777)
+        make_directory(path / "strange", 0o2775, NOBODY, STRANGER)
+
+    def act(path: Path) -> object:
+        nobody = 0xFFFFFFFF
+        for name in sorted(os.listdir(path)):
+            set_acl(
+                path / name,
+                (1, 6, nobody),
+                (2, 4, STRANGER),
+                (4, 5, nobody),
+                (16, 5, nobody),
+                (32, 0, nobody),
+            )
+        return {name: mode_of(path / name) for name in os.listdir(path)}
+
+    tree.run(prepare)
+    assert tree.as_user(act, groups=(777,)) == {
+        "strange-2755": "0o650",
+        "strange-2644": "0o650",
+        "strange-6775": "0o4650",
+        "own-2755": "0o2650",
+        "own-2644": "0o2650",
+        "own-6775": "0o6650",
+        "strange": "0o650",
+    }
+
+
+def test_giving_a_file_to_its_owner_clears_set_ids(tree: Tree) -> None:
+    """chown(2) with neither an owner nor a group does so too."""
+
+    def prepare(path: Path) -> None:
+        for mode in (0o6755, 0o4644, 0o2644):
+            make(path / f"{mode:o}", mode, NOBODY, 777)
+
+    def act(path: Path) -> object:
+        for name in os.listdir(path):
+            os.chown(path / name, -1, -1)
+        return {name: mode_of(path / name) for name in os.listdir(path)}
+
+    tree.run(prepare)
+    assert tree.as_user(act, groups=(777,)) == {"6755": "0o755", "4644": "0o644", "2644": "0o2644"}
+
+
 def test_changing_what_belongs_to_others(tree: Tree) -> None:
     def prepare(path: Path) -> None:
         make(path / "mine", 0o600, NOBODY, NOBODY)

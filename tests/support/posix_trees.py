@@ -211,7 +211,7 @@ def _add_state(directory: int, prefix: bytes, found: State, names_of: dict[int, 
             fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NOATIME, dir_fd=directory)
             if stat.S_ISREG(status.st_mode):
                 content = hash_of(fd)
-            attributes = sorted((key, os.getxattr(fd, key)) for key in os.listxattr(fd))
+            attributes = sorted((key, outcome(os.getxattr, fd, key)) for key in os.listxattr(fd))
             content = (content, attributes)
             if stat.S_ISDIR(status.st_mode) and name != b".":
                 _add_state(fd, relative + b"/", found, names_of)
