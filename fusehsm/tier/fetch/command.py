@@ -25,6 +25,7 @@ from fusehsm.fanotify.abi import (
     parse_mask,
 )
 from fusehsm.handler import GROUP_IS_GONE, serve
+from fusehsm.linux import syscalls
 from fusehsm.linux.beneath import directories
 from fusehsm.linux.mountinfo import read_mounts
 from fusehsm.linux.signals import Interrupted, Interruption, interruptible
@@ -39,6 +40,7 @@ from fusehsm.tier.fetch.handler import Fetcher, Policy, Totals
 from fusehsm.tier.fetch.inventory import has_unbelieved
 from fusehsm.tier.fetch.protocol import socket_name
 from fusehsm.tier.fetch.server import FetchServer
+from fusehsm.tier.fetch.turns import Stalled, watched
 from fusehsm.tier.stores.base import Store
 from fusehsm.tier.stores.open import expect_apart, open_store
 from fusehsm.tier.stubs.tree import Tree
@@ -59,6 +61,7 @@ _OLD_MARKS: Final = (
     "stubs whose marks were written by an ordinary user or an older fusehsm are refused; end fetch and run `fusehsm populate {} {}` as root, "
     "which takes right marks over without fetching"
 )
+_STANDSTILL: Final = 20.0  # seconds that the marking of directories may take for one of them
 _HANDLERS: Final = 1000  # most events that wait at once
 
 _log = logging.getLogger(__name__)
@@ -293,6 +296,7 @@ async def _watch_directories(group: Group, root_fd: int, mask: int) -> None:
     """Mark each directory for its files. Such a mark holds in every mount and namespace. A mount mark holds only in its own mount: containers
     get copies of mounts, without marks."""
     complained = False
+    marked = 0
 
     def complain(error: OSError) -> None:
         nonlocal complained
@@ -301,11 +305,21 @@ async def _watch_directories(group: Group, root_fd: int, mask: int) -> None:
             what = "cannot be marked; in other mounts and namespaces its files, and those of other such directories, are read as zeros"
             _log.warning("%s: %s", where(error), what)
 
-    for fd, _ in directories(root_fd, complain):
-        try:
-            await group.mark(FAN_MARK_ADD, mask | FAN_EVENT_ON_CHILD, fd)
-        except OSError as error:
-            complain(OSError(error.errno, error.strerror, os.readlink(f"/proc/self/fd/{fd}")))
+    def mark_all() -> None:
+        nonlocal marked
+        for fd, _ in directories(root_fd, complain):
+            marked += 1
+            try:
+                syscalls.fanotify_mark(group.fileno(), FAN_MARK_ADD, mask | FAN_EVENT_ON_CHILD, fd)
+            except OSError as error:
+                complain(OSError(error.errno, error.strerror, os.readlink(f"/proc/self/fd/{fd}")))
+
+    try:
+        # In a thread: a user can keep a directory locked.
+        await watched(mark_all, lambda: marked, _STANDSTILL)
+    except Stalled:
+        why = "a directory in it does not answer: another process holds its lock; end that process (fuser shows it), and start fetch again"
+        raise OSError(errno.EBUSY, why, os.readlink(f"/proc/self/fd/{root_fd}")) from None
 
 
 async def _watch_mounts_below(group: Group, path: str, mask: int) -> None:

@@ -12,6 +12,7 @@ A store's file may be such a file, too, so the requests for one owner's files do
 """
 
 import errno
+import logging
 import math
 import os
 import threading
@@ -26,6 +27,7 @@ import trio
 
 from fusehsm.linux.file_io import SharedDescriptor
 from fusehsm.linux.proc import real_user
+from fusehsm.tier.fetch.failures import passed_over
 from fusehsm.tier.stubs.mark import Key
 
 _THREADS: Final = 8  # of the files of one user
@@ -37,6 +39,8 @@ _SHARE: Final = 8  # one user's part of the waiting accesses is 1/8
 
 PATIENCE: Final = 2.0
 """Seconds for a call on a file that no access waits for, and for an open by a path."""
+
+_log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
@@ -264,7 +268,8 @@ class Turns:
         """Look after those who wait. Never returns."""
         while True:
             await trio.sleep(_INTERVAL)
-            self._end_surplus()
+            with passed_over("those who wait were not looked after this time", _log):
+                self._end_surplus()
 
     def _end_surplus(self) -> None:
         """End the waits for stuck files that are beyond their users' shares, the latest ones."""

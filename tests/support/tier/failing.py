@@ -1,7 +1,8 @@
 """`fusehsm` with a fault in it: `python -m tests.support.tier.failing FAULT ARGUMENT...`
 
 "end=EXCEPTION": what runs beside the serving of a fetch fails with that as soon as standard input can be read, and nothing of ours catches it.
-"syncfs", "inventory", "ahead": bringing content to the disk, looking at what is here, fetching ahead fail each time, in a way that nobody expects.
+"syncfs", "inventory", "ahead", "share": bringing content to the disk, looking at what is here, fetching ahead, looking after those who wait fail each
+time, in a way that nobody expects.
 """
 
 import builtins
@@ -14,12 +15,14 @@ from fusehsm.linux import syscalls
 from fusehsm.tier.fetch import access_list as touch_list
 from fusehsm.tier.fetch import evict as evicting
 from fusehsm.tier.fetch.durability import Keeper
+from fusehsm.tier.fetch.turns import Turns
 
 _OFTEN = 0.05  # seconds
 _FAILING = {
     "syncfs": (syscalls, "syncfs"),
     "inventory": (evicting, "items"),
     "ahead": (touch_list, "_read"),
+    "share": (Turns, "_end_surplus"),
 }
 
 

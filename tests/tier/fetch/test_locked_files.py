@@ -135,6 +135,18 @@ def test_a_look_at_the_tree_leaves_out_directories_that_do_not_answer(store: Pat
     assert complaints.count("does not answer") == 1
 
 
+def test_a_start_says_that_a_directory_does_not_answer(store: Path, target: Path) -> None:
+    (target / "first").mkdir()
+    with locked(target / "first"):
+        process = subprocess.Popen(
+            [*harness.COMMAND, "fetch", str(store), str(target), *OPTIONS], stderr=subprocess.PIPE, text=True
+        )
+        assert process.stderr is not None
+        assert "a directory in it does not answer" in process.stderr.readline()
+    assert process.wait(harness.PATIENCE) == 1
+    process.stderr.close()
+
+
 def test_its_record_does_not_keep_fetch_from_ending(store: Path, target: Path) -> None:
     with fetching(store, target, *OPTIONS) as served:
         for name in ("locked", "other"):
