@@ -198,7 +198,10 @@ class HandleTable(Generic[NodeT]):
         uid: int,
         gid: int,
     ) -> OpenFile[NodeT]:
-        """Add an open file, which owns `descriptor` from now on."""
+        """Add an open file, which owns `descriptor` from now on.
+
+        Raises OSError ENFILE, and closes it, for an ordinary user who has half of the descriptors in files that cannot be closed and opened again.
+        """
         file = OpenFile(
             self._next_handle, node, flags, armed, direct, tid, pid, uid, gid, descriptor=descriptor
         )
@@ -207,8 +210,17 @@ class HandleTable(Generic[NodeT]):
         self._files[file.handle] = file
         self._of_node.setdefault(node, []).append(file)
         self._recent[file.handle] = file
-        self._close_idle()
+        self._close_idle(file)
+        if len(self._recent) > self._limit and uid and self._has_more_than_a_share(uid):
+            self.release(file.handle)
+            raise OSError(errno.ENFILE, os.strerror(errno.ENFILE))
         return file
+
+    def _has_more_than_a_share(self, uid: int) -> bool:
+        lasting = (
+            file.uid == uid and not _could_be_reopened(file, self._is_kept) for file in self._recent.values()
+        )
+        return sum(lasting) > self._limit // 2
 
     def stateless(self, node: NodeT, armed: object, *, writing: bool) -> OpenFile[NodeT]:
         """The stateless open file of a node, for reading or for writing.
@@ -287,19 +299,22 @@ class HandleTable(Generic[NodeT]):
                 # It may have left the table while an accessor waited for a listener.
                 self._stand(file)
             self._recent[file.handle] = file
-            self._close_idle()
+            self._close_idle(file)
         elif len(self._files) > self._limit and not file.released:
             self._recent.move_to_end(file.handle)
         return _InUse(file)
 
-    def _close_idle(self) -> None:
+    def _close_idle(self, used: OpenFile[NodeT]) -> None:
+        """Close those that were used least recently, but not `used`, which is about to be."""
         excess = len(self._recent) - self._limit
         if excess <= 0:
             return
         for handle, file in list(itertools.islice(self._recent.items(), excess + 8)):
             if excess <= 0:
                 break
-            if file.users or not _could_be_reopened(file, self._is_kept):
+            if file is used or file.users or not _could_be_reopened(file, self._is_kept):
+                # So that the next time others are looked at.
+                self._recent.move_to_end(handle)
                 continue
             assert file.descriptor is not None
             os.close(file.descriptor)

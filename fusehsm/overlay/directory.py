@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
-from collections.abc import Generator
+from collections import OrderedDict
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Final
 
@@ -32,29 +34,76 @@ class DirectoryEntry:
     next_offset: int
 
 
+class OpenStreams:
+    """The streams that have their directory open now: at most `limit`. The one that was read least recently is closed for another."""
+
+    def __init__(self, limit: int) -> None:
+        # A reader must not lose its own.
+        self._limit = max(limit, 8)
+        self._streams: OrderedDict[DirectoryStream, None] = OrderedDict()
+
+    def used(self, stream: DirectoryStream) -> None:
+        """A stream has its directory open, and uses it."""
+        self._streams[stream] = None
+        self._streams.move_to_end(stream)
+        while len(self._streams) > self._limit:
+            self._streams.popitem(last=False)[0].suspend()
+
+    def closed(self, stream: DirectoryStream) -> None:
+        """A stream has closed its directory."""
+        self._streams.pop(stream, None)
+
+
 class DirectoryStream:
     """An open directory.
+
+    Any user can hold any number of them open, so only those that were read last have a descriptor (`streams`). The others have their position, and
+    open the directory again. `open_directory` gives a new descriptor of it, and raises OSError ESTALE where it has no name any more.
 
     Offsets are the backing's own (d_off of getdents64(2)). Filesystems keep them stable while names are made and removed,
     because NFS and telldir(3) need that. Reading on from the end of the last call makes no lseek(2).
     """
 
-    def __init__(self, node: Node, fd: int, table: NodeTable) -> None:
+    def __init__(
+        self, node: Node, open_directory: Callable[[], int], table: NodeTable, streams: OpenStreams
+    ) -> None:
         self.node = node
-        self.fd = fd
+        self.fd = open_directory()
+        self._open_directory = open_directory
         self._table = table
+        self._streams = streams
         self._entries: list[tuple[bytes, int, int, int]] = []
         self._index = 0
         self._offset = 0
+        streams.used(self)
 
     def close(self) -> None:
         """Close the directory."""
+        self._streams.closed(self)
+        self.suspend()
+
+    def suspend(self) -> None:
+        """Close the descriptor; the next use opens the directory again, and goes on from the same place."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
 
+    def _resume(self) -> None:
+        if self.fd < 0:
+            try:
+                self.fd = self._open_directory()
+            except OSError as error:
+                if error.errno != errno.ESTALE:
+                    raise
+                # The directory has been removed: what getdents64(2) says of one that is open.
+                raise OSError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
+            # Behind the entries that are in the buffer.
+            os.lseek(self.fd, self._entries[-1][3] if self._entries else self._offset, os.SEEK_SET)
+        self._streams.used(self)
+
     def synchronise(self, data_only: bool) -> None:
         """fsync(2) or fdatasync(2) of the directory."""
+        self._resume()
         (os.fdatasync if data_only else os.fsync)(self.fd)
 
     def entries(self, offset: int, *, dots: bool = False) -> Generator[DirectoryEntry, None, None]:
@@ -63,6 +112,7 @@ class DirectoryStream:
         An entry counts as a lookup of its node once `Overlay.remember` is called for it. Otherwise (it did not fit into the
         reply) its node may be dropped when the iteration continues or is closed, and the entry comes again next time.
         """
+        self._resume()
         self._seek(offset)
         buffer = ctypes.create_string_buffer(_BUFFER_SIZE)
         while True:

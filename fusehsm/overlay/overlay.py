@@ -27,7 +27,7 @@ from fusehsm.linux.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 from fusehsm.overlay import attributes
 from fusehsm.overlay.attributes import TIME_NOW, AttributeChanges, path_of
 from fusehsm.overlay.credentials import Caller, Impersonation
-from fusehsm.overlay.directory import DirectoryEntry, DirectoryStream
+from fusehsm.overlay.directory import DirectoryEntry, DirectoryStream, OpenStreams
 from fusehsm.overlay.nodes import ROOT_ID, Node
 from fusehsm.overlay.reach import Reach, stale
 
@@ -58,9 +58,9 @@ _PATH_ONLY: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 class Overlay:
     """The tree below the directory `source`.
 
-    `directories`: how many directory descriptors to keep. `pins`: how many removed files that the kernel still knows keep
-    a descriptor, beyond those that are open (for the others see overlay/reach.py). `trust_seconds`: how long a directory
-    is used without walking its names again.
+    `directories`: how many directory descriptors to keep, and how many directories that are being read to have open.
+    `pins`: how many removed files that the kernel still knows keep a descriptor, beyond those that are open (for the others
+    see overlay/reach.py). `trust_seconds`: how long a directory is used without walking its names again.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class Overlay:
         self._reach = Reach(source, directories=directories, pins=pins, trust_seconds=trust_seconds)
         self._table = self._reach.table
         self._impersonation = Impersonation()
+        self._streams = OpenStreams(directories)
         self.root = self._table.root
         #: A descriptor of the source as the listener's mount shows it, for open_for_view(); None where the listener has none.
         self.event_root: int | None = None
@@ -615,11 +616,13 @@ class Overlay:
 
     def opendir(self, node: Node) -> DirectoryStream:
         """Open a directory for reading."""
-        fd = self._reach.open(
+        return DirectoryStream(node, partial(self._open_directory, node), self._table, self._streams)
+
+    def _open_directory(self, node: Node) -> int:
+        return self._reach.open(
             path_of(self._reach.directory_fd(node)),
             os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NONBLOCK,
         )
-        return DirectoryStream(node, fd, self._table)
 
     # Extended attributes
 

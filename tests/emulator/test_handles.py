@@ -1,5 +1,6 @@
 """Open files keep working however few backing descriptors may be open at once."""
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,16 @@ from fusehsm.emulator.handles import HandleTable, OpenFile
 LIMIT = 8
 
 
-def add(table: HandleTable[Path], path: Path, flags: int = os.O_RDONLY) -> OpenFile[Path]:
-    return table.add(path, flags, os.open(path, flags), armed=None, direct=False, tid=1, pid=1, uid=0, gid=0)
+def add(table: HandleTable[Path], path: Path, flags: int = os.O_RDONLY, uid: int = 0) -> OpenFile[Path]:
+    return table.add(
+        path, flags, os.open(path, flags), armed=None, direct=False, tid=1, pid=1, uid=uid, gid=0
+    )
+
+
+def add_unnamed(table: HandleTable[Path], path: Path, uid: int) -> OpenFile[Path]:
+    descriptor = os.open(path, os.O_RDONLY)
+    path.unlink()
+    return table.add(path, os.O_RDONLY, descriptor, armed=None, direct=False, tid=1, pid=1, uid=uid, gid=0)
 
 
 @pytest.fixture
@@ -148,3 +157,24 @@ def test_an_unknown_handle_is_an_error(table: HandleTable[Path]) -> None:
     for call in calls:
         with pytest.raises(OSError):
             call(7)
+
+
+def test_a_user_with_many_files_that_must_stay_open(table: HandleTable[Path], tmp_path: Path) -> None:
+    """They never had a name (O_TMPFILE). That user gets ENFILE, and another opens more files than there are descriptors."""
+    hoarder, other = 1001, 1002
+    hoarded = files(tmp_path, 30)
+    held: list[OpenFile[Path]] = []
+    with pytest.raises(OSError, match=os.strerror(errno.ENFILE)):
+        for path in hoarded:
+            held.append(add_unnamed(table, path, uid=hoarder))
+    assert len(held) < 2 * LIMIT
+    assert open_descriptors(tmp_path) == len(held)
+    (tmp_path / "other").mkdir()
+    paths = files(tmp_path / "other", 50)
+    handles = [add(table, path, uid=other) for path in paths]
+    assert open_descriptors(tmp_path) <= len(held) + LIMIT
+    assert [content(table, file) for file in handles] == [path.name.encode() for path in paths]
+    # What is given back can be used again.
+    for file in held:
+        table.release(file.handle)
+    add(table, paths[0], uid=hoarder)

@@ -156,6 +156,31 @@ def test_stable_while_names_come_and_go(source: Path, tree: Overlay, count: int,
     streams[0].close()
 
 
+def test_more_readers_than_descriptors(source: Path) -> None:
+    """Each goes on where it was, also where another has taken its descriptor meanwhile; a directory that is removed has no more entries."""
+    expected = fill(source, count=100)
+    (source / "going").mkdir()
+    tree = Overlay(str(source), directories=8)
+    before = len(os.listdir("/proc/self/fd"))
+    streams = [tree.opendir(tree.root) for _ in range(100)]
+    going, _ = tree.lookup(tree.root, b"going")
+    removed = tree.opendir(going)
+    found: list[list[bytes]] = [[] for _ in streams]
+    offsets = [0] * len(streams)
+    for _ in range(102 // 17 + 1):
+        for number, stream in enumerate(streams):
+            more, offsets[number] = take(tree, stream, offsets[number], 17)
+            found[number] += more
+        assert len(os.listdir("/proc/self/fd")) <= before + 2 * 8
+    assert all(sorted(names) == sorted(expected | {b"going"}) for names in found)
+    tree.rmdir(tree.root, b"going")
+    with pytest.raises(FileNotFoundError):
+        list(removed.entries(0))
+    for stream in (*streams, removed):
+        stream.close()
+    tree.close()
+
+
 def test_seeking_anywhere(source: Path, tree: Overlay, stream: DirectoryStream) -> None:
     """telldir(3) and seekdir(3): an offset means the same place for good."""
     fill(source, count=1000)
