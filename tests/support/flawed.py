@@ -13,15 +13,13 @@ from typing import Any
 from fusehsm.cli import main
 from fusehsm.control import protocol
 from fusehsm.daemon import control_server
-from fusehsm.linux import beneath
 from fusehsm.linux.beneath import open_beneath
 from fusehsm.overlay import attributes, credentials
 from fusehsm.overlay.credentials import Impersonation
 from fusehsm.tier.fetch import evict, inventory
 from fusehsm.tier.fetch import protocol as fetch_protocol
 from fusehsm.tier.fetch import server as fetch_server
-from fusehsm.tier.populate import create
-from fusehsm.tier.stores import archive
+from fusehsm.tier.stores import archive, http
 
 
 def _mount_numbers() -> None:
@@ -128,17 +126,6 @@ def _rights_umask() -> None:
     credentials._NoUmask.__enter__ = lambda self: setattr(self, "_before", os.umask(0o027))  # type: ignore[method-assign]
 
 
-def _archive_leads_outside() -> None:
-    """Names are not checked, and links on the way are followed."""
-    vars(archive)["components"] = lambda path: [name for name in path.split("/") if name]
-    vars(create)["components"] = lambda path: path.split("/")
-    _follow_everything()
-
-
-def _follow_everything() -> None:
-    beneath._RESOLVE = 0  # type: ignore[misc]
-
-
 def _archive_strange_names() -> None:
     """A name that is none ends everything."""
     real = archive.ArchiveStore._index
@@ -161,8 +148,18 @@ def _archive_any_content() -> None:
     archive.ArchiveStore.read = read  # type: ignore[method-assign]
 
 
+def _http_lengths() -> None:
+    """An answer that is too short is taken for whole."""
+
+    def body(self: Any, path: str, answer: Any, skip: int, expected: int) -> bytes:
+        data: bytes = answer.read(decode_content=False)[skip : skip + expected]
+        return data.ljust(expected, b"\0")
+
+    http.HttpStore._body = body  # type: ignore[method-assign]
+
+
 FLAWS = {
-    "archive-leads-outside": _archive_leads_outside,
+    "http-lengths": _http_lengths,
     "archive-strange-names": _archive_strange_names,
     "archive-any-content": _archive_any_content,
     "rights-roots-rights": _rights_roots_rights,
