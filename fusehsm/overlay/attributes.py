@@ -65,10 +65,10 @@ def apply(changes: AttributeChanges, fd: int, *, through: bool = False) -> None:
                 os.ftruncate(writable, changes.size)
             finally:
                 os.close(writable)
-    # A request without any change is chown(2) to the same owner and group, which takes set-id bits and capabilities away like any other: with
-    # FUSE_HANDLE_KILLPRIV_V2 the kernel leaves that to us (fuse_setattr() in fs/fuse/dir.c).
-    if changes.uid is not None or changes.gid is not None or changes == AttributeChanges():
+    if changes.uid is not None or changes.gid is not None:
         os.chown(path, -1 if changes.uid is None else changes.uid, -1 if changes.gid is None else changes.gid)
+    elif changes == AttributeChanges():
+        _drop_privileges(path)
     if changes.mode is not None:
         os.chmod(path, stat.S_IMODE(changes.mode))
     if changes.atime_ns is None and changes.mtime_ns is None:
@@ -78,6 +78,17 @@ def apply(changes: AttributeChanges, fd: int, *, through: bool = False) -> None:
     except PermissionError:
         # ftruncate(2) asks for the present time of modification, too, and has just set it. One who does not own the file may not.
         if changes.size is None or changes.atime_ns is not None or not _is_now(changes.mtime_ns):
+            raise
+
+
+def _drop_privileges(path: bytes) -> None:
+    """Answer a request without any change, which the kernel makes where set-id bits or capabilities may have to go (FUSE_HANDLE_KILLPRIV_V2,
+    fuse_setattr() in fs/fuse/dir.c): before a write, which then takes them away itself, and for chown(2) to the same owner and group."""
+    try:
+        os.chown(path, -1, -1)
+    except PermissionError:
+        # Only the owner may use chown(2) so. One who may write is about to do it.
+        if not os.access(path, os.W_OK, effective_ids=True):
             raise
 
 

@@ -590,7 +590,7 @@ def test_any_change_behind_the_mount(
     tmp_path_factory: pytest.TempPathFactory, trust_seconds: float, steps: list[tuple[str, str, str]]
 ) -> None:
     """Whatever happens to the backing, a node is its own inode or ESTALE, and forgetting everything leaves nothing."""
-    source = tmp_path_factory.mktemp("changing")
+    source, elsewhere = tmp_path_factory.mktemp("changing"), tmp_path_factory.mktemp("elsewhere")
     tree = Overlay(str(source), trust_seconds=trust_seconds)
     held: list[Node] = []
 
@@ -613,7 +613,7 @@ def test_any_change_behind_the_mount(
         "remove": lambda path, _: (
             os.rmdir(source / path) if (source / path).is_dir() else os.unlink(source / path)
         ),
-        "symlink": lambda path, new: os.symlink("/etc", source / path),
+        "symlink": lambda path, new: os.symlink(elsewhere, source / path),
         "look": lambda path, _: walk(path),
         "forget": lambda path, _: held and tree.forget(tree.node(held.pop().id), 1),
         "our unlink": lambda path, _: tree.unlink(parent_of(path), os.fsencode(os.path.basename(path))),

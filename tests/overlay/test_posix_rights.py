@@ -359,6 +359,65 @@ def test_capabilities_of_files_go_with_a_write(tree: Tree) -> None:
     assert tree.run(act) == (True, Errno(errno.ENODATA))
 
 
+@pytest.mark.parametrize("change", ["write", "truncate", "ftruncate", "O_TRUNC", "chown", "removexattr"])
+def test_privileges_go_when_a_stranger_writes(tree: Tree, change: str) -> None:
+    """Who may write takes them away without owning the file, and nobody else does."""
+    capability = b"\x01\x00\x00\x02\x00\x04\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"
+    names = {f"{mode:o}": mode for mode in (0o6777, 0o2666, 0o4755)}
+    if change == "chown":
+        # FUSE servers cannot tell the request of chown(2) from that of a write. One who may write may take them away in both ways on a mount.
+        del names["6777"], names["2666"]
+    writes = change in ("write", "truncate", "ftruncate", "O_TRUNC")
+
+    def prepare(path: Path) -> None:
+        for name, mode in names.items():
+            make(path / name, mode)
+            os.setxattr(path / name, "security.capability", capability)
+
+    def do(file: Path) -> None:
+        if change == "truncate":
+            os.truncate(file, 3)
+        elif change == "chown":
+            os.chown(file, -1, -1)
+        elif change == "removexattr":
+            os.removexattr(file, "security.capability")
+        else:
+            fd = os.open(file, os.O_WRONLY | (os.O_TRUNC if change == "O_TRUNC" else 0))
+            if change == "write":
+                os.write(fd, b"x")
+            elif change == "ftruncate":
+                os.ftruncate(fd, 3)
+            os.close(fd)
+
+    def act(path: Path) -> object:
+        return {name: outcome(do, path / name) for name in names}
+
+    def left(path: Path) -> object:
+        return {
+            name: (mode_of(path / name), "security.capability" in os.listxattr(path / name)) for name in names
+        }
+
+    tree.run(prepare)
+    done = {name: writes and bool(mode & stat.S_IWOTH) for name, mode in names.items()}
+    refusal = DENIED if writes else REFUSED
+    assert tree.as_user(act) == {name: None if done[name] else refusal for name in names}
+    assert tree.run(left) == {
+        name: (oct(mode & 0o777 if done[name] else mode), not done[name]) for name, mode in names.items()
+    }
+
+
+def test_the_same_mode_again(tree: Tree) -> None:
+    """It takes no bits away."""
+
+    def act(path: Path) -> object:
+        for _ in range(2):
+            os.chmod(path / "file", 0o6755)
+        return mode_of(path / "file")
+
+    tree.run(lambda path: make(path / "file", 0o600, NOBODY, NOBODY))
+    assert tree.as_user(act) == "0o6755"
+
+
 def test_trusted_attributes_are_roots(tree: Tree) -> None:
     def prepare(path: Path) -> None:
         make(path / "file", 0o666)

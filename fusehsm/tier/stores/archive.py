@@ -331,7 +331,7 @@ def _tar_entry(path: str, member: tarfile.TarInfo) -> Entry:
         path,
         kind,
         size=size if is_file else None,
-        mode=None if kind is Kind.SYMLINK else stat.S_IMODE(member.mode),
+        mode=None if kind is Kind.SYMLINK else member.mode & 0o7777,
         uid=member.uid,
         gid=member.gid,
         mtime_ns=mtime_ns,
