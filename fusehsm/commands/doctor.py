@@ -19,6 +19,7 @@ from pathlib import Path
 
 from fusehsm.fanotify.abi import FAN_CLASS_PRE_CONTENT
 from fusehsm.linux import security_modules
+from fusehsm.linux.beneath import follow
 from fusehsm.linux.mountinfo import mount_of, read_mounts
 from fusehsm.linux.subprocesses import own_command, own_environment
 
@@ -56,10 +57,10 @@ def doctor(path: str | None, *, as_json: bool) -> int:
     """Run all checks, print them, and return the exit code: 0 if mounting is possible, else 1.
 
     The check of the kernel's own pre-content events is made on the file system of the directory `path`; None: of the temporary
-    directory. Raises OSError if the directory does not exist.
+    directory. Raises OSError if the directory does not exist, EXDEV if it lies on a mount of another user: its server may never answer.
     """
     place = os.path.abspath(tempfile.gettempdir() if path is None else path)
-    os.stat(place)
+    os.close(follow(place)[0])
     checks = [check() for check in _CHECKS] + [_kernel_events(place)]
     possible = all(check.verdict is not Verdict.BAD for check in checks)
     if as_json:

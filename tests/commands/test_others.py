@@ -1,4 +1,4 @@
-"""root's `status` and `umount` at a mount of another user, who has written its server: nothing is believed, waited for, or shown raw."""
+"""root's `status`, `umount` and `doctor` at a mount of another user, who has written its server: nothing is believed, waited for, or shown raw."""
 
 import json
 import os
@@ -122,3 +122,10 @@ def test_a_server_that_does_not_end_is_not_waited_for(point: Path, listener: soc
     done = fusehsm("umount", point)
     assert (done.returncode, done.stderr) == (0, "")
     assert not os.path.ismount(point)
+
+
+def test_doctor_does_not_wait_for_it(point: Path, listener: socket.socket) -> None:
+    done = fusehsm("doctor", point)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"fusehsm: {point}: ")
