@@ -13,7 +13,8 @@ from fusehsm.linux import syscalls
 from fusehsm.linux.beneath import directories, open_beneath
 from fusehsm.tier.fetch.catalog import where
 from fusehsm.tier.fetch.failures import passed_over
-from fusehsm.tier.fetch.handler import Fetcher, Served
+from fusehsm.tier.fetch.handler import Fetcher
+from fusehsm.tier.fetch.served import Served
 from fusehsm.tier.fetch.turns import PATIENCE, Stalled, Stuck, watched
 from fusehsm.tier.stubs.mark import Key, key_of
 from fusehsm.tier.stubs.stub import StubFile, may_be_written

@@ -36,9 +36,10 @@ from fusehsm.text import shown
 from fusehsm.tier.fetch.catalog import where
 from fusehsm.tier.fetch.destination import Destination
 from fusehsm.tier.fetch.failures import in_a_line, passed_over
-from fusehsm.tier.fetch.handler import Fetcher, Served
+from fusehsm.tier.fetch.handler import Fetcher
 from fusehsm.tier.fetch.inventory import Item, Look, items
 from fusehsm.tier.fetch.protocol import Complaint, Evict, Pin, found
+from fusehsm.tier.fetch.served import Served
 from fusehsm.tier.fetch.turns import PATIENCE, Stalled, opened, watched
 from fusehsm.tier.stubs.mark import Key, key_of
 from fusehsm.tier.stubs.stub import StubFile

@@ -4,14 +4,13 @@ All accesses that wait for a block wait for the same fill. The fill goes on if t
 accesses have been refused is thrown away.
 """
 
-import contextlib
 import errno
 import logging
 import os
 import stat
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import trio
@@ -30,6 +29,7 @@ from fusehsm.linux.file_io import SharedDescriptor
 from fusehsm.tier.fetch.catalog import Catalog, Origin, below, suspicion, where
 from fusehsm.tier.fetch.failures import BackOff, RateLimiter
 from fusehsm.tier.fetch.readahead import Streams
+from fusehsm.tier.fetch.served import Fill, Served, overlap
 from fusehsm.tier.fetch.turns import Stuck, Turns
 from fusehsm.tier.stores.base import Store, StoreChanged, shorter
 from fusehsm.tier.stubs.content import extents_of
@@ -98,106 +98,6 @@ class Totals:
     completed: int = 0
 
 
-class _Fill:
-    """Blocks [first, end) of a file that are being fetched, for an access that waits or as a prefetch."""
-
-    __slots__ = ("_attempts", "_queue", "abandoned", "done", "end", "error", "filled", "first", "is_prefetch")
-
-    def __init__(self, first: int, end: int, *, is_prefetch: bool) -> None:
-        # Block numbers.
-        self.first = first
-        self.end = end
-        # No access waits for it yet.
-        self.is_prefetch = is_prefetch
-        # Set when the fill has ended.
-        self.done = trio.Event()
-        # Bytes from its start that are in the file.
-        self.filled = 0
-        # The error to refuse accesses with, once `done`.
-        self.error: OSError | None = None
-        # The fill has ended: a store's late answer is thrown away.
-        self.abandoned = False
-        # Scopes of the wait for a turn, and of the attempts.
-        self._queue: trio.CancelScope | None = None
-        self._attempts: trio.CancelScope | None = None
-
-    @contextlib.asynccontextmanager
-    async def turn(self, prefetches: trio.CapacityLimiter) -> AsyncIterator[None]:
-        """Wait for a prefetch's turn among the others. The wait ends at once when an access wants the fill."""
-        has_turn = False
-        with trio.CancelScope() as self._queue:
-            if self.is_prefetch:
-                await prefetches.acquire_on_behalf_of(self)
-                has_turn = True
-        self._queue = None
-        try:
-            yield
-        finally:
-            if has_turn:
-                prefetches.release_on_behalf_of(self)
-
-    def attempts(self, deadline: float) -> trio.CancelScope:
-        """A scope that limits the attempts to `deadline` seconds."""
-        self._attempts = trio.move_on_after(deadline)
-        return self._attempts
-
-    def demand(self, deadline: float) -> None:
-        """Note that an access wants the fill, and waits at most `deadline` seconds from now."""
-        if not self.is_prefetch:
-            return
-        self.is_prefetch = False
-        if self._queue is not None:
-            self._queue.cancel()
-        if self._attempts is not None:
-            self._attempts.deadline = trio.current_time() + deadline
-
-
-@dataclass(slots=True)
-class Served:
-    """The fetcher's knowledge of one inode."""
-
-    # Its key, and its owner when it was last seen.
-    key: Key
-    uid: int
-    # None if the file is no stub but a user's own.
-    file: StubFile | None
-    # The readers' streams, for prefetching.
-    streams: Streams | None = None
-    # The store's file, once it is known.
-    origin: Origin | None = None
-    # The version of the store's file, once it is known.
-    version: str | None = None
-    # Fills under way, by block number.
-    fills: dict[int, _Fill] = field(default_factory=dict)
-    # The events that an ignore mark holds back.
-    ignored: int = 0
-    # Number of accesses that are being answered.
-    active: int = 0
-    # Number of events of the complete file since it was last ignored.
-    idle_events: int = 0
-    # Set while the content is being evicted: accesses wait for this event.
-    evicting: trio.Event | None = None
-    # An error of the file has been logged.
-    complained: bool = False
-    # The file had no name left when it was last seen.
-    is_removed: bool = False
-    # A part of the file, (start, end) in bytes, whose right content is unknown, and the file's times of change when that was found (nanoseconds).
-    doubt: tuple[int, int] | None = None
-    doubt_times: tuple[int, int] = (0, 0)
-
-    @property
-    def may_be_forgotten(self) -> bool:
-        """Whether another look at the file finds all that is known here: nothing is under way, and no record is to be closed."""
-        if self.active or self.fills or self.evicting is not None:
-            return False
-        return self.file is None or self.is_removed or not (self.file.recorded or self.file.unrecorded)
-
-
-def overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
-    """Whether two ranges (start, end) have a common byte."""
-    return one[0] < other[1] and other[0] < one[1]
-
-
 class Fetcher:
     """The event handler (fusehsm.serve). Its tasks run in `nursery`."""
 
@@ -216,7 +116,7 @@ class Fetcher:
         self.policy = policy
         self.served: dict[Key, Served] = {}
         self.filled = trio.Event()  # set after each fill, then replaced; --max-size waits for it
-        self.under_way: dict[_Fill, StubFile] = {}  # fills that run, the oldest first
+        self.under_way: dict[Fill, StubFile] = {}  # fills that run, the oldest first
         self._store = store
         self._catalog = Catalog(store)
         self._destination = destination
@@ -416,7 +316,7 @@ class Fetcher:
             )
         raise OSError(errno.EIO, "was changed while no fetch served it", file.path)
 
-    def _start(self, served: Served, fd: int, missing: Sequence[int], *, is_prefetch: bool) -> set[_Fill]:
+    def _start(self, served: Served, fd: int, missing: Sequence[int], *, is_prefetch: bool) -> set[Fill]:
         """The fills of these blocks: those under way, and new ones, which are started. Raises OSError EIO if there is no descriptor."""
         fills = {served.fills[block] for block in missing if block in served.fills}
         if not is_prefetch:
@@ -426,7 +326,7 @@ class Fetcher:
         assert file is not None
         most = max(self.policy.span // file.block_size, 1)
         for first, end in extents_of([block for block in missing if block not in served.fills], most):
-            fill = _Fill(first, end, is_prefetch=is_prefetch)
+            fill = Fill(first, end, is_prefetch=is_prefetch)
             try:
                 own_fd = os.dup(fd)
             except OSError as error:
@@ -446,13 +346,13 @@ class Fetcher:
         if missing:
             self._start(served, fd, missing, is_prefetch=True)
 
-    async def _wait(self, fills: set[_Fill]) -> None:
+    async def _wait(self, fills: set[Fill]) -> None:
         for fill in fills:
             await fill.done.wait()
             if fill.error is not None:
                 raise fill.error
 
-    async def _carry_out(self, served: Served, fd: int, fill: _Fill) -> None:
+    async def _carry_out(self, served: Served, fd: int, fill: Fill) -> None:
         assert served.file is not None
         self.under_way[fill] = served.file
         try:
@@ -482,7 +382,7 @@ class Fetcher:
             fill.done.set()
             self._forget_removed(served)
 
-    async def _try_until_deadline(self, served: Served, fd: int, fill: _Fill) -> None:
+    async def _try_until_deadline(self, served: Served, fd: int, fill: Fill) -> None:
         back_off = BackOff()
         file = served.file
         assert file is not None
@@ -518,7 +418,7 @@ class Fetcher:
             )
         raise OSError(self.policy.denial, why, file.path)
 
-    async def _transfer(self, served: Served, fd: int, fill: _Fill) -> None:
+    async def _transfer(self, served: Served, fd: int, fill: Fill) -> None:
         file = served.file
         assert file is not None
         written = fetched = 0
@@ -549,7 +449,7 @@ class Fetcher:
         self.filled = trio.Event()
 
     async def _fill_part(
-        self, served: Served, file: StubFile, fd: int, fill: _Fill, part: tuple[int, int]
+        self, served: Served, file: StubFile, fd: int, fill: Fill, part: tuple[int, int]
     ) -> tuple[int, int]:
         """Fetch a part (start, end) of a fill, in bytes: a block may be larger than what is kept in memory. Returns the bytes written and fetched."""
         pieces = await self._ask_store(served, fd, part)
