@@ -284,7 +284,7 @@ DIVERGENCES: Final = (
         topic=Topic.CACHE,
         name="opened while a page waits",
         difference="A file that is opened while a page of it waits for a listener is read through the page cache at first, so reads of pages that "
-        "are there make no event, and with pyfuse3 each page of a read makes one.",
+        "are there make no event, a read of the page that waits waits with it, and with pyfuse3 each page of a read makes one.",
         reason="In the other mode mmap(2) would drop the pages and wait for the one that is locked, with the process's memory locked.",
         safe="No page is there that was not asked for, pages of older events are dropped before, and every other page is asked for.",
         test="test_opened_while_a_page_waits",
