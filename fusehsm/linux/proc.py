@@ -60,6 +60,12 @@ def _read_proc(path: str, size: int = 4096) -> bytes | None:
         os.close(descriptor)
 
 
+def _read_status(tid: int) -> bytes | None:
+    """All of /proc/TID/status. The list of a thread's groups, up to 65536 of them (setgroups(2)), stands before its signals and capabilities."""
+    text = _read_proc(f"/proc/{tid}/status")
+    return _read_proc(f"/proc/{tid}/status", 1 << 20) if text and len(text) == 4096 else text
+
+
 def _status_field(text: bytes, name: bytes, base: int) -> int | None:
     start = text.find(b"\n" + name + b":")
     if start < 0:
@@ -75,7 +81,7 @@ def _status_words(text: bytes, name: bytes) -> list[bytes]:
 
 def process_of(tid: int) -> int:
     """The process id (thread group id) of a thread; the thread's own id if /proc does not tell any more."""
-    text = _read_proc(f"/proc/{tid}/status")
+    text = _read_status(tid)
     process = _status_field(text, b"Tgid", 10) if text else None
     return process if process is not None else tid
 
@@ -97,19 +103,19 @@ def shares_our_user_namespace(tid: int) -> bool:
 
 def user_of(tid: int) -> int | None:
     """The real user of a thread; None if it is gone."""
-    text = _read_proc(f"/proc/{tid}/status")
+    text = _read_status(tid)
     return int(_status_words(text, b"Uid")[0]) if text else None
 
 
 def has_capability(tid: int, number: int) -> bool:
     """Whether a thread has that effective capability (linux/capability.h) in this process's user namespace. False if it cannot be looked at."""
-    text = _read_proc(f"/proc/{tid}/status", 1 << 16) if shares_our_user_namespace(tid) else None
+    text = _read_status(tid) if shares_our_user_namespace(tid) else None
     return bool(text and (_status_field(text, b"CapEff", 16) or 0) >> number & 1)
 
 
 def is_member(tid: int, gid: int) -> bool:
     """Whether a group is a thread's own for files, or a supplementary one (in_group_p() in the kernel). False if the thread cannot be looked at."""
-    text = _read_proc(f"/proc/{tid}/status", 1 << 16)
+    text = _read_status(tid)
     if not text:
         return False
     return b"%d" % gid in (_status_words(text, b"Gid")[3], *_status_words(text, b"Groups"))
@@ -120,10 +126,7 @@ def rights(tid: int, uid: int) -> tuple[list[int], int]:
 
     None where they cannot be told, or where the thread is not one of that user (fsuid) any more.
     """
-    text = _read_proc(f"/proc/{tid}/status")
-    if text and len(text) == 4096:
-        # It has many groups.
-        text = _read_proc(f"/proc/{tid}/status", 1 << 20)
+    text = _read_status(tid)
     if not text or int(_status_words(text, b"Uid")[3]) != uid:
         return [], 0
     groups = [int(word) for word in _status_words(text, b"Groups")]
@@ -147,7 +150,7 @@ def _is_mapped(text: bytes | None, number: int) -> bool:
 
 def real_user(pid: int) -> int | None:
     """The user who has started a process (its real user id): of a set-user-ID program not the file's owner. None if the process is gone."""
-    text = _read_proc(f"/proc/{pid}/status")
+    text = _read_status(pid)
     words = _status_words(text, b"Uid") if text else []
     return int(words[0]) if words else None
 
@@ -174,7 +177,7 @@ def is_being_killed(tid: int) -> bool:
     A signal that the process handles does not count: a thread that waits for fanotify's or FUSE's answer goes on waiting then
     (docs/facts.md, section 8).
     """
-    text = _read_proc(f"/proc/{tid}/status")
+    text = _read_status(tid)
     if not text:
         return False
     pending = (_status_field(text, b"SigPnd", 16) or 0) | (_status_field(text, b"ShdPnd", 16) or 0)
@@ -196,7 +199,7 @@ def is_gone(tid: int) -> bool:
         return True
     except PermissionError:
         pass
-    text = _read_proc(f"/proc/{tid}/status")
+    text = _read_status(tid)
     return text is not None and (b"\nState:\tZ" in text or b"\nState:\tX" in text)
 
 
@@ -210,7 +213,7 @@ def calls_finished(pid: int, tid: int) -> int | None:
 
 def voluntary_switches(tid: int) -> int | None:
     """How often a thread has given up its processor to wait (getrusage(2), ru_nvcsw); None if the kernel does not tell."""
-    text = _read_proc(f"/proc/{tid}/status")
+    text = _read_status(tid)
     return _status_field(text, b"voluntary_ctxt_switches", 10) if text else None
 
 

@@ -23,6 +23,7 @@ _EPOLL_TARGET: Final = re.compile(rb"^tfd:.* ino:([0-9a-f]+) ", re.MULTILINE)
 _PIDFD: Final = re.compile(rb"^Pid:\t(-?[0-9]+)$", re.MULTILINE)
 _VECTOR: Final = struct.Struct("=QQ")
 _MOST_PARTS: Final = 1024  # UIO_MAXIOV
+_USUAL_STATUS: Final = 8192  # bytes of /proc/TID/status
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +151,11 @@ def rights_of(tid: int) -> Rights | None:
 def _status(tid: int) -> dict[bytes, bytes] | None:
     try:
         with open(f"/proc/{tid}/status", "rb", buffering=0) as file:
-            return dict(_FIELD.findall(file.read(8192)))
+            text = file.read(_USUAL_STATUS)
+            if text and len(text) == _USUAL_STATUS:
+                # The thread has many groups, up to 65536 (setgroups(2)), and other fields come after them.
+                text += file.read()
+            return dict(_FIELD.findall(text or b""))
     except (OSError, ValueError):
         return None
 

@@ -4,7 +4,10 @@ import ctypes
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from fusehsm.linux import proc
 
@@ -100,3 +103,36 @@ def test_who_has_ended() -> None:
     while os.path.exists(f"/proc/self/task/{thread.native_id}"):  # it ends a moment after it has been joined
         pass
     assert proc.is_gone(thread.native_id)
+
+
+# A long list of groups, before what the kernel tells of signals and capabilities
+
+MANY = range(1_000_000_000, 1_000_060_000)  # the kernel allows 65536 (NGROUPS_MAX)
+_CAP_SYS_ADMIN = 21
+
+
+@pytest.fixture
+def child_of_many_groups() -> Iterator[int]:
+    """A process that SIGTERM kills when the kernel lets it: it has stopped itself."""
+    child = os.fork()
+    if child == 0:
+        os.setgroups(list(MANY))
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        os._exit(1)
+    os.waitid(os.P_PID, child, os.WSTOPPED | os.WNOWAIT)
+    yield child
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+@pytest.mark.root
+def test_a_thread_of_many_groups(child_of_many_groups: int) -> None:
+    assert proc.is_member(child_of_many_groups, MANY[-1])
+    assert not proc.is_member(child_of_many_groups, MANY.stop)
+    assert proc.has_capability(child_of_many_groups, _CAP_SYS_ADMIN)
+    assert proc.rights(child_of_many_groups, 0)[0] == list(MANY)
+    assert proc.voluntary_switches(child_of_many_groups) is not None
+    assert not proc.is_being_killed(child_of_many_groups)
+    os.kill(child_of_many_groups, signal.SIGTERM)
+    assert proc.is_being_killed(child_of_many_groups)
