@@ -139,6 +139,8 @@ class Placing:
 
     def _descriptors_sent(self, call: TrappedCall, count: int) -> list[int]:
         found: list[int] = []
+        if not count:
+            return found
         try:
             headers = tasks.read_memory(
                 call.tid, call.arguments[1], (count - 1) * _EACH_OF_SEVERAL + _MESSAGE_HEADER.size

@@ -9,6 +9,7 @@ import os
 import signal
 import stat
 import subprocess
+import sys
 import termios
 import time
 from collections.abc import Callable, Iterator
@@ -483,3 +484,19 @@ def test_a_command_that_may_not_be_looked_at(open_device: None) -> None:
     assert output == f"-1 {errno.EPERM}\n"
     assert complaint.count("\n") == 1
     assert "gets no fanotify group (EPERM): it is another user's, its program may not be read" in complaint
+
+
+NO_MESSAGES = """
+import ctypes, os, socket
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.fanotify_init(8, os.O_RDWR) >= 0
+one, other = socket.socketpair()
+for vector in (0, 1, ctypes.addressof(ctypes.create_string_buffer(64))):
+    assert libc.sendmmsg(one.fileno(), ctypes.c_void_p(vector), 0, 0) == 0, ctypes.get_errno()
+"""
+
+
+def test_no_messages_to_send(world: RunWorld) -> None:
+    """sendmmsg(2) of none succeeds, wherever its vector lies."""
+    done = run("--mount", world.place, "--", sys.executable, "-c", NO_MESSAGES)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
