@@ -231,14 +231,12 @@ class Fetcher:
         """
 
         def recover(fd: int) -> StubFile | None:
-            if key in self.served:
-                return None  # another task was faster
             return StubFile.recover(fd, path, self.tree, self.policy.block_size)
 
         served = self.served.get(key)
         if served is None:
             file = await self.turns.on_file(key, uid, fd, path, recover, patience)
-            served = self.served.get(key)
+            served = self.served.get(key)  # another task may have been faster
             if served is None:
                 served = self._add(Served(key, uid, file))
                 if file is not None:

@@ -1,6 +1,7 @@
 """What fetch remembers of files does not grow with the files that come and go."""
 
 import os
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,7 +13,9 @@ import trio.testing
 from fusehsm.events import Event
 from fusehsm.fanotify.abi import LINUX_6_14
 from fusehsm.tier.fetch.handler import Fetcher, Policy
+from fusehsm.tier.fetch.served import Served
 from fusehsm.tier.stores.open import open_store
+from fusehsm.tier.stubs.mark import Key, key_of
 from fusehsm.tier.stubs.tree import Namespace, Tree
 from tests.support.requirements import require_root
 from tests.support.tier.populated import plant
@@ -61,6 +64,36 @@ async def test_of_users_own_files(store: Path, target: Path) -> None:
             await access(fetching, path)
             path.unlink()
         assert len(fetching.served) <= MOST + MOST // 8 + 1
+
+
+class Forgetting(dict[Key, Served]):
+    """Forgets a file as soon as a thread has asked whether it is known."""
+
+    def __contains__(self, key: object) -> bool:
+        is_known = super().__contains__(key)
+        if threading.current_thread() is not threading.main_thread():
+            self.pop(key, None)  # type: ignore[call-overload]
+        return is_known
+
+
+async def test_a_stub_that_is_forgotten_while_it_is_met_stays_a_stub(store: Path, target: Path) -> None:
+    """It does not become a file of the user's own, which nobody fills."""
+    async with fetcher(store, target) as fetching:
+        fetching.served = Forgetting()
+        path = target / "00"
+        fd = os.open(path, os.O_RDONLY)
+        key = key_of(fd, os.fstat(fd))
+        met: list[Served] = []
+
+        async def meet() -> None:
+            met.append(await fetching.meet(key, 0, fd, path.name))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(8):
+                nursery.start_soon(meet)
+        os.close(fd)
+        assert len(met) == 8
+        assert all(served.file is not None for served in met)
 
 
 async def test_files_with_a_record_to_close_are_remembered(store: Path, target: Path) -> None:
