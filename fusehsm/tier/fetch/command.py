@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final
 
 import trio
@@ -37,10 +38,10 @@ from fusehsm.tier.fetch.durability import INTERVAL, Keeper
 from fusehsm.tier.fetch.evict import Evictor, keep_below
 from fusehsm.tier.fetch.failures import passed_over
 from fusehsm.tier.fetch.handler import Fetcher, Policy, Totals
-from fusehsm.tier.fetch.inventory import has_unbelieved
+from fusehsm.tier.fetch.inventory import Look, has_unbelieved
 from fusehsm.tier.fetch.protocol import socket_name
 from fusehsm.tier.fetch.server import FetchServer
-from fusehsm.tier.fetch.turns import Stalled, watched
+from fusehsm.tier.fetch.turns import PATIENCE, Stalled, watched
 from fusehsm.tier.stores.base import Store
 from fusehsm.tier.stores.open import expect_apart, open_store
 from fusehsm.tier.stubs.tree import Tree
@@ -171,11 +172,8 @@ def fetch(options: FetchOptions) -> int:
                 policy = replace(policy, ignore_after=_IGNORE_AFTER)
             policy = replace(policy, handlers=_handlers(policy))
             wishes = _Wishes(max_size, recorder, warm, options.keep_interval)
-            tree = Tree.of(place.root_fd)
-            if has_unbelieved(place.root_fd, tree):
-                _log.warning("%s", _OLD_MARKS.format(shown(options.store), shown(place.path)))
             started = time.monotonic()
-            totals = trio.run(_serve, store, place, tree, policy, wishes, interruption)
+            totals = trio.run(_serve, store, place, policy, wishes, interruption)
             line = summary(options, totals, time.monotonic() - started)
     finally:
         # Outside the body: a failed write of the summary is no error of the serving.
@@ -185,13 +183,10 @@ def fetch(options: FetchOptions) -> int:
 
 
 async def _serve(
-    store: Store,
-    place: Destination,
-    tree: Tree,
-    policy: Policy,
-    wishes: _Wishes,
-    interruption: Interruption,
+    store: Store, place: Destination, policy: Policy, wishes: _Wishes, interruption: Interruption
 ) -> Totals:
+    tree = Tree.of(place.root_fd)
+    await _warn_of_old_marks(store, place, tree)
     failures: list[OSError] = []
     events = _EVENTS_OF_KERNEL if place.backend == "kernel" else _EVENTS
     # A filesystem mark also covers the file system's other mounts, and mounts in other namespaces (containers), which have no marks of their own.
@@ -290,6 +285,20 @@ async def _refusing_the_rest(group: Group) -> AsyncIterator[None]:
                 if event.mask & group.permission_events:
                     with suppress(OSError):  # the accessor has been killed
                         group.answer(event, errno.EIO)
+
+
+async def _warn_of_old_marks(store: Store, place: Destination, tree: Tree) -> None:
+    look = Look()
+    try:
+        # In a thread: a user can keep a directory locked.
+        is_old = await watched(
+            partial(has_unbelieved, place.root_fd, tree, look), lambda: look.count, PATIENCE
+        )
+    except Stalled:
+        look.is_abandoned = True  # the first access to such a stub says the same
+        return
+    if is_old:
+        _log.warning("%s", _OLD_MARKS.format(store.name, shown(place.path)))
 
 
 async def _watch_directories(group: Group, root_fd: int, mask: int) -> None:

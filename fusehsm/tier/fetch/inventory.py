@@ -77,7 +77,7 @@ def items(
     known: Callable[[Key], StubFile | None],
     left_out: Callable[[OSError], None],
     tree: Tree,
-    look: "Look | None" = None,
+    look: Look | None = None,
 ) -> Iterator[Item]:
     """The regular files at or below `path` ("": all), in byte order of the names; each inode once. No symbolic link is followed.
 
@@ -110,7 +110,7 @@ def _below(
     known: Callable[[Key], StubFile | None],
     left_out: Callable[[OSError], None],
     tree: Tree,
-    look: "Look",
+    look: Look,
 ) -> Iterator[Item]:
     """The items below the directory `root_fd`, whose path is `above`."""
     prefix = f"{above}/" if above else ""
@@ -123,7 +123,7 @@ def _below(
 
 
 def _files(
-    root_fd: int, prefix: str, left_out: Callable[[OSError], None], look: "Look"
+    root_fd: int, prefix: str, left_out: Callable[[OSError], None], look: Look
 ) -> Generator[tuple[int, str, os.stat_result]]:
     """The regular files below the directory `root_fd`: descriptor (closed by this function), path beginning with `prefix`, and fstat(2)."""
 
@@ -166,9 +166,9 @@ def _files(
         descent.close()
 
 
-def has_unbelieved(root_fd: int, tree: Tree) -> bool:
-    """Whether the first file with a mark has one that root does not believe; False if the first files have no mark at all."""
-    with closing(_files(root_fd, "", lambda error: None, Look())) as files:
+def has_unbelieved(root_fd: int, tree: Tree, look: Look) -> bool:
+    """Whether the first file with a mark has one that root does not believe; False if the first files have no mark at all. `look`: as of items()."""
+    with closing(_files(root_fd, "", lambda error: None, look)) as files:
         for fd, path, status in islice(files, _MOST_LOOKED_AT):
             try:
                 if mark_of(fd, status, path, tree) is not None:
