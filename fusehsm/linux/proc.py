@@ -102,7 +102,7 @@ def shares_our_user_namespace(tid: int) -> bool:
 
 
 def user_of(tid: int) -> int | None:
-    """The real user of a thread; None if it is gone."""
+    """The user who has started a thread's process (its real user id): of a set-user-ID program not the file's owner. None if it is gone."""
     text = _read_status(tid)
     return int(_status_words(text, b"Uid")[0]) if text else None
 
@@ -146,13 +146,6 @@ def has_group(tid: int, gid: int) -> bool:
 def _is_mapped(text: bytes | None, number: int) -> bool:
     extents = (line.split() for line in (text or b"").splitlines())
     return any(int(first) <= number < int(first) + int(length) for _, first, length in extents)
-
-
-def real_user(pid: int) -> int | None:
-    """The user who has started a process (its real user id): of a set-user-ID program not the file's owner. None if the process is gone."""
-    text = _read_status(pid)
-    words = _status_words(text, b"Uid") if text else []
-    return int(words[0]) if words else None
 
 
 def threads_of(pid: int) -> list[int]:
@@ -294,18 +287,9 @@ def descriptor_of(tid: int, descriptor: int) -> Descriptor | None:
 
 
 def inode_of(tid: int, descriptor: int) -> int | None:
-    """The inode number of a thread's descriptor, without a request to the file's server; None if it cannot be told. /proc/PID/fdinfo has it from
-    Linux 5.14 on."""
-    try:
-        opened = os.open(f"/proc/{tid}/fd/{descriptor}", os.O_PATH | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        return syscalls.inode_number(opened)
-    except OSError:
-        return None
-    finally:
-        os.close(opened)
+    """The inode number of file_of(). /proc/PID/fdinfo has it from Linux 5.14 on."""
+    found = file_of(tid, descriptor)
+    return None if found is None else found[1]
 
 
 def borrow(pid: int, descriptor: int) -> int:

@@ -246,12 +246,6 @@ def device_and_inode(fd: int) -> tuple[tuple[int, int], int]:
     return (major, minor), inode
 
 
-def inode_number(fd: int) -> int:
-    """The inode number of the file. Sends no request to the filesystem's server, as fstat(2) would."""
-    number: int = struct.unpack_from("=Q", _known(fd), _STATX_INODE_OFFSET)[0]
-    return number
-
-
 def _known(fd: int) -> ctypes.Array[ctypes.c_char]:
     """The struct statx of an open file, of what the kernel knows without asking a server."""
     buffer = ctypes.create_string_buffer(256)

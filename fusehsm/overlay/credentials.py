@@ -63,7 +63,7 @@ class Impersonation:
     def as_caller(self, caller: Caller | None) -> AbstractContextManager[None]:
         """rights_of(), in which this thread makes objects with exactly the mode that it gives. Only one thread may use it, because the umask is
         that of all threads. A mode comes with the caller's umask applied."""
-        return _NoUmask(None if self._is_server(caller) else self.rights_of(caller))
+        return _NoUmask(self.rights_of(caller))
 
     def rights_of(self, caller: Caller | None, about: int | None = None) -> AbstractContextManager[None]:
         """Context manager in which this thread has the rights of `caller` (None: its own). Any thread may use it.
@@ -75,12 +75,9 @@ class Impersonation:
         has checked, or have another owner. It also applies set-gid parents, quotas, reserved space and ACLs, and no object belongs to root
         even for a moment. A caller that cannot be looked at has no supplementary groups and no capabilities.
         """
-        if caller is None or self._is_server(caller):
+        if caller is None or not self.privileged or (caller.uid == self._uid and caller.gid == self._gid):
             return nullcontext()
         return self._acting(caller, about)
-
-    def _is_server(self, caller: Caller | None) -> bool:
-        return caller is None or not self.privileged or (caller.uid == self._uid and caller.gid == self._gid)
 
     @contextmanager
     def _acting(self, caller: Caller, about: int | None) -> Iterator[None]:
@@ -122,22 +119,20 @@ class Impersonation:
 
 
 class _NoUmask:
-    """Context manager in which the umask is 0, inside another one if there is one."""
+    """Context manager in which the umask is 0, inside another one."""
 
-    def __init__(self, inner: AbstractContextManager[None] | None) -> None:
+    def __init__(self, inner: AbstractContextManager[None]) -> None:
         self._inner = inner
 
     def __enter__(self) -> None:
-        if self._inner is not None:
-            self._inner.__enter__()
+        self._inner.__enter__()
         self._before = os.umask(0)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         os.umask(self._before)
-        if self._inner is not None:
-            self._inner.__exit__(kind, error, trace)
+        self._inner.__exit__(kind, error, trace)
 
 
 def _over(caller: Caller, fd: int) -> int:

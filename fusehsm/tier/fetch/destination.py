@@ -23,7 +23,7 @@ from fusehsm.mount import unmount
 from fusehsm.text import shown
 from fusehsm.tier.fetch.failures import in_a_line
 from fusehsm.tier.populate.lock import locked
-from fusehsm.tier.stubs.tree import Namespace, expect_visible
+from fusehsm.tier.stubs.tree import expect_visible
 
 _REFUSING: Final = "it refuses content that is not here; start fetch again, which takes the mount over, or run `fusehsm umount {}`"
 
@@ -67,7 +67,7 @@ def destination(path: str, backend: str, mount_arguments: Sequence[str]) -> Iter
             )
         taken_over = id_of(mount)
         with _root_below(mount) as root_fd, locked(root_fd, path):
-            expect_visible(root_fd, Namespace.at(root_fd), path)
+            expect_visible(root_fd, path)
             with _explained(path):
                 yield Destination(path, root_fd, "fuse")
             if mount.source == path:
@@ -76,7 +76,7 @@ def destination(path: str, backend: str, mount_arguments: Sequence[str]) -> Iter
     root_fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with locked(root_fd, path):
-            expect_visible(root_fd, Namespace.at(root_fd), path)
+            expect_visible(root_fd, path)
             if backend == "kernel" or (backend == "auto" and _kernel_can(path)):
                 kernel_can_watch(path)
                 is_whole = mount.mount_point == path and mount.root == "/"

@@ -144,13 +144,12 @@ class Fetcher:
         self.totals.events += 1
         try:
             await self._serve(event, status)
-        except Unbelieved as error:
+        except OSError as error:
             self.totals.denied += 1
+            if not isinstance(error, Unbelieved):
+                raise
             self._complain_of_old(error)
             raise OSError(self.policy.denial, error.strerror, error.filename) from None
-        except OSError:
-            self.totals.denied += 1
-            raise
 
     async def _serve(self, event: Event, status: os.stat_result) -> None:
         key = key_of(event.fd, status)

@@ -26,7 +26,7 @@ from typing import Final, NoReturn, TypeVar, cast
 import trio
 
 from fusehsm.linux.file_io import SharedDescriptor
-from fusehsm.linux.proc import real_user
+from fusehsm.linux.proc import user_of
 from fusehsm.tier.fetch.failures import passed_over
 from fusehsm.tier.stubs.mark import Key
 
@@ -219,7 +219,7 @@ class Turns:
             del self._users[uid]
 
     @staticmethod
-    def _limiter(limiter: "_Turn | _Request") -> trio.CapacityLimiter:
+    def _limiter(limiter: "_Limiter") -> trio.CapacityLimiter:
         return cast(trio.CapacityLimiter, limiter)  # trio calls no other methods
 
     # Those who wait
@@ -283,7 +283,7 @@ class Turns:
 
     def _user_of(self, access: _Waiting) -> int:
         if access.user is None:
-            user = real_user(access.pid) if access.pid > 0 else None
+            user = user_of(access.pid) if access.pid > 0 else None
             access.user = -1 if user is None else user
         return access.user
 
@@ -295,8 +295,8 @@ class Turns:
         return Stuck(self._denial, "does not answer: another process holds its lock", path)
 
 
-class _Turn:
-    """The limiter of a call on a file: the file's thread, then one of its owner's. trio gives both back when the thread ends, also one that was left
+class _Limiter:
+    """A limiter for trio that stands for two: it takes the first, then the second. trio gives both back when the thread ends, also one that was left
     alone."""
 
     def __init__(self, turns: Turns, key: Key, uid: int) -> None:
@@ -306,57 +306,62 @@ class _Turn:
 
     async def acquire_on_behalf_of(self, borrower: object) -> None:
         file, user = self._turns.enter(self._key, self._uid)
+        first, second = self._limiters(file, user)
         try:
-            await file.turn.acquire_on_behalf_of(borrower)
+            await first.acquire_on_behalf_of(borrower)
             try:
-                await user.turn.acquire_on_behalf_of(borrower)
+                await second.acquire_on_behalf_of(borrower)
             except BaseException:
-                file.turn.release_on_behalf_of(borrower)
+                first.release_on_behalf_of(borrower)
                 raise
         except BaseException:
             self._turns.leave(self._key, self._uid)
             raise
+        self._began(file, user, borrower)
+
+    def release_on_behalf_of(self, borrower: object) -> None:
+        file, user = self._turns.enter(self._key, self._uid)
+        self._ended(file, user, borrower)
+        for limiter in reversed(self._limiters(file, user)):
+            limiter.release_on_behalf_of(borrower)
+        for _ in range(2):  # for the uses that began here and in acquire_on_behalf_of()
+            self._turns.leave(self._key, self._uid)
+
+    def _limiters(self, file: _File, user: User) -> tuple[trio.CapacityLimiter, trio.CapacityLimiter]:
+        raise NotImplementedError
+
+    def _began(self, file: _File, user: User, borrower: object) -> None:
+        raise NotImplementedError
+
+    def _ended(self, file: _File, user: User, borrower: object) -> None:
+        raise NotImplementedError
+
+
+class _Turn(_Limiter):
+    """The limiter of a call on a file: the file's thread, then one of its owner's."""
+
+    def _limiters(self, file: _File, user: User) -> tuple[trio.CapacityLimiter, trio.CapacityLimiter]:
+        return file.turn, user.turn
+
+    def _began(self, file: _File, user: User, borrower: object) -> None:
         file.since = user.since[borrower] = trio.current_time()
 
-    def release_on_behalf_of(self, borrower: object) -> None:
-        file, user = self._turns.enter(self._key, self._uid)
+    def _ended(self, file: _File, user: User, borrower: object) -> None:
         file.since = math.inf
         del user.since[borrower]
-        user.turn.release_on_behalf_of(borrower)
-        file.turn.release_on_behalf_of(borrower)
-        self._turns.leave(self._key, self._uid)
-        self._turns.leave(self._key, self._uid)
 
 
-class _Request:
+class _Request(_Limiter):
     """The limiter of a request to the store: one of the owner's connections, then one of all."""
 
-    def __init__(self, turns: Turns, key: Key, uid: int) -> None:
-        self._turns = turns
-        self._key = key
-        self._uid = uid
+    def _limiters(self, file: _File, user: User) -> tuple[trio.CapacityLimiter, trio.CapacityLimiter]:
+        return user.connections, self._turns.connections
 
-    async def acquire_on_behalf_of(self, borrower: object) -> None:
-        file, user = self._turns.enter(self._key, self._uid)
-        try:
-            await user.connections.acquire_on_behalf_of(borrower)
-            try:
-                await self._turns.connections.acquire_on_behalf_of(borrower)
-            except BaseException:
-                user.connections.release_on_behalf_of(borrower)
-                raise
-        except BaseException:
-            self._turns.leave(self._key, self._uid)
-            raise
+    def _began(self, file: _File, user: User, borrower: object) -> None:
         file.requests[borrower] = trio.current_time()
 
-    def release_on_behalf_of(self, borrower: object) -> None:
-        file, user = self._turns.enter(self._key, self._uid)
+    def _ended(self, file: _File, user: User, borrower: object) -> None:
         del file.requests[borrower]
-        self._turns.connections.release_on_behalf_of(borrower)
-        user.connections.release_on_behalf_of(borrower)
-        self._turns.leave(self._key, self._uid)
-        self._turns.leave(self._key, self._uid)
 
 
 class Stalled(Exception):

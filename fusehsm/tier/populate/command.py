@@ -146,11 +146,11 @@ def _destination(options: PopulateOptions, store: Store) -> Iterator[int | None]
                 f"unmount it first (fusehsm umount {shown(path)}), or populate the directory that it overlays"
             )
             raise OSError(errno.EBUSY, f"lies on a mount of fusehsm; {fix}", path)
-        namespace = Namespace.at(fd)
-        expect_visible(fd, namespace, path)
+        expect_visible(fd, path)
         if options.dry_run:
             yield fd
             return
+        namespace = Namespace.at(fd)
         _try_file_system(fd, path, namespace)
         with locked(fd, path):
             note_namespace(fd, namespace)

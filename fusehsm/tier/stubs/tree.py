@@ -114,9 +114,9 @@ def note_namespace(root_fd: int, namespace: Namespace) -> None:
             os.setxattr(root_fd, _NOTE, _TRUSTED)
 
 
-def expect_visible(root_fd: int, namespace: Namespace, path: str) -> None:
-    """Raise OSError EPERM if root has populated the directory `root_fd`, and a process with that namespace does not see its stubs."""
-    if namespace is Namespace.TRUSTED:
+def expect_visible(root_fd: int, path: str) -> None:
+    """Raise OSError EPERM if root has populated the directory `root_fd`, and this process does not see its stubs."""
+    if Namespace.at(root_fd) is Namespace.TRUSTED:
         return
     try:
         note = os.getxattr(root_fd, _NOTE)

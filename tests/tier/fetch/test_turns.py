@@ -130,7 +130,7 @@ async def test_one_user_has_a_share_of_those_who_wait(
 ) -> None:
     """Two of 16: the others are refused, also those who came before the file was known not to answer."""
     users = {1: EVIL, 2: VICTIM}
-    monkeypatch.setattr(turns_module, "real_user", users.get)
+    monkeypatch.setattr(turns_module, "user_of", users.get)
     refused = 0
 
     async def wait(pid: int, number: int, uid: int) -> None:
