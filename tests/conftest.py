@@ -1,5 +1,6 @@
 """What tests stand on: an ext4 image, mounts, accessors; nothing skipped silently; nothing left behind."""
 
+import faulthandler
 import itertools
 import os
 import signal
@@ -15,7 +16,7 @@ import pytest
 
 from fusehsm.conform.accessor import Accessor, Zygote
 from fusehsm.conform.sides import ext4_image
-from tests.support import engines, fuzzing, harness, leftovers, tiers
+from tests.support import engines, fuzzing, guardian, harness, leftovers, tiers
 from tests.support.harness import Guardian, Mount
 from tests.support.kernel_and_mount import World
 from tests.support.notification_groups import TakeNotes, note_taker
@@ -98,6 +99,8 @@ def pytest_configure(config: pytest.Config) -> None:
     tempfile.tempdir = str(directory)
     os.environ["TMPDIR"] = str(directory)
     config.stash[_GUARDIAN] = Guardian(directory, LONGEST_TEST * 1.25)
+    # Not what pytest puts there while a test runs.
+    faulthandler.register(guardian.SHOW, os.fdopen(os.dup(2), "w"), all_threads=True)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -105,6 +108,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tell the guardian that the tests go on, and require what this one needs."""
     item.config.stash[_GUARDIAN].say(item.nodeid)
     tiers.enter(item)
+
+
+@pytest.hookimpl(hookwrapper=True, tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """Tell the guardian what goes on after a test."""
+    what = "clearing up after" if nextitem else "clearing up after all tests, the last of which was"
+    item.config.stash[_GUARDIAN].say(f"{what} {item.nodeid}")
+    yield
+    item.config.stash[_GUARDIAN].say("")
 
 
 _DIRECTORY = pytest.StashKey[Path]()
@@ -129,6 +141,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         if session.config.stash.get(_LEFT, []):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
         return
+    session.config.stash[_GUARDIAN].say("looking for what was left behind")
     directory = session.config.stash[_DIRECTORY]
     left = leftovers.leftovers(harness.SESSION, directory)
     for leftover in left:

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from fusehsm.conform.accessor import Accessor, AccessorDied, AccessorTimeout
 from fusehsm.linux.mountinfo import mount_of, read_mounts
 from tests.conftest import MakeAccessor
 from tests.support import harness, leftovers
-from tests.support.harness import NOBODY, PATIENCE
+from tests.support.harness import NOBODY, PATIENCE, ROOT
 
 
 def test_results_and_errors_come_back(accessor: Accessor, tmp_path: Path) -> None:
@@ -192,3 +193,36 @@ def test_a_session_that_hangs_in_the_kernel_is_killed(tmp_path: Path, kernel_eve
     assert done.returncode == -signal.SIGKILL
     assert "test_inner.py::test_it: no end after 5 s; killing the tests" in done.stderr
     assert "fanotify" in done.stderr
+
+
+def test_a_session_that_hangs_says_where(tmp_path: Path) -> None:
+    done = session(tmp_path, "import time\ndef test_it():\n    time.sleep(1000)\n", FUSEHSM_TESTS_LONGEST="4")
+    assert done.returncode == -signal.SIGKILL
+    assert "test_it: no end after 5 s; killing the tests" in done.stderr
+    assert 'test_inner.py", line 3 in test_it' in done.stderr
+
+
+def test_a_session_that_waits_for_tests_is_left_alone(tmp_path: Path) -> None:
+    """A process that shares tests with others has nothing to do at the end, until the last of them is ready."""
+    waits = subprocess.Popen(["sh", "-c", "trap '' USR2; exec sleep 1000"])  # guardian.SHOW
+    directory = tmp_path / "directory"
+    directory.mkdir()
+    watches = subprocess.Popen(
+        [sys.executable, "-m", "tests.support.guardian", str(waits.pid), uuid.uuid4().hex, directory, "1"],
+        cwd=ROOT,
+        env=harness.environment(),
+        stdin=subprocess.PIPE,
+    )
+    assert watches.stdin is not None
+    try:
+        watches.stdin.write(b"a test\n\n")
+        watches.stdin.flush()
+        with pytest.raises(subprocess.TimeoutExpired):
+            waits.wait(4)
+        watches.stdin.write(b"another\n")
+        watches.stdin.flush()
+        assert waits.wait(harness.PATIENCE) == -signal.SIGKILL
+    finally:
+        waits.kill()
+        watches.stdin.close()
+        assert watches.wait(harness.PATIENCE) == 0
