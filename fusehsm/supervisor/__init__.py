@@ -16,6 +16,7 @@ placing.py     the descriptor numbers that groups get, and a line for groups tha
 delivery.py    events into a process: its descriptors, its memory
 parked.py      calls that wait for events or for an answer, and the signals that end them
 deadlocks.py   ends waits of the command for itself
+own_accesses.py  ends waits of the supervisor for the command
 mappings.py    mmap(2) of files on fusehsm mounts
 tasks.py       the state of a thread, from /proc, and the memory of its process
 lookup.py      a path as a process of the command sees it

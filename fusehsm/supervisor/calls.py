@@ -38,6 +38,7 @@ from fusehsm.supervisor.lookup import find, of_this_process
 from fusehsm.supervisor.mappings import Mappings
 from fusehsm.supervisor.notifier import CallIsOver, Ended, Notifier, TrappedCall
 from fusehsm.supervisor.numbers import Architecture
+from fusehsm.supervisor.own_accesses import OwnAccesses
 from fusehsm.supervisor.parked import ParkedCalls
 from fusehsm.supervisor.placing import Placing, limit_of
 from fusehsm.supervisor.readiness import Bell, Closings
@@ -107,6 +108,7 @@ class Calls:
         self._last_at: dict[int, SupervisedGroup] = {}
         self._lock = threading.Lock()
         self._told_of_file_ids = False
+        OwnAccesses(self._all_groups, deadlock_timeout)
         if deadlock_timeout:
             DeadlockWatch(self._all_groups, deadlock_timeout, architecture.kcmp)
         on_groups: list[tuple[int | None, Callable[[TrappedCall, SupervisedGroup], int]]] = [

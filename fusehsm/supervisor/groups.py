@@ -81,6 +81,8 @@ class SupervisedGroup:
         self._unanswered: rules.UnansweredEvents[tuple[Source, int]] = rules.UnansweredEvents()
         # The same events by their numbers, to find out which wait for long.
         self._outstanding: dict[tuple[Source, int], Outstanding] = {}
+        # Those that a reader is being told of, which waits for as long as its memory does.
+        self._in_hand: dict[tuple[Source, int], Outstanding] = {}
         self._readers: dict[int, None] = {}
         self._users = 0
         self._left = False
@@ -244,6 +246,8 @@ class SupervisedGroup:
                 raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
             source.stream.delivered(received)
             self.bell.take(1 + source.stream.take_merged())
+            if received.fd >= 0 and received.mask & self.dialect.permission:
+                self._in_hand[source, received.number] = Outstanding(source, received, time.monotonic())
             # The next event comes from another mount, if that has one.
             self._sources.append(self._sources.pop(self._sources.index(source)))
             self._wake_for_buffered()
@@ -261,6 +265,7 @@ class SupervisedGroup:
             if tid not in source.readers:
                 self._tell_reader(source, tid)
             with self._lock:
+                self._in_hand.pop((source, received.number), None)
                 self._unanswered.add(number, (source, received.number))
                 self._outstanding[source, received.number] = Outstanding(source, received, time.monotonic())
 
@@ -275,6 +280,7 @@ class SupervisedGroup:
     def take_back(self, source: Source, received: Received, number: int) -> None:
         """Queue an event again that the process has not read, for another reader."""
         with self._lock:
+            self._in_hand.pop((source, received.number), None)
             self._unanswered.remove(number, (source, received.number))
             self._outstanding.pop((source, received.number), None)
             if self._closed or source not in self._sources:
@@ -288,6 +294,7 @@ class SupervisedGroup:
         """Deny an event with EPERM because no process can be told of it, as the kernel does."""
         if received.mask & self.dialect.permission:
             with self._lock, contextlib.suppress(OSError):
+                self._in_hand.pop((source, received.number), None)
                 source.stream.answer(received.number, errno.EPERM)
 
     def respond(self, data: bytes) -> int:
@@ -319,10 +326,13 @@ class SupervisedGroup:
 
     def asks_about(self, process: int) -> bool:
         """Whether an event of that process waits for the command."""
+        return bool(self.accesses_of(process))
+
+    def accesses_of(self, process: int) -> list[Outstanding]:
+        """The permission events of that process that wait for the command: those that it has read, is about to read, and has not read."""
         with self._lock:
-            return any(
-                event.received.pid == process for event in (*self._outstanding.values(), *self._unread())
-            )
+            events = (*self._outstanding.values(), *self._in_hand.values(), *self._unread())
+            return [event for event in events if event.received.pid == process]
 
     def overdue(self, seconds: float, processes: set[int]) -> list[Outstanding]:
         """The events that the command read so long ago and has not answered, and those unread ones that its own `processes` wait for."""
@@ -345,7 +355,7 @@ class SupervisedGroup:
         return unread
 
     def deny(self, event: Outstanding, number: int) -> None:
-        """Deny an event of overdue() with that errno. An answer that the command gives later has no effect."""
+        """Deny an event of overdue() or accesses_of() with that errno. An answer that the command gives later has no effect."""
         with self._lock, contextlib.suppress(OSError):
             self._outstanding.pop((event.source, event.received.number), None)
             event.source.stream.answer(event.received.number, number)

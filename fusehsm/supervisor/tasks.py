@@ -12,6 +12,10 @@ import re
 import resource
 import struct
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -187,11 +191,32 @@ def check_traceable(tid: int) -> None:
         pass
 
 
+# When the accesses to memory began that are going on, by the supervisor's thread.
+_accesses: dict[int, float] = {}
+
+
+@contextmanager
+def _access() -> Iterator[None]:
+    thread = threading.get_ident()
+    _accesses[thread] = time.monotonic()
+    try:
+        yield
+    finally:
+        del _accesses[thread]
+
+
+def longest_access() -> float:
+    """For how many seconds the longest access to a process's memory has gone on; 0 if there is none. A page of it may be one of a file that waits."""
+    begun = list(_accesses.values())
+    return time.monotonic() - min(begun) if begun else 0.0
+
+
 def read_memory(tid: int, address: int, size: int) -> bytes:
     """`size` bytes at an address in the process of that thread."""
     if not size:
         return b""
-    data = syscalls.read_memory(tid, address, size)
+    with _access():
+        data = syscalls.read_memory(tid, address, size)
     if len(data) != size:
         raise _fault()
     return data
@@ -199,7 +224,9 @@ def read_memory(tid: int, address: int, size: int) -> bytes:
 
 def write_memory(tid: int, address: int, data: bytes | bytearray) -> None:
     """Write bytes at an address in the process of that thread."""
-    if syscalls.write_memory(tid, address, data) != len(data):
+    with _access():
+        written = syscalls.write_memory(tid, address, data)
+    if written != len(data):
         raise _fault()
 
 

@@ -4,6 +4,8 @@ What the kernel does of it, `fusehsm run` has to do without the kernel's help: i
 """
 
 import errno
+import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,9 +69,27 @@ def answering(world: RunWorld, running: Program, accessor: Accessor) -> Iterator
 
 def kill_hostile(world: RunWorld) -> None:
     """End the hostile program, whatever it is at."""
-    for pid in processes_at(world.place):
-        if "listeners-hostile" in leftovers.command_line(pid):
-            leftovers.kill(pid)
+    for pid in hostile_processes(world):
+        leftovers.kill(pid)
+    assert not hostile_processes(world), "it cannot be killed"
+
+
+def hostile_processes(world: RunWorld) -> list[int]:
+    """Those that run it."""
+    return [pid for pid in processes_at(world.place) if "listeners-hostile" in program_of(pid)]
+
+
+def program_of(pid: int) -> str:
+    try:
+        return os.readlink(f"/proc/{pid}/exe")
+    except OSError:  # it has gone
+        return ""
+
+
+def command_line(pid: int) -> bytes:
+    """The kernel reads it from the process's memory."""
+    with open(f"/proc/{pid}/cmdline", "rb") as shown:
+        return shown.read()
 
 
 def start_read(world: RunWorld, accessor: Accessor) -> PendingCall:
@@ -116,6 +136,21 @@ def test_an_answer_that_only_its_listener_could_bring(
             running.output.wait_for(lambda line: line == "hostile wrote -1", STEP)
     # Answered after its error, or let go by the death of its listener.
     assert came_back(call) == bytes(10)
+
+
+def test_a_buffer_that_only_its_listener_could_bring(
+    run_world: RunWorld, beside: Beside, make_accessor: MakeAccessor
+) -> None:
+    """And a thread that needs the lock of the memory which the buffer is in: the process can be looked at (proc(5)), and killed."""
+    running = beside("reads-into-mapping")
+    looker = make_accessor()
+    (hostile,) = hostile_processes(run_world)
+    with answering(run_world, running, make_accessor()):
+        call = start_read(run_world, make_accessor())
+        for _ in range(20):
+            assert b"reads-into-mapping" in looker.call(command_line, hostile)
+            time.sleep(0.1)
+    came_back(call)  # it was let go by the death of its listener, or before
 
 
 def test_a_thousand_who_wait(run_world: RunWorld, beside: Beside, make_accessor: MakeAccessor) -> None:

@@ -183,6 +183,53 @@ static void *answer_from_mapping(void *argument)
 	return NULL;
 }
 
+/*
+ * The buffer is such a mapping; another thread maps the same file meanwhile, which needs the memory's lock, and a third allows that, but
+ * nothing that others want.
+ */
+static void *maps_again(void *argument)
+{
+	int file = (intptr_t)argument;
+
+	for (;;) {
+		char *again = mmap(NULL, 4096, PROT_READ, MAP_PRIVATE, file, 0);
+		if (again != MAP_FAILED)
+			munmap(again, 4096);
+		usleep(1000);
+	}
+	return NULL;
+}
+
+static void *allow_own(void *argument)
+{
+	int group = (intptr_t)argument;
+	struct fanotify_event_metadata event[16];
+
+	while (read(group, event, sizeof(event)) > 0) {
+		if (event->pid == getpid())
+			allow(group, event->fd);
+	}
+	return NULL;
+}
+
+static void *read_into_mapping(void *argument)
+{
+	int file = open(path_of("many-1"), O_RDWR);
+	char *mapping = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE, file, 0);
+
+	(void)argument;
+	must(file >= 0 && mapping != MAP_FAILED, "mmap");
+	start(allow_own, group_on(0, "many-1"));
+	start(maps_again, file);
+	int group = group_on(0, "many-0");
+	say("ready");
+	for (;;) {
+		if (read(group, mapping, 4096) > 0)
+			allow(group, ((struct fanotify_event_metadata *)mapping)->fd);
+	}
+	return NULL;
+}
+
 /* A thousand threads wait for events of one group. */
 static void crowds(void)
 {
@@ -244,6 +291,10 @@ int main(int argc, char **argv)
 		unmaps();
 	} else if (!strcmp(style, "maps")) {
 		start(answer_from_mapping, 0);
+		for (;;)
+			pause();
+	} else if (!strcmp(style, "reads-into-mapping")) {
+		start(read_into_mapping, 0);
 		for (;;)
 			pause();
 	} else if (!strcmp(style, "crowds")) {
