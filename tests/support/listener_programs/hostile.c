@@ -226,6 +226,8 @@ static void *read_into_mapping(void *argument)
 	for (;;) {
 		if (read(group, mapping, 4096) > 0)
 			allow(group, ((struct fanotify_event_metadata *)mapping)->fd);
+		else
+			must(errno == EFAULT, "read");
 	}
 	return NULL;
 }
