@@ -23,6 +23,7 @@ from typing import Final
 import trio
 
 from fusehsm.emulator.handles import HandleTable, OpenFile
+from fusehsm.emulator.shares import Shares
 from fusehsm.emulator.waiting import KillWatch
 from fusehsm.linux import proc, system_call
 from fusehsm.overlay.attributes import path_of
@@ -35,6 +36,9 @@ _KINDS: Final = {fcntl.F_RDLCK: fcntl.LOCK_SH, fcntl.F_WRLCK: fcntl.LOCK_EX, fcn
 _SETLK, _SETLKW, _OFD_SETLKW = 6, 7, 38  # fcntl(2), on all 64-bit architectures
 # Seconds between two tries, if a process outside of the mount may hold the lock. They grow.
 _SHORTEST, _LONGEST = 0.01, 0.1
+# Each lock is looked at for each new one of its file, and each wait several times a second. So they are bounded by the loop's time, not by memory.
+_MOST_LOCKS: Final = 8192
+_MOST_WAITS: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,8 @@ class _Held:
     owner: int
     #: The owner's descriptor on the backing.
     descriptor: int
+    #: The user that has taken the first, and who counts as the holder of all.
+    uid: int
     #: The open files through which they were taken, by handle.
     handles: set[int]
     #: Those of fcntl(2), which never overlap, and that of flock(2).
@@ -120,11 +126,17 @@ class _Waiter:
 
 
 class FileLocks:
-    """The locks of one mount's files. At most `limit` owners have some at once, because each needs a descriptor."""
+    """The locks of one mount's files. At most `limit` owners have some at once, because each needs a descriptor.
+
+    An ordinary user has a share of the owners, of the locks and of the waits for one.
+    """
 
     def __init__(self, handles: HandleTable[Node], limit: int) -> None:
         self._handles = handles
         self._limit = limit
+        self._owners = Shares(limit, errno.ENOLCK)
+        self._locks = Shares(_MOST_LOCKS, errno.ENOLCK)
+        self._waits = Shares(_MOST_WAITS, errno.ENOLCK)
         self._held: dict[tuple[Node, int], _Held] = {}
         self._of_node: dict[Node, list[_Held]] = {}
         # Those that end when a process closes a descriptor.
@@ -146,15 +158,18 @@ class FileLocks:
             return Lock(found.kind, found.start, found.end, 0 if held.of_file else found.pid)
         return self._outside(file, owner, lock)
 
-    def set(self, file: OpenFile[Node], owner: int, lock: Lock, tid: int) -> None:
-        """Take or give back a lock. Raises BlockingIOError (EAGAIN) when another owner has one that excludes it, and OSError ENOLCK."""
+    def set(self, file: OpenFile[Node], owner: int, lock: Lock, tid: int, uid: int) -> None:
+        """Take or give back a lock, for a user's thread. Raises BlockingIOError (EAGAIN) when another owner has one that excludes it, and OSError
+        ENOLCK, also for a user who has their share already."""
         held = self._held.get((file.node, owner))
         if held is None:
             if lock.kind == fcntl.F_UNLCK:
                 return
-            held = self._new(file, owner)
+            held = self._new(file, owner, uid)
         before = held.locks
         try:
+            if lock.kind != fcntl.F_UNLCK:
+                self._locks.check(held.uid)
             if lock.kind != fcntl.F_UNLCK and not lock.whole:
                 self._let_through(held, lock)
                 self._make_usable(held, file, lock)
@@ -164,23 +179,28 @@ class FileLocks:
                 if not lock.whole:
                     self._place(held, lock, tid)
         finally:
+            self._locks.change(held.uid, len(held.locks) - len(before))
             if not held.locks:
                 self._drop(held)
             if before and held.locks != before:
                 self._tell(file.node)
 
-    async def wait(self, file: OpenFile[Node], owner: int, lock: Lock, tid: int, request: int) -> None:
-        """Take a lock as soon as no other owner has one that excludes it; `request` is a number for interrupt().
+    async def wait(
+        self, file: OpenFile[Node], owner: int, lock: Lock, tid: int, uid: int, request: int
+    ) -> None:
+        """Take a lock for a user's thread as soon as no other owner has one that excludes it; `request` is a number for interrupt().
 
-        Raises OSError EINTR after interrupt(), EDEADLK if the processes that are in the way wait for this one, ENOLCK.
+        Raises OSError EINTR after interrupt(), EDEADLK if the processes that are in the way wait for this one, ENOLCK, also for a user who has
+        their share of locks or waits already.
         """
         pause = _SHORTEST
+        self._waits.take(uid)
         with trio.CancelScope() as scope:
             waiter = self._waiters[request] = _Waiter(file, owner, lock, tid, scope)
             try:
                 while True:
                     try:
-                        self.set(file, owner, lock, tid)
+                        self.set(file, owner, lock, tid, uid)
                     except BlockingIOError:
                         pass
                     else:
@@ -192,6 +212,7 @@ class FileLocks:
                     pause = min(pause * 1.5, _LONGEST)
             finally:
                 del self._waiters[request]
+                self._waits.give_back(uid)
                 if not any(other.file.node is file.node for other in self._waiters.values()):
                     self._news.pop(file.node, None)
         raise InterruptedError(errno.EINTR, os.strerror(errno.EINTR))
@@ -218,12 +239,16 @@ class FileLocks:
 
     # Owners
 
-    def _new(self, file: OpenFile[Node], owner: int) -> _Held:
+    def _new(self, file: OpenFile[Node], owner: int, uid: int) -> _Held:
+        self._owners.check(uid)
         if len(self._held) >= self._limit:
             raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
         # With the accessor's access mode: a writer of a running program's file would be refused, and would keep others from running it.
         mode = file.flags & os.O_ACCMODE
-        held = _Held(file.node, owner, self._open(file, os.O_RDWR if mode == os.O_WRONLY else mode), set())
+        held = _Held(
+            file.node, owner, self._open(file, os.O_RDWR if mode == os.O_WRONLY else mode), uid, set()
+        )
+        self._owners.take(uid)
         self._held[file.node, owner] = held
         self._of_node.setdefault(file.node, []).append(held)
         return held
@@ -285,6 +310,8 @@ class FileLocks:
     def _drop(self, held: _Held) -> None:
         if self._held.pop((held.node, held.owner), None) is None:
             return
+        self._owners.give_back(held.uid)
+        self._locks.change(held.uid, -len(held.locks))
         self._placed.pop((held.node, held.owner), None)
         others = self._of_node[held.node]
         others.remove(held)

@@ -50,10 +50,10 @@ class LockOperations:
 
     def setlk(self, request: Request) -> bytes:
         file, owner, lock = self._asked(request)
-        self._locks.set(file, owner, lock, request.pid)
+        self._locks.set(file, owner, lock, request.pid, request.uid)
         return b""
 
     async def setlkw(self, request: Request) -> bytes:
         file, owner, lock = self._asked(request)
-        await self._locks.wait(file, owner, lock, request.pid, request.unique)
+        await self._locks.wait(file, owner, lock, request.pid, request.uid, request.unique)
         return b""
