@@ -14,7 +14,8 @@ from fusehsm.linux.beneath import LIST, follow
 from fusehsm.linux.mountinfo import mount_of_descriptor
 from fusehsm.text import shown
 from fusehsm.tier.fetch.catalog import where
-from fusehsm.tier.fetch.inventory import Item, items
+from fusehsm.tier.fetch.inventory import Item
+from fusehsm.tier.fetch.inventory import items as items_of
 from fusehsm.tier.fetch.protocol import List, find
 from fusehsm.tier.stubs.tree import Tree
 from fusehsm.tier.text import size_text
@@ -28,12 +29,17 @@ def file_status(path: str, *, as_json: bool, user: int | None = None) -> bool:
     found = _found(path, user)
     if found is None:
         return False
+    items, served = found
     if as_json:
-        files = list(found)
-        print(json.dumps({"files": [asdict(item) for item in files], "total": _total(files)}, indent=2))
-    else:
-        print(f"{'SIZE':>9} {'HERE':>9}       STATE              PATH")
-        print(total_text(_total(_printed(found))))
+        files = list(items)
+        told = {"served": served, "files": [asdict(item) for item in files], "total": _total(files)}
+        print(json.dumps(told, indent=2))
+        return True
+    print(f"{'SIZE':>9} {'HERE':>9}       STATE              PATH")
+    total = _total(_printed(items))
+    print(total_text(total))
+    if not served and total["resident"] < total["size"]:
+        print("nobody serves them: what is not here reads as zeros until `fusehsm fetch STORE DST` runs")
     return True
 
 
@@ -43,11 +49,12 @@ def _printed(found: Iterable[Item]) -> Iterator[Item]:
         yield item
 
 
-def _found(path: str, user: int | None) -> Iterable[Item] | None:
+def _found(path: str, user: int | None) -> tuple[Iterable[Item], bool] | None:
+    """The items, and whether a fetch serves them."""
     try:
         fetch = find(path, user)
         if fetch is not None:
-            return fetch.ask(List(fetch.path), Item)
+            return fetch.ask(List(fetch.path), Item), True
         fd, way = follow(path)
     except OSError as error:
         if error.errno != errno.EXDEV:
@@ -59,7 +66,7 @@ def _found(path: str, user: int | None) -> Iterable[Item] | None:
     finally:
         os.close(fd)
     local = list(_local(*way[-1]))
-    return local if any(item.stub for item in local) else None
+    return (local, False) if any(item.stub for item in local) else None
 
 
 def _local(path: str, status: os.stat_result) -> Iterator[Item]:
@@ -71,7 +78,7 @@ def _local(path: str, status: os.stat_result) -> Iterator[Item]:
     finally:
         os.close(fd)
     try:
-        with closing(items(root_fd, name, lambda key: None, _leave_out, Tree.to_look_at())) as found:  # type: ignore[type-var]
+        with closing(items_of(root_fd, name, lambda key: None, _leave_out, Tree.to_look_at())) as found:  # type: ignore[type-var]
             yield from found
     finally:
         os.close(root_fd)

@@ -99,6 +99,9 @@ def populate(options: PopulateOptions) -> int:
             progress.tick()
         planter.finish()
     print(summary(options, counts, time.monotonic() - started))
+    if counts.size and not options.dry_run:
+        fix = f"fusehsm fetch {shown(store.name)} {shown(options.destination)}"
+        print(f"nobody serves {shown(options.destination)} yet: stubs read as zeros until `{fix}` runs")
     return 1 if counts.complaints else 0
 
 

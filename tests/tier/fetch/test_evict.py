@@ -96,6 +96,22 @@ def test_evicted_content_is_fetched_again(store: Path, target: Path, backend: st
     assert (target / "b").read_bytes() == (store / "b").read_bytes()
 
 
+def test_who_serves_the_stubs_is_told(store: Path, target: Path, backend: str) -> None:
+    nobody = "nobody serves them: what is not here reads as zeros until `fusehsm fetch STORE DST` runs\n"
+
+    def told() -> tuple[bool, bool]:
+        in_words = harness.fusehsm("status", target).stdout.endswith(nobody)
+        return in_words, json.loads(harness.fusehsm("status", "--json", target).stdout)["served"]
+
+    assert told() == (True, False)
+    with fetching(store, target, "--backend", backend) as served:
+        read(target / "a")
+        assert told() == (False, True)
+        read(*(target / name for name in NAMES))
+        served.end()
+    assert told() == (False, False), "all is here, so nothing reads as zeros"
+
+
 def test_files_that_end_within_a_block(store: Path, target: Path, backend: str) -> None:
     """A block of which only a part is punched keeps zeros, which must not be taken for content."""
     sizes = (1, 4095, 4097, 100_001, MIB - 1, MIB + 1)

@@ -1,6 +1,7 @@
 """`fusehsm populate` from stores of all kinds, and what it prints."""
 
 import os
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -83,6 +84,17 @@ def test_bad_input_is_one_line(tmp_path: Path, words: list[str], code: int, line
     (said,) = done.stderr.splitlines()
     assert line is None or said == f"fusehsm: {line}"
     assert not (tmp_path / "new").exists()
+
+
+def test_its_last_line_says_that_nobody_serves_the_stubs(source: Path, target: Path) -> None:
+    last = f"nobody serves {target} yet: stubs read as zeros until `fusehsm fetch {source} {target}` runs\n"
+    assert last not in fusehsm("populate", "--dry-run", source, target).stdout
+    assert fusehsm("populate", source, target).stdout.endswith(last)
+    shutil.rmtree(source)
+    source.mkdir()
+    (source / "empty").touch()
+    empty = target.with_name("nothing that could be missing")
+    assert "zeros" not in fusehsm("populate", source, empty).stdout
 
 
 def test_odd_names_are_shown_in_one_line(source: Path, target: Path) -> None:
