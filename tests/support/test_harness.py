@@ -16,6 +16,7 @@ from fusehsm.linux.mountinfo import mount_of, read_mounts
 from tests.conftest import MakeAccessor
 from tests.support import harness, leftovers
 from tests.support.harness import NOBODY, PATIENCE, ROOT
+from tests.support.requirements import IN_CI
 
 
 def test_results_and_errors_come_back(accessor: Accessor, tmp_path: Path) -> None:
@@ -96,7 +97,7 @@ def session(tmp_path: Path, test: str, **environment: str) -> "subprocess.Comple
         "-c",
         "/dev/null",
     ]
-    outer = {name: value for name, value in harness.environment().items() if name != "CI"}
+    outer = {name: value for name, value in harness.environment().items() if name not in ("CI", IN_CI)}
     return subprocess.run(
         [*command, f"--rootdir={tmp_path}", str(file)],
         env={**outer, **environment},
@@ -156,6 +157,13 @@ def test_a_skip_is_a_failure_in_ci(tmp_path: Path) -> None:
     done = session(tmp_path, test, CI="true")
     assert (done.returncode, "1 failed" in done.stdout) == (1, True)
     assert "in CI nothing may be skipped: Skipped: no such machine" in done.stdout
+
+
+def test_a_difference_of_much_is_shown_soon_in_ci(tmp_path: Path) -> None:
+    test = "import os\ndef test_it():\n    assert os.urandom(100_000) == os.urandom(100_000)\n"
+    done = session(tmp_path, test, CI="true")
+    assert (done.returncode, "1 failed" in done.stdout) == (1, True)
+    assert len(done.stdout) < 100_000
 
 
 @pytest.mark.root

@@ -94,7 +94,8 @@ def read(store: Store, path: str, version: str, offset: int, length: int) -> Non
     end = offset
     for start in sorted(got):
         assert start == end or not truth[end:start].strip(b"\0"), "a piece is missing"
-        assert got[start] == truth[start : start + len(got[start])], f"other bytes than the store's in {path}"
+        same = got[start] == truth[start : start + len(got[start])]
+        assert same, f"other bytes than the store's in {path}"
         end = start + len(got[start])
     assert end == offset + length, "less than was asked for, and no error"
 
