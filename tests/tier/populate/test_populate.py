@@ -34,7 +34,7 @@ pytestmark = pytest.mark.any_engine
 def test_a_populated_tree_is_like_the_store_and_all_stubs(source: Path, target: Path) -> None:
     done = fusehsm("populate", source, target)
     assert (done.returncode, done.stderr) == (0, "")
-    (line,) = done.stdout.splitlines()
+    line, _ = done.stdout.splitlines()
     assert line.startswith(
         f"populated {target}: 7 files of 1.1 TB, 3 directories, 2 symbolic links; 12 new; "
     )
