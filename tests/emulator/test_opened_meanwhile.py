@@ -27,6 +27,7 @@ from tests.support.kernel_and_mount import (
     P,
     World,
     WorldListener,
+    command_line,
 )
 from tests.support.requirements import require
 
@@ -101,12 +102,6 @@ async def until_it_waits(accessor: Accessor) -> None:
     with trio.fail_after(PATIENCE):
         while (call := system_call.call_of(accessor.pid)) is None or call.number not in WAITS_IN:
             await trio.sleep(0.01)
-
-
-def command_line(pid: int) -> bytes:
-    """The kernel reads it from the process's memory, whose lock it takes for that (proc(5))."""
-    with open(f"/proc/{pid}/cmdline", "rb") as shown:
-        return shown.read()
 
 
 @pytest.mark.parametrize(

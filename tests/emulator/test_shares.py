@@ -10,6 +10,7 @@ import time
 import pytest
 import trio
 
+from fusehsm.conform.accessor import Accessor
 from tests.conftest import MakeAccessor, MakeMount
 from tests.support.harness import PATIENCE, Mount, fusehsm
 from tests.support.requirements import require_root
@@ -129,16 +130,20 @@ def unlock_ranges(number: int) -> None:
         fcntl.fcntl(os.held, fcntl.F_OFD_SETLK, unlock)  # type: ignore[attr-defined]
 
 
+def two_users_and_root(make_accessor: MakeAccessor) -> tuple[Accessor, Accessor, Accessor]:
+    return (
+        make_accessor(uid=USER, gid=USER),
+        make_accessor(uid=OTHER, gid=OTHER),
+        make_accessor(),
+    )
+
+
 @pytest.mark.engine("devfuse")
 @pytest.mark.parametrize("wholly", [True, False], ids=["flock", "fcntl"])
 async def test_a_users_locks_leave_descriptors_for_those_of_others(
     locking: Mount, make_accessor: MakeAccessor, wholly: bool
 ) -> None:
-    user, other, root = (
-        make_accessor(uid=USER, gid=USER),
-        make_accessor(uid=OTHER, gid=OTHER),
-        make_accessor(),
-    )
+    user, other, root = two_users_and_root(make_accessor)
     path = str(locking.path / "user")
     assert await user.run(lock_opens, path, MANY, wholly) == (LOCKS // 2, errno.ENOLCK)
     assert await other.run(lock_opens, str(locking.path / "other"), 10, wholly) == (10, 0)
@@ -152,11 +157,7 @@ async def test_a_users_locks_leave_descriptors_for_those_of_others(
 
 @pytest.mark.engine("devfuse")
 async def test_a_users_locked_ranges_have_a_limit(locking: Mount, make_accessor: MakeAccessor) -> None:
-    user, other, root = (
-        make_accessor(uid=USER, gid=USER),
-        make_accessor(uid=OTHER, gid=OTHER),
-        make_accessor(),
-    )
+    user, other, root = two_users_and_root(make_accessor)
     assert await user.run(lock_ranges, str(locking.path / "user"), MANY_RANGES) == (RANGES, errno.ENOLCK)
     assert await other.run(lock_ranges, str(locking.path / "other"), 50) == (50, 0)
     assert await root.run(lock_ranges, str(locking.path / "root"), RANGES + 50) == (RANGES + 50, 0)
@@ -192,11 +193,7 @@ def wait_for_lock(path: str, number: int, ends: int) -> list[int]:
 
 @pytest.mark.engine("devfuse")
 async def test_a_users_waits_for_a_lock_have_a_limit(locking: Mount, make_accessor: MakeAccessor) -> None:
-    user, other, holder = (
-        make_accessor(uid=USER, gid=USER),
-        make_accessor(uid=OTHER, gid=OTHER),
-        make_accessor(),
-    )
+    user, other, holder = two_users_and_root(make_accessor)
     path = str(locking.path / "user")
     assert await holder.run(lock_ranges, path, 1) == (1, 0)
     refused = MANY_WAITS - WAITS

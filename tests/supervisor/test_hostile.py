@@ -15,7 +15,7 @@ import pytest
 from fusehsm.conform.accessor import Accessor, PendingCall
 from tests.conftest import MakeAccessor
 from tests.support import leftovers
-from tests.support.kernel_and_mount import Failed
+from tests.support.kernel_and_mount import Failed, command_line
 from tests.support.kernel_and_run import STEP, Program, RunWorld, processes_at
 from tests.support.listener_programs.building import listener_words, program
 from tests.support.listener_steps import PAGE, SECRET, Step, asked, planned, take
@@ -84,12 +84,6 @@ def program_of(pid: int) -> str:
         return os.readlink(f"/proc/{pid}/exe")
     except OSError:  # it has gone
         return ""
-
-
-def command_line(pid: int) -> bytes:
-    """The kernel reads it from the process's memory."""
-    with open(f"/proc/{pid}/cmdline", "rb") as shown:
-        return shown.read()
 
 
 def start_read(world: RunWorld, accessor: Accessor) -> PendingCall:

@@ -258,3 +258,9 @@ async def performed(world: World, accessor: Accessor, row: Row) -> tuple[list[He
     async with world.listener(world.everywhere()) as listener:
         returned = await outcome(lambda: accessor.run(row.act, path, *row.arguments))
         return listener.take(), returned
+
+
+def command_line(pid: int) -> bytes:
+    """The kernel reads it from the process's memory, whose lock it takes for that (proc(5))."""
+    with open(f"/proc/{pid}/cmdline", "rb") as shown:
+        return shown.read()
